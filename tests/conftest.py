@@ -1,0 +1,102 @@
+"""A complete tiny sample that every test may copy, and the two ways in which tests run a stage."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import utils
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = (
+    ROOT.parent / "shared" / "data"
+)  # real sections, beside the checkout where they are at hand
+
+IMAGE_SHAPE = (
+    440,
+    660,
+)  # rows, columns at 0.5 um/px: padding up to 448 x 672 is part of every test
+PITCH_PX, RADIUS_PX = 100.0, 27.5  # half the Visium scale, so that a small image holds many spots
+GENES = [f"GENE{i}" for i in range(8)]
+
+
+def draw_section(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """A pink, textured ellipse with dark nuclei on a nearly white slide, uint8 (rows, columns, 3)."""
+    rng = np.random.default_rng(seed)
+    row, col = np.mgrid[: shape[0], : shape[1]]
+    inside = ((row / shape[0] - 0.5) / 0.46) ** 2 + ((col / shape[1] - 0.5) / 0.46) ** 2 < 1
+    image = np.full((*shape, 3), (243, 241, 244), float) + rng.normal(0, 1.5, (*shape, 3))
+    image[inside] = (214, 140, 184)
+    image[inside] += rng.normal(0, 12, (inside.sum(), 3))
+    for r, c in zip(rng.uniform(0, shape[0], 500), rng.uniform(0, shape[1], 500), strict=True):
+        nucleus = ((row - r) ** 2 + (col - c) ** 2 < 5**2) & inside
+        image[nucleus] = (92, 62, 140)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def hexagonal_spots(shape: tuple[int, int], pitch: float, margin: float) -> np.ndarray:
+    """Spot centres (N, 2) as x, y on a Visium-like lattice that leaves ``margin`` px to every edge."""
+    points = []
+    for i, y in enumerate(np.arange(margin, shape[0] - margin, pitch * np.sqrt(3) / 2)):
+        for x in np.arange(margin + (i % 2) * pitch / 2, shape[1] - margin, pitch):
+            points.append((x, y))
+    return np.array(points)
+
+
+def write_sample(directory: Path, shape: tuple[int, int] = IMAGE_SHAPE, seed: int = 0) -> Path:
+    """The user's five files of a small sample."""
+    rng = np.random.default_rng(seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(draw_section(shape, seed)).save(directory / "he-raw.png")
+    (directory / "pixel-size-raw.txt").write_text("0.5\n")
+    (directory / "radius-raw.txt").write_text(f"{RADIUS_PX}\n")
+    xy = hexagonal_spots(shape, PITCH_PX, margin=60.0)
+    spots = [f"spot{i:03d}" for i in range(len(xy))]
+    pd.DataFrame(xy, index=spots, columns=["x", "y"]).to_csv(directory / "locs-raw.csv")
+    rate = 3 + 6 * np.abs(np.sin(xy[:, :1] / 150 + np.arange(len(GENES))[None]))
+    counts = pd.DataFrame(rng.poisson(rate), index=spots, columns=GENES)
+    counts.to_csv(directory / "cnts.csv")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def _sample(tmp_path_factory):
+    return write_sample(tmp_path_factory.mktemp("sample") / "section A")
+
+
+@pytest.fixture
+def sample(_sample, tmp_path):
+    """A fresh copy of the tiny raw sample (he-raw, pixel-size-raw, radius-raw, locs-raw, cnts)."""
+    return Path(shutil.copytree(_sample, tmp_path / "section A"))
+
+
+def write_record(directory: Path, script: str, inputs: list[str], outputs: list[str]) -> None:
+    """The record that ``script`` would have left, so that a stage can be tested without those before it."""
+    record = {
+        "finished": True,
+        "script": script,
+        "inputs": {name: utils.fingerprint(directory / name) for name in inputs},
+        "outputs": {name: utils.fingerprint(directory / name) for name in outputs},
+    }
+    (directory / utils.record_name(script)).write_text(json.dumps(record))
+
+
+def run(script: str, directory: Path, *options: str) -> int:
+    """Run a stage in this process and return its exit code."""
+    module = importlib.import_module(Path(script).stem)
+    return module.run(["--directory", str(directory), *options])
+
+
+def run_process(
+    script: str, directory: Path, *options: str, **kwargs
+) -> subprocess.CompletedProcess:
+    """Run a stage as its user does, from the shell."""
+    command = [sys.executable, str(ROOT / script), "--directory", str(directory), *options]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)

@@ -1,0 +1,696 @@
+"""image_calibration.py: he-raw and its spots become he.jpg at 0.5 um per pixel and spots on it."""
+
+import io
+import json
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from conftest import REAL_DATA, draw_section, hexagonal_spots, run, run_process
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter, JpegImagePlugin
+
+import image_calibration as calibration
+import utils
+
+OUTPUTS = ("he.jpg", "locs.csv", "radius.txt", "pixel-size.txt")
+
+
+@pytest.fixture(autouse=True)
+def pixel_limit(monkeypatch):
+    """The stage sets Pillow's limit for its process; put it back for the tests that follow."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+def make_stage(directory, *options) -> utils.Stage:
+    args = calibration.build_parser().parse_args(["--directory", str(directory), *options])
+    return utils.Stage(calibration.SCRIPT, args)
+
+
+def calibrate(directory, *options) -> int:
+    return run("image_calibration.py", directory, *options)
+
+
+def texture(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Smooth random colours, uint8 (rows, columns, 3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (rows // 6 + 2, columns // 6 + 2, 3))
+    return cv2.resize(coarse.astype(np.uint8), (columns, rows), interpolation=cv2.INTER_LINEAR)
+
+
+def replace_raw(directory, name: str, content: bytes) -> None:
+    (directory / "he-raw.png").unlink()
+    (directory / name).write_bytes(content)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tiff(array: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def jpeg_tiles(array: np.ndarray, side: int = 256) -> bytes:
+    """A BigTIFF of whole JPEG tiles, written by hand as slide scanners do (YCbCr, 4:4:4)."""
+    rows, columns = array.shape[:2]
+    down, across = -(-rows // side), -(-columns // side)
+    full = np.full((down * side, across * side, 3), 255, np.uint8)
+    full[:rows, :columns] = array
+    tiles = [
+        encode(
+            Image.fromarray(full[r * side : (r + 1) * side, c * side : (c + 1) * side]),
+            "JPEG",
+            quality=98,
+            subsampling=0,
+        )
+        for r in range(down)
+        for c in range(across)
+    ]
+    n, body, offsets = len(tiles), b"", []
+    for tile in tiles:
+        offsets.append(16 + len(body))
+        body += tile
+    at = 16 + len(body)  # of the two arrays of 8-byte numbers
+    body += struct.pack(f"<{n}Q{n}Q", *offsets, *map(len, tiles))
+    tags = [  # tag, type (3 short, 16 long8), count, value
+        (256, 3, 1, columns), (257, 3, 1, rows), (258, 3, 3, 8 | 8 << 16 | 8 << 32), (259, 3, 1, 7),
+        (262, 3, 1, 6), (277, 3, 1, 3), (322, 3, 1, side), (323, 3, 1, side), (324, 16, n, at),
+        (325, 16, n, at + 8 * n), (530, 3, 2, 1 | 1 << 16),
+    ]  # fmt: skip
+    ifd = struct.pack("<Q", len(tags))
+    ifd += b"".join(struct.pack("<HHQQ", *tag) for tag in tags) + bytes(8)
+    return struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16 + len(body)) + body + ifd
+
+
+def png_header(columns: int, rows: int) -> bytes:
+    """A tiny PNG whose header claims any size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(100))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+# ----- geometry -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("raw", "pixel_size", "shape", "padded"),
+    [
+        ((1000, 2000), 0.25, (500, 1000), (672, 1120)),
+        ((448, 672), 0.5, (448, 672), (448, 672)),
+        ((449, 672), 0.5, (449, 672), (672, 672)),
+        ((9911, 9274), 0.69, (13677, 12798), (13888, 12992)),
+        ((20000, 20000), 0.50001, (20000, 20000), (20160, 20160)),  # 0.5 within what is known
+        ((20000, 20000), 0.501, (20040, 20040), (20160, 20160)),
+    ],
+)
+def test_shapes(raw, pixel_size, shape, padded):
+    assert calibration.calibrated_shape(raw, pixel_size) == shape
+    assert calibration.padded_shape(shape) == padded
+
+
+@pytest.mark.parametrize("length", [1, 5, 1023, 1024, 2047, 2048, 5000])
+def test_strips_cover_everything_once_and_none_is_thin(length):
+    ranges = calibration.strips(length)
+    assert [i for a, b in ranges for i in range(a, b)] == list(range(length))
+    assert all(b - a >= min(length, 1024) for a, b in ranges)
+
+
+@pytest.mark.parametrize("shape", [(300, 410), (181, 260), (900, 1000), (613, 777), (1401, 2000)])
+def test_strips_give_what_the_whole_image_gives(shape, monkeypatch):
+    image = Image.fromarray(texture(613, 777))
+    whole = np.asarray(calibration.resize(image.copy(), shape))
+    monkeypatch.setattr(calibration, "STRIP_PX", 40)
+    assert len(calibration.strips(613)) == 15
+    np.testing.assert_array_equal(np.asarray(calibration.resize(image, shape)), whole)
+
+
+@pytest.mark.parametrize(("shape", "levels"), [((300, 410), 1), ((301, 260), 1), ((900, 1000), 3)])
+def test_close_to_one_resize_of_the_whole(shape, levels):
+    array = texture(613, 777)
+    method = cv2.INTER_AREA if shape[0] < 613 else cv2.INTER_CUBIC
+    expected = cv2.resize(array, shape[::-1], interpolation=method).astype(int)
+    found = np.asarray(calibration.resize(Image.fromarray(array), shape))
+    assert np.abs(found[: shape[0], : shape[1]] - expected).max() <= levels
+
+
+def covered(old: int, new: int) -> np.ndarray:
+    """(new, old): share of every new pixel that lies on each old pixel."""
+    edges = np.arange(new + 1) * old / new
+    left = np.maximum(edges[:-1, None], np.arange(old))
+    right = np.minimum(edges[1:, None], np.arange(old) + 1)
+    return np.clip(right - left, 0, None) * new / old
+
+
+def test_shrinking_averages_areas():
+    array = np.random.default_rng(3).integers(0, 256, (300, 401, 3), dtype=np.uint8)
+    rows, columns = covered(300, 230), covered(401, 307)
+    expected = np.stack([rows @ array[..., c] @ columns.T for c in range(3)], axis=2)
+    found = np.asarray(calibration.resize(Image.fromarray(array), (230, 307)))[:230, :307]
+    assert np.abs(found - expected).max() < 1.1  # rounded to bytes twice
+
+
+def test_the_same_size_keeps_every_byte_and_pads_with_white():
+    array = texture(230, 460)
+    result = np.asarray(calibration.resize(Image.fromarray(array), (230, 460)))
+    assert result.shape == (448, 672, 3)
+    np.testing.assert_array_equal(result[:230, :460], array)
+    assert (result[230:] == 255).all()
+    assert (result[:, 460:] == 255).all()
+
+
+@pytest.mark.parametrize(("shape", "new"), [((8, 60000), (9, 66000)), ((8, 60000), (5, 39000))])
+@pytest.mark.parametrize("turned", [False, True])
+def test_sides_beyond_32767(shape, new, turned):
+    ramp = np.linspace(0, 255, shape[1])
+    array = np.repeat(np.repeat(ramp[None, :, None], shape[0], 0), 3, 2).round().astype(np.uint8)
+    if turned:
+        array, new = array.transpose(1, 0, 2), new[::-1]
+    found = np.asarray(calibration.resize(Image.fromarray(array), new))[: new[0], : new[1], 0]
+    found = found.T if turned else found
+    expected = np.linspace(0, 255, max(new))
+    assert np.abs(found - expected).max() <= 1.5
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    x=st.floats(40, 320),
+    y=st.floats(40, 220),
+    pixel_size=st.floats(0.25, 1.6),
+)
+def test_a_spot_stays_on_its_tissue(x, y, pixel_size):
+    """A dark blob at a spot is found, as its centre of mass, at the calibrated spot."""
+    raw = (260, 361)
+    row, col = np.mgrid[: raw[0], : raw[1]] + 0.5  # centres of the pixels
+    blob = np.exp(-((row - y) ** 2 + (col - x) ** 2) / (2 * 6.0**2))
+    image = Image.fromarray(np.repeat((255 * (1 - blob))[..., None], 3, 2).round().astype(np.uint8))
+    shape = calibration.calibrated_shape(raw, pixel_size)
+    dark = 255.0 - np.asarray(calibration.resize(image, shape))[..., 0]
+    row, col = np.mgrid[: dark.shape[0], : dark.shape[1]] + 0.5
+    spot = calibration.scale_locs(pd.DataFrame({"x": [x], "y": [y]}), raw, shape)
+    assert abs((dark * col).sum() / dark.sum() - spot.x[0]) < 0.15
+    assert abs((dark * row).sum() / dark.sum() - spot.y[0]) < 0.15
+
+
+# ----- whole runs ---------------------------------------------------------------------------------
+def test_run(sample, capsys):
+    assert calibrate(sample) == 0
+    raw = np.asarray(Image.open(sample / "he-raw.png"))
+    with Image.open(sample / "he.jpg") as image:
+        assert image.size == (672, 448)
+        assert JpegImagePlugin.get_sampling(image) == 0  # 4:4:4
+        reference = Image.open(io.BytesIO(encode(Image.new("RGB", (8, 8)), "JPEG", quality=95)))
+        assert image.quantization == reference.quantization
+        he = np.asarray(image)
+    assert np.abs(he[:440, :660].astype(int) - raw).mean() < 3
+    assert he[440:].min() > 240
+    assert he[:, 660:].min() > 240
+    locs = pd.read_csv(sample / "locs.csv", index_col=0)
+    expected = pd.read_csv(sample / "locs-raw.csv", index_col=0)
+    pd.testing.assert_frame_equal(locs, expected, atol=1e-4)
+    assert float((sample / "radius.txt").read_text()) == 27.5
+    assert float((sample / "pixel-size.txt").read_text()) == 0.5
+    record = json.loads((sample / "image_calibration.json").read_text())
+    assert record["raw_size"] == [440, 660]
+    assert record["size"] == [448, 672]
+    assert record["padding"] == [8, 12]
+    assert record["scale"] == 1
+    assert record["spots"] == record["spots_inside"] == len(locs)
+    assert set(record["outputs"]) == set(OUTPUTS)
+    assert set(record["inputs"]) == {
+        "he-raw.png", "pixel-size-raw.txt", "locs-raw.csv", "radius-raw.txt",
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert f"spots inside the image: {len(locs)} of {len(locs)} (100.0%)" in printed
+    assert "padded by 12 px on the right and 8 px below" in printed
+
+
+def test_run_scales_image_spots_and_radius_together(sample):
+    (sample / "pixel-size-raw.txt").write_text("0.777")
+    (sample / "radius-raw.txt").write_text("20")
+    assert calibrate(sample) == 0
+    columns, rows = round(660 * 1.554), round(440 * 1.554)
+    record = json.loads((sample / "image_calibration.json").read_text())
+    assert record["scaled_size"] == [rows, columns]
+    raw = utils.read_locs(make_stage(sample), sample / "locs-raw.csv")
+    locs = utils.read_locs(make_stage(sample), sample / "locs.csv")
+    np.testing.assert_allclose(locs.x, raw.x * columns / 660, atol=1e-4)
+    np.testing.assert_allclose(locs.y, raw.y * rows / 440, atol=1e-4)
+    assert list(locs.index) == list(raw.index)
+    assert float((sample / "radius.txt").read_text()) == pytest.approx(31.08)
+
+
+def test_without_a_radius_visium_is_taken(sample, capsys):
+    (sample / "radius-raw.txt").unlink()
+    assert calibrate(sample) == 0
+    assert float((sample / "radius.txt").read_text()) == 55
+    assert "for legacy ST write 100.00 into it" in capsys.readouterr().out
+
+
+def test_two_runs_give_the_same_bytes(sample):
+    assert calibrate(sample) == 0
+    first = {name: (sample / name).read_bytes() for name in OUTPUTS}
+    assert calibrate(sample) == 0
+    assert {name: (sample / name).read_bytes() for name in OUTPUTS} == first
+
+
+def test_from_the_shell(sample):
+    done = run_process("image_calibration.py", sample)
+    assert (done.returncode, done.stderr) == (0, "")
+    (sample / "he-raw.png").write_bytes((sample / "he-raw.png").read_bytes()[:9000])
+    done = run_process("image_calibration.py", sample)
+    assert done.returncode == 2
+    assert "truncated" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_png_takes_over_from_jpeg_and_back(sample, monkeypatch):
+    assert calibrate(sample) == 0
+    monkeypatch.setattr(calibration, "JPEG_MAX_SIDE_PX", 600)
+    assert calibrate(sample) == 0
+    assert not (sample / "he.jpg").exists()
+    with Image.open(sample / "he.png") as image:
+        np.testing.assert_array_equal(
+            np.asarray(image)[:440, :660], np.asarray(Image.open(sample / "he-raw.png"))
+        )
+    monkeypatch.setattr(calibration, "JPEG_MAX_SIDE_PX", 65_500)
+    assert calibrate(sample) == 0
+    assert not (sample / "he.png").exists()
+    assert (sample / "he.jpg").exists()
+
+
+def test_a_crash_while_jpeg_gives_way_to_png_is_mended_by_a_rerun(sample, monkeypatch):
+    assert calibrate(sample) == 0
+    monkeypatch.setattr(calibration, "JPEG_MAX_SIDE_PX", 600)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.Stage, "finish", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            calibrate(sample)
+    assert not list(sample.glob("he.*"))
+    assert not list(sample.glob(".*partial*"))
+    assert calibrate(sample) == 0
+    assert [path.name for path in sample.glob("he.*")] == ["he.png"]
+
+
+def test_a_failure_before_the_end_keeps_the_old_image(sample, monkeypatch):
+    assert calibrate(sample) == 0
+    before = (sample / "he.jpg").read_bytes()
+    monkeypatch.setattr(calibration, "JPEG_MAX_SIDE_PX", 600)
+    monkeypatch.setattr(calibration, "scale_locs", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(sample)
+    assert (sample / "he.jpg").read_bytes() == before
+    assert not list(sample.glob(".*partial*"))
+
+
+# ----- formats ------------------------------------------------------------------------------------
+SECTION = draw_section((300, 500))
+RGB = Image.fromarray(SECTION)
+PLANES = np.moveaxis(SECTION, 2, 0).copy()
+TILES = {"photometric": "rgb", "tile": (128, 128)}
+LOSSLESS = {
+    "png": lambda: encode(RGB, "PNG"),
+    "tiff": lambda: tiff(SECTION, photometric="rgb"),
+    "tiff tiled": lambda: tiff(SECTION, **TILES),
+    "tiff big tiled": lambda: tiff(SECTION, **TILES, bigtiff=True),
+    "tiff deflate": lambda: tiff(SECTION, **TILES, compression="zlib", predictor=True),
+    "tiff big deflate": lambda: tiff(SECTION, **TILES, compression="zlib", bigtiff=True),
+    "tiff planar": lambda: tiff(PLANES, photometric="rgb", planarconfig="separate"),
+    "tiff lzw": lambda: encode(RGB, "TIFF", compression="tiff_lzw"),
+    "tiff big lzw": lambda: encode(RGB, "TIFF", compression="tiff_lzw", big_tiff=True),
+    "tiff packbits": lambda: encode(RGB, "TIFF", compression="packbits"),
+}
+LOSSY = {
+    "jpg": lambda: encode(RGB, "JPEG", quality=98, subsampling=0),
+    "jpg progressive": lambda: encode(RGB, "JPEG", quality=98, subsampling=0, progressive=True),
+    "tiff jpeg": lambda: encode(RGB, "TIFF", compression="jpeg", quality=98),
+    "tiff big jpeg tiled": lambda: jpeg_tiles(SECTION),
+}
+
+
+def read(directory, name, content) -> np.ndarray:
+    path = directory / name
+    path.write_bytes(content)
+    stage = make_stage(directory)
+    shape = calibration.check_image(stage, path)
+    array = np.asarray(calibration.read_image(stage, path))
+    assert array.shape == (*shape, 3)
+    return array
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_lossless_formats(kind, tmp_path):
+    found = read(tmp_path, f"he-raw.{kind[:3]}", LOSSLESS[kind]())
+    np.testing.assert_array_equal(found, SECTION)
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_lossy_formats(kind, tmp_path):
+    found = read(tmp_path, f"he-raw.{kind[:3]}", LOSSY[kind]())
+    assert np.abs(found.astype(int) - SECTION).mean() < 2
+
+
+def test_the_first_page_of_a_pyramid_is_taken(tmp_path):
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        writer.write(SECTION, photometric="rgb", tile=(128, 128))
+        writer.write(SECTION[::2, ::2].copy(), photometric="rgb", subfiletype=1)
+    np.testing.assert_array_equal(read(tmp_path, "he-raw.tif", buffer.getvalue()), SECTION)
+
+
+def halves_transparent() -> Image.Image:
+    alpha = np.full((*SECTION.shape[:2], 1), 255, np.uint8)
+    alpha[:, :250] = 0
+    return Image.fromarray(np.concatenate([SECTION, alpha], 2))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA"])
+def test_other_modes_become_rgb_with_a_note(mode, tmp_path, capsys):
+    image = halves_transparent() if mode in ("RGBA", "LA") else RGB
+    found = read(tmp_path, "he-raw.png", encode(image.convert(mode), "PNG"))
+    expected = np.asarray(RGB.convert("L" if mode == "LA" else mode).convert("RGB")).copy()
+    if mode in ("RGBA", "LA"):
+        expected = np.asarray(image.convert(mode).convert("RGB")).copy()
+        expected[:, :250] = 255
+    np.testing.assert_array_equal(found, expected)
+    note = capsys.readouterr().out
+    assert "converted to RGB" in note
+    assert ("on white" in note) == (mode in ("RGBA", "LA"))
+
+
+# ----- bad input ----------------------------------------------------------------------------------
+def refused(directory, capsys, *words, options=()) -> None:
+    """The run ends with exit code 2 and says all of ``words``; what was there stays as it was."""
+    for name in OUTPUTS:
+        (directory / name).write_bytes(b"from an earlier run")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert calibrate(directory, *options) == 2
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    message = capsys.readouterr().err
+    for word in (*words, f'python image_calibration.py --directory "{directory}"'):
+        assert word in message, message
+
+
+def zero_tail(content: bytes, share: float) -> bytes:
+    cut = int(len(content) * share)
+    return content[:cut] + bytes(len(content) - cut)
+
+
+def flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+
+
+def stack() -> bytes:
+    return tiff(PLANES, photometric="minisblack", metadata={"axes": "CYX"})
+
+
+def upside_down_pyramid() -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        writer.write(SECTION[::2, ::2].copy(), photometric="rgb")
+        writer.write(SECTION, photometric="rgb")
+    return buffer.getvalue()
+
+
+def turned(kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[274] = 6
+    return encode(RGB, kind, exif=exif)
+
+
+JPG = encode(RGB, "JPEG", quality=95)
+PNG = encode(RGB, "PNG")
+WIDE = SECTION.astype(np.uint16) * 257
+BAD_IMAGES = {
+    "jpg cut in half": ("jpg", lambda: JPG[: len(JPG) // 2], "truncated"),
+    "jpg without its last bytes": ("jpg", lambda: JPG[:-2], "truncated"),
+    "jpg filled up with zeros": ("jpg", lambda: zero_tail(JPG, 0.999), "truncated"),
+    "progressive jpg cut": ("jpg", lambda: LOSSY["jpg progressive"]()[:-3000], "truncated"),
+    "png cut": ("png", lambda: PNG[: len(PNG) // 2], "truncated"),
+    "png header only": ("png", lambda: PNG[:40], "truncated"),
+    "png with a flipped bit": ("png", lambda: flip(PNG, len(PNG) * 9 // 10), "corrupt"),
+    "tiff cut": ("tif", lambda: LOSSLESS["tiff"]()[:200_000], "truncated"),
+    "tiff deflate cut": ("tif", lambda: LOSSLESS["tiff deflate"]()[:100_000], "truncated"),
+    "tiff lzw cut": ("tif", lambda: LOSSLESS["tiff lzw"]()[:100_000], "truncated"),
+    "tiff jpeg tiles damaged": ("tif", lambda: flip(jpeg_tiles(SECTION), 17), "corrupt"),
+    "empty": ("jpg", lambda: b"", "no readable JPEG"),
+    "text": ("png", lambda: b"spot,x,y\n", "no readable JPEG"),
+    "gif inside": ("png", lambda: encode(RGB, "GIF"), "no readable JPEG"),
+    "cmyk jpg": ("jpg", lambda: encode(RGB.convert("CMYK"), "JPEG"), "kind CMYK"),
+    "cmyk tiff": ("tiff", lambda: encode(RGB.convert("CMYK"), "TIFF"), "kind CMYK"),
+    "one bit": ("png", lambda: encode(RGB.convert("1"), "PNG"), "kind 1"),
+    "16 bit png": ("png", lambda: cv2.imencode(".png", WIDE)[1].tobytes(), "8 bits"),
+    "16 bit grey png": ("png", lambda: cv2.imencode(".png", WIDE[..., 0])[1].tobytes(), "8 bits"),
+    "16 bit tiff": ("tif", lambda: tiff(WIDE, photometric="rgb"), "8 bits"),
+    "16 bit grey tiff": ("tif", lambda: tiff(WIDE[..., 0].copy()), "8 bits"),
+    "channels on pages": ("tif", stack, "separate grey pages"),
+    "largest page last": ("tif", upside_down_pyramid, "page 2 is larger (500 x 300 px)"),
+    "turned jpg": ("jpg", lambda: turned("JPEG"), "EXIF orientation 6"),
+    "turned png": ("png", lambda: turned("PNG"), "exiftool -Orientation="),
+    "turned tiff": ("tif", lambda: turned("TIFF"), "EXIF orientation 6"),
+    "bomb": ("png", lambda: png_header(60_000, 60_000), "3600000000 pixels"),
+    "just over the limit": ("png", lambda: png_header(50_000, 40_001), "--max-megapixels 2000"),
+    "less than a tile": ("png", lambda: encode(RGB.crop((0, 0, 500, 223)), "PNG"), "224 px"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_images(case, sample, capsys):
+    suffix, content, words = BAD_IMAGES[case]
+    replace_raw(sample, f"he-raw.{suffix}", content())
+    xy = hexagonal_spots((220, 480), 60.0, 40.0)  # inside even the smallest image
+    spots = pd.DataFrame(xy, columns=["x", "y"]).rename(index="s{}".format)
+    spots.to_csv(sample / "locs-raw.csv")
+    refused(sample, capsys, f"he-raw.{suffix}", words)
+
+
+def test_limit_holds_after_calibration(sample, capsys):
+    (sample / "pixel-size-raw.txt").write_text("2")  # 2640 x 1760 px, 4.6 megapixels
+    (sample / "radius-raw.txt").unlink()
+    words = ("he-raw.png", "--max-megapixels 4", "2640 x 1760 px")
+    refused(sample, capsys, *words, options=("--max-megapixels", "4"))
+    assert calibrate(sample, "--max-megapixels", "5") == 0
+
+
+def test_more_memory_than_the_machine_has(sample, capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "machine_memory", lambda: 10**6)
+    refused(sample, capsys, "he-raw.png", "660 x 440 px", "needs 0.0 GB of memory")
+    monkeypatch.setattr(calibration, "machine_memory", lambda: None)
+    assert calibrate(sample) == 0
+
+
+def test_more_disk_than_is_free(sample, capsys, monkeypatch):
+    usage = utils.shutil.disk_usage(sample)
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    for name in OUTPUTS:
+        (sample / name).write_text("old")
+    assert calibrate(sample) == 2
+    assert "needs about 0.00 GB" in capsys.readouterr().err
+    assert (sample / "he.jpg").read_text() == "old"
+
+
+def test_two_raw_images(sample, capsys):
+    (sample / "he-raw.tif").write_bytes(LOSSLESS["tiff"]())
+    refused(sample, capsys, "he-raw.png, he-raw.tif", "exactly one")
+
+
+@pytest.mark.parametrize("name", ["he-raw.png", "pixel-size-raw.txt", "locs-raw.csv"])
+def test_missing_inputs(name, sample, capsys):
+    (sample / name).unlink()
+    refused(sample, capsys, name.split(".")[0], "is missing")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0.5 0.5", "0,5", "0", "-0.5", "nan", "inf", "0.049", "3.72", "55", "half", "0_5"],
+)
+def test_bad_pixel_sizes(text, sample, capsys):
+    (sample / "pixel-size-raw.txt").write_text(text)
+    refused(sample, capsys, "pixel-size-raw.txt", repr(text), "0.05 and 2.5", "full resolution")
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "nan", "15.9", "1025", "27,5"])
+def test_bad_radii(text, sample, capsys):
+    (sample / "radius-raw.txt").write_text(text)
+    refused(sample, capsys, "radius-raw.txt", repr(text), "16 and 1024", "8 to 512 um")
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (",col,row\na,1,2\n", "expected a column x and y"),
+        (",x,y\na,1,nan\nb,3,4\n", "data row 1"),
+        (",x,y\na,1,2\nb,inf,4\n", "data row 2"),
+        (",x,y\na,1,2\nb,far,4\n", "'far' in column x, data row 2"),
+        (",x,y\na,1,2\na,3,4\n", "lists the spots a more than once"),
+        (",x,y\na,1,2\nb,1,2\n", "the place of another spot"),
+        (",x,y\n", "no spot"),
+    ],
+)
+def test_bad_spots(table, words, sample, capsys):
+    (sample / "locs-raw.csv").write_text(table)
+    refused(sample, capsys, "locs-raw.csv", words)
+
+
+def test_a_hand_edited_output_is_kept(sample, capsys):
+    assert calibrate(sample) == 0
+    (sample / "locs.csv").write_text(",x,y\na,1,2\n")
+    assert calibrate(sample) == 2
+    assert "edited by hand" in capsys.readouterr().err
+    assert (sample / "locs.csv").read_text() == ",x,y\na,1,2\n"
+    assert calibrate(sample, "--force") == 0
+
+
+SMALL = Image.fromarray(texture(40, 60))
+SEEDS = [
+    encode(SMALL, "JPEG"), encode(SMALL, "PNG"), encode(SMALL, "TIFF", compression="tiff_lzw"),
+    tiff(texture(40, 60), photometric="rgb", tile=(16, 16)), jpeg_tiles(texture(40, 60), 16),
+]  # fmt: skip
+
+
+@settings(max_examples=250, deadline=None)
+@given(data=st.data())
+def test_damaged_bytes_give_an_image_or_a_clear_error(data, tmp_path_factory):
+    content = bytearray(data.draw(st.sampled_from(SEEDS)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    directory = tmp_path_factory.getbasetemp()
+    path = directory / "he-raw.tif"
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    stage = make_stage(directory, "--max-megapixels", "1")
+    try:
+        shape = calibration.check_image(stage, path)
+        array = np.asarray(calibration.read_image(stage, path))
+    except utils.StageError as error:
+        message, fits = str(error), True
+    else:
+        message, fits = "he-raw.tif", array.shape == (*shape, 3) and array.dtype == np.uint8
+    assert fits
+    assert "he-raw.tif" in message
+
+
+# ----- spots and image ----------------------------------------------------------------------------
+SHAPE = (2000, 3000)
+SPOTS = hexagonal_spots(SHAPE, 200.0, 150.0)  # 100 um apart at 0.5 um per pixel
+
+
+def test_right_coordinates_need_no_diagnosis():
+    assert calibration.diagnose(SPOTS, SHAPE, 0.5) == ""
+    assert calibration.diagnose(SPOTS, SHAPE, 1.0) == ""  # legacy ST
+    assert calibration.diagnose(SPOTS[:1], SHAPE, 0.5) == ""
+    jittered = SPOTS + np.random.default_rng(0).normal(0, 5, SPOTS.shape)
+    assert calibration.diagnose(jittered, SHAPE, 0.5) == ""
+
+
+def test_swapped_columns():
+    text = calibration.diagnose(SPOTS[:, ::-1], SHAPE, 0.5)
+    assert "With x and y swapped 100.0% lie inside" in text
+
+
+def test_hires_image_with_coordinates_of_the_full_one():
+    text = calibration.diagnose(SPOTS, (200, 300), 0.5)
+    assert "8.8 times as far as the image" in text  # 95 % lie left of column 2650: 2650 / 300
+    assert "hires" in text
+    assert "100.0 um apart (200.0 px x 0.5 um), as they should be" in text
+
+
+def test_hires_image_with_its_own_pixel_size():
+    text = calibration.diagnose(SPOTS, (500, 750), 2.0)
+    assert "hires" in text
+    assert "400.0 um apart" in text
+    assert "a factor of 2.0" in text
+    assert "pixel size of 0.5 um (Visium) or 1 um (legacy ST)" in text
+
+
+def test_another_image():
+    text = calibration.diagnose(SPOTS - 300, SHAPE, 0.5)
+    assert "another image, or he-raw was cropped or shifted" in text
+
+
+def test_hires_coordinates_on_the_full_image():
+    text = calibration.diagnose(SPOTS * 0.1, SHAPE, 0.5)
+    assert "10.0 um apart (20.0 px x 0.5 um)" in text
+    assert "a factor of 10.0" in text
+    assert "pixel size of 5 um (Visium)" in text
+    assert "only the upper left 9% of the image" in text
+
+
+def test_wrong_pixel_size():
+    text = calibration.diagnose(SPOTS, SHAPE, 2.2)
+    assert "440.0 um apart" in text
+    assert "a factor of 2.2" in text
+    assert "upper left" not in text
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.floats(0.02, 50), pixel_size=st.floats(0.05, 2.5))
+def test_the_suggested_pixel_size_is_right(factor, pixel_size):
+    xy, shape = SPOTS * factor, (round(2000 * factor) + 1, round(3000 * factor) + 1)
+    text = calibration.diagnose(xy, shape, pixel_size)
+    pitch = 200 * factor * pixel_size
+    usual = any(1 / 1.25 < pitch / known < 1.25 for known in (100, 200))
+    assert (text == "") == usual
+    if text:
+        suggestion = float(text.split("pixel size of ")[1].split()[0])
+        assert suggestion * 200 * factor == pytest.approx(100, rel=1e-3)
+        assert calibration.diagnose(xy, shape, suggestion) == ""
+
+
+def test_spots_at_the_edges():
+    xy = np.array([[0, 0], [2999.9, 1999.9], [3000, 5], [5, 2000], [-0.1, 5], [5, -0.1]])
+    assert calibration.inside(xy, SHAPE).tolist() == [True, True, False, False, False, False]
+
+
+def test_a_pitch_of_another_platform_is_a_warning(sample, capsys):
+    assert calibrate(sample) == 0  # the tiny sample has spots 50 um apart
+    printed = capsys.readouterr().out
+    assert "warning: The spots are 50.0 um apart" in printed
+    assert "a factor of 2.0" in printed
+
+
+def test_up_to_one_percent_may_be_outside(sample, capsys):
+    xy = hexagonal_spots((440, 660), 30.0, 20.0)[:200]
+    xy[:2] += 5000
+    table = pd.DataFrame(xy, columns=["x", "y"]).rename(index="s{}".format)
+    table.to_csv(sample / "locs-raw.csv")
+    assert calibrate(sample) == 0
+    assert "198 of 200 (99.0%)" in capsys.readouterr().out
+    table.iloc[2] += 5000
+    table.to_csv(sample / "locs-raw.csv")
+    (sample / "image_calibration.json").unlink()
+    words = ("puts 3 of 200 spots outside", "660 columns and 440 rows", "another image")
+    refused(sample, capsys, "locs-raw.csv", *words)
+
+
+def test_swapped_columns_stop_the_run(sample, capsys):
+    table = pd.read_csv(sample / "locs-raw.csv", index_col=0)
+    table.rename(columns={"x": "y", "y": "x"}).to_csv(sample / "locs-raw.csv")
+    refused(sample, capsys, "locs-raw.csv", "With x and y swapped 100.0% lie inside")
+
+
+# ----- real data ----------------------------------------------------------------------------------
+@pytest.mark.skipif(not (REAL_DATA / "dev_kidney").is_dir(), reason="real sections are not at hand")
+def test_kidney(tmp_path):
+    """Enlarged four times: blurred and shrunk back, the image is the one that came in."""
+    for name in ("he-raw.jpg", "pixel-size-raw.txt", "locs-raw.csv", "radius-raw.txt"):
+        (tmp_path / name).write_bytes((REAL_DATA / "dev_kidney" / name).read_bytes())
+    assert calibrate(tmp_path) == 0
+    with Image.open(tmp_path / "he.jpg") as he, Image.open(tmp_path / "he-raw.jpg") as raw:
+        assert he.size == (4704, 4704)
+        back = he.crop((0, 0, 4492, 4492)).filter(ImageFilter.BoxBlur(1)).resize(raw.size)
+        difference = np.abs(np.asarray(back).astype(int) - np.asarray(raw.convert("RGB")))
+    assert difference.mean() < 4
+    assert float((tmp_path / "radius.txt").read_text()) == pytest.approx(55, abs=0.01)

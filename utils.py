@@ -1,0 +1,861 @@
+"""What the five HISTEX scripts share: files, arguments, records and geometry. No algorithm lives here.
+
+A sample directory (``--directory``) is the only thing the scripts have in common. This file says which
+files it holds and who writes them (the contract), reads them with checks, writes them so that a crash
+never leaves half a file under a real name, and keeps one record per stage, ``<stage>.json``, by which the
+next stage sees whether a file is fresh, edited by hand, or out of date.
+
+Frames and units. Arrays are (row, col); x (column) and y (row) occur in CSV columns only. Pixel
+coordinates are continuous: 0 is the left or upper edge of the first pixel. he.jpg has 0.5 um per pixel;
+the superpixel of a coordinate p is floor(p / 16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import platform
+import shutil
+import sys
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+# ------------------------------------------------------------------------------------------------
+# geometry
+# ------------------------------------------------------------------------------------------------
+PIXEL_SIZE_UM = 0.5  # um per pixel of he.jpg: 20x, the scale UNI was trained on
+TILE_PX = 224  # side of one input of the histology network
+TOKEN_PX = 16  # side of one superpixel (one token of a ViT/16)
+TOKENS_PER_TILE = TILE_PX // TOKEN_PX
+SUPERPIXEL_UM = TOKEN_PX * PIXEL_SIZE_UM  # 8 um
+
+# ------------------------------------------------------------------------------------------------
+# the contract: which files a sample directory holds, and who writes them
+# ------------------------------------------------------------------------------------------------
+CALIBRATION = "image_calibration.py"
+HIGH_RESOLUTION = "get_HR.py"
+EXTRACTOR = "Histology_Extractor.py"
+MASKING = "masking_non_tissue.py"
+HISTEX = "HISTEX.py"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file of the sample directory. ``names`` are alternatives of which exactly one may exist."""
+
+    names: tuple[str, ...]
+    made_by: str | None  # script, or None for what the user brings
+    what: str
+    user_may_bring: bool = False  # accepted without a record of the producing script
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+HE_RAW = Artifact(
+    ("he-raw.jpg", "he-raw.jpeg", "he-raw.png", "he-raw.tif", "he-raw.tiff"),
+    None,
+    "the H&E image that the spot coordinates refer to",
+)
+PIXEL_SIZE_RAW = Artifact(("pixel-size-raw.txt",), None, "um per pixel of he-raw, one number")
+LOCS_RAW = Artifact(("locs-raw.csv",), None, "spot id, x (column), y (row), pixels of he-raw")
+CNTS = Artifact(
+    ("cnts.csv", "cnts.tsv", "cnts.csv.gz", "cnts.tsv.gz"), None, "spots x genes, raw counts"
+)
+RADIUS_RAW = Artifact(("radius-raw.txt",), None, "spot radius, pixels of he-raw, one number")
+GENE_NAMES = Artifact(
+    ("gene-names.txt",), HIGH_RESOLUTION, "genes to predict, one a line", user_may_bring=True
+)
+HE = Artifact(
+    ("he.jpg", "he.png"), CALIBRATION, "RGB, 0.5 um per pixel, sides padded to multiples of 224"
+)
+LOCS = Artifact(("locs.csv",), CALIBRATION, "spot id, x, y, pixels of he.jpg")
+RADIUS = Artifact(("radius.txt",), CALIBRATION, "spot radius, pixels of he.jpg")
+PIXEL_SIZE = Artifact(("pixel-size.txt",), CALIBRATION, "um per pixel of he.jpg")
+HR_LOCS = Artifact(
+    ("HRlocs.csv",), HIGH_RESOLUTION, "HR points: x, y (pixels of he.jpg), measured, parents"
+)
+HR_CNTS = Artifact(("HRcnts.npy",), HIGH_RESOLUTION, "float32 (HR points, genes), counts")
+FEATURES = Artifact(
+    ("Histology_feature_map.npy",),
+    EXTRACTOR,
+    "float16 (rows, columns, features), one token a superpixel",
+)
+RGB = Artifact(
+    ("Histology_rgb.npy",), EXTRACTOR, "uint8 (rows, columns, 3), mean colour of a superpixel"
+)
+MASK = Artifact(
+    ("mask.png",), MASKING, "8 bit (rows, columns), tissue is nonzero", user_may_bring=True
+)
+MASK_OVERLAY = Artifact(
+    ("mask-overlay.png",), MASKING, "picture: tissue outlined on the H&E, with the spots"
+)
+STATES = Artifact(("states",), HISTEX, "trained networks, one folder a state")
+MAPS = Artifact(("cnts-super",), HISTEX, "float32 (rows, columns) per gene, counts per superpixel")
+EMBEDDINGS = Artifact(
+    ("embeddings-gene.pickle",), HISTEX, "dict(cls=float32 (dims, rows, columns))"
+)
+PLOTS = Artifact(("cnts-super-plots",), HISTEX, "PNG maps of the best explained genes")
+HELD_OUT = Artifact(
+    ("held-out-r.csv",), HISTEX, "gene, correlation with the counts of held-out spots"
+)
+CONTRACT = (
+    HE_RAW, PIXEL_SIZE_RAW, LOCS_RAW, CNTS, RADIUS_RAW, GENE_NAMES, HE, LOCS, RADIUS, PIXEL_SIZE, HR_LOCS,
+    HR_CNTS, FEATURES, RGB, MASK, MASK_OVERLAY, STATES, MAPS, EMBEDDINGS, PLOTS, HELD_OUT,
+)  # fmt: skip
+MADE_BY = {name: artifact.made_by for artifact in CONTRACT for name in artifact.names}
+
+MIN_PIXEL_SIZE_UM, MAX_PIXEL_SIZE_UM = 0.05, 2.5  # 200x and 4x objectives; a hires image is above
+MAX_MEGAPIXELS = 2000  # about 6 GB as RGB; more is taken for a decompression bomb
+STALE_PARTIAL_SECONDS = 3600  # a partial file untouched for an hour belongs to no living run
+
+
+class StageError(ValueError):
+    """Something the user can put right: ``problem`` (file, found, expected), ``remedy`` (what to run)."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}\n{remedy}")
+
+
+# ------------------------------------------------------------------------------------------------
+# fingerprints and atomic writes
+# ------------------------------------------------------------------------------------------------
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stat(path: Path) -> dict[str, int]:
+    """Bytes and newest mtime of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    stats = [file.stat() for file in files]
+    return {
+        "bytes": sum(s.st_size for s in stats),
+        "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
+    }
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file; of a folder, the sha256 of its sorted names and files' sha256."""
+    if path.is_file():
+        return sha256(path)
+    whole = hashlib.sha256()
+    for file in sorted(f for f in path.rglob("*") if f.is_file()):
+        whole.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    return {**_stat(path), "sha256": _digest(path)}
+
+
+def same_as(path: Path, known: dict[str, Any]) -> bool:
+    """True if the file is the one fingerprinted as ``known``; hashes only when the mtime differs."""
+    if not path.exists():
+        return False
+    stat = _stat(path)
+    if stat["bytes"] != known["bytes"]:
+        return False
+    return stat["mtime_ns"] == known["mtime_ns"] or _digest(path) == known["sha256"]
+
+
+def partial_name(path: Path) -> Path:
+    """A temporary name in the same folder that keeps the suffix, which image writers go by."""
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Move a finished file or folder to its real name. A folder that is in the way is moved aside first."""
+    if path.is_dir():
+        old = partial_name(path)
+        path.rename(old)
+        partial.rename(path)
+        _remove(old)
+    else:
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; when the block ends well, it takes the name ``path``."""
+    partial = partial_name(path)
+    try:
+        yield partial
+        _put(partial, path)
+    finally:
+        _remove(partial)
+
+
+def check_disk(directory: Path, need: int, what: str) -> None:
+    """Raise StageError if the disk has less than ``need`` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < need:
+        raise StageError(
+            f"{what} needs about {need / 1e9:.2f} GB in {directory}, but only {free / 1e9:.2f} GB are free.",
+            "Free some space or move the sample directory to another disk, then run the same command.",
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# one run of one stage
+# ------------------------------------------------------------------------------------------------
+class Stage:
+    """One run of one script on one sample directory: its inputs, its outputs, and the record of both.
+
+    ``require`` names the inputs, ``guard`` the outputs; both are called before any work is done.
+    ``writing`` gives a temporary path per output. ``finish`` puts all outputs in place and writes the
+    record last. A run that ends in any other way leaves the sample directory as it was.
+    """
+
+    def __init__(self, script: str, args: argparse.Namespace) -> None:
+        self.script = script
+        self.args = args
+        self.directory: Path = args.directory
+        self.started = time.time()
+        self.inputs: dict[str, dict[str, Any]] = {}
+        self.pending: list[tuple[Path, Path]] = []
+        if not self.directory.is_dir():
+            found = "is a file" if self.directory.exists() else "does not exist"
+            raise StageError(
+                f"--directory {self.directory} {found}; it must be the folder of one sample.",
+                f"Run: python {script} --directory FOLDER",
+            )
+        if not os.access(self.directory, os.W_OK):
+            raise StageError(
+                f"{self.directory} cannot be written to; {script} writes its results there.",
+                f"Make the folder writable, then run: {self.command(script)}",
+            )
+        for leftover in self.directory.glob(".*.partial*"):
+            if time.time() - leftover.stat().st_mtime > STALE_PARTIAL_SECONDS:
+                _remove(leftover)
+
+    def command(self, script: str | None) -> str:
+        directory = str(self.directory)
+        quoted = f'"{directory}"' if " " in directory else directory
+        return f"python {script or self.script} --directory {quoted}"
+
+    def error(self, path: Path, problem: str, remedy: str | None = None) -> StageError:
+        """A StageError about ``path``; without a remedy, the one of the file's origin: rerun or mend."""
+        made_by = MADE_BY.get(path.name)
+        if remedy is None and made_by and made_by != self.script:
+            remedy = f"It is written by {made_by}. Run: {self.command(made_by)}"
+        elif remedy is None:
+            remedy = f"It is a file you provide: mend it, then run: {self.command(self.script)}"
+        return StageError(f"{path} {problem}", remedy)
+
+    # ----- inputs -----
+    def find(self, artifact: Artifact) -> Path | None:
+        """The path of an artifact, or None. Two alternatives side by side are an error."""
+        there = [
+            self.directory / name for name in artifact.names if (self.directory / name).exists()
+        ]
+        if len(there) > 1:
+            names = ", ".join(path.name for path in there)
+            raise StageError(
+                f"{self.directory} holds {names}; exactly one of them may be there ({artifact.what}).",
+                f"Move the others away, then run: {self.command(self.script)}",
+            )
+        return there[0] if there else None
+
+    def require(self, *artifacts: Artifact) -> None:
+        """Check that every input exists, is finished and fresh; note hand edits; record fingerprints."""
+        for artifact in artifacts:
+            path = self.find(artifact)
+            if path is None:
+                origin = (
+                    f"It is written by {artifact.made_by}. Run: {self.command(artifact.made_by)}"
+                    if artifact.made_by
+                    else f"It is a file you provide. Add it, then run: {self.command(self.script)}"
+                )
+                names = " or ".join(artifact.names)
+                raise StageError(
+                    f"{self.directory / artifact.name} is missing: {self.script} needs {names} "
+                    f"({artifact.what}).",
+                    origin,
+                )
+            self._check_fresh(artifact, path)
+
+    def path(self, artifact: Artifact) -> Path:
+        """Path of a required artifact."""
+        return self.find(artifact) or self.directory / artifact.name
+
+    def _check_fresh(self, artifact: Artifact, path: Path) -> None:
+        record = read_record(self, artifact.made_by) if artifact.made_by else None
+        if artifact.made_by is None:
+            known = None
+        elif record is None:
+            if not artifact.user_may_bring:
+                raise self.error(
+                    path,
+                    f"has no record {record_name(artifact.made_by)}: {artifact.made_by} did not finish.",
+                )
+            print(f"{path.name}: not made by {artifact.made_by}, taken as your own")
+            known = None
+        elif not record["finished"]:
+            raise self.error(
+                path, f"is unfinished: the last run of {artifact.made_by} was cut off."
+            )
+        else:
+            stale = _stale(self, artifact.made_by)
+            if stale and not self.args.allow_stale:
+                script, changed = stale
+                raise StageError(
+                    f"{path} is out of date: {self.directory / changed} has changed since {script} read it.",
+                    f"Run: {self.command(script)}, then the stages after it "
+                    f"(or add --allow-stale to use the old files all the same).",
+                )
+            if stale:
+                print(
+                    f"{path.name}: out of date ({stale[1]} changed), used all the same (--allow-stale)"
+                )
+            known = record["outputs"].get(path.name)
+            if known is None and not artifact.user_may_bring:
+                raise self.error(path, f"is not listed in {record_name(artifact.made_by)}.")
+            if known is not None and not same_as(path, known):
+                print(
+                    f"{path.name}: edited by hand since {artifact.made_by} wrote it, the edit is used"
+                )
+                known = None
+        if known is not None and _stat(path)["mtime_ns"] == known["mtime_ns"]:
+            self.inputs[path.name] = known  # unchanged, so its hash is known
+        else:
+            self.inputs[path.name] = fingerprint(path)
+
+    # ----- outputs -----
+    def is_mine(self, artifact: Artifact) -> bool:
+        """True if the artifact is an unedited output of the last run of this script."""
+        path, record = self.find(artifact), read_record(self, self.script)
+        if path is None or record is None:
+            return False
+        if not record["finished"]:
+            return True  # a run that was cut off while it put its outputs in place
+        known = record["outputs"].get(path.name)
+        return known is not None and same_as(path, known)
+
+    def guard(self, *artifacts: Artifact) -> None:
+        """Refuse to replace an output that was edited or brought by the user, unless --force."""
+        for artifact in artifacts:
+            path = self.find(artifact)
+            record = read_record(self, self.script)
+            if path is None or self.args.force or self.is_mine(artifact):
+                continue
+            if record is None and not artifact.user_may_bring:
+                continue  # left by a run that never came to its record
+            raise StageError(
+                f"{path} was made or edited by hand; {self.script} would overwrite it.",
+                f"Keep it and go on to the next stage, or replace it: {self.command(self.script)} --force",
+            )
+
+    @contextlib.contextmanager
+    def writing(self, artifact: Artifact, name: str | None = None) -> Iterator[Path]:
+        """Yield a temporary path for an output; ``finish`` gives it its real name."""
+        path = self.directory / (name or artifact.name)
+        partial = partial_name(path)
+        self.pending.append((partial, path))
+        yield partial
+
+    def discard(self) -> None:
+        """Remove the temporary files of a run that did not finish."""
+        for partial, _ in self.pending:
+            _remove(partial)
+
+    def finish(self, **facts: Any) -> None:
+        """Put the outputs in place, then write the record: the last write is the sign of success."""
+        record_path = self.directory / record_name(self.script)
+        _write_json(record_path, {"finished": False, "script": self.script})
+        outputs = {}
+        for partial, path in self.pending:
+            _put(partial, path)
+            outputs[path.name] = fingerprint(path)
+            print(f"wrote {path.name}: {outputs[path.name]['bytes'] / 1e6:,.2f} MB")
+        arguments = {key: str(value) for key, value in vars(self.args).items() if key != "login"}
+        if getattr(self.args, "login", None):
+            arguments["login"] = "***"
+        record = {
+            "finished": True,
+            "script": self.script,
+            "arguments": arguments,
+            "seconds": round(time.time() - self.started, 2),
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": _versions(),
+            **facts,
+            "inputs": self.inputs,
+            "outputs": outputs,
+        }
+        _write_json(record_path, record)
+        print(f"{self.script} finished in {record['seconds']:.1f} s")
+
+
+def record_name(script: str) -> str:
+    return f"{Path(script).stem}.json"
+
+
+def read_record(stage: Stage, script: str) -> dict[str, Any] | None:
+    """The record of a script in this directory, or None if it has none."""
+    path = stage.directory / record_name(script)
+    if not path.is_file():
+        return None
+    remedy = f"Remove it and run: {stage.command(script)}"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise StageError(f"{path} is not a readable record: {error}", remedy) from error
+    if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
+        raise StageError(f"{path} is not a record of {script}.", remedy)
+    if record["finished"] and not all(
+        isinstance(record.get(key), dict)
+        and all(
+            isinstance(known, dict) and {"bytes", "mtime_ns", "sha256"} <= known.keys()
+            for known in record[key].values()
+        )
+        for key in ("inputs", "outputs")
+    ):
+        raise StageError(f"{path} is not a whole record of {script}.", remedy)
+    return record
+
+
+def _stale(stage: Stage, script: str) -> tuple[str, str] | None:
+    """(script to rerun, file that changed) if the inputs of ``script``, or of a stage before it, changed."""
+    record = read_record(stage, script)
+    if record is None or not record["finished"]:
+        return None
+    for name, known in record["inputs"].items():
+        producer = MADE_BY.get(name)
+        if producer and producer != script and (earlier := _stale(stage, producer)):
+            return earlier
+        if not same_as(stage.directory / name, known):
+            return script, name
+    return None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "timm", "numpy", "pandas", "scikit-image", "opencv-python", "pillow")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+# ------------------------------------------------------------------------------------------------
+# arguments and entry point
+# ------------------------------------------------------------------------------------------------
+def sample_directory(text: str) -> Path:
+    """A path with or without a trailing / or \\ (the published README writes ``dataset\\``)."""
+    return Path(text.rstrip("\\/") or text)
+
+
+def stage_parser(doc: str) -> argparse.ArgumentParser:
+    """Parser with the arguments that all stages share; the first paragraph of the docstring describes it."""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--directory",
+        type=sample_directory,
+        required=True,
+        help="Folder of the sample; all files live there.",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="Replace outputs of this stage even if they were edited by hand.",
+    )
+    parser.add_argument(
+        "--allow-stale",
+        action="store_true",
+        help="Use inputs even if the stage that made them is out of date.",
+    )
+    return parser
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; it must be 1 or more")
+    return number
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="Where to compute: auto, cpu, cuda, cuda:N or mps."
+    )
+
+
+def resolve_device(name: str):
+    """torch.device for ``--device``. ``auto`` takes CUDA, then MPS, then the CPU; a named one must work."""
+    import torch
+
+    wanted = ["cuda", "mps", "cpu"] if name == "auto" else [name]
+    reason: Exception | None = None
+    for candidate in wanted:
+        try:
+            device = torch.device(candidate)
+            probe = torch.ones(2, 2, device=device)
+            if (
+                float((probe @ probe).sum()) == 8.0
+            ):  # is_available() can be true with a broken driver
+                return device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = error
+    detail = str(reason).splitlines()[0] if reason else "a test product came out wrong"
+    raise StageError(
+        f"--device {name} cannot be used on this machine: {detail}",
+        "Leave --device out to take what is there, or say --device cpu.",
+    )
+
+
+def run_stage(
+    main: Callable[[Stage], None], script: str, parser: argparse.ArgumentParser, argv=None
+) -> int:
+    """Run ``main(stage)`` and return the exit code: 0 done, 2 the user can mend it, 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="replace"
+            )  # a console that cannot show a gene name must not stop us
+    args = parser.parse_args(argv)
+    stage = None
+    try:
+        stage = Stage(script, args)
+        main(stage)
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (28, 13, 30, 122):  # no space, no permission, read-only, quota
+            raise
+        print(
+            f"error: {error.filename or args.directory} could not be written: {error.strerror}.\n"
+            f"Make room or allow writing there, then run the same command.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; files already finished are kept", file=sys.stderr)
+        return 130
+    finally:
+        if stage is not None:
+            stage.discard()
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------
+# checked reads
+# ------------------------------------------------------------------------------------------------
+def read_number(
+    stage: Stage, path: Path, low: float, high: float, unit: str, hint: str = ""
+) -> float:
+    """The one number in a text file, between ``low`` and ``high``."""
+    text = _read_text(stage, path).strip()
+    try:
+        value = float(text) if "_" not in text else float("nan")
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:  # false for nan as well
+        raise stage.error(
+            path,
+            f"holds {text[:40]!r}; expected one number between {low:g} and {high:g} ({unit}), "
+            f"written with a decimal point.{' ' + hint if hint else ''}",
+        )
+    return value
+
+
+def read_lines(stage: Stage, path: Path) -> list[str]:
+    """The non-empty lines of a text file, stripped."""
+    return [line.strip() for line in _read_text(stage, path).splitlines() if line.strip()]
+
+
+def read_gene_names(stage: Stage, path: Path) -> list[str]:
+    names = read_lines(stage, path)
+    if not names:
+        raise stage.error(path, "holds no gene; expected one gene name a line.")
+    if repeated := _repeated(names):
+        raise stage.error(
+            path, f"names {_some(repeated)} more than once; each gene may occur once."
+        )
+    return names
+
+
+def _read_text(stage: Stage, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise stage.error(
+            path, f"is not UTF-8 text: {error.reason} at byte {error.start}."
+        ) from error
+
+
+def _open_table(path: Path):
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _read_header(stage: Stage, path: Path) -> tuple[list[str], str, bool]:
+    """Column names (without the id column), delimiter, and whether the file has data rows.
+
+    R's write.table leaves the id column without a name; then the rows have one field more.
+    """
+    try:
+        with _open_table(path) as file:
+            first, second = file.readline(), file.readline()
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, OSError) as error:
+        raise stage.error(path, f"cannot be read as text: {error}") from error
+    delimiter = max(",\t;", key=first.count)
+    if first.count(delimiter) == 0:
+        raise stage.error(
+            path,
+            f"has one column only ({first.strip()[:40]!r}); expected a comma or tab separated table.",
+        )
+    header, row = next(csv.reader([first], delimiter=delimiter)), []
+    if second.strip():
+        row = next(csv.reader([second], delimiter=delimiter))
+    names = header if len(row) == len(header) + 1 else header[1:]
+    return [name.strip() for name in names], delimiter, bool(row)
+
+
+def _read_table(stage: Stage, path: Path, numeric: list[str] | None) -> pd.DataFrame:
+    """A table with a text id column and float32 or float64 columns (``numeric``, None for all)."""
+    names, delimiter, has_rows = _read_header(stage, path)
+    if not has_rows:
+        raise stage.error(path, "has a header but no spot.")
+    if repeated := _repeated(names):
+        raise stage.error(path, f"names the columns {_some(repeated)} more than once.")
+    missing = [name for name in numeric or [] if name not in names]
+    if missing:
+        raise stage.error(
+            path, f"has the columns {_some(names)}; expected a column {' and '.join(missing)}."
+        )
+    columns = names if numeric is None else numeric
+    ids = "\0id"
+    options: dict[str, Any] = {
+        "sep": delimiter, "header": None, "skiprows": 1, "names": [ids, *names],
+        "usecols": [ids, *columns], "keep_default_na": False, "encoding": "utf-8-sig",
+        "index_col": False,
+    }  # fmt: skip
+    kind = np.float32 if numeric is None else np.float64
+    try:
+        types = defaultdict(lambda: kind, {ids: str})
+        table = pd.read_csv(path, dtype=types, low_memory=False, **options)
+    except (ValueError, pd.errors.ParserError, EOFError, OSError, UnicodeDecodeError) as error:
+        raise stage.error(
+            path, _where_not_numeric(path, options, columns) or f"cannot be read: {error}"
+        ) from error
+    table[ids] = table[ids].str.strip()
+    table = table.set_index(ids)
+    table.index.name = None
+    table = table[columns]
+    finite = np.isfinite(table.to_numpy())
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        raise stage.error(
+            path,
+            f"holds {table.iat[row, column]} for spot {table.index[row]}, column {columns[column]} "
+            f"(data row {row + 1}); {(~finite).sum()} of its values are not finite numbers.",
+        )
+    if repeated := _repeated(table.index):
+        raise stage.error(path, f"lists the spots {_some(repeated)} more than once.")
+    return table
+
+
+def _where_not_numeric(path: Path, options: dict[str, Any], columns: list[str]) -> str | None:
+    """Name the first cell that is no number, reading the table a second time as text."""
+    try:
+        text = pd.read_csv(path, dtype=str, low_memory=False, **options)
+    except (ValueError, EOFError, OSError):
+        return None
+    for column in columns:
+        bad = np.flatnonzero(pd.to_numeric(text[column], errors="coerce").isna())
+        if len(bad):
+            rows = ", ".join(str(row + 1) for row in bad[:5])
+            return f"holds {text[column].iat[bad[0]]!r} in column {column}, data row {rows}; expected a number."
+    return None
+
+
+def read_locs(stage: Stage, path: Path) -> pd.DataFrame:
+    """Spot centres: index = spot id (text), columns x, y (float64)."""
+    locs = _read_table(stage, path, ["x", "y"])
+    repeated = locs.index[locs.duplicated()]
+    if len(repeated):
+        raise stage.error(path, f"gives the spots {_some(repeated)} the place of another spot.")
+    return locs
+
+
+def read_counts(stage: Stage, path: Path, spots: pd.Index) -> pd.DataFrame:
+    """Counts (len(spots), genes) float32, rows put in the order of ``spots`` by spot id.
+
+    Rows without a location are dropped with a note; a location without counts is an error.
+    """
+    counts = _read_table(stage, path, None)
+    if all(_is_number(name) for name in counts.columns):
+        raise stage.error(
+            path, f"has the gene names {_some(counts.columns)}; the header line is missing."
+        )
+    missing = spots.difference(counts.index, sort=False)
+    if len(missing):
+        raise stage.error(
+            path,
+            f"has no counts for {len(missing)} of {len(spots)} spots of the locations table, such as "
+            f"{_some(missing)}; its own ids look like {_some(counts.index)}.",
+        )
+    extra = len(counts) - len(spots)
+    if extra:
+        print(f"{path.name}: {extra} of {len(counts)} rows have no location and are left out")
+    counts = counts.loc[spots]
+    values = counts.to_numpy()
+    if (values < 0).any():
+        row, column = np.argwhere(values < 0)[0]
+        raise stage.error(
+            path,
+            f"holds {values[row, column]:g} for spot {counts.index[row]}, gene {counts.columns[column]}; "
+            f"counts cannot be negative.",
+        )
+    if not values.any():
+        raise stage.error(path, "holds nothing but zeros; expected raw counts.")
+    if (values != np.floor(values)).any():
+        print(
+            f"{path.name}: the values are not whole numbers; raw counts are expected, not normalised ones"
+        )
+    return counts
+
+
+def read_array(
+    stage: Stage,
+    artifact: Artifact,
+    dtype: type,
+    shape: tuple[int | None, ...],
+    finite: bool = True,
+) -> np.ndarray:
+    """Memory-map an .npy of the given dtype and shape (None is any length), never unpickling anything."""
+    path = stage.path(artifact)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise stage.error(
+            path, f"is not a whole .npy array: {str(error).splitlines()[0]}"
+        ) from error
+    wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+    fits = array.ndim == len(shape) and all(
+        n in (None, m) for n, m in zip(shape, array.shape, strict=True)
+    )
+    if array.dtype != dtype or not fits or array.size == 0:
+        raise stage.error(
+            path,
+            f"is {array.dtype} {array.shape}; expected {np.dtype(dtype)} {wanted}: {artifact.what}.",
+        )
+    if finite and not all(np.isfinite(block).all() for block in array):
+        raise stage.error(path, "holds values that are not finite.")
+    return array
+
+
+def read_rgb(stage: Stage, path: Path) -> np.ndarray:
+    """An RGB image as uint8 (rows, columns, 3); a truncated file is an error, never grey rows."""
+    Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 10**6
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise stage.error(path, f"is not a whole image: {error}") from error
+
+
+def grid_shape(stage: Stage) -> tuple[int, int]:
+    """Rows and columns of superpixels of he.jpg, from its header alone."""
+    Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 10**6
+    path = stage.path(HE)
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise stage.error(path, f"is not an image: {error}") from error
+    if width % TILE_PX or height % TILE_PX:
+        raise stage.error(
+            path, f"is {width} x {height} px; both sides must be multiples of {TILE_PX} px."
+        )
+    return height // TOKEN_PX, width // TOKEN_PX
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles numpy arrays, dicts, lists and strings; refuses everything that could run code."""
+
+    ALLOWED = frozenset(
+        {
+            (f"numpy.{core}.multiarray", name)
+            for core in ("core", "_core")
+            for name in ("_reconstruct", "scalar")
+        }
+        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
+        | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not a numpy array")
+
+
+def read_pickle(path: Path) -> Any:
+    """Arrays from a .pickle file. Raises StageError for anything but numpy arrays in plain containers."""
+    try:
+        with path.open("rb") as file:
+            return _ArraysOnly(file).load()
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:
+        raise StageError(
+            f"{path} is not a pickled numpy array: {error}",
+            "Do not open it with other tools unless you trust it.",
+        ) from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _repeated(names) -> list[str]:
+    index = pd.Index(names)
+    return list(index[index.duplicated()].unique())
+
+
+def _some(names) -> str:
+    """The first five of a list, for a message."""
+    shown = ", ".join(str(name) for name in list(names)[:5])
+    return shown + (", ..." if len(names) > 5 else "")
