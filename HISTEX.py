@@ -1,36 +1,40 @@
-"""Train HISTEX on the spots of one section and write a super-resolved expression map of every gene.
+"""Train HISTEX on the spots of one section and write a super-resolved map of every gene.
 
     python HISTEX.py --directory data/section --epochs 500 --n-states 5
 
 In    HRlocs.csv, HRcnts.npy, gene-names.txt (get_HR.py), Histology_feature_map.npy
-      (Histology_Extractor.py), mask.png (masking_non_tissue.py, or your own), locs.csv, radius.txt, cnts.csv
+      (Histology_Extractor.py), mask.png (masking_non_tissue.py, or your own), locs.csv, radius.txt,
+      cnts.csv
 Out   states/NN/               the trained networks, each with its training history
-      cnts-super/              a map a gene, float32 (rows, columns), counts per superpixel of 8 um, NaN
-                               outside the tissue; index.csv tells which file holds which gene
-      embeddings-gene.pickle   dict(cls=float32 (d, rows, columns)): the latent maps of the first state
-      cnts-super-plots/        pictures of the genes that left-out spots confirm best
+      cnts-super/              a map a gene, float32 (rows, columns), counts per superpixel of 8 um,
+                               NaN outside the tissue; index.csv tells which file is which gene
+      embeddings-gene.pickle   dict(cls=float32 (D, rows, columns)): latent maps of the first state
+      held-out-r.csv           how well every gene was predicted in spots the network never saw
+      cnts-super-plots/        pictures of the genes with the highest held-out correlation
 
-The network gives every superpixel an expression from two sources: the histology around it (tokens of a
-foundation model) and the expression measured around it (HR points). The two inform each other by
-bidirectional cross-attention. Only sums are observed: a spot's counts are the sum over the superpixels
-of its disc (multiple-instance learning). ``--n-states`` networks are trained, each on other spots from
-another start; the map is their median.
+The network gives every superpixel an expression from two sources: the histology around it (tokens
+of a foundation model) and the expression measured around it (HR points). The two inform each other
+by bidirectional cross-attention. Only sums are observed: the counts of a spot are the sum over the
+superpixels of its disc (multiple-instance learning). ``--n-states`` networks are trained, each from
+another start and without another tenth of the spots; the map is their median.
 
-Two presets. ``published`` has the network, loss and block-wise prediction of the published method, so
-that its numbers can be compared; ``default`` departs from it where that was measured to be better:
+Two presets. ``published`` has the network, loss and block-wise prediction of the published method,
+for comparison; ``default`` departs from it:
 
-* A spot's own measurement is left out of its context in training, as are the spots that this state
+* A spot's own measurement is left out of its context in training, as are the spots that the state
   holds out; else the network learns to copy and to ignore the histology.
-* The output is a factor on the expression interpolated between HR points, so that a map stays tied to
-  the spots; tokens are standardised and seen at three scales; layers are normalised and non-linear.
-* The loss compares square roots, which have the same counting noise for rich and poor genes.
-* Discs are weighted by area and by tissue. Training stops when held-out spots stop improving.
+* The output is a factor on the expression interpolated between HR points, so that a map stays tied
+  to the spots. Tokens are standardised and seen at three scales; layers have norms and non-linear
+  functions; attention is scaled by the width of a head.
+* The loss compares square roots, whose counting noise is the same for rich and poor genes.
+* Discs are weighted by area and tissue. Training stops when held-out spots stop improving.
 * Patches overlap and are blended in prediction, so that no seam shows.
 
-Both pair a spot with the HR points around its own place (the published code mixes up indices).
+Both pair a spot with the HR points around its own place; the published code mixes up indices.
 
-Letters in shapes: B spots or patches, T superpixels of a patch, K HR points of its context, G genes,
-F token features, D width, N spots, P HR points. Places are (row, col) in superpixels, continuous.
+Letters in shapes: B spots or patches, T superpixels of a patch, K HR points of its context,
+G genes, F token features, D width, N spots, P HR points. Places are (row, col) in superpixels,
+continuous.
 """
 
 from __future__ import annotations
@@ -52,10 +56,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+import safetensors.torch
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,6 +67,10 @@ from tqdm import tqdm
 import utils
 
 SCRIPT = utils.HISTEX
+INPUTS = (
+    utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
+    utils.FEATURES, utils.MASK,
+)  # fmt: skip
 
 WIDTH = 128  # D, as published
 HEADS = 8  # as published
@@ -88,13 +96,10 @@ MIN_SPOTS = 4
 CHECKPOINT_SECONDS = 30.0
 STRIP_BYTES = 1_000_000_000  # memory for the predictions of all states that are merged at a time
 PREDICT_BATCH = 64
-PLOT_PX, COLOUR_BAR_PX = 900, 90
-CODE_VERSION = (
-    1  # raise it when the same input gives other weights: states on disk are then not reused
-)
-WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | {
-    f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)
-}
+PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90
+CODE_VERSION = 1  # raise it when the same input gives other weights; saved states then do not count
+WINDOWS_DEVICES = ["con", "prn", "aux", "nul"]  # with com1..9 and lpt1..9: no file can be called so
+WINDOWS_DEVICES += [f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -148,7 +153,7 @@ class PublishedAffine(nn.Module):
 
 
 class PublishedNetwork(nn.Module):
-    """The published arithmetic: tokens (B, T, F) and HR counts (B, K, G) to scaled expression (B, T, G).
+    """The published arithmetic: tokens (B, T, F), HR counts (B, K, G) to scaled counts (B, T, G).
 
     Its attention divides by the square root of the number of heads, and its head is one affine map.
     """
@@ -170,7 +175,7 @@ class PublishedNetwork(nn.Module):
             low, high = counts.min(axis=0), counts.max(axis=0)
             self.register_buffer(f"{name}_min", torch.from_numpy(low))
             self.register_buffer(f"{name}_range", torch.from_numpy(high - low))
-        self.register_buffer("disc_size", torch.tensor(float(section.disc.sum())))
+        self.register_buffer("disc_size", torch.tensor(section.areas[0].sum()))
 
     def forward(self, tokens: Tensor, expression: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         span = torch.where(self.hr_range > 0, self.hr_range, 1)
@@ -197,8 +202,8 @@ class Network(nn.Module):
     """The default network: tokens and HR expression around a patch to counts per superpixel.
 
     ``forward`` takes tokens (B, T', F) of the patch with its halo, HR counts of a full disc
-    (B, K, G), and offsets (B, T, K, 2) from HR points to superpixels; it returns counts per superpixel
-    (B, T, G) and the fused embedding (B, T, D).
+    (B, K, G), and offsets (B, T, K, 2) from HR points to superpixels. It returns counts per
+    superpixel (B, T, G) and the fused embedding (B, T, D).
     """
 
     halo = max(SCALES) // 2
@@ -301,77 +306,85 @@ class Section:
 
     def __post_init__(self) -> None:
         self.half = math.ceil(self.radius + 0.5) if self.by_area else math.floor(self.radius)
-        steps = np.arange(-self.half, self.half + 1)
-        self.patch = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
-        self.disc = (self.patch**2).sum(axis=1) <= self.radius**2  # (T,) of a centred spot
+        row, col = self.patches(np.floor(self.spots).astype(int))
+        if self.by_area:
+            self.areas = disc_areas(self.spots, row, col, self.radius) * self.on_tissue(row, col)
+            share = self.areas.sum(axis=1) / (math.pi * self.radius**2)
+            share = share.clip(MIN_TISSUE_SHARE, 1)[self.parents].mean(axis=1)
+            self.expression = self.expression / share[:, None].astype(np.float32)
+        else:
+            steps = np.arange(-self.half, self.half + 1)
+            disc = steps[:, None] ** 2 + steps**2 <= self.radius**2  # 37 superpixels on Visium
+            self.areas = np.tile(disc.ravel().astype(np.float32), (len(row), 1))
         near = cKDTree(self.points).query(self.points, k=min(2, len(self.points)))[0]
         self.spacing = float(np.median(near[..., -1])) or 1.0
-        if self.by_area:
-            shares = self.areas(self.spots).sum(axis=1) / (math.pi * self.radius**2)
-            shares = shares.clip(MIN_TISSUE_SHARE, 1)[self.parents].mean(axis=1)
-            self.expression = self.expression / shares[:, None].astype(np.float32)
-            self.token_statistics = token_statistics(self.tokens, self.tissue)
+        self.token_statistics = token_statistics(self.tokens, self.tissue)
 
     def patches(self, centres: np.ndarray, halo: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and columns (B, T') of the superpixels around ``centres`` (B, 2) int; may leave the map."""
+        """Rows and columns, each (B, T'), of the superpixels around ``centres`` (B, 2) int.
+
+        They may lie beyond the border of the map.
+        """
         steps = np.arange(-self.half - halo, self.half + halo + 1)
         row, col = np.meshgrid(steps, steps, indexing="ij")
         return centres[:, :1] + row.reshape(1, -1), centres[:, 1:] + col.reshape(1, -1)
 
-    def areas(self, places: np.ndarray) -> np.ndarray:
-        """Area (B, T) in superpixels that the spots at ``places`` have in the superpixels of their patch."""
-        centres = np.floor(places).astype(int)
-        if not self.by_area:
-            return np.broadcast_to(self.disc.astype(np.float32), (len(places), len(self.disc)))
-        row, col = self.patches(centres)
-        inside = (np.arange(SUBSAMPLES) + 0.5) / SUBSAMPLES
-        areas = np.empty(row.shape, np.float32)
-        for i in range(len(places)):
-            down = (row[i, :, None] + inside - places[i, 0]) ** 2  # (T, subsamples)
-            across = (col[i, :, None] + inside - places[i, 1]) ** 2
-            areas[i] = (down[:, :, None] + across[:, None, :] <= self.radius**2).mean(axis=(1, 2))
+    def on_tissue(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
+        """Whether the superpixels (row, col) are on the map and tissue, bool in their shape."""
         h, w = self.tissue.shape
-        on_map = (row >= 0) & (row < h) & (col >= 0) & (col < w)
-        return areas * (on_map & self.tissue[row.clip(0, h - 1), col.clip(0, w - 1)])
+        inside = (row >= 0) & (row < h) & (col >= 0) & (col < w)
+        return inside & self.tissue[row.clip(0, h - 1), col.clip(0, w - 1)]
 
-    def inputs(
-        self, centres: np.ndarray, near: np.ndarray, halo: int, device
-    ) -> tuple[Tensor, ...]:
-        """What a network takes for patches at ``centres`` (B, 2) int with HR points ``near`` (B, K)."""
+    def inputs(self, centres: np.ndarray, near: np.ndarray, halo: int, device) -> list[Tensor]:
+        """What a network takes: tokens (B, T', F), expression (B, K, G), offsets (B, T, K, 2).
+
+        For patches at ``centres`` (B, 2) int that see the HR points ``near`` (B, K).
+        """
         h, w = self.tissue.shape
         row, col = self.patches(centres, halo)
-        tokens = self.tokens[
-            row.clip(0, h - 1), col.clip(0, w - 1)
-        ]  # beyond the border, its tokens
-        row, col = self.patches(centres)
-        middles = np.stack([row, col], axis=-1) + 0.5  # (B, T, 2)
+        tokens = self.tokens[row.clip(0, h - 1), col.clip(0, w - 1)]  # the border's, beyond it
+        middles = np.stack(self.patches(centres), axis=-1) + 0.5  # (B, T, 2)
         offsets = middles[:, :, None] - self.points[near][:, None]
         arrays = (tokens, self.expression[near], offsets)
-        return tuple(
-            torch.from_numpy(a.astype(np.float32)).to(device, non_blocking=True) for a in arrays
-        )
+        return [torch.from_numpy(a.astype(np.float32)).to(device) for a in arrays]
 
     def context_of_spots(self, held_out: np.ndarray, leave_out: bool) -> np.ndarray:
         """Indices (N, K) of the HR points nearest to every spot.
 
-        With ``leave_out``, none that contains the spot itself or a spot of ``held_out``: what is scored
-        or trained on cannot reach its own prediction, nor can held-out counts reach the training.
+        With ``leave_out``, none that contains the spot itself or a spot of ``held_out``: what is
+        scored or trained on cannot reach its own prediction, nor held-out counts the training.
         """
-        allowed = np.arange(len(self.points))
+        allowed, own = np.arange(len(self.points)), 0
         if leave_out:
             allowed = allowed[~np.isin(self.parents, held_out).any(axis=1)]
-            own = np.bincount(self.parents[allowed].ravel(), minlength=len(self.spots)).max()
-        else:
-            own = 0
+            first, second = self.parents[allowed].T
+            contained = np.concatenate([first, second[second != first]])
+            own = np.bincount(contained).max()  # HR points that contain one and the same spot
         k = min(self.context, len(allowed) - own)
-        near = cKDTree(self.points[allowed]).query(self.spots, k=np.arange(1, k + own + 1))[1]
+        near = nearest(self.points[allowed], self.spots, k + own)
         near = allowed[near]  # (N, K + own), nearest first
         if leave_out:
             spot = np.arange(len(self.spots))[:, None, None]
             is_own = (self.parents[near] == spot).any(axis=-1)
-            order = np.argsort(is_own, axis=1, kind="stable")  # its own last, else as they were
+            order = np.argsort(is_own, axis=1, kind="stable")  # its own last, the others as before
             near = np.take_along_axis(near, order, axis=1)
         return near[:, :k]
+
+
+def nearest(points: np.ndarray, places: np.ndarray, k: int) -> np.ndarray:
+    """Indices (B, k) of the points nearest to every place, nearest first."""
+    return cKDTree(points).query(places, k=np.arange(1, k + 1))[1]
+
+
+def disc_areas(places: np.ndarray, row: np.ndarray, col: np.ndarray, radius: float) -> np.ndarray:
+    """Area (B, T) of the disc around each place (B, 2) in the superpixels row, col (B, T)."""
+    middles = (np.arange(SUBSAMPLES) + 0.5) / SUBSAMPLES
+    areas = np.empty(row.shape, np.float32)
+    for i, (y, x) in enumerate(places):
+        down = (row[i, :, None, None] + middles[:, None] - y) ** 2  # (T, subsamples, 1)
+        across = (col[i, :, None, None] + middles - x) ** 2  # (T, 1, subsamples)
+        areas[i] = (down + across <= radius**2).mean(axis=(1, 2))
+    return areas
 
 
 def token_statistics(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -390,29 +403,30 @@ def token_statistics(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray
 # ------------------------------------------------------------------------------------------------
 @dataclass
 class Split:
-    """The spots of one state: which train, which are held out, and the context and disc of each."""
+    """The spots of one state: which train, which are held out, and the context of each."""
 
     train: np.ndarray  # indices of spots
     held_out: np.ndarray  # indices of spots, (M,); empty in the published preset
-    near: np.ndarray  # (N, K) HR points
-    areas: np.ndarray  # (N, T) superpixels
+    near: np.ndarray  # (N, K) indices of HR points
 
 
 def split_spots(section: Section, preset: str, seed: int, index: int) -> Split:
-    """State ``index`` holds out another fold of the spots; those without tissue are not used at all."""
-    areas = section.areas(section.spots)
-    usable = areas.sum(axis=1) > 0
-    folds = np.random.default_rng(seed).permutation(len(section.spots)) % FOLDS
-    out = (folds == index % FOLDS) if preset == "default" else np.zeros(len(folds), bool)
-    near = section.context_of_spots(np.flatnonzero(out), leave_out=preset == "default")
-    return Split(np.flatnonzero(usable & ~out), np.flatnonzero(usable & out), near, areas)
+    """State ``index`` holds out another fold of the spots; spots without tissue are not used."""
+    usable = np.flatnonzero(section.areas.sum(axis=1) > 0)
+    if preset == "published":
+        return Split(usable, usable[:0], section.context_of_spots(usable[:0], leave_out=False))
+    n_folds = min(FOLDS, len(usable))
+    fold = np.random.default_rng(seed).permutation(len(usable)) % n_folds
+    held_out = usable[fold == index % n_folds]
+    near = section.context_of_spots(held_out, leave_out=True)
+    return Split(np.setdiff1d(usable, held_out), held_out, near)
 
 
 def run_batch(network, section: Section, split: Split, batch: np.ndarray, device):
     """Output (B, T, G), areas (B, T) and counts (B, G) of a batch of spots."""
     centres = np.floor(section.spots[batch]).astype(int)
     output, _ = network(*section.inputs(centres, split.near[batch], network.halo, device))
-    areas = torch.from_numpy(split.areas[batch]).to(device)
+    areas = torch.from_numpy(section.areas[batch]).to(device)
     counts = torch.from_numpy(section.counts[batch]).to(device)
     return output, areas, counts
 
@@ -443,10 +457,10 @@ def score_held_out(network, section, split, device) -> tuple[np.ndarray, np.ndar
 
 
 class Selection:
-    """The epoch to keep. Held-out spots choose it; each is scored at the epoch that the others chose.
+    """The epoch to keep: the one at which held-out spots are predicted best.
 
-    The held-out spots are split in two halves (even, odd). The half that is scored has no say in when to
-    stop, so that its score is not made better by the choice.
+    For their score they are split in two halves (even, odd), and each half is scored at the epoch
+    that the other one chose: the choice of the epoch then does not flatter the score.
     """
 
     def __init__(self) -> None:
@@ -481,15 +495,17 @@ def train_state(
 ):
     """Train state ``index``, go on where a run with the same key was cut off, or reuse its result.
 
-    Returns the network, the held-out spots (M,) and their predicted counts (M, G). ``folder`` receives
-    history.csv, held-out.npy, model.safetensors and model.json, which comes last.
+    Returns the network, the held-out spots (M,) and their predicted counts (M, G). ``folder``
+    receives history.csv, held-out.npy, model.safetensors and, as the last, model.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     split = split_spots(section, args.preset, args.seed, index)
     torch.manual_seed(args.seed + index)
     network = NETWORKS[args.preset](section, split.train).to(device)
     if read_key(folder / "model.json") == key:
-        network.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+        network.load_state_dict(
+            safetensors.torch.load_file(folder / "model.safetensors", device=str(device))
+        )
         predicted = np.load(folder / "held-out.npy", allow_pickle=False)
         print(f"state {index}: taken from {folder.name}, nothing it was trained on has changed")
         return network, split.held_out, predicted
@@ -513,7 +529,7 @@ def train_state(
     bar = tqdm(total=args.epochs, initial=len(history), desc=f"state {index}", disable=None)
     while len(history) < args.epochs and not should_stop(selection, len(history), split):
         epoch = len(history) + 1
-        # Seeded by the epoch, not by what came before, so that a resumed run draws the same numbers.
+        # Seeded by the epoch, not by what came before: a resumed run draws the same numbers.
         seed = [args.seed + index, epoch]
         torch.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
         order = np.random.default_rng(seed).permutation(split.train)
@@ -575,19 +591,13 @@ def should_stop(selection: Selection, epochs: int, split: Split) -> bool:
 # ------------------------------------------------------------------------------------------------
 # states on disk
 # ------------------------------------------------------------------------------------------------
-def training_key(stage: utils.Stage, section: Section, device) -> str:
+def training_key(stage: utils.Stage, device) -> str:
     """Hash of all that decides the weights. States with another key are trained anew."""
     args = stage.args
     inputs = {name: known["sha256"] for name, known in stage.inputs.items()}
-    settings = [
-        CODE_VERSION,
-        args.preset,
-        args.epochs,
-        args.seed,
-        args.batch_size,
-        args.learning_rate,
-    ]
-    content = [inputs, settings, section.context, str(device), torch.__version__]
+    names = ("preset", "epochs", "seed", "batch_size", "learning_rate")
+    settings = {name: getattr(args, name) for name in names}
+    content = [CODE_VERSION, inputs, settings, str(device), torch.__version__]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -613,12 +623,14 @@ def read_checkpoint(path: Path, key: str, device) -> dict | None:
 def write_state(
     folder: Path, network, history: list[dict], predicted: np.ndarray, key: str, epoch: int
 ):
+    (folder / "model.json").unlink(missing_ok=True)  # it vouches for the other files
     with utils.atomic(folder / "history.csv") as partial:
         pd.DataFrame(history).to_csv(partial, index=False, lineterminator="\n")
     with utils.atomic(folder / "held-out.npy") as partial:
         np.save(partial, predicted)
     with utils.atomic(folder / "model.safetensors") as partial:
-        save_file({k: v.contiguous().cpu() for k, v in network.state_dict().items()}, partial)
+        weights = {name: value.cpu() for name, value in network.state_dict().items()}
+        partial.write_bytes(safetensors.torch.save(weights))  # save_file makes it private
     with utils.atomic(folder / "model.json") as partial:
         info = {"key": key, "network": type(network).__name__, "epoch": epoch}
         partial.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
@@ -628,7 +640,7 @@ def write_state(
 # prediction
 # ------------------------------------------------------------------------------------------------
 def blending(side: int, preset: str) -> tuple[int, np.ndarray]:
-    """Stride of the patches and weights (T,) of the superpixels in a patch of ``side``.
+    """Stride of the patches, and weights (T,) of the superpixels in a patch of ``side``.
 
     Published: side by side. Default: half a patch apart, each weighted by a smooth hill.
     """
@@ -638,142 +650,148 @@ def blending(side: int, preset: str) -> tuple[int, np.ndarray]:
     return (side + 1) // 2, np.outer(hill, hill).ravel().astype(np.float32)
 
 
-def patch_centres(shape: tuple[int, int], side: int, stride: int) -> list[np.ndarray]:
-    """Centres (B, 2) of a lattice of patches that covers the map, a list entry a row of patches."""
-    first = side // 2 if stride == side else 0
-    rows, cols = (np.arange(first, n + stride - 1, stride) for n in shape)
-    return [np.stack([np.full(len(cols), row), cols], axis=1) for row in rows]
-
-
-def predict_strip(networks, section: Section, tree, top: int, bottom: int, preset: str, device):
-    """Counts (states, rows, w, G) of the rows top..bottom of the map, and the first state's embedding.
-
-    Patches without tissue are not computed; superpixels that no patch reached stay NaN.
-    """
-    side = 2 * section.half + 1
-    stride, weights = blending(side, preset)
-    h, w = section.tissue.shape
-    centres = [
-        row
-        for row in patch_centres((h, w), side, stride)
-        if row[0, 0] + section.half >= top and row[0, 0] - section.half < bottom
-    ]
-    centres = np.concatenate(centres)
+def patch_centres(section: Section, stride: int, shown: np.ndarray) -> np.ndarray:
+    """Centres (B, 2), row by row, of the patches that cover what is shown of the map (h, w)."""
+    h, w = shown.shape
+    first = section.half if stride > section.half + 1 else 0  # blocks begin in the corner
+    rows, cols = (np.arange(first, n + stride - 1, stride) for n in (h, w))
+    centres = np.stack(np.meshgrid(rows, cols, indexing="ij"), axis=-1).reshape(-1, 2)
     row, col = section.patches(centres)
-    needed = section.tissue[row.clip(0, h - 1), col.clip(0, w - 1)].any(axis=1)
-    centres, row, col = centres[needed], row[needed], col[needed]
-    in_strip = (row >= top) & (row < bottom) & (col >= 0) & (col < w)
-    cell = (row - top) * w + col  # (patches, T)
+    reached = shown[row.clip(0, h - 1), col.clip(0, w - 1)]
+    return centres[reached.any(axis=1)]
 
-    size = (bottom - top) * w
-    weight = np.bincount(
-        cell[in_strip], np.broadcast_to(weights, cell.shape)[in_strip], minlength=size
-    )
-    maps = torch.zeros(len(networks), size, section.counts.shape[1], device=device)
-    latent = torch.zeros(size, WIDTH, device=device)
-    for start in range(0, len(centres), PREDICT_BATCH):
-        part = slice(start, start + PREDICT_BATCH)
-        near = tree.query(
-            centres[part] + 0.5, k=np.arange(1, min(section.context, len(section.points)) + 1)
-        )[1]
-        use = torch.from_numpy(in_strip[part]).to(device)
-        where = torch.from_numpy(cell[part]).to(device)[use]
-        share = torch.from_numpy(weights).to(device).expand(use.shape)[use][:, None]
+
+def predict_strip(networks, section: Section, centres, weights, rows: slice, batch: int, device):
+    """Counts (states, rows, w, G) and embedding of the first state (rows, w, D) in some rows.
+
+    ``centres`` are those of ``patch_centres``. Superpixels that no patch reaches are NaN.
+    """
+    w = section.tissue.shape[1]
+    n_genes, k = section.counts.shape[1], min(section.context, len(section.points))
+    top, bottom = rows.start, rows.stop
+    reaches = (centres[:, 0] + section.half >= top) & (centres[:, 0] - section.half < bottom)
+    centres = centres[reaches]
+    weights = torch.from_numpy(weights).to(device)
+    total = torch.zeros((bottom - top) * w, 1, device=device)
+    maps = torch.zeros(len(networks), len(total), n_genes, device=device)
+    latent = torch.zeros(len(total), WIDTH, device=device)
+    for start in range(0, len(centres), batch):
+        part = centres[start : start + batch]
+        near = nearest(section.points, part + 0.5, k)
+        row, col = section.patches(part)
+        inside = (row >= top) & (row < bottom) & (col >= 0) & (col < w)
+        cell = torch.from_numpy(((row - top) * w + col)[inside]).to(device)
+        inside = torch.from_numpy(inside).to(device)
+        share = weights.expand(inside.shape)[inside][:, None]
+        total.index_add_(0, cell, share)
+        inputs = section.inputs(part, near, networks[0].halo, device)
         for state, network in enumerate(networks):
-            output, embedding = network(*section.inputs(centres[part], near, network.halo, device))
-            maps[state].index_add_(0, where, network.to_counts(output)[use] * share)
+            output, embedding = network(*inputs)
+            maps[state].index_add_(0, cell, network.to_counts(output)[inside] * share)
             if state == 0:
-                latent.index_add_(0, where, embedding[use] * share)
-    weight = torch.from_numpy(weight.astype(np.float32)).to(device)[:, None]  # 0 / 0 is the NaN
-    shape = (bottom - top, w, -1)
-    return (maps / weight).unflatten(1, shape[:2]), (latent / weight).reshape(shape)
+                latent.index_add_(0, cell, embedding[inside] * share)
+    maps, latent = maps / total, latent / total  # 0 / 0 is the NaN
+    return maps.unflatten(1, (-1, w)), latent.unflatten(0, (-1, w))
 
 
-def predict_maps(
-    networks, section: Section, args: argparse.Namespace, out: np.ndarray, device
-) -> np.ndarray:
-    """Fill ``out`` (G, h, w) with the median of the states; return the embedding (D, h, w) of the first.
+def predict_maps(networks, section: Section, args: argparse.Namespace, out: np.ndarray, device):
+    """Fill ``out`` (G, h, w) with the median of the states; return the embedding (D, h, w).
 
-    Works down the map in strips, so that only one strip of all states is in memory.
+    Goes down the map in strips, so that only one strip of all states is in memory.
     """
     h, w = section.tissue.shape
+    shown = np.ones((h, w), bool) if args.keep_background else section.tissue
+    stride, weights = blending(2 * section.half + 1, args.preset)
+    centres = patch_centres(section, stride, shown)
     row_bytes = 4 * w * (section.counts.shape[1] * (2 * len(networks) + 1) + 2 * WIDTH)
     strip = max(1, min(h, STRIP_BYTES // row_bytes))
-    tree = cKDTree(section.points)
+    batch = PREDICT_BATCH
     embedding = np.empty((WIDTH, h, w), np.float32)
+    for network in networks:
+        network.eval()
     with torch.inference_mode():
-        for network in networks:
-            network.eval()
         for top in tqdm(range(0, h, strip), desc="maps", disable=None):
-            bottom = min(h, top + strip)
-            maps, latent = predict_strip(networks, section, tree, top, bottom, args.preset, device)
-            # Not torch.median: of an even number of states it takes the lower one.
-            merged = np.median(maps.cpu().numpy(), axis=0)
-            latent = latent.cpu().numpy()
-            if not args.keep_background:
-                merged[~section.tissue[top:bottom]] = np.nan
-                latent[~section.tissue[top:bottom]] = np.nan
-            out[:, top:bottom] = merged.transpose(2, 0, 1)
-            embedding[:, top:bottom] = latent.transpose(2, 0, 1)
+            rows = slice(top, min(h, top + strip))
+            while True:
+                try:
+                    maps, latent = predict_strip(
+                        networks, section, centres, weights, rows, batch, device
+                    )
+                    break
+                except torch.OutOfMemoryError:
+                    if batch == 1:
+                        raise
+                    batch //= 2  # the result does not depend on it
+                    torch.cuda.empty_cache()
+            # Not torch.median: of an even number of states it takes the lower middle one.
+            median, latent = np.median(maps.cpu().numpy(), axis=0), latent.cpu().numpy()
+            median[~shown[rows]] = np.nan
+            latent[~shown[rows]] = np.nan
+            out[:, rows], embedding[:, rows] = median.transpose(2, 0, 1), latent.transpose(2, 0, 1)
     return embedding
 
 
+def correlations(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Pearson r of every gene (G,) over the spots (M, G); NaN where it is not defined."""
+    if len(predicted) < 3:
+        return np.full(measured.shape[1], np.nan)
+    a, b = (x.astype(np.float64) - x.mean(axis=0) for x in (predicted, measured))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(axis=0) / np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
+
+
 # ------------------------------------------------------------------------------------------------
-# reading and writing
+# reading
 # ------------------------------------------------------------------------------------------------
 def read_mask(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray:
-    """Tissue (h, w) bool from mask.png: whatever is not black, in any mode, at this size or a multiple."""
+    """Tissue (h, w) bool from mask.png: whatever is not black or transparent, in any image mode.
+
+    The picture has a pixel a superpixel, or a whole multiple of that.
+    """
     path = stage.path(utils.MASK)
     try:
         with Image.open(path) as image:
-            # Transparent is not tissue; a painted colour is.
-            pixels = np.asarray(
-                image.convert("RGBA" if image.mode in ("LA", "RGBA", "P") else "RGB")
-            )
+            pixels = np.asarray(image.convert("RGBA"))
     except (OSError, SyntaxError, ValueError) as error:
         raise stage.error(path, f"is not a readable image: {error}") from error
-    nonzero = (pixels[..., :3] > 0).any(axis=-1)
-    if pixels.shape[-1] == 4:
-        nonzero &= pixels[..., 3] > 0
-    times = nonzero.shape[0] // shape[0]
-    if times < 1 or nonzero.shape != (shape[0] * times, shape[1] * times):
+    painted = (pixels[..., :3] > 0).any(axis=-1) & (pixels[..., 3] > 0)
+    times = max(1, painted.shape[0] // shape[0])
+    if painted.shape != (shape[0] * times, shape[1] * times):
         raise stage.error(
             path,
-            f"is {nonzero.shape[1]} x {nonzero.shape[0]} px; expected {shape[1]} x {shape[0]}, a pixel a "
-            f"superpixel (or a whole multiple of it).",
+            f"is {painted.shape[1]} x {painted.shape[0]} px; expected {shape[1]} x {shape[0]} px, "
+            f"one a superpixel (or a whole multiple of that).",
         )
-    share = nonzero.reshape(shape[0], times, shape[1], times).mean(axis=(1, 3))
-    tissue = share >= 0.5
+    tissue = painted.reshape(shape[0], times, shape[1], times).mean(axis=(1, 3)) >= 0.5
     if not tissue.any():
         raise stage.error(
             path,
-            "is all black: it leaves no tissue.",
+            "is all black, which leaves no tissue.",
             f"Paint the tissue white, or remove the file and run: {stage.command(utils.MASKING)}",
         )
     if tissue.all():
-        print(f"{path.name}: the whole image is tissue")
+        print(f"warning: by {path.name} the whole image is tissue")
     return tissue
 
 
 def read_hr_points(stage: utils.Stage, spots: pd.Index) -> tuple[np.ndarray, np.ndarray]:
-    """Places (P, 2) in px of he.jpg as (row, col), and parents (P, 2) as indices of ``spots``."""
+    """Places (P, 2) as (row, col) in px of he.jpg, and parents (P, 2) as indices of ``spots``."""
     path = stage.path(utils.HR_LOCS)
+    text = {"parent_1": str, "parent_2": str}
     try:
-        table = pd.read_csv(path, index_col=0, dtype={"parent_1": str, "parent_2": str},
-                            keep_default_na=False, encoding="utf-8")  # fmt: skip
+        table = pd.read_csv(path, index_col=0, dtype=text, keep_default_na=False, encoding="utf-8")
         xy = table[["x", "y"]].astype(np.float64).to_numpy()
-        first = spots.get_indexer(table["parent_1"])
-        second = spots.get_indexer(
-            table["parent_2"].where(table["measured"] == 0, table["parent_1"])
-        )
+        second = table["parent_2"].where(table["measured"] == 0, table["parent_1"])
+        parents = np.stack([spots.get_indexer(ids) for ids in (table["parent_1"], second)], axis=1)
     except (ValueError, KeyError, OSError) as error:
         raise stage.error(path, f"is not a table of HR points: {error}") from error
-    parents = np.stack([first, second], axis=1)
     if len(xy) == 0 or not np.isfinite(xy).all() or (parents < 0).any():
         raise stage.error(
-            path, f"does not fit {utils.LOCS.name}: {(parents < 0).any(axis=1).sum()} of its {len(xy)} "
-            f"points have a parent that is no spot, or it holds places that are not numbers.",
-        )  # fmt: skip
+            path,
+            f"does not fit {utils.LOCS.name}: of its {len(xy)} points, "
+            f"{(parents < 0).any(axis=1).sum()} have a parent that is no spot and "
+            f"{(~np.isfinite(xy)).any(axis=1).sum()} have no place.",
+        )
     return xy[:, ::-1], parents
 
 
@@ -782,8 +800,9 @@ def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
     default = stage.args.preset == "default"
     grid = utils.grid_shape(stage)
     tissue = read_mask(stage, grid)
+    longest = utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
     radius = utils.read_number(
-        stage, stage.path(utils.RADIUS), utils.TOKEN_PX, 64 * utils.TOKEN_PX, "px of he.jpg"
+        stage, stage.path(utils.RADIUS), utils.TOKEN_PX, longest, "px of he.jpg"
     )
     locs = utils.read_locs(stage, stage.path(utils.LOCS))
     genes = utils.read_gene_names(stage, stage.path(utils.GENE_NAMES))
@@ -792,15 +811,12 @@ def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
     counts = utils.read_counts(stage, stage.path(utils.CNTS), locs.index)
     if unknown := [gene for gene in genes if gene not in counts.columns]:
         raise stage.error(
-            stage.path(utils.CNTS), f"does not have the gene {unknown[0]} of gene-names.txt."
+            stage.path(utils.CNTS), f"lacks {len(unknown)} listed genes, such as {unknown[0]}."
         )
-    spots = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
-    on_map = ((spots >= 0) & (spots < grid)).all(axis=1)
-    tokens = utils.read_array(stage, utils.FEATURES, np.float16, (*grid, None))
     section = Section(
-        tokens=tokens,
+        tokens=utils.read_array(stage, utils.FEATURES, np.float16, (*grid, None)),
         tissue=tissue,
-        spots=spots.clip(0, np.array(grid) - 1e-6),
+        spots=locs[["y", "x"]].to_numpy() / utils.TOKEN_PX,
         counts=counts[genes].to_numpy(),
         points=points / utils.TOKEN_PX,
         expression=np.asarray(expression),
@@ -809,32 +825,32 @@ def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
         context=DEFAULT_CONTEXT if default else PUBLISHED_CONTEXT,
         by_area=default,
     )
-    usable = (section.areas(section.spots).sum(axis=1) > 0) & on_map
-    if not usable.all():
-        print(
-            f"{(~usable).sum()} of {len(locs)} spots have no tissue under them and are not trained on"
-        )
-    if usable.sum() < MIN_SPOTS:
+    usable = int((section.areas.sum(axis=1) > 0).sum())
+    if usable < len(locs):
+        print(f"{len(locs) - usable} of {len(locs)} spots have no tissue and are not trained on")
+    if usable < MIN_SPOTS:
         raise stage.error(
             stage.path(utils.MASK),
-            f"leaves {usable.sum()} of {len(locs)} spots on tissue; at least {MIN_SPOTS} are needed.",
+            f"leaves {usable} of {len(locs)} spots on tissue; at least {MIN_SPOTS} are needed.",
         )
+    if len(points) < section.context:
+        print(f"only {len(points)} HR points: the context is all of them, not {section.context}")
     return section, locs.index, genes
 
 
+# ------------------------------------------------------------------------------------------------
+# writing
+# ------------------------------------------------------------------------------------------------
 def file_names(genes: list[str], suffix: str) -> dict[str, str]:
     """Gene -> file name: the gene itself where every file system takes it, else percent-encoded.
 
-    Names stay inside the folder, differ also where upper and lower case do not, and can be decoded
-    (urllib.parse.unquote, after cutting the suffix and a final ~2, ~3, ...).
+    Names stay inside the folder and differ also where upper and lower case do not.
     """
     names, taken = {}, set()
     for gene in genes:
         stem = urllib.parse.quote(gene, safe="()+,;=@ ").replace("~", "%7E")
-        if stem[0] in ". " or stem[-1] in ". " or stem.split(".")[0].lower() in WINDOWS_DEVICES:
+        if stem[0] in ". " or stem.split(".")[0].lower() in WINDOWS_DEVICES:
             stem = f"%{ord(stem[0]):02X}{stem[1:]}"
-        if stem[-1] in ". ":
-            stem = f"{stem[:-1]}%{ord(stem[-1]):02X}"
         name, count = stem, 1
         while name.lower() in taken:
             count += 1
@@ -845,61 +861,52 @@ def file_names(genes: list[str], suffix: str) -> dict[str, str]:
 
 
 def write_maps(folder: Path, maps: np.ndarray, genes: list[str], kind: str) -> None:
-    """One file a gene (``kind`` pickle or npy) and index.csv (gene, file)."""
+    """One file a gene (``kind`` is pickle or npy), and index.csv with columns gene, file."""
     folder.mkdir()
     names = file_names(genes, f".{kind}")
     for gene, values in zip(genes, tqdm(maps, desc="files", disable=None), strict=True):
         with (folder / names[gene]).open("wb") as file:
-            if kind == "pickle":  # a plain array, as tools of this family read it
+            if kind == "pickle":  # a plain array, as the tools of this family read it
                 pickle.dump(np.array(values), file, protocol=4)
             else:
                 np.save(file, values)
-    index = pd.DataFrame({"gene": list(names), "file": list(names.values())})
+    index = pd.DataFrame(names.items(), columns=["gene", "file"])
     index.to_csv(folder / "index.csv", index=False, encoding="utf-8", lineterminator="\n")
 
 
 def draw_map(values: np.ndarray, title: str) -> np.ndarray:
-    """A picture (rows, columns, 3) of a map (h, w): viridis, white outside, colour and scale bars."""
-    top = max(float(np.nanpercentile(values, 99.5)), 1e-6)
-    grey = (np.nan_to_num(values / top).clip(0, 1) * 255).astype(np.uint8)
-    picture = cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)
+    """Picture (rows, columns, 3) of a map (h, w): viridis, white outside, colour and scale bar."""
+    highest = max(float(np.nanpercentile(values, 99.5)), 1e-6)
+    levels = (np.nan_to_num(values / highest).clip(0, 1) * 255).astype(np.uint8)
+    picture = cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)
     picture[np.isnan(values)] = 255
     times = max(1, PLOT_PX // max(values.shape))
     picture = cv2.resize(picture, None, fx=times, fy=times, interpolation=cv2.INTER_NEAREST)
     height, width = picture.shape[:2]
-    canvas = np.full((height + 70, width + COLOUR_BAR_PX, 3), 255, np.uint8)
-    canvas[40 : 40 + height, :width] = picture
+    canvas = np.full((height + 2 * PLOT_MARGIN_PX, width + COLOUR_BAR_PX, 3), 255, np.uint8)
+    rows = slice(PLOT_MARGIN_PX, PLOT_MARGIN_PX + height)
+    canvas[rows, :width] = picture
     ramp = np.linspace(255, 0, height).astype(np.uint8)[:, None].repeat(20, axis=1)
-    canvas[40 : 40 + height, width + 12 : width + 32] = cv2.applyColorMap(
-        ramp, cv2.COLORMAP_VIRIDIS
-    )
+    canvas[rows, width + 12 : width + 32] = cv2.applyColorMap(ramp, cv2.COLORMAP_VIRIDIS)
 
-    def write(text: str, x: int, y: int, size: float = 0.45) -> None:
-        cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 1, cv2.LINE_AA)
+    def write(text: str, x: int, y: int) -> None:
+        cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
 
-    write(f"{title}: counts per superpixel of 8 um", 4, 26, 0.55)
-    write(f"{top:.3g}", width + 36, 50)
-    write("0", width + 36, 40 + height)
-    length_um = 10.0 ** math.floor(math.log10(values.shape[1] * utils.SUPERPIXEL_UM / 2))
+    write(f"{title}, counts per superpixel of 8 um", 4, PLOT_MARGIN_PX - 14)
+    write(f"{highest:.3g}", width + 36, rows.start + 10)
+    write("0", width + 36, rows.stop)
+    half_um = values.shape[1] * utils.SUPERPIXEL_UM / 2
+    length_um = 10.0 ** math.floor(math.log10(half_um))
     length_px = round(length_um / utils.SUPERPIXEL_UM * times)
-    cv2.line(canvas, (4, height + 56), (4 + length_px, height + 56), (0, 0, 0), 2)
-    write(f"{length_um:g} um", 10 + length_px, height + 61)
+    cv2.line(canvas, (4, rows.stop + 16), (4 + length_px, rows.stop + 16), (0, 0, 0), 2)
+    write(f"{length_um:g} um", 12 + length_px, rows.stop + 21)
     return canvas[..., ::-1]  # cv2 draws in BGR
 
 
-def correlations(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Pearson r of every gene (G,) over the spots (M, G); NaN where either is constant."""
-    a, b = predicted - predicted.mean(axis=0), measured - measured.mean(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(axis=0) / np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
-
-
-def draw_plots(
-    folder: Path, maps: np.ndarray, genes: list[str], r: np.ndarray, n_plots: int
-) -> None:
-    """Pictures of the genes with the highest held-out r, or, where none was held out, of all from the top."""
+def draw_plots(folder: Path, maps: np.ndarray, genes: list[str], r: np.ndarray, n: int) -> None:
+    """Pictures of the ``n`` genes with the highest held-out r; without any r, of the first."""
     folder.mkdir()
-    order = np.argsort(-np.nan_to_num(r, nan=-2), kind="stable")[:n_plots]
+    order = np.argsort(-np.nan_to_num(r, nan=-2), kind="stable")[:n]
     names = file_names([genes[i] for i in order], ".png")
     for i in order:
         title = genes[i] if np.isnan(r[i]) else f"{genes[i]} (held-out r {r[i]:.2f})"
@@ -908,14 +915,27 @@ def draw_plots(
 
 @contextlib.contextmanager
 def scratch_array(directory: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """A float32 array on disk that is gone afterwards: the maps of a slide do not fit in memory."""
+    """A float32 array on disk that is gone afterwards: all maps of a slide do not fit in memory."""
     path = utils.partial_name(directory / "maps.npy")
     try:
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        yield array
-        del array
+        yield np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     finally:
         path.unlink(missing_ok=True)
+
+
+def summarise(spots: pd.Index, genes: list[str], held_out: np.ndarray, r: np.ndarray) -> dict:
+    """Print the closing table; return what the record keeps of it."""
+    facts = {"spots": len(spots), "genes": len(genes), "held_out_r_median": None}
+    score = "none, the published preset trains on all spots"
+    if not np.isnan(r).all():
+        low, middle, high = (float(q) for q in np.nanpercentile(r, [10, 50, 90]))
+        facts["held_out_r_median"] = round(middle, 4)
+        score = (
+            f"{len(held_out)} spots, median r {middle:.3f} (10 to 90 %: {low:.3f} to {high:.3f})"
+        )
+    print(f"  spots     {len(spots)}\n  genes     {len(genes)}\n  held out  {score}")
+    print(f"  maps      {utils.MAPS.name}/, pictures in {utils.PLOTS.name}/")
+    return facts | {"held_out_spots": [str(spots[i]) for i in held_out]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -924,55 +944,44 @@ def scratch_array(directory: Path, shape: tuple[int, ...]) -> Iterator[np.ndarra
 def build_parser() -> argparse.ArgumentParser:
     parser = utils.stage_parser(__doc__)
     utils.add_device(parser)
-    parser.add_argument("--epochs", type=utils.positive, default=500, help="Most epochs per state.")
-    parser.add_argument(
-        "--n-states",
-        type=utils.positive,
-        default=5,
-        help="Networks to train; the maps are their median.",
-    )
-    parser.add_argument(
+    option = parser.add_argument
+    option("--epochs", type=utils.positive, default=500, help="Largest number of epochs a state.")
+    option("--n-states", type=utils.positive, default=5, help="Networks; a map is their median.")
+    option(
         "--preset",
         choices=sorted(NETWORKS),
         default="default",
-        help="The network and training of this project, or the arithmetic of the published method.",
+        help="The network of this project, or the arithmetic of the published method.",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="Seed; state i is trained with seed + i."
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=utils.positive,
-        help="Spots per training step; by default the preset's.",
-    )
-    parser.add_argument("--learning-rate", type=float, help="Step size; by default the preset's.")
-    parser.add_argument(
-        "--map-format", choices=("pickle", "npy"), default="pickle", help="Kind of the map files."
-    )
-    parser.add_argument(
-        "--keep-background", action="store_true", help="Predict outside the tissue mask as well."
-    )
-    parser.add_argument("--n-plots", type=int, default=12, help="Number of genes to draw.")
+    option("--seed", type=int, default=0, help="Random seed; state i is trained with seed + i.")
+    option("--batch-size", type=utils.positive, help="Spots a training step; None: the preset's.")
+    option("--learning-rate", type=float, help="Step size of the training; None: the preset's.")
+    option("--map-format", choices=("pickle", "npy"), default="pickle", help="Kind of map files.")
+    option("--keep-background", action="store_true", help="Predict outside the tissue as well.")
+    option("--n-plots", type=int, default=12, help="Number of genes to draw.")
     return parser
 
 
 def main(stage: utils.Stage) -> None:
     args = stage.args
-    stage.require(utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.GENE_NAMES, utils.HR_LOCS,
-                  utils.HR_CNTS, utils.FEATURES, utils.MASK)  # fmt: skip
-    stage.guard(utils.MAPS, utils.EMBEDDINGS, utils.PLOTS)
+    stage.require(*INPUTS)
+    stage.guard(utils.MAPS, utils.EMBEDDINGS, utils.PLOTS, utils.HELD_OUT)
     device = utils.resolve_device(args.device)
     section, spots, genes = read_section(stage)
     h, w = section.tissue.shape
-    utils.check_disk(stage.directory, 8 * h * w * (len(genes) + WIDTH), "the maps")
-    print(
-        f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes, {h} x {w} superpixels"
-    )
-    print(f"device {device}, preset {args.preset}, {args.n_states} states")
+    utils.check_disk(stage.directory, 4 * h * w * (2 * len(genes) + WIDTH), "the maps")
+    print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
+    print(f"{h} x {w} superpixels, preset {args.preset}, {args.n_states} states, device {device}")
 
-    key = training_key(stage, section, device)
+    key = training_key(stage, device)
     folders = [stage.directory / utils.STATES.name / f"{i:02d}" for i in range(args.n_states)]
-    trained = [train_state(section, f, args, key, i, device) for i, f in enumerate(folders)]
+    try:
+        trained = [train_state(section, f, args, key, i, device) for i, f in enumerate(folders)]
+    except torch.OutOfMemoryError as error:
+        raise utils.StageError(
+            f"{device} has too little memory for the training: {str(error).splitlines()[0]}",
+            f"Run: {stage.command(SCRIPT)} --batch-size 4 (or another small number)",
+        ) from error
     networks, held_out, predicted = zip(*trained, strict=True)
     held_out, predicted = np.concatenate(held_out), np.concatenate(predicted)
     r = correlations(predicted, section.counts[held_out])
@@ -988,33 +997,8 @@ def main(stage: utils.Stage) -> None:
     with stage.writing(utils.HELD_OUT) as partial:
         table = pd.DataFrame({"gene": genes, "held_out_r": r})
         table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
-    facts = {
-        "seed": args.seed,
-        "device": str(device),
-        "spots": len(spots),
-        "genes": len(genes),
-        "held_out_spots": sorted({str(spots[i]) for i in held_out}),
-        "held_out_r_median": None if np.isnan(r).all() else round(float(np.nanmedian(r)), 4),
-    }
-    print_summary(facts, r)
-    stage.finish(**facts)
-
-
-def print_summary(facts: dict, r: np.ndarray) -> None:
-    held_out = "none (the published preset trains on all)"
-    if facts["held_out_r_median"] is not None:
-        low, high = np.nanpercentile(r, [10, 90])
-        held_out = (
-            f"median r {facts['held_out_r_median']:.3f} (10 % to 90 % of the genes: {low:.3f} to "
-            f"{high:.3f}), {len(facts['held_out_spots'])} spots, one state each"
-        )
-    print(
-        f"  spots     {facts['spots']}\n"
-        f"  genes     {facts['genes']}\n"
-        f"  held out  {held_out}\n"
-        f"  maps      {utils.MAPS.name}/, previews in {utils.PLOTS.name}/, r of every gene in "
-        f"{utils.HELD_OUT.name}"
-    )
+    facts = summarise(spots, genes, held_out, r)
+    stage.finish(seed=args.seed, device=str(device), **facts)
 
 
 def run(argv: list[str] | None = None) -> int:

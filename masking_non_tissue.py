@@ -1,22 +1,23 @@
-"""Tell tissue from bare slide: superpixel tokens and colours to a tissue mask, and a picture to check it.
+"""Tell tissue from bare slide: tokens and colours to a tissue mask, and a picture to check it by.
 
     python masking_non_tissue.py --directory data/section
 
-In    Histology_feature_map.npy, Histology_rgb.npy, he.jpg and locs.csv (both for the picture)
-Out   mask.png           8 bit (rows, columns), 255 tissue, 0 bare slide; one pixel a superpixel of 8 um
+In    Histology_feature_map.npy, Histology_rgb.npy; he.jpg and locs.csv for the picture
+Out   mask.png           8 bit (rows, columns), 255 tissue, 0 bare slide, a pixel per superpixel
       mask-overlay.png   the outline on the H&E, with the spots: look at it
 
-The mask is yours to edit in any painting program: whatever is not black counts as tissue. HISTEX.py uses
-the edit, and this script does not replace an edited mask, nor one you brought, without --force.
+The mask is yours to edit in any painting program: whatever is not black counts as tissue. HISTEX.py
+uses the edit, and this script replaces neither an edited mask nor one that you brought, unless
+--force is given.
 
-Bare slide is pale and, above all, smooth, also where a stain haze or the printed dots of an array tint it;
-tissue is textured, also where it is pale. Superpixels for which both signs agree are the seeds; a linear
-discriminant on the tokens, fitted to the seeds of this very section, decides the others. Specks of tissue
-and pinholes below a size limit are removed.
+Bare slide is pale and, above all, smooth, also where a stain haze or the printed dots of an array
+tint it; tissue is textured, also where it is pale. Superpixels for which both signs agree are the
+seeds; a linear discriminant on the tokens, fitted to the seeds of this very section, decides the
+others. Specks of tissue and pinholes below a size limit are removed.
 
-Departures from the published method: it clusters the tokens in two and takes the cluster with more spots,
-trims 16 superpixels along the borders and drops pieces under 0.256 mm2. A section that fills the image is
-cut in half that way, and small pieces are lost.
+Departures from the published method: it clusters the tokens in two and takes the cluster with more
+spots, trims 16 superpixels along the borders and drops pieces under 0.256 mm2. That cuts a section
+that fills the image in half, and loses small pieces.
 """
 
 from __future__ import annotations
@@ -36,15 +37,14 @@ import utils
 
 SCRIPT = utils.MASKING
 
-# Optical density is -log(colour / white), mean over R, G, B. Measured on scans of four laboratories: bare
-# slide 0.00-0.08 with a haze, tissue 0.15-1.1; texture (see below) of bare slide < 0.01, tissue > 0.05.
+# Optical density is -log(colour / white), mean over R, G, B. Measured on three scans (legacy ST,
+# Visium HD, rendered Xenium): bare slide 0.00-0.08, with texture (see below) under 0.01, also under
+# a haze; tissue 0.15-1.1, with texture over 0.05, also where it is pale.
 PALE_OD = 0.12
 TEXTURE_WINDOW = 7  # superpixels (56 um): wider than a gap between nuclei, narrower than a vessel
 SMOOTH_TEXTURE, ROUGH_TEXTURE = 0.015, 0.03
 WHITE_PERCENTILE = 99.0  # of the superpixels, per channel
-DARKEST_WHITE = (
-    200  # a section without bare slide has no white to measure; no scanner's white is darker
-)
+DARKEST_WHITE = 200  # a section without bare slide shows no white; no scanner's is darker
 RIDGE = 1e-2  # per seed, on standardised tokens: neighbouring features are nearly collinear
 MAX_SEEDS = 50_000  # a discriminant needs no more, and a slide has millions
 ROW_BLOCK = 64  # rows of superpixels classified at a time, which bounds the memory
@@ -59,7 +59,7 @@ def superpixels(area_mm2: float) -> int:
 
 
 def optical_density(rgb: np.ndarray) -> np.ndarray:
-    """Mean optical density (rows, columns) of uint8 colours (rows, columns, 3) against the slide's white."""
+    """Mean optical density (rows, columns) of colours (rows, columns, 3), uint8."""
     white = np.percentile(rgb.reshape(-1, 3), WHITE_PERCENTILE, axis=0)
     white = np.maximum(white, DARKEST_WHITE).astype(np.float32)
     ratio = (rgb.astype(np.float32) + 1) / (white + 1)
@@ -79,15 +79,15 @@ def find_seeds(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     texture = local_texture(density)
     bare = (density < PALE_OD) & (texture < SMOOTH_TEXTURE)
     bare = remove_small_objects(bare, max_size=superpixels(MIN_HOLE_MM2))  # fat cells are smaller
-    # Bare slide beside tissue has texture from its neighbour, but is smooth on the other side; loose
-    # stroma is as pale, but rough all around.
+    # Bare slide beside tissue has texture from its neighbour, but is smooth on the other side;
+    # loose stroma is as pale, but rough all around.
     rough_around = minimum_filter(texture, TEXTURE_WINDOW) > ROUGH_TEXTURE
     tissue = ((texture > ROUGH_TEXTURE) & (density > PALE_OD)) | rough_around
     return tissue, bare
 
 
 def fit_discriminant(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights (F,) and threshold of a two-class linear discriminant (regularised, classes weighted equally).
+    """Weights (F,) and threshold of a linear discriminant, both classes weighted equally.
 
     tokens (S, F), tissue (S,) bool; a token is tissue if tokens @ weights > threshold.
     """
@@ -103,7 +103,7 @@ def fit_discriminant(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray
 
 
 def classify(tokens: np.ndarray, rgb: np.ndarray, seed: int) -> np.ndarray:
-    """Tissue (rows, columns) bool before cleaning; tokens (rows, columns, F) may be memory-mapped."""
+    """Tissue (rows, columns) bool before cleaning, from tokens (rows, columns, F) and colours."""
     tissue, bare = find_seeds(rgb)
     if not tissue.any() or not bare.any():
         return ~bare  # nothing to compare with: all that is not surely bare slide
@@ -143,7 +143,7 @@ def spots_inside(mask: np.ndarray, locs: pd.DataFrame) -> np.ndarray:
 
 
 def draw_overlay(picture: np.ndarray, mask: np.ndarray, locs: pd.DataFrame) -> np.ndarray:
-    """The H&E (any size, 3) with the mask's outline and the spot centres, green inside, orange out."""
+    """The H&E (any size, 3) with the outline of the mask; spots are green inside, orange outside."""
     picture = picture.copy()
     size = (picture.shape[1], picture.shape[0])
     scale = np.array(size) / (np.array(mask.shape[::-1]) * utils.TOKEN_PX)  # of x and y
@@ -159,7 +159,7 @@ def draw_overlay(picture: np.ndarray, mask: np.ndarray, locs: pd.DataFrame) -> n
 
 
 def read_thumbnail(stage: utils.Stage, path: Path) -> np.ndarray:
-    """The image with its longest side at most ``OVERLAY_PX``; a JPEG is never decoded at full size."""
+    """The image, its longest side at most ``OVERLAY_PX``; a JPEG is not decoded at full size."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (OVERLAY_PX, OVERLAY_PX))
@@ -193,7 +193,7 @@ def main(stage: utils.Stage) -> None:
             stage.path(utils.HE),
             "shows no tissue: it is pale and smooth all over.",
             f"Look at it. If there is tissue, paint {utils.MASK.name} yourself: {mask.shape[1]} x "
-            f"{mask.shape[0]} px (width x height), white tissue on black, and go on with HISTEX.py.",
+            f"{mask.shape[0]} px, the tissue white on black, then go on with HISTEX.py.",
         )
     covered = spots_inside(mask, locs).mean()
     print(f"tissue: {mask.mean():.1%} of the image, under {covered:.1%} of {len(locs)} spots")

@@ -1,13 +1,13 @@
-"""What the five HISTEX scripts share: files, arguments, records and geometry. No algorithm lives here.
+"""What the five HISTEX scripts share: files, arguments, records, geometry. No algorithm lives here.
 
-A sample directory (``--directory``) is the only thing the scripts have in common. This file says which
-files it holds and who writes them (the contract), reads them with checks, writes them so that a crash
-never leaves half a file under a real name, and keeps one record per stage, ``<stage>.json``, by which the
-next stage sees whether a file is fresh, edited by hand, or out of date.
+A sample directory (``--directory``) is all that the scripts have in common. This file says which
+files it holds and who writes them (the contract), reads them with checks, writes them so that a
+crash never leaves half a file under a real name, and keeps a record per stage, ``<stage>.json``, by
+which the next stage sees whether a file is fresh, edited by hand, or out of date.
 
 Frames and units. Arrays are (row, col); x (column) and y (row) occur in CSV columns only. Pixel
-coordinates are continuous: 0 is the left or upper edge of the first pixel. he.jpg has 0.5 um per pixel;
-the superpixel of a coordinate p is floor(p / 16).
+coordinates are continuous: 0 is the left or upper edge of the first pixel. he.jpg has 0.5 um per
+pixel; the superpixel of a coordinate p is floor(p / 16).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ HISTEX = "HISTEX.py"
 
 @dataclass(frozen=True)
 class Artifact:
-    """One file of the sample directory. ``names`` are alternatives of which exactly one may exist."""
+    """One file of the sample directory; of several ``names``, exactly one may exist."""
 
     names: tuple[str, ...]
     made_by: str | None  # script, or None for what the user brings
@@ -117,18 +117,19 @@ HELD_OUT = Artifact(
     ("held-out-r.csv",), HISTEX, "gene, correlation with the counts of held-out spots"
 )
 CONTRACT = (
-    HE_RAW, PIXEL_SIZE_RAW, LOCS_RAW, CNTS, RADIUS_RAW, GENE_NAMES, HE, LOCS, RADIUS, PIXEL_SIZE, HR_LOCS,
-    HR_CNTS, FEATURES, RGB, MASK, MASK_OVERLAY, STATES, MAPS, EMBEDDINGS, PLOTS, HELD_OUT,
+    HE_RAW, PIXEL_SIZE_RAW, LOCS_RAW, CNTS, RADIUS_RAW, GENE_NAMES, HE, LOCS, RADIUS, PIXEL_SIZE,
+    HR_LOCS, HR_CNTS, FEATURES, RGB, MASK, MASK_OVERLAY, STATES, MAPS, EMBEDDINGS, PLOTS, HELD_OUT,
 )  # fmt: skip
 MADE_BY = {name: artifact.made_by for artifact in CONTRACT for name in artifact.names}
 
 MIN_PIXEL_SIZE_UM, MAX_PIXEL_SIZE_UM = 0.05, 2.5  # 200x and 4x objectives; a hires image is above
+MAX_RADIUS_SUPERPIXELS = 64  # 0.5 mm; a spot is at least one superpixel
 MAX_MEGAPIXELS = 2000  # about 6 GB as RGB; more is taken for a decompression bomb
 STALE_PARTIAL_SECONDS = 3600  # a partial file untouched for an hour belongs to no living run
 
 
 class StageError(ValueError):
-    """Something the user can put right: ``problem`` (file, found, expected), ``remedy`` (what to run)."""
+    """What the user can put right: the problem (file, found, expected) and what to run."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}\n{remedy}")
@@ -167,7 +168,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def same_as(path: Path, known: dict[str, Any]) -> bool:
-    """True if the file is the one fingerprinted as ``known``; hashes only when the mtime differs."""
+    """True if the file is the one fingerprinted as ``known``; hashes only if the mtime differs."""
     if not path.exists():
         return False
     stat = _stat(path)
@@ -189,7 +190,7 @@ def _remove(path: Path) -> None:
 
 
 def _put(partial: Path, path: Path) -> None:
-    """Move a finished file or folder to its real name. A folder that is in the way is moved aside first."""
+    """Move a finished file or folder to its real name; a folder in the way is moved aside first."""
     if path.is_dir():
         old = partial_name(path)
         path.rename(old)
@@ -215,8 +216,9 @@ def check_disk(directory: Path, need: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < need:
         raise StageError(
-            f"{what} needs about {need / 1e9:.2f} GB in {directory}, but only {free / 1e9:.2f} GB are free.",
-            "Free some space or move the sample directory to another disk, then run the same command.",
+            f"{what}: about {need / 1e9:.2f} GB are needed in {directory}, but only "
+            f"{free / 1e9:.2f} GB are free.",
+            "Free some space or move the folder to another disk, then run the same command.",
         )
 
 
@@ -224,11 +226,11 @@ def check_disk(directory: Path, need: int, what: str) -> None:
 # one run of one stage
 # ------------------------------------------------------------------------------------------------
 class Stage:
-    """One run of one script on one sample directory: its inputs, its outputs, and the record of both.
+    """One run of one script on one sample directory: its inputs, its outputs, the record of both.
 
     ``require`` names the inputs, ``guard`` the outputs; both are called before any work is done.
-    ``writing`` gives a temporary path per output. ``finish`` puts all outputs in place and writes the
-    record last. A run that ends in any other way leaves the sample directory as it was.
+    ``writing`` gives a temporary path per output. ``finish`` puts all outputs in place and writes
+    the record last. A run that ends in any other way leaves the sample directory as it was.
     """
 
     def __init__(self, script: str, args: argparse.Namespace) -> None:
@@ -259,7 +261,7 @@ class Stage:
         return f"python {script or self.script} --directory {quoted}"
 
     def error(self, path: Path, problem: str, remedy: str | None = None) -> StageError:
-        """A StageError about ``path``; without a remedy, the one of the file's origin: rerun or mend."""
+        """A StageError about ``path``, whose remedy is to rerun its origin or to mend it."""
         made_by = MADE_BY.get(path.name)
         if remedy is None and made_by and made_by != self.script:
             remedy = f"It is written by {made_by}. Run: {self.command(made_by)}"
@@ -276,13 +278,13 @@ class Stage:
         if len(there) > 1:
             names = ", ".join(path.name for path in there)
             raise StageError(
-                f"{self.directory} holds {names}; exactly one of them may be there ({artifact.what}).",
+                f"{self.directory} holds {names}; only one may be there ({artifact.what}).",
                 f"Move the others away, then run: {self.command(self.script)}",
             )
         return there[0] if there else None
 
     def require(self, *artifacts: Artifact) -> None:
-        """Check that every input exists, is finished and fresh; note hand edits; record fingerprints."""
+        """Check that the inputs exist, are finished and fresh; note hand edits and fingerprints."""
         for artifact in artifacts:
             path = self.find(artifact)
             if path is None:
@@ -311,7 +313,7 @@ class Stage:
             if not artifact.user_may_bring:
                 raise self.error(
                     path,
-                    f"has no record {record_name(artifact.made_by)}: {artifact.made_by} did not finish.",
+                    f"has no record {record_name(artifact.made_by)}; its stage did not finish.",
                 )
             print(f"{path.name}: not made by {artifact.made_by}, taken as your own")
             known = None
@@ -324,21 +326,18 @@ class Stage:
             if stale and not self.args.allow_stale:
                 script, changed = stale
                 raise StageError(
-                    f"{path} is out of date: {self.directory / changed} has changed since {script} read it.",
+                    f"{path} is out of date: {self.directory / changed} has changed since {script} "
+                    f"read it.",
                     f"Run: {self.command(script)}, then the stages after it "
                     f"(or add --allow-stale to use the old files all the same).",
                 )
             if stale:
-                print(
-                    f"{path.name}: out of date ({stale[1]} changed), used all the same (--allow-stale)"
-                )
+                print(f"{path.name}: out of date ({stale[1]} changed), used all the same")
             known = record["outputs"].get(path.name)
             if known is None and not artifact.user_may_bring:
                 raise self.error(path, f"is not listed in {record_name(artifact.made_by)}.")
             if known is not None and not same_as(path, known):
-                print(
-                    f"{path.name}: edited by hand since {artifact.made_by} wrote it, the edit is used"
-                )
+                print(f"{path.name}: edited since {artifact.made_by} wrote it, the edit is used")
                 known = None
         if known is not None and _stat(path)["mtime_ns"] == known["mtime_ns"]:
             self.inputs[path.name] = known  # unchanged, so its hash is known
@@ -367,7 +366,8 @@ class Stage:
                 continue  # left by a run that never came to its record
             raise StageError(
                 f"{path} was made or edited by hand; {self.script} would overwrite it.",
-                f"Keep it and go on to the next stage, or replace it: {self.command(self.script)} --force",
+                f"Keep it and go on to the next stage, or replace it. "
+                f"Run: {self.command(self.script)} --force",
             )
 
     @contextlib.contextmanager
@@ -384,7 +384,7 @@ class Stage:
             _remove(partial)
 
     def finish(self, **facts: Any) -> None:
-        """Put the outputs in place, then write the record: the last write is the sign of success."""
+        """Put the outputs in place, then write the record: the last write says that all is well."""
         record_path = self.directory / record_name(self.script)
         _write_json(record_path, {"finished": False, "script": self.script})
         outputs = {}
@@ -439,7 +439,7 @@ def read_record(stage: Stage, script: str) -> dict[str, Any] | None:
 
 
 def _stale(stage: Stage, script: str) -> tuple[str, str] | None:
-    """(script to rerun, file that changed) if the inputs of ``script``, or of a stage before it, changed."""
+    """(script to rerun, changed file) if inputs of ``script`` or of a stage before it changed."""
     record = read_record(stage, script)
     if record is None or not record["finished"]:
         return None
@@ -475,7 +475,7 @@ def sample_directory(text: str) -> Path:
 
 
 def stage_parser(doc: str) -> argparse.ArgumentParser:
-    """Parser with the arguments that all stages share; the first paragraph of the docstring describes it."""
+    """Parser with the arguments all stages share, described by the first paragraph of ``doc``."""
     parser = argparse.ArgumentParser(
         description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -513,7 +513,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve_device(name: str):
-    """torch.device for ``--device``. ``auto`` takes CUDA, then MPS, then the CPU; a named one must work."""
+    """torch.device of ``--device``; auto is CUDA, else MPS, else CPU; a named one must work."""
     import torch
 
     wanted = ["cuda", "mps", "cpu"] if name == "auto" else [name]
@@ -556,8 +556,8 @@ def run_stage(
         if error.errno not in (28, 13, 30, 122):  # no space, no permission, read-only, quota
             raise
         print(
-            f"error: {error.filename or args.directory} could not be written: {error.strerror}.\n"
-            f"Make room or allow writing there, then run the same command.",
+            f"error: {error.filename or args.directory}: {error.strerror}.\n"
+            f"Make room or give access to it, then run the same command.",
             file=sys.stderr,
         )
         return 2
@@ -635,7 +635,7 @@ def _read_header(stage: Stage, path: Path) -> tuple[list[str], str, bool]:
     if first.count(delimiter) == 0:
         raise stage.error(
             path,
-            f"has one column only ({first.strip()[:40]!r}); expected a comma or tab separated table.",
+            f"has one column only ({first.strip()[:40]!r}); expected commas or tabs between them.",
         )
     header, row = next(csv.reader([first], delimiter=delimiter)), []
     if second.strip():
@@ -698,7 +698,8 @@ def _where_not_numeric(path: Path, options: dict[str, Any], columns: list[str]) 
         bad = np.flatnonzero(pd.to_numeric(text[column], errors="coerce").isna())
         if len(bad):
             rows = ", ".join(str(row + 1) for row in bad[:5])
-            return f"holds {text[column].iat[bad[0]]!r} in column {column}, data row {rows}; expected a number."
+            found = text[column].iat[bad[0]]
+            return f"holds {found!r} in column {column}, data row {rows}; expected a number."
     return None
 
 
@@ -725,7 +726,7 @@ def read_counts(stage: Stage, path: Path, spots: pd.Index) -> pd.DataFrame:
     if len(missing):
         raise stage.error(
             path,
-            f"has no counts for {len(missing)} of {len(spots)} spots of the locations table, such as "
+            f"has no counts for {len(missing)} of the {len(spots)} spots that have a location: "
             f"{_some(missing)}; its own ids look like {_some(counts.index)}.",
         )
     extra = len(counts) - len(spots)
@@ -737,15 +738,13 @@ def read_counts(stage: Stage, path: Path, spots: pd.Index) -> pd.DataFrame:
         row, column = np.argwhere(values < 0)[0]
         raise stage.error(
             path,
-            f"holds {values[row, column]:g} for spot {counts.index[row]}, gene {counts.columns[column]}; "
-            f"counts cannot be negative.",
+            f"holds {values[row, column]:g} for spot {counts.index[row]}, gene "
+            f"{counts.columns[column]}; counts cannot be negative.",
         )
     if not values.any():
         raise stage.error(path, "holds nothing but zeros; expected raw counts.")
     if (values != np.floor(values)).any():
-        print(
-            f"{path.name}: the values are not whole numbers; raw counts are expected, not normalised ones"
-        )
+        print(f"warning: {path.name} holds fractions; raw counts are expected, not normalised ones")
     return counts
 
 
@@ -756,7 +755,7 @@ def read_array(
     shape: tuple[int | None, ...],
     finite: bool = True,
 ) -> np.ndarray:
-    """Memory-map an .npy of the given dtype and shape (None is any length), never unpickling anything."""
+    """Memory-map an .npy of the given dtype and shape (None is any length); unpickles nothing."""
     path = stage.path(artifact)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -771,7 +770,8 @@ def read_array(
     if array.dtype != dtype or not fits or array.size == 0:
         raise stage.error(
             path,
-            f"is {array.dtype} {array.shape}; expected {np.dtype(dtype)} {wanted}: {artifact.what}.",
+            f"is {array.dtype} {array.shape}; expected {np.dtype(dtype)} {wanted}: "
+            f"{artifact.what}.",
         )
     if finite and not all(np.isfinite(block).all() for block in array):
         raise stage.error(path, "holds values that are not finite.")
@@ -824,7 +824,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """Arrays from a .pickle file. Raises StageError for anything but numpy arrays in plain containers."""
+    """What a .pickle file holds, if that is numpy arrays in plain containers; else StageError."""
     try:
         with path.open("rb") as file:
             return _ArraysOnly(file).load()

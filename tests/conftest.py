@@ -100,3 +100,28 @@ def run_process(
     """Run a stage as its user does, from the shell."""
     command = [sys.executable, str(ROOT / script), "--directory", str(directory), *options]
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+PIPELINE = (  # the README's order, with options that suit a test
+    ("image_calibration.py",),
+    ("get_HR.py",),
+    ("Histology_Extractor.py", "--backbone", "efficientnet_lite0", "--device", "cpu"),
+    ("masking_non_tissue.py",),
+    ("HISTEX.py", "--epochs", "2", "--n-states", "1", "--n-plots", "1", "--device", "cpu"),
+)
+RECORDS = tuple(utils.record_name(script) for script, *_ in PIPELINE)
+
+
+@pytest.fixture(scope="session")
+def finished_sample(tmp_path_factory):
+    """The tiny sample after all five stages. Do not change it: ask for ``finished``, a copy."""
+    directory = write_sample(tmp_path_factory.mktemp("finished") / "section A")
+    for script, *options in PIPELINE:
+        assert run(script, directory, *options) == 0
+    return directory
+
+
+@pytest.fixture
+def finished(finished_sample, tmp_path):
+    """A fresh copy of the finished sample; copytree keeps times, so its records stay valid."""
+    return Path(shutil.copytree(finished_sample, tmp_path / "finished A"))

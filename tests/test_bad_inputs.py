@@ -1,0 +1,469 @@
+"""What goes wrong in practice, one row a fault: the message helps, and nothing on disk is lost.
+
+Every row spoils a copy of a finished sample and runs one stage on it. The number at the start of a
+row's name groups the rows: 1-9 image and directory, 10-16 tables, 17-23 settings and mask, 24-30
+machine, 31-38 the chain of stages.
+"""
+
+import errno
+import gzip
+import io
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import PIPELINE, RECORDS, ROOT, run, run_process
+from PIL import Image
+
+import HISTEX
+import image_calibration
+import utils
+
+CALIBRATION, HR, EXTRACTOR, MASKING, MODEL = (script for script, *_ in PIPELINE)
+OPTIONS = {script: options for script, *options in PIPELINE}
+
+
+@pytest.fixture(autouse=True)
+def pixel_limit(monkeypatch):
+    """Stages set Pillow's limit for their process; put it back for the tests that follow."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Hash of every file of a directory."""
+    return {
+        path.relative_to(directory).as_posix(): utils.sha256(path)
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def run_stage(script: str, directory: Path, *options: str) -> int:
+    return run(script, directory, *OPTIONS[script], *options)
+
+
+# ----- ways to spoil a sample ---------------------------------------------------------------------
+def text(name: str, content: str | bytes):
+    content = content.encode() if isinstance(content, str) else content
+    return lambda directory: (directory / name).write_bytes(content) and None
+
+
+def more(name: str, content: str):
+    """The file with something added at its end."""
+
+    def spoil(directory):
+        with (directory / name).open("a") as file:
+            file.write(content)
+
+    return spoil
+
+
+def gone(*names: str):
+    def spoil(directory):
+        for name in names:
+            (directory / name).unlink()
+
+    return spoil
+
+
+def cut(name: str, keep: int):
+    def spoil(directory):
+        path = directory / name
+        path.write_bytes(path.read_bytes()[:keep])
+
+    return spoil
+
+
+def table(name: str, change):
+    """The table, changed by ``change``, with everything read and written as text."""
+
+    def spoil(directory):
+        old = pd.read_csv(directory / name, dtype=str, keep_default_na=False, index_col=0)
+        change(old).to_csv(directory / name)
+
+    return spoil
+
+
+def cell(name: str, row: int, column: str, value: str):
+    def change(frame):
+        frame.iloc[row, frame.columns.get_loc(column)] = value
+        return frame
+
+    return table(name, change)
+
+
+def rename_row(frame: pd.DataFrame, old: str, new: str) -> pd.DataFrame:
+    return frame.rename(index={old: new})
+
+
+def array(name: str, change):
+    return lambda directory: np.save(directory / name, change(np.load(directory / name)))
+
+
+def with_nan(values: np.ndarray) -> np.ndarray:
+    values = values.copy()
+    values.flat[7] = np.nan
+    return values
+
+
+class Canary:
+    """Pickled, it creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def object_array(name: str):
+    def spoil(directory):
+        values = np.empty((2, 2), object)
+        values[:] = Canary(directory / "canary")
+        np.save(directory / name, values, allow_pickle=True)
+
+    return spoil
+
+
+def raw(name: str, image: Image.Image, **options):
+    """Another he-raw."""
+
+    def spoil(directory):
+        (directory / "he-raw.png").unlink()
+        image.save(directory / name, **options)
+
+    return spoil
+
+
+def converted(mode: str):
+    """he-raw in another mode of Pillow."""
+
+    def spoil(directory):
+        path = directory / "he-raw.png"
+        image = Image.open(path).convert(mode)
+        image.save(path)
+
+    return spoil
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (660, 440)) -> Image.Image:
+    return Image.new(mode, size)
+
+
+def png_header(columns: int, rows: int) -> bytes:
+    """A tiny PNG whose header claims any size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(99))), chunk(b"IEND", b"")]
+    )
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def mask(values: np.ndarray, mode: str | None = None, **options):
+    """Another mask.png."""
+
+    def spoil(directory):
+        image = Image.fromarray(values)
+        (image.convert(mode) if mode else image).save(directory / "mask.png", **options)
+
+    return spoil
+
+
+def tissue_block(shape=(28, 42), value: int = 255) -> np.ndarray:
+    values = np.zeros(shape, np.uint8)
+    values[: shape[0] // 2] = value
+    return values
+
+
+def two_on_a_node(directory):
+    more("locs.csv", "twin,161.5,61.0\n")(directory)
+    more("cnts.csv", "twin" + ",3" * 8 + "\n")(directory)
+
+
+def first_spots(n: int):
+    """Only n spots, the ones that touch each other in the upper left corner."""
+
+    def spoil(directory):
+        frame = pd.read_csv(directory / "locs.csv", index_col=0)
+        frame.loc[["spot000", "spot001", "spot006", "spot007", "spot002", "spot012"][:n]].to_csv(
+            directory / "locs.csv"
+        )
+
+    return spoil
+
+
+def new_section(directory):
+    """Another he-raw of the same size, calibrated."""
+    image = Image.open(directory / "he-raw.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(directory / "he-raw.png")
+    assert run(CALIBRATION, directory) == 0
+
+
+def many(*spoils):
+    def spoil(directory):
+        for one in spoils:
+            one(directory)
+
+    return spoil
+
+
+STALE = ("--allow-stale",)
+FULL = "full resolution"
+NPY_FAULTS = [
+    ("cut", lambda name: cut(name, 200), ["not a whole .npy"]),
+    ("cut in the header", lambda name: cut(name, 20), ["not a whole .npy"]),
+    ("empty", lambda name: text(name, b""), ["not a whole .npy"]),
+    ("no array", lambda name: text(name, b"hello, world " * 99), ["not a whole .npy"]),
+    ("objects", object_array, ["not a whole .npy"]),
+    ("float64", lambda name: array(name, lambda a: a.astype(float)), ["is float64", "expected"]),
+    ("rows", lambda name: array(name, lambda a: a[:-1]), ["expected"]),
+    ("axes", lambda name: array(name, lambda a: a[0]), ["expected"]),
+    ("none", lambda name: array(name, lambda a: a[:0]), ["expected"]),
+]
+NPY_FILES = [
+    ("Histology_feature_map.npy", MASKING, EXTRACTOR),
+    ("Histology_rgb.npy", MASKING, EXTRACTOR),
+    ("Histology_feature_map.npy", MODEL, EXTRACTOR),
+    ("HRcnts.npy", MODEL, HR),
+]
+# (name, spoil, script, options, parts of the message, part of its last line)
+BAD = [
+    # directory
+    ("1 missing", lambda d: d / "nowhere", HR, (), ["nowhere", "does not exist"], "Run: "),
+    ("1 file", lambda d: d / "cnts.csv", HR, (), ["cnts.csv", "is a file"], "Run: python get_HR.py"),
+    # he-raw
+    ("2 two images", lambda d: picture().save(d / "he-raw.jpg"), CALIBRATION, (),
+     ["he-raw.jpg", "he-raw.png", "exactly one"], f"run: python {CALIBRATION}"),
+    ("2 two tables", lambda d: shutil.copy(d / "cnts.csv", d / "cnts.tsv") and None, HR, (),
+     ["cnts.csv", "cnts.tsv", "exactly one"], f"run: python {HR}"),
+    ("2 no image", gone("he-raw.png"), CALIBRATION, (),
+     ["missing", "he-raw.jpg or he-raw.jpeg or he-raw.png or he-raw.tif"], f"run: python {CALIBRATION}"),
+    ("3 png cut", cut("he-raw.png", 60_000), CALIBRATION, (), ["he-raw.png", "truncated"], CALIBRATION),
+    ("3 no image", text("he-raw.png", "no image"), CALIBRATION, (), ["he-raw.png"], CALIBRATION),
+    ("3 empty", text("he-raw.png", b""), CALIBRATION, (), ["he-raw.png"], CALIBRATION),
+    ("3 he.jpg cut", cut("he.jpg", 60_000), EXTRACTOR, (), ["he.jpg", "truncated"],
+     f"Run: python {CALIBRATION}"),
+    ("3 he.jpg cut for the overlay", cut("he.jpg", 60_000), MASKING, STALE, ["he.jpg", "truncated"],
+     f"Run: python {CALIBRATION}"),
+    ("3 he.jpg empty", text("he.jpg", b""), MODEL, STALE, ["he.jpg", "is not an image"],
+     f"Run: python {CALIBRATION}"),
+    ("3 he.jpg of another size", lambda d: picture().save(d / "he.jpg"), MODEL, STALE,
+     ["he.jpg", "660 x 440", "multiples of 224"], f"Run: python {CALIBRATION}"),
+    ("3 he.jpg of another size", lambda d: picture().save(d / "he.jpg"), EXTRACTOR, (),
+     ["he.jpg", "660 x 440", "multiples of 224"], f"Run: python {CALIBRATION}"),
+    ("4 CMYK", raw("he-raw.jpg", picture("CMYK")), CALIBRATION, (), ["CMYK", "expected RGB"], CALIBRATION),
+    ("4 16 bit", raw("he-raw.png", picture("I;16")), CALIBRATION, (), ["8 bits"], CALIBRATION),
+    ("4 1 bit", raw("he-raw.png", picture("1")), CALIBRATION, (), ["kind 1", "expected RGB"], CALIBRATION),
+    ("5 bomb", text("he-raw.png", png_header(60_000, 60_000)), CALIBRATION, (),
+     ["he-raw.png", "--max-megapixels 2000"], "--max-megapixels N"),
+    ("7 turned", raw("he-raw.jpg", picture(), exif=turned()), CALIBRATION, (),
+     ["EXIF orientation 6", "expected 1"], f"run: python {CALIBRATION}"),
+    ("8 small", raw("he-raw.png", picture(size=(200, 660))), CALIBRATION, (),
+     ["200 x 660 px", "expected at least one tile of 224"], CALIBRATION),
+    *(("9 " + repr(value), text("pixel-size-raw.txt", value), CALIBRATION, (),
+       ["pixel-size-raw.txt", f"holds {value.strip()!r}", "expected one number between 0.05 and 2.5", FULL],
+       f"run: python {CALIBRATION}")
+      for value in ("", "0.5 0.5", "0,5", "0", "-0.5", "nan", "inf", "3.72", "55", "0.5 um", "1_0")),
+    ("9 not text", text("pixel-size-raw.txt", b"\xff\xfe0\x00"), CALIBRATION, (), ["UTF-8"], CALIBRATION),
+    # locs-raw
+    ("10 no column y", table("locs-raw.csv", lambda t: t.rename(columns={"y": "row"})), CALIBRATION, (),
+     ["locs-raw.csv", "has the columns x, row", "expected a column", "y"], CALIBRATION),
+    ("10 nothing", cell("locs-raw.csv", 3, "x", ""), CALIBRATION, (),
+     ["holds ''", "column x", "row 4", "expected a number"], CALIBRATION),
+    ("10 NaN", cell("locs-raw.csv", 3, "x", "nan"), CALIBRATION, (), ["nan", "column x", "row 4"],
+     CALIBRATION),
+    ("10 infinite", cell("locs-raw.csv", 5, "y", "inf"), CALIBRATION, (),
+     ["inf", "spot005", "column y", "row 6"], CALIBRATION),
+    ("10 words", cell("locs-raw.csv", 0, "y", "left"), CALIBRATION, (), ["'left'", "row 1"], CALIBRATION),
+    ("10 one id twice", table("locs-raw.csv", lambda t: rename_row(t, "spot004", "spot009")), CALIBRATION,
+     (), ["locs-raw.csv", "spot009", "more than once"], CALIBRATION),
+    ("10 one place twice", many(cell("locs-raw.csv", 1, "x", "60.0"), cell("locs-raw.csv", 1, "y", "60.0")),
+     CALIBRATION, (), ["spot001", "place of another"], CALIBRATION),
+    ("10 one column", text("locs-raw.csv", "x\n1\n2\n"), CALIBRATION, (), ["one column only"], CALIBRATION),
+    ("10 no header", text("locs-raw.csv", "spot0,100,200\nspot1,200,200\n"), CALIBRATION, (),
+     ["has the columns 100, 200", "expected a column"], CALIBRATION),
+    ("11 swapped", table("locs-raw.csv", lambda t: t.rename(columns={"x": "y", "y": "x"})), CALIBRATION, (),
+     ["of 22 spots outside", "660 columns and 440 rows", "With x and y swapped 100.0%"], CALIBRATION),
+    ("11 hires image", table("locs-raw.csv", lambda t: t.astype(float) * 12), CALIBRATION, (),
+     ["outside he-raw", "hires or lowres"], CALIBRATION),
+    ("11 negative", cell("locs-raw.csv", 0, "x", "-3"), CALIBRATION, (), ["1 of 22 spots outside"],
+     CALIBRATION),
+    # cnts
+    ("12 a spot without counts", table("cnts.csv", lambda t: t.drop("spot007")), HR, (),
+     ["cnts.csv", "no counts for 1 of 22", "spot007"], f"run: python {HR}"),
+    ("12 other ids", table("cnts.csv", lambda t: t.set_axis(range(len(t)))), HR, (),
+     ["no counts for 22 of 22", "spot000", "look like 0, 1, 2"], HR),
+    ("13 one column", text("cnts.csv", "gene\n1\n2\n"), HR, (), ["one column only", "comma or tab"], HR),
+    ("13 empty", text("cnts.csv", ""), HR, (), ["cnts.csv", "one column only"], HR),
+    ("13 only a header", text("cnts.csv", "id,A,B\n"), HR, (), ["no spot"], HR),
+    ("13 not text", text("cnts.csv", b"\x80\x81,\xff\n\x00"), HR, (), ["cnts.csv", "cannot be read"], HR),
+    ("13 gz cut", lambda d: (d / "cnts.csv").rename(d / "cnts.csv.gz") and cut("cnts.csv.gz", 99)(d), HR,
+     (), ["cnts.csv.gz", "cannot be read"], HR),
+    ("14 negative", cell("cnts.csv", 2, "GENE3", "-1"), HR, (),
+     ["holds -1", "spot002", "GENE3", "cannot be negative"], HR),
+    ("14 nothing", cell("cnts.csv", 2, "GENE3", ""), HR, (), ["holds ''", "GENE3", "data row 3"], HR),
+    ("14 NaN", cell("cnts.csv", 2, "GENE3", "NaN"), HR, (), ["NaN", "GENE3", "data row 3"], HR),
+    ("14 words", cell("cnts.csv", 2, "GENE3", "many"), HR, (), ["'many'", "GENE3", "data row 3"], HR),
+    ("14 infinite", cell("cnts.csv", 2, "GENE3", "1e99"), HR, (), ["inf", "GENE3", "row 3"], HR),
+    ("14 zeros", table("cnts.csv", lambda t: t.assign(**dict.fromkeys(t, "0"))), HR, (),
+     ["nothing but zeros", "expected raw counts"], HR),
+    ("14 no header", lambda d: text("cnts.csv", (d / "cnts.csv").read_bytes().split(b"\n", 1)[1])(d), HR,
+     (), ["cnts.csv"], HR),
+    ("14 a short row", more("cnts.csv", "spot099,1,2\n"), HR, (),
+     ["cnts.csv", "GENE2", "data row 23"], HR),
+    ("15 one gene twice", table("cnts.csv", lambda t: t.rename(columns={"GENE1": "GENE2"})), HR, (),
+     ["cnts.csv", "GENE2", "more than once"], HR),
+    # gene-names
+    ("17 missing", gone("gene-names.txt"), MODEL, (), ["gene-names.txt is missing"], f"Run: python {HR}"),
+    ("17 blank", text("gene-names.txt", "\n \r\n"), HR, (), ["gene-names.txt", "holds no gene"], HR),
+    ("17 unknown gene", text("gene-names.txt", "GENE1\nNOVEL\n"), HR, (),
+     ["names 1 of 2 genes", "cnts.csv does not have", "NOVEL", "GENE0"], HR),
+    ("17 one gene twice", text("gene-names.txt", "GENE1\nGENE1\n"), HR, (), ["GENE1", "more than once"],
+     HR),
+    ("17 other genes than HRcnts", text("gene-names.txt", "GENE1\nGENE2\n"), MODEL, (),
+     ["gene-names.txt has changed"], f"Run: python {HR}"),
+    ("17 other genes than HRcnts, used", text("gene-names.txt", "GENE1\nGENE2\n"), MODEL, STALE,
+     ["HRcnts.npy", "is float32 (70, 8)", "expected float32 (70, 2)"], f"Run: python {HR}"),
+    # spots
+    ("18 no spots", text("locs-raw.csv", "id,x,y\n"), CALIBRATION, (), ["locs-raw.csv", "no spot"],
+     CALIBRATION),
+    ("19 two on a node", two_on_a_node, HR, (), ["locs.csv", "spot001", "twin", "one node"], CALIBRATION),
+    ("20 no spot on the tissue", mask(tissue_block((28, 42))[::-1] * (np.arange(28) > 25)[:, None]), MODEL,
+     (), ["mask.png", "leaves 0 of 22 spots", "at least 4"], MASKING),
+    ("21 missing", gone("radius.txt"), MODEL, (), ["radius.txt is missing"], f"Run: python {CALIBRATION}"),
+    *((f"21 {value}", text("radius.txt", value), MODEL, (),
+       ["radius.txt", f"holds {value!r}", "expected one number between 16 and 1024", "px of he.jpg"],
+       f"Run: python {CALIBRATION}") for value in ("0", "1e9", "wide", "nan", "15.9")),
+    *((f"21 raw {value}", text("radius-raw.txt", value), CALIBRATION, (),
+       ["radius-raw.txt", f"holds {value!r}", "expected one number between 16 and 1024"], CALIBRATION)
+      for value in ("0", "-27.5", "5000", "27,5")),
+    # mask
+    ("22 other size", mask(tissue_block((28, 41))), MODEL, (), ["mask.png", "41 x 28 px", "expected 42 x 28"],
+     MASKING),
+    ("22 multiple in one direction", mask(tissue_block((56, 42))), MODEL, (), ["42 x 56 px"], MASKING),
+    ("22 all black", mask(tissue_block(value=0)), MODEL, (), ["mask.png", "all black"], MASKING),
+    ("22 no image", text("mask.png", "tissue"), MODEL, (), ["mask.png", "not a readable image"], MASKING),
+    ("22 empty", text("mask.png", b""), MODEL, (), ["mask.png", "not a readable image"], MASKING),
+    ("22 cut", many(mask(np.random.default_rng(0).integers(0, 2, (28, 42), np.uint8) * 255),
+                    cut("mask.png", 150)), MODEL, (), ["mask.png"], MASKING),
+    ("22 bomb", text("mask.png", png_header(100_000, 100_000)), MODEL, (), ["mask.png"], MASKING),
+    ("23 a blank slide", array("Histology_rgb.npy", lambda a: np.full_like(a, 250)), MASKING, (),
+     ["he.jpg", "shows no tissue", "42 x 28 px"], "HISTEX.py"),
+    # the machine
+    ("25 no such file", lambda d: None, EXTRACTOR, 
+     ("--backbone", "tf_efficientnet_lite0", "--weights", "none.bin"), ["none.bin", "is not a file"], "--weights FILE"),
+    ("25 not for lite0", lambda d: None, EXTRACTOR, ("--weights", "none.bin"), ["brings its own"],
+     "Leave --weights out"),
+    ("26 no such device", lambda d: None, EXTRACTOR, ("--device", "abacus"), ["--device abacus"],
+     "--device cpu"),
+    ("26 no such device", lambda d: None, MODEL, ("--device", "abacus"), ["--device abacus"],
+     "--device cpu"),
+    ("26 bad index", lambda d: None, MODEL, ("--device", "cuda:99"), ["--device cuda:99"], "--device cpu"),
+    # the chain
+    *((f"31 {name} without its record", gone(utils.record_name(producer)), script, (),
+       [name, f"no record {utils.record_name(producer)}", f"{producer} did not finish"],
+       f"Run: python {producer}")
+      for name, producer, script in (
+          ("locs.csv", CALIBRATION, HR), ("he.jpg", CALIBRATION, EXTRACTOR),
+          ("Histology_feature_map.npy", EXTRACTOR, MASKING), ("HRlocs.csv", HR, MODEL),
+          ("Histology_feature_map.npy", EXTRACTOR, MODEL), ("he.jpg", CALIBRATION, MODEL))),
+    *((f"33 {name} {fault} for {script}", spoil(name), script, STALE, [name, *parts],
+       f"Run: python {producer}")
+      for name, script, producer in NPY_FILES for fault, spoil, parts in NPY_FAULTS),
+    ("33 features NaN", array("Histology_feature_map.npy", with_nan), MASKING, (), ["not finite"],
+     f"Run: python {EXTRACTOR}"),
+    ("33 HRcnts NaN", array("HRcnts.npy", with_nan), MODEL, (), ["HRcnts.npy", "not finite"],
+     f"Run: python {HR}"),
+    ("33 HRcnts negative", array("HRcnts.npy", lambda a: a - 1000), MODEL, (), ["HRcnts.npy", "negative"],
+     f"Run: python {HR}"),
+    ("33 HRlocs not text", text("HRlocs.csv", b"\xff\xfe\x00"), MODEL, (), ["HRlocs.csv"],
+     f"Run: python {HR}"),
+    ("33 HRlocs empty", text("HRlocs.csv", ""), MODEL, (), ["HRlocs.csv"], f"Run: python {HR}"),
+    ("33 HRlocs without places", table("HRlocs.csv", lambda t: t.drop(columns="x")), MODEL, (),
+     ["HRlocs.csv", "x"], f"Run: python {HR}"),
+    ("33 HRlocs NaN", cell("HRlocs.csv", 4, "y", "nan"), MODEL, (), ["HRlocs.csv"], f"Run: python {HR}"),
+    ("33 HRlocs words", cell("HRlocs.csv", 4, "y", "here"), MODEL, (), ["HRlocs.csv"],
+     f"Run: python {HR}"),
+    ("33 HRlocs of other spots", cell("HRlocs.csv", 4, "parent_1", "spot999"), MODEL, (),
+     ["HRlocs.csv", "1 of its 70 points", "locs.csv"], f"Run: python {HR}"),
+    ("34 new section, old features", new_section, MASKING, (),
+     ["Histology_feature_map.npy is out of date", "he.jpg has changed"], f"Run: python {EXTRACTOR}"),
+    ("34 new section, old features", new_section, MODEL, (), ["is out of date", "he.jpg has changed"],
+     f"Run: python {EXTRACTOR}"),
+    ("34 new section, not calibrated", lambda d: picture().save(d / "he-raw.png"), MODEL, (),
+     ["he.jpg is out of date", "he-raw.png has changed"], f"Run: python {CALIBRATION}"),
+    *((f"35 {producer} left out", gone(name, *records), script, (),
+       [f"{name} is missing", f"{script} needs {name}", f"written by {producer}"],
+       f"Run: python {producer}")
+      for name, producer, script, *records in (
+          ("locs.csv", CALIBRATION, HR, "image_calibration.json"),
+          ("he.jpg", CALIBRATION, EXTRACTOR, "image_calibration.json"),
+          ("Histology_feature_map.npy", EXTRACTOR, MASKING, "Histology_Extractor.json"),
+          ("Histology_rgb.npy", EXTRACTOR, MASKING), ("HRcnts.npy", HR, MODEL),
+          ("HRlocs.csv", HR, MODEL, "get_HR.json"),
+          ("Histology_feature_map.npy", EXTRACTOR, MODEL, "Histology_Extractor.json"),
+          ("mask.png", MASKING, MODEL, "masking_non_tissue.json"))),
+    *((f"37 {name} edited", spoil, script, (), [name, "edited by hand", "overwrite"], "--force")
+      for name, spoil, script in (
+          ("he.jpg", lambda d: picture(size=(672, 448)).save(d / "he.jpg"), CALIBRATION),
+          ("locs.csv", cell("locs.csv", 0, "x", "61"), CALIBRATION),
+          ("radius.txt", text("radius.txt", "30"), CALIBRATION),
+          ("HRlocs.csv", cell("HRlocs.csv", 0, "x", "61"), HR),
+          ("HRcnts.npy", array("HRcnts.npy", lambda a: a * 2), HR),
+          ("Histology_feature_map.npy", array("Histology_feature_map.npy", lambda a: a * 2), EXTRACTOR),
+          ("Histology_rgb.npy", array("Histology_rgb.npy", lambda a: a // 2), EXTRACTOR),
+          ("mask.png", mask(tissue_block()), MASKING),
+          ("cnts-super", text("cnts-super/GENE0.pickle", b"mine"), MODEL),
+          ("embeddings-gene.pickle", text("embeddings-gene.pickle", b"mine"), MODEL))),
+]  # fmt: skip
+KNOWN_FAULTS: dict[str, str] = {}
+
+
+def rows(table: list[tuple]) -> list:
+    return [
+        pytest.param(
+            *row[1:],
+            id=row[0].replace(".py", ""),
+            marks=[pytest.mark.xfail(strict=True, reason=KNOWN_FAULTS[row[0]])]
+            if row[0] in KNOWN_FAULTS
+            else [],
+        )
+        for row in table
+    ]
+
+
+@pytest.mark.parametrize(("spoil", "script", "options", "parts", "remedy"), rows(BAD))
+def test_refused(finished, capfd, spoil, script, options, parts, remedy):
+    if "cuda:99" in options and torch.cuda.device_count() > 99:
+        pytest.skip("this machine has a hundred GPUs")
+    directory = spoil(finished) or finished
+    capfd.readouterr()
+    before = contents(finished)
+    code = run_stage(script, directory, *options)
+    message = capfd.readouterr().err.strip()
+    assert code == 2, message
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    for part in parts:
+        assert part in message
+    assert remedy in message.splitlines()[-1]
+    assert contents(finished) == before  # nothing lost, nothing half done, no canary
