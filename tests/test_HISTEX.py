@@ -1,0 +1,574 @@
+"""HISTEX.py: the networks against plain numpy, what is held out, training, prediction, files."""
+
+import argparse
+import copy
+import itertools
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.ndimage import uniform_filter
+
+import HISTEX
+import utils
+
+F, G = 6, 5  # token features, genes
+SHAPE = (40, 46)  # superpixels
+RADIUS = 55 / 16  # superpixels: Visium
+
+
+def make_section(by_area: bool = True, seed: int = 0, shape=SHAPE, **changes) -> HISTEX.Section:
+    """16 spots on a 4 x 4 square lattice with midpoints, random tokens and Poisson counts."""
+    rng = np.random.default_rng(seed)
+    spots = np.array([(r, c) for r in (6.2, 15.4, 24.6, 33.8) for c in (7.1, 17.3, 27.6, 38.2)])
+    near = [(i, i + 1) for i in range(16) if i % 4 < 3] + [(i, i + 4) for i in range(12)]
+    parents = np.array([(i, i) for i in range(16)] + near)
+    counts = rng.poisson(rng.uniform(2, 30, (16, G))).astype(np.float32)
+    arrays = {
+        "tokens": rng.normal(size=(*shape, F)).astype(np.float16),
+        "tissue": np.ones(shape, bool),
+        "spots": spots,
+        "counts": counts,
+        "points": spots[parents].mean(axis=1),
+        "expression": counts[parents].mean(axis=1),
+        "parents": parents,
+        "radius": RADIUS,
+        "context": HISTEX.DEFAULT_CONTEXT if by_area else HISTEX.PUBLISHED_CONTEXT,
+        "by_area": by_area,
+    }
+    return HISTEX.Section(**(arrays | changes))
+
+
+def arguments(**changes) -> argparse.Namespace:
+    args = vars(HISTEX.build_parser().parse_args(["--directory", "x", "--epochs", "3"]))
+    return argparse.Namespace(**(args | changes))
+
+
+def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every weight a random value, also those that start at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    return network.eval()
+
+
+# ----- the networks -----
+def numpy_attention(weights: dict, prefix: str, queries, keys, scale: float) -> np.ndarray:
+    """Multi-head attention as in a textbook, one batch item and one head at a time."""
+
+    def linear(name: str, x: np.ndarray) -> np.ndarray:
+        return x @ weights[f"{prefix}.{name}.weight"].T + weights[f"{prefix}.{name}.bias"]
+
+    q, k, v = linear("query", queries), linear("key", keys), linear("value", keys)
+    mixed = np.zeros_like(q)
+    size = HISTEX.WIDTH // HISTEX.HEADS
+    for b, head in itertools.product(range(len(q)), range(HISTEX.HEADS)):
+        part = slice(head * size, (head + 1) * size)
+        logits = q[b, :, part] @ k[b, :, part].T * scale
+        share = np.exp(logits - logits.max(axis=1, keepdims=True))
+        mixed[b, :, part] = share / share.sum(axis=1, keepdims=True) @ v[b, :, part]
+    return linear("out", mixed)
+
+
+def test_published_network_is_the_published_arithmetic():
+    section = make_section(by_area=False)
+    network = randomise(HISTEX.PublishedNetwork(section, np.arange(16)))
+    network.double()
+    w = {name: value.numpy() for name, value in network.state_dict().items()}
+    rng = np.random.default_rng(1)
+    tokens = rng.normal(size=(3, 49, F))
+    expression = rng.poisson(9, (3, 5, G)).astype(np.float64)
+
+    scale = 8**-0.5  # sic: the number of heads, not their width
+    span = section.expression.max(axis=0) - section.expression.min(axis=0)
+    e = (expression - section.expression.min(axis=0)) / span
+
+    def block(name: str, a: np.ndarray) -> np.ndarray:
+        c = numpy_attention(w, f"{name}.token_to_expression", a, e, scale)
+        d = numpy_attention(w, f"{name}.expression_to_token", e, a, scale)
+        return numpy_attention(w, f"{name}.fuse", c, d, scale)
+
+    def affine(name: str, a: np.ndarray) -> np.ndarray:
+        return a @ w[f"{name}.weight"] + 0.01
+
+    x = block("block1", tokens)
+    x = affine("affine1", x) + x
+    x = block("block2", x)
+    x = affine("affine2", x) + x
+    y = np.concatenate([x, tokens], axis=-1)
+    for layer in range(4):
+        y = affine(f"head.{layer}", y)
+    y = y @ w["out.weight"]
+    y = np.where(y > 0, y, 0.01 * (np.exp(y) - 1)) + 0.01
+
+    got, latent = network(torch.from_numpy(tokens), torch.from_numpy(expression), None)
+    np.testing.assert_allclose(got.detach().numpy(), y, atol=1e-5)
+    np.testing.assert_allclose(latent.detach().numpy(), x, atol=1e-5)
+
+    # the loss is the squared error of the mean over 37 of 49 superpixels, in scaled counts
+    counts = section.counts[:3]
+    low, high = section.counts.min(axis=0), section.counts.max(axis=0)
+    disc = [(r, c) for r in range(-3, 4) for c in range(-3, 4) if r * r + c * c <= RADIUS**2]
+    assert len(disc) == 37
+    cells = [(r + 3) * 7 + c + 3 for r, c in disc]
+    wanted = (y[:, cells].mean(axis=1) - (counts - low) / (high - low)) ** 2
+    areas = torch.from_numpy(section.areas[:3]).double()
+    loss = network.loss(got, areas, torch.from_numpy(counts)).detach().numpy()
+    np.testing.assert_allclose(loss, wanted, atol=1e-5)
+    # and counts per superpixel are y (max - min) / 37 + min / 37
+    wanted = y * (high - low) / 37 + low / 37
+    np.testing.assert_allclose(network.to_counts(got).detach().numpy(), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_out", [1024, 512, G])
+def test_published_weights_start_within_one_over_root_of_their_outputs(n_out):
+    weight = HISTEX.PublishedAffine(300, n_out).weight
+    bound = n_out**-0.5
+    assert weight.abs().max() <= bound
+    assert weight.abs().max() > 0.9 * bound
+
+
+def test_cross_attention_equals_torch_multihead_attention():
+    torch.manual_seed(0)
+    ours = HISTEX.CrossAttention(7, 11, (HISTEX.WIDTH // HISTEX.HEADS) ** -0.5).double()
+    torchs = torch.nn.MultiheadAttention(
+        HISTEX.WIDTH, HISTEX.HEADS, batch_first=True, dtype=torch.float64
+    )
+    queries, keys = torch.randn(2, 9, 7).double(), torch.randn(2, 4, 11).double()
+    torchs.in_proj_weight.data = torch.eye(HISTEX.WIDTH).double().repeat(3, 1)
+    torchs.in_proj_bias.data.zero_()
+    torchs.out_proj.weight.data, torchs.out_proj.bias.data = ours.out.weight, ours.out.bias
+    wanted, _ = torchs(ours.query(queries), ours.key(keys), ours.value(keys))
+    torch.testing.assert_close(ours(queries, keys), wanted)
+
+
+def test_default_network_starts_as_interpolation_of_the_hr_points():
+    section = make_section()
+    network = HISTEX.Network(section, np.arange(16)).eval()
+    near = section.context_of_spots(np.array([], int), leave_out=False)
+    centres = np.floor(section.spots).astype(int)
+    maps, _ = network(*section.inputs(centres, near, network.halo, "cpu"))
+    maps = maps.detach().numpy()
+    row, col = section.patches(centres)
+    for spot, cell in [(0, 0), (5, 40), (15, 80)]:
+        place = np.array([row[spot, cell], col[spot, cell]]) + 0.5
+        squares = ((section.points[near[spot]] - place) ** 2).sum(axis=1)
+        share = (squares + 1) ** -1.5
+        wanted = share @ section.expression[near[spot]] / share.sum() / (np.pi * RADIUS**2)
+        np.testing.assert_allclose(maps[spot, cell], wanted, rtol=1e-4)
+
+
+def test_constant_expression_gives_discs_that_sum_to_it():
+    counts = np.full((16, G), 12, np.float32)
+    parents = make_section().parents
+    section = make_section(counts=counts, expression=counts[parents].mean(axis=1))
+    network = HISTEX.Network(section, np.arange(16))
+    split = HISTEX.split_spots(section, "default", 0, 0)
+    output, areas, _ = HISTEX.run_batch(network, section, split, np.arange(16), "cpu")
+    total = torch.einsum("btg,bt->bg", output, areas)
+    np.testing.assert_allclose(total.detach(), 12, rtol=0.01)  # discs are sampled 8 x 8
+    counts = torch.from_numpy(counts)
+    assert network.loss(output, areas, counts).max() < 1e-3
+
+
+def test_tokens_are_seen_at_three_scales():
+    section = make_section()
+    network = HISTEX.Network(section, np.arange(16))
+    centre = np.array([[20, 21]])
+    tokens, _, _ = section.inputs(centre, np.array([[0]]), network.halo, "cpu")
+    got = network.see(tokens)[0].numpy()
+    z = (section.tokens - network.token_mean.numpy()) / network.token_std.numpy()
+    rows = slice(20 - section.half, 20 + section.half + 1)
+    cols = slice(21 - section.half, 21 + section.half + 1)
+    wanted = [z] + [uniform_filter(z, (size, size, 1)) for size in HISTEX.SCALES]
+    wanted = np.concatenate([x[rows, cols].reshape(-1, F) for x in wanted], axis=1)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+# ----- the section -----
+@given(st.tuples(st.floats(8, 30), st.floats(8, 30)), st.floats(2, 7))
+@settings(max_examples=30, deadline=None)
+def test_disc_areas_equal_fine_sampling(place, radius):
+    half = int(np.ceil(radius + 0.5))
+    centre = np.floor(place).astype(int)
+    steps = np.arange(-half, half + 1)
+    row, col = (x.reshape(1, -1) for x in np.meshgrid(*(c + steps for c in centre), indexing="ij"))
+    got = HISTEX.disc_areas(np.array([place]), row, col, radius)[0]
+    fine = (np.arange(64) + 0.5) / 64
+    for cell in range(0, row.size, 7):
+        down = (row[0, cell] + fine[:, None] - place[0]) ** 2
+        across = (col[0, cell] + fine - place[1]) ** 2
+        assert got[cell] == pytest.approx((down + across <= radius**2).mean(), abs=0.07)
+    assert got.sum() == pytest.approx(np.pi * radius**2, rel=0.03)
+
+
+def test_superpixels_off_the_map_or_off_tissue_have_no_area():
+    tissue = np.ones(SHAPE, bool)
+    tissue[:, :7] = False
+    section = make_section(tissue=tissue, spots=make_section().spots - np.array([4.2, 0]))
+    row, col = section.patches(np.floor(section.spots).astype(int))
+    off = (row < 0) | (col < 7)
+    assert off.any()
+    assert (section.areas[off] == 0).all()
+    assert 0 < section.areas[0].sum() < np.pi * RADIUS**2 / 2  # cut off above and on the left
+    assert section.areas[5].sum() == pytest.approx(np.pi * RADIUS**2, rel=0.02)
+    # a spot on half tissue has the expression of a full disc with the same density
+    share = section.areas[4].sum() / (np.pi * RADIUS**2)
+    np.testing.assert_allclose(section.expression[4] * share, section.counts[4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("held_out", [[], [5], [0, 3, 9]])
+def test_context_is_the_nearest_points_without_the_spot_and_the_held_out(held_out):
+    section = make_section()
+    held_out = np.array(held_out, int)
+    near = section.context_of_spots(held_out, leave_out=True)
+    for spot, place in enumerate(section.spots):
+        banned = {spot, *held_out.tolist()}
+        allowed = [p for p, pair in enumerate(section.parents) if not banned & set(pair.tolist())]
+        distance = np.linalg.norm(section.points - place, axis=1)
+        wanted = np.sort(distance[allowed])[: near.shape[1]]
+        np.testing.assert_allclose(distance[near[spot]], wanted)
+        assert set(near[spot]) <= set(allowed)
+    if len(held_out) < 2:
+        assert near.shape[1] == section.context
+
+
+def test_published_context_is_the_five_nearest_points():
+    section = make_section(by_area=False)
+    near = section.context_of_spots(np.array([], int), leave_out=False)
+    distance = np.linalg.norm(section.points[None] - section.spots[:, None], axis=2)
+    wanted = np.sort(distance, axis=1)[:, :5]
+    np.testing.assert_allclose(np.take_along_axis(distance, near, axis=1), wanted)
+
+
+def test_token_statistics_are_those_of_the_tissue():
+    section = make_section()
+    tissue = np.random.default_rng(0).random(SHAPE) < 0.5
+    tissue[3] = False
+    mean, std = HISTEX.token_statistics(section.tokens, tissue)
+    np.testing.assert_allclose(mean, section.tokens[tissue].astype(float).mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(std, section.tokens[tissue].astype(float).std(axis=0), rtol=1e-5)
+
+
+# ----- training -----
+def train(section, folder: Path, key: str = "k", index: int = 0, **changes):
+    return HISTEX.train_state(section, folder, arguments(**changes), key, index, "cpu")
+
+
+def test_states_hold_out_disjoint_spots_and_train_on_the_others():
+    section = make_section()
+    splits = [HISTEX.split_spots(section, "default", 7, i) for i in range(HISTEX.FOLDS)]
+    held_out = np.concatenate([split.held_out for split in splits])
+    assert sorted(held_out) == list(range(16))
+    for split in splits:
+        assert sorted([*split.train, *split.held_out]) == list(range(16))
+
+
+def test_counts_of_held_out_spots_cannot_reach_their_prediction(tmp_path):
+    """Replace the counts of held-out spots, in the table and the HR points: nothing changes."""
+    section = make_section()
+    held_out = HISTEX.split_spots(section, "default", 0, 0).held_out
+    other = section.counts.copy()
+    other[held_out] = 1000
+    changed = make_section(counts=other, expression=other[section.parents].mean(axis=1))
+    assert (changed.expression != section.expression).any()
+    # one epoch: which epoch is kept is the choice of held-out spots, see the next test
+    _, spots, predicted = train(section, tmp_path / "a", epochs=1)
+    _, _, again = train(changed, tmp_path / "b", epochs=1)
+    assert list(spots) == list(held_out)
+    assert (predicted == again).all()
+
+
+def test_a_held_out_spot_has_no_say_in_the_epoch_of_its_own_score():
+    losses = {1: [9, 1, 9, 1], 2: [1, 9, 1, 9], 3: [5, 5, 5, 5]}
+    selection = HISTEX.Selection()
+    network = torch.nn.Linear(1, 1)
+    for epoch, loss in losses.items():
+        predicted = np.full((4, 2), epoch, np.float32)
+        selection.see(epoch, np.array(loss, float), predicted, network)
+    # even spots are best at epoch 2 and odd ones at 1, so that each is scored at the other's epoch
+    np.testing.assert_array_equal(selection.predicted()[:, 0], [1, 2, 1, 2])
+    assert selection.epoch == 1  # all are 5 on average, the first stays
+
+
+@pytest.mark.parametrize("preset", ["default", "published"])
+def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, preset):
+    section = make_section(by_area=preset == "default")
+    whole, _, _ = train(section, tmp_path / "whole", preset=preset, epochs=4)
+    monkeypatch.setattr(HISTEX, "CHECKPOINT_SECONDS", -1.0)
+    original, calls = HISTEX.train_epoch, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(HISTEX, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(section, tmp_path / "cut", preset=preset, epochs=4)
+    assert (tmp_path / "cut" / "checkpoint.pt").exists()
+    resumed, _, _ = train(section, tmp_path / "cut", preset=preset, epochs=4)
+    assert len(calls) == 5  # two before the cut, the one that was cut, two after it
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    for name in ("model.safetensors", "history.csv", "held-out.npy", "model.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "cut" / "checkpoint.pt").exists()
+
+
+def test_a_finished_state_is_reused_only_with_the_same_key(tmp_path, capsys):
+    section = make_section()
+    first, _, predicted = train(section, tmp_path)
+    again, _, reused = train(section, tmp_path)
+    assert "taken from" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(*map(weights, (first, again)), strict=True))
+    assert (predicted == reused).all()
+    train(section, tmp_path, key="other")
+    assert "taken from" not in capsys.readouterr().out
+
+
+def weights(network: torch.nn.Module) -> list[torch.Tensor]:
+    return list(network.state_dict().values())
+
+
+def test_a_damaged_checkpoint_is_not_used(tmp_path, capsys):
+    section = make_section()
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    train(section, tmp_path, epochs=1)
+    assert "not readable" in capsys.readouterr().out
+
+
+def test_training_stops_at_a_plateau_and_keeps_the_best_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(HISTEX, "PATIENCE_EPOCHS", 2)
+    network, *_ = train(make_section(), tmp_path, epochs=60, learning_rate=0.03)
+    history = pd.read_csv(tmp_path / "history.csv")
+    best = history["held_out_loss"].idxmin()
+    assert len(history) < 60
+    assert len(history) == best + 1 + 2
+    split = HISTEX.split_spots(make_section(), "default", 0, 0)
+    losses, _ = HISTEX.score_held_out(network, make_section(), split, "cpu")
+    assert losses.mean() == pytest.approx(history["held_out_loss"][best], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(HISTEX, "train_epoch", lambda *args: float("nan"))
+    with pytest.raises(FloatingPointError, match="state 0 is not finite in epoch 1"):
+        train(make_section(), tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_published_maps_scale_with_the_counts(tmp_path):
+    """A gene counted twice as often has a map twice as high: its rows are scaled to 0..1."""
+    section = make_section(by_area=False)
+    factor = np.array([1, 2, 4, 1, 8], np.float32)
+    scaled = make_section(
+        by_area=False, counts=section.counts * factor, expression=section.expression * factor
+    )
+    maps = []
+    for number, one in enumerate((section, scaled)):
+        network, *_ = train(one, tmp_path / str(number), preset="published")
+        out = np.empty((G, *SHAPE), np.float32)
+        HISTEX.predict_maps([network], one, arguments(preset="published"), out, "cpu")
+        maps.append(out)
+    np.testing.assert_allclose(maps[1], maps[0] * factor[:, None, None], rtol=2e-3, atol=1e-5)
+
+
+# ----- prediction -----
+class Constant(torch.nn.Module):
+    """A network that gives every superpixel its gene's number."""
+
+    halo = 0
+
+    def forward(self, tokens, expression, offsets):
+        b, t = offsets.shape[:2]
+        return torch.arange(1.0, G + 1).expand(b, t, G), torch.ones(b, t, HISTEX.WIDTH)
+
+    def to_counts(self, maps):
+        return maps
+
+
+@pytest.mark.parametrize("preset", ["default", "published"])
+@pytest.mark.parametrize("shape", [(40, 46), (14, 21), (9, 5)])
+def test_patches_cover_all_tissue_and_their_weights_cancel(preset, shape):
+    rng = np.random.default_rng(0)
+    tissue = rng.random(shape) < 0.3
+    section = make_section(by_area=preset == "default", shape=shape, tissue=tissue)
+    out = np.empty((G, *shape), np.float32)
+    embedding = HISTEX.predict_maps([Constant()], section, arguments(preset=preset), out, "cpu")
+    assert (np.isnan(out) == ~tissue).all()
+    for gene in range(G):
+        np.testing.assert_allclose(out[gene, tissue], gene + 1, rtol=1e-5)
+    assert embedding.shape == (HISTEX.WIDTH, *shape)
+    np.testing.assert_allclose(embedding[:, tissue], 1, rtol=1e-5)
+    HISTEX.predict_maps(
+        [Constant()], section, arguments(preset=preset, keep_background=True), out, "cpu"
+    )
+    np.testing.assert_allclose(out[2], 3, rtol=1e-5)
+
+
+def test_prediction_does_not_depend_on_strips_and_batches(monkeypatch):
+    section = make_section()
+    networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2, 3)]
+    maps = []
+    for strip_bytes, batch in [(10**9, 64), (1, 64), (10**6, 7)]:
+        monkeypatch.setattr(HISTEX, "STRIP_BYTES", strip_bytes)
+        monkeypatch.setattr(HISTEX, "PREDICT_BATCH", batch)
+        out = np.empty((G, *SHAPE), np.float32)
+        HISTEX.predict_maps(networks, section, arguments(), out, "cpu")
+        maps.append(out)
+    np.testing.assert_allclose(maps[1], maps[0], rtol=1e-4)
+    np.testing.assert_allclose(maps[2], maps[0], rtol=1e-4)
+
+
+def test_maps_are_the_median_of_the_states():
+    section = make_section()
+    networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2, 3, 4)]
+    single = []
+    for network in [*networks, networks]:
+        out = np.empty((G, *SHAPE), np.float32)
+        some = network if isinstance(network, list) else [network]
+        HISTEX.predict_maps(some, section, arguments(), out, "cpu")
+        single.append(out)
+    np.testing.assert_allclose(single[-1], np.median(single[:-1], axis=0), rtol=1e-4)
+
+
+def test_published_blocks_are_predicted_whole_and_once():
+    """Every 7 x 7 block by itself, with the five HR points nearest to its centre."""
+    section = make_section(by_area=False, shape=(21, 28))
+    network = randomise(HISTEX.PublishedNetwork(section, np.arange(16)))
+    out = np.empty((G, 21, 28), np.float32)
+    HISTEX.predict_maps([network], section, arguments(preset="published"), out, "cpu")
+    for r, c in itertools.product(range(0, 21, 7), range(0, 28, 7)):
+        distance = np.linalg.norm(section.points - (r + 3.5, c + 3.5), axis=1)
+        near = np.argsort(distance, kind="stable")[:5]
+        tokens = section.tokens[r : r + 7, c : c + 7].reshape(1, 49, F).astype(np.float32)
+        expression = torch.from_numpy(section.expression[near][None])
+        with torch.inference_mode():
+            y = network.to_counts(network(torch.from_numpy(tokens), expression, None)[0])
+        wanted = y[0].numpy().reshape(7, 7, G).transpose(2, 0, 1)
+        np.testing.assert_allclose(out[:, r : r + 7, c : c + 7], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_running_out_halves_the_batch(monkeypatch):
+    section = make_section()
+    network = randomise(HISTEX.Network(section, np.arange(16)))
+    wanted, got = (np.empty((G, *SHAPE), np.float32) for _ in range(2))
+    HISTEX.predict_maps([network], section, arguments(), wanted, "cpu")
+    original, sizes = section.inputs, []
+
+    def inputs(centres, *args):
+        sizes.append(len(centres))
+        if len(centres) > 10:
+            raise torch.OutOfMemoryError("no memory")
+        return original(centres, *args)
+
+    section.inputs = inputs
+    HISTEX.predict_maps([network], section, arguments(), got, "cpu")
+    assert sizes[:4] == [64, 32, 16, 8]
+    np.testing.assert_allclose(got, wanted, rtol=1e-4)
+    monkeypatch.setattr(HISTEX, "PREDICT_BATCH", 1)
+    section.inputs = lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        HISTEX.predict_maps([network], section, arguments(), got, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_and_cpu_agree():
+    section = make_section()
+    network = randomise(HISTEX.Network(section, np.arange(16)))
+    maps = []
+    for device in ("cpu", "cuda"):
+        out = np.empty((G, *SHAPE), np.float32)
+        HISTEX.predict_maps([copy.deepcopy(network).to(device)], section, arguments(), out, device)
+        maps.append(out)
+    np.testing.assert_allclose(maps[1], maps[0], rtol=1e-3)
+
+
+# ----- files -----
+@given(st.lists(st.text(min_size=1, max_size=12), unique=True, min_size=1, max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_file_names_are_distinct_on_every_file_system_and_stay_in_the_folder(genes):
+    names = HISTEX.file_names(genes, ".pickle")
+    assert list(names) == genes
+    assert len({name.lower() for name in names.values()}) == len(genes)
+    for name in names.values():
+        assert Path(name).name == name
+        assert not set(name) & set('/\\:*?"<>|\0')
+        assert not name.startswith(".")
+        assert name.split(".")[0].lower() not in {"con", "nul", "com1", "lpt9"}
+
+
+def test_usual_gene_names_are_their_own_file_names():
+    genes = ["ACTB", "HLA-DRB1", "MARCH1", "H2-K1", "RP11-34P13.7", "NA", "mt-Co1"]
+    assert HISTEX.file_names(genes, ".npy") == {gene: f"{gene}.npy" for gene in genes}
+    names = HISTEX.file_names(["Nrg1", "NRG1", "../x", "CON", ".a"], ".npy")
+    assert list(names.values()) == ["Nrg1.npy", "NRG1~2.npy", "%2E./x.npy".replace("/", "%2F"),
+                                    "%43ON.npy", "%2Ea.npy"]  # fmt: skip
+
+
+def test_maps_are_written_as_plain_arrays(tmp_path):
+    maps = np.random.default_rng(0).random((2, 4, 3)).astype(np.float32)
+    for kind in ("pickle", "npy"):
+        HISTEX.write_maps(tmp_path / kind, maps, ["a/b", "c"], kind)
+        index = pd.read_csv(tmp_path / kind / "index.csv")
+        assert list(index["gene"]) == ["a/b", "c"]
+        for file, wanted in zip(index["file"], maps, strict=True):
+            path = tmp_path / kind / file
+            got = utils.read_pickle(path) if kind == "pickle" else np.load(path)
+            assert got.dtype == np.float32
+            np.testing.assert_array_equal(got, wanted)
+    with (tmp_path / "pickle" / "c.pickle").open("rb") as file:
+        np.testing.assert_array_equal(pickle.load(file), maps[1])
+
+
+def test_correlations_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((30, 4)), rng.random((30, 4))
+    a[:, 3] = 2.0
+    got = HISTEX.correlations(a, b)
+    wanted = [np.corrcoef(a[:, g], b[:, g])[0, 1] for g in range(3)]
+    np.testing.assert_allclose(got[:3], wanted)
+    assert np.isnan(got[3])
+    assert np.isnan(HISTEX.correlations(a[:2], b[:2])).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "P", "LA", "zero-one", "large"])
+def test_a_mask_edited_in_any_program_is_read(sample, mode):
+    tissue = np.zeros((28, 42), bool)
+    tissue[3:20, 5:30] = True
+    grey = Image.fromarray(tissue.astype(np.uint8) * (1 if mode == "zero-one" else 255))
+    if mode == "RGB":  # painted red
+        grey = Image.fromarray(tissue[..., None] * np.array([255, 0, 0], np.uint8))
+    elif mode == "large":
+        grey = grey.resize((42 * 16, 28 * 16), Image.Resampling.NEAREST)
+    elif mode not in ("L", "zero-one"):
+        grey = grey.convert(mode)
+    grey.save(sample / "mask.png")
+    args = argparse.Namespace(directory=sample, force=False, allow_stale=False)
+    stage = utils.Stage(HISTEX.SCRIPT, args)
+    np.testing.assert_array_equal(HISTEX.read_mask(stage, (28, 42)), tissue)
+
+
+def test_the_picture_of_a_map_shows_its_values():
+    values = np.full((20, 30), np.nan, np.float32)
+    values[5:15, 10:20] = 0.0
+    values[8:12, 12:16] = 3.0
+    picture = HISTEX.draw_map(values, "gene")
+    times = HISTEX.PLOT_PX // 30
+    at = {
+        name: picture[HISTEX.PLOT_MARGIN_PX + int((r + 0.5) * times), int((c + 0.5) * times)]
+        for name, (r, c) in {"outside": (1, 1), "low": (6, 11), "high": (9, 13)}.items()
+    }
+    assert (at["outside"] == 255).all()
+    np.testing.assert_allclose(at["low"], [68, 1, 84], atol=3)  # the ends of viridis
+    np.testing.assert_allclose(at["high"], [253, 231, 37], atol=3)
