@@ -28,7 +28,8 @@ for comparison; ``default`` departs from it:
   functions; attention is scaled by the width of a head.
 * The loss compares square roots, whose counting noise is the same for rich and poor genes.
 * Discs are weighted by area and tissue. Training stops when held-out spots stop improving.
-* Patches overlap and are blended in prediction, so that no seam shows.
+* Patches overlap and are blended in prediction, so that no seam shows. Afterwards the maps are
+  anchored: scaled so that the discs of the spots sum to about what was measured.
 
 Both pair a spot with the HR points around its own place; the published code mixes up indices.
 
@@ -60,6 +61,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
+from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -96,6 +98,8 @@ MIN_SPOTS = 4
 CHECKPOINT_SECONDS = 30.0
 STRIP_BYTES = 1_000_000_000  # memory for the predictions of all states that are merged at a time
 PREDICT_BATCH = 64
+ANCHORS = 8  # spots around a superpixel that its map is anchored to
+ANCHOR_PRIOR = 2.0  # counts
 PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90
 CODE_VERSION = 1  # raise it when the same input gives other weights; saved states then do not count
 WINDOWS_DEVICES = ["con", "prn", "aux", "nul"]  # with com1..9 and lpt1..9: no file can be called so
@@ -731,6 +735,34 @@ def predict_maps(networks, section: Section, args: argparse.Namespace, out: np.n
     return embedding
 
 
+def anchor_to_spots(maps: np.ndarray, section: Section) -> None:
+    """Scale the maps (G, h, w) in place, so that the discs of the spots sum to what was measured.
+
+    At every spot the logarithm of measured over predicted counts tells what the network missed; it
+    is interpolated between the spots by inverse squared distance. The prior keeps the ratio of few
+    counts near 1, for they are mostly chance.
+    """
+    h, w = section.tissue.shape
+    usable = section.areas.sum(axis=1) > 0
+    spots, areas = section.spots[usable], section.areas[usable]
+    row, col = section.patches(np.floor(spots).astype(int))
+    row, col = row.clip(0, h - 1), col.clip(0, w - 1)  # beyond the border, areas are 0
+    places = np.argwhere(~np.isnan(maps[0]))  # (M, 2)
+    k = min(ANCHORS, len(spots))
+    distance, near = cKDTree(spots).query(places + 0.5, k=np.arange(1, k + 1))
+    share = 1 / (distance**2 + 1)
+    share /= share.sum(axis=1, keepdims=True)
+    first = np.arange(0, len(places) * k + 1, k)
+    share = csr_array(
+        (share.ravel().astype(np.float32), near.ravel(), first), (len(places), len(spots))
+    )
+    for gene, values in enumerate(maps):
+        predicted = (np.nan_to_num(values[row, col]) * areas).sum(axis=1)
+        measured = section.counts[usable, gene]
+        missed = np.log((measured + ANCHOR_PRIOR) / (predicted + ANCHOR_PRIOR))
+        values[tuple(places.T)] *= np.exp(share @ missed)
+
+
 def correlations(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Pearson r of every gene (G,) over the spots (M, G); NaN where it is not defined."""
     if len(predicted) < 3:
@@ -988,6 +1020,8 @@ def main(stage: utils.Stage) -> None:
 
     with scratch_array(stage.directory, (len(genes), h, w)) as maps:
         embedding = predict_maps(networks, section, args, maps, device)
+        if args.preset == "default":
+            anchor_to_spots(maps, section)
         with stage.writing(utils.MAPS) as folder:
             write_maps(folder, maps, genes, args.map_format)
         with stage.writing(utils.PLOTS) as folder:

@@ -385,6 +385,7 @@ class Stage:
 
     def finish(self, **facts: Any) -> None:
         """Put the outputs in place, then write the record: the last write says that all is well."""
+        json.dumps(facts)  # what cannot be recorded fails here, before any output is replaced
         record_path = self.directory / record_name(self.script)
         _write_json(record_path, {"finished": False, "script": self.script})
         outputs = {}

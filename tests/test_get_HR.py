@@ -123,6 +123,13 @@ def test_no_lattice_in_random_places():
         assert get_HR.fit_lattice(oblong) is None
 
 
+def test_a_stray_may_lie_on_a_free_node_but_not_on_anothers():
+    xy = lattice("square", 10, 10)
+    outside, between = xy[9] + (280.0, 0.0), xy[44] + (60.0, 60.0)  # 0.4 pitches from their nodes
+    assert get_HR.fit_lattice(np.vstack([xy, outside])) is not None
+    assert get_HR.fit_lattice(np.vstack([xy, between])) is None
+
+
 def test_real_legacy_st_spots_have_the_neighbours_their_ids_name():
     path = REAL_DATA / "dev_her2st_C2" / "locs-raw.csv"
     if not path.exists():
@@ -181,6 +188,14 @@ def test_few_spots_by_hand(xy, expected):
     xy = np.array(xy, float)
     assert get_HR.fit_lattice(xy) is None
     assert get_HR.delaunay_pairs(xy).tolist() == expected
+
+
+def test_a_ragged_row_joins_each_spot_with_the_next():
+    rng = np.random.default_rng(10)
+    xy = jitter(lattice("square", 1, 15, degrees=40.0), 50.0, rng)
+    steps = np.linalg.norm(np.diff(xy, axis=0), axis=1)
+    near = np.flatnonzero(steps <= get_HR.MAX_EDGE * np.median(steps))
+    assert get_HR.delaunay_pairs(xy).tolist() == [[i, i + 1] for i in near]
 
 
 def test_fallback_bridges_no_gap():
@@ -552,7 +567,7 @@ def test_full_disk_is_found_ahead(ready, monkeypatch, capsys):
     usage = type("Usage", (), {"free": 1})
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda _: usage)
     assert run(SCRIPT, ready) == 2
-    assert "HRcnts.npy needs about" in capsys.readouterr().err
+    assert "HRcnts.npy: about" in capsys.readouterr().err
     assert not (ready / "HRcnts.npy").exists()
 
 

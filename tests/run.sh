@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Check everything: style (ruff), then all tests (pytest) with the coverage of the scripts.
+#
+#   bash tests/run.sh [pytest options]      for example: bash tests/run.sh -k HISTEX
+#
+# Without an active virtual or conda environment it makes .venv in the repository.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. demo/environment.sh
+use_environment -r tests/requirements.txt
+
+# One thread: the tests compare bytes between runs, and small arrays are faster without a pool.
+export OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=1
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest --cov --cov-report=term "$@"
