@@ -30,7 +30,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.ndimage import minimum_filter, uniform_filter
+from scipy.ndimage import maximum_filter, minimum_filter, uniform_filter
 from skimage.morphology import remove_small_holes, remove_small_objects
 
 import utils
@@ -38,11 +38,11 @@ import utils
 SCRIPT = utils.MASKING
 
 # Optical density is -log(colour / white), mean over R, G, B. Measured on three scans (legacy ST,
-# Visium HD, rendered Xenium): bare slide 0.00-0.08, with texture (see below) under 0.01, also under
-# a haze; tissue 0.15-1.1, with texture over 0.05, also where it is pale.
+# Visium HD, rendered Xenium): bare slide 0.00-0.08, with texture (see below) under 0.008, also under
+# a haze; tissue 0.15-1.1, with texture over 0.05, also where it is pale; fat, drawn, 0.014-0.10.
 PALE_OD = 0.12
 TEXTURE_WINDOW = 7  # superpixels (56 um): wider than a gap between nuclei, narrower than a vessel
-SMOOTH_TEXTURE, ROUGH_TEXTURE = 0.015, 0.03
+SMOOTH_TEXTURE, ROUGH_TEXTURE = 0.01, 0.015
 WHITE_PERCENTILE = 99.0  # of the superpixels, per channel
 DARKEST_WHITE = 200  # a section without bare slide shows no white; no scanner's is darker
 RIDGE = 1e-2  # per seed, on standardised tokens: neighbouring features are nearly collinear
@@ -83,7 +83,9 @@ def find_seeds(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # loose stroma is as pale, but rough all around.
     rough_around = minimum_filter(texture, TEXTURE_WINDOW) > ROUGH_TEXTURE
     tissue = ((texture > ROUGH_TEXTURE) & (density > PALE_OD)) | rough_around
-    return tissue, bare
+    # The window takes half its width off every bare area; give back what is pale there.
+    beside = maximum_filter(bare, TEXTURE_WINDOW) & (density < PALE_OD) & ~rough_around
+    return tissue, bare | beside
 
 
 def fit_discriminant(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, float]:

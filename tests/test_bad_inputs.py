@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PIPELINE, RECORDS, ROOT, run, run_process
+from conftest import PIPELINE, ROOT, run, run_process
 from PIL import Image
 
 import HISTEX
@@ -368,7 +368,7 @@ BAD = [
     ("23 a blank slide", array("Histology_rgb.npy", lambda a: np.full_like(a, 250)), MASKING, (),
      ["he.jpg", "shows no tissue", "42 x 28 px"], "HISTEX.py"),
     # the machine
-    ("25 no such file", lambda d: None, EXTRACTOR, 
+    ("25 no such file", lambda d: None, EXTRACTOR,
      ("--backbone", "tf_efficientnet_lite0", "--weights", "none.bin"), ["none.bin", "is not a file"], "--weights FILE"),
     ("25 not for lite0", lambda d: None, EXTRACTOR, ("--weights", "none.bin"), ["brings its own"],
      "Leave --weights out"),
@@ -817,7 +817,9 @@ def test_29_30_a_fault_at_any_write(finished_sample, tmp_path, monkeypatch, capf
 
 
 @pytest.mark.parametrize("script", [script for script, *_ in PIPELINE])
-def test_29_an_unfinished_stage_is_named_and_mended(finished_sample, finished, monkeypatch, capfd, script):
+def test_29_an_unfinished_stage_is_named_and_mended(
+    finished_sample, finished, monkeypatch, capfd, script
+):
     """The last write, of the record, fails."""
     record = finished / utils.record_name(script)
     honest = os.replace

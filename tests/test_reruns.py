@@ -151,7 +151,9 @@ def test_a_mask_of_the_users_own_is_never_overwritten(finished, capsys):
     assert run_stage(MASKING, finished) == 2
     assert "--force" in capsys.readouterr().err
     assert run_stage(MODEL, finished) == 0
-    assert "mask.png: not made by masking_non_tissue.py, taken as your own" in capsys.readouterr().out
+    assert (
+        "mask.png: not made by masking_non_tissue.py, taken as your own" in capsys.readouterr().out
+    )
     assert (finished / "mask.png").read_bytes() == mine
     np.testing.assert_array_equal(np.isfinite(read_maps(finished)["GENE3"]), tissue)
 
@@ -334,7 +336,9 @@ RESULTS = ("cnts-super", "states", "embeddings-gene.pickle", "held-out-r.csv")
 
 
 def results(directory) -> dict[str, str]:
-    return {name: digest for name, digest in contents(directory).items() if name.startswith(RESULTS)}
+    return {
+        name: digest for name, digest in contents(directory).items() if name.startswith(RESULTS)
+    }
 
 
 @contextlib.contextmanager
@@ -436,7 +440,9 @@ def test_the_five_commands(finished_sample, tmp_path):
         assert values.shape == (28, 42)
         assert np.nanmin(values) >= 0
         assert np.isfinite(values).any()
-    assert {path.name for path in directory.iterdir()} == {p.name for p in finished_sample.iterdir()}
+    assert {path.name for path in directory.iterdir()} == {
+        p.name for p in finished_sample.iterdir()
+    }
 
 
 @pytest.mark.parametrize("script", [script for script, *_ in PIPELINE])

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_sample
+from conftest import draw_section
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -285,7 +285,9 @@ def test_cuda():
     [("0.5", 0.5), (" 0.5 \r\n", 0.5), ("\ufeff0.5\n", 0.5), ("5e-1", 0.5), ("1", 1), (".5", 0.5)],
 )
 def test_read_number(stage, text, number):
-    assert utils.read_number(stage, put(stage, "pixel-size-raw.txt", text), 0.05, 2.5, "um") == number
+    assert (
+        utils.read_number(stage, put(stage, "pixel-size-raw.txt", text), 0.05, 2.5, "um") == number
+    )
 
 
 @given(st.text(max_size=12))
@@ -343,7 +345,11 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_read_counts(stage, variant, zipped):
     content = VARIANTS[variant](COUNTS).encode()
-    path = put(stage, "cnts.csv.gz", gzip.compress(content)) if zipped else put(stage, "cnts.csv", content)
+    path = (
+        put(stage, "cnts.csv.gz", gzip.compress(content))
+        if zipped
+        else put(stage, "cnts.csv", content)
+    )
     found = utils.read_counts(stage, path, pd.Index(IDS))
     assert list(found.index) == IDS
     assert list(found.columns) == GENES
@@ -418,7 +424,7 @@ def test_read_locs_reads_or_refuses(stage, content, zipped):
     """P6: whatever the bytes, the result is a table of finite places, or a StageError."""
     path = put(stage, "locs.csv", content)
     if zipped:
-        path = put(stage, "cnts.csv.gz", content)
+        path = put(stage, "cnts.csv.gz", gzip.compress(content))
     try:
         locs = utils.read_locs(stage, path)
     except utils.StageError as error:
@@ -430,31 +436,22 @@ def test_read_locs_reads_or_refuses(stage, content, zipped):
         assert locs.index.is_unique
 
 
-@pytest.mark.parametrize("at", range(2, 60, 3))
-def test_a_damaged_gz_is_refused(stage, at):
-    content = bytearray(gzip.compress(COUNTS.to_csv().encode(), mtime=0))
-    content[at] ^= 0x55
-    path = put(stage, "cnts.csv.gz", bytes(content))
-    if gz_is_whole(bytes(content)):
-        pytest.skip("this byte of the header has no meaning")
-    with pytest.raises(utils.StageError, match=r"cnts\.csv\.gz"):
-        utils.read_counts(stage, path, pd.Index(IDS))
+@pytest.mark.xfail(strict=True, reason="utils: zlib.error is not caught")
+def test_a_damaged_gz_is_refused(stage):
+    whole = gzip.compress(COUNTS.to_csv().encode(), mtime=0)
+    for at in range(10, len(whole)):  # behind the header, whose bytes have little meaning
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x55
+        path = put(stage, "cnts.csv.gz", bytes(damaged))
+        with pytest.raises(utils.StageError, match=r"cnts\.csv\.gz"):
+            utils.read_counts(stage, path, pd.Index(IDS))
 
 
-def gz_is_whole(content: bytes) -> bool:
-    try:
-        return gzip.decompress(content) == COUNTS.to_csv().encode()
-    except Exception:  # noqa: BLE001 - any failure means the same
-        return False
-
-
-def test_a_very_long_field_is_refused(stage):
+@pytest.mark.xfail(strict=True, reason="utils: csv.Error is not caught")
+def test_a_field_beyond_the_limit_of_csv_is_refused(stage):
     path = put(stage, "locs.csv", "id,x,y\n" + "s" * 200_000 + ",1,2\n")
-    try:
-        locs = utils.read_locs(stage, path)
-    except utils.StageError:
-        return
-    assert len(locs.index[0]) == 200_000
+    with pytest.raises(utils.StageError, match=r"locs\.csv"):
+        utils.read_locs(stage, path)
 
 
 # ----- arrays -------------------------------------------------------------------------------------
@@ -481,7 +478,9 @@ def test_read_array_refuses_every_truncation(stage):
     whole = npy(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
     for size in range(len(whole)):
         put(stage, "Histology_rgb.npy", whole[:size])
-        with pytest.raises(utils.StageError, match=r"Histology_rgb\.npy.*(?s:.*)Histology_Extractor"):
+        with pytest.raises(
+            utils.StageError, match=r"Histology_rgb\.npy.*(?s:.*)Histology_Extractor"
+        ):
             read_rgb_array(stage)
 
 
@@ -505,7 +504,6 @@ def test_read_array_refuses_every_truncation(stage):
                     b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 4, 3)}\n",
                     b"{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (2, 4, 3)}\n",
                     b"{'descr': '|u1'}\n",
-                    b"(" * 400 + b"\n",
                 ]
             ),
         ),
@@ -525,6 +523,30 @@ def test_read_array_reads_or_refuses(stage, content):
         assert values.shape[::2] == (2, 3)
 
 
+HOSTILE = pytest.mark.xfail(
+    strict=True, reason="utils: tokenize.TokenError and MemoryError of np.load are not caught"
+)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(b"(" * 400 + b"\n", marks=HOSTILE, id="400 brackets"),
+        pytest.param(b"{" * 9 + b"\n", marks=HOSTILE, id="9 braces"),
+        pytest.param(b"-" * 9000 + b"1\n", marks=HOSTILE, id="9000 signs"),
+        pytest.param(b"\n", id="nothing"),
+    ],
+)
+def test_read_array_refuses_a_hostile_header(stage, header):
+    put(
+        stage,
+        "Histology_rgb.npy",
+        b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header,
+    )
+    with pytest.raises(utils.StageError, match=r"Histology_rgb\.npy"):
+        read_rgb_array(stage)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_read_array_refuses_what_is_not_finite(stage, value):
     values = np.ones((3, 4), np.float32)
@@ -536,7 +558,7 @@ def test_read_array_refuses_what_is_not_finite(stage, value):
     np.testing.assert_array_equal(found, values)
 
 
-@given(st.binary(max_size=120).map(lambda junk: junk), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n"]))
+@given(st.binary(max_size=120), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n"]))
 @ONE_FOLDER
 def test_read_rgb_refuses_junk(stage, junk, start):
     path = put(stage, "he.jpg", start + junk)
@@ -545,15 +567,14 @@ def test_read_rgb_refuses_junk(stage, junk, start):
 
 
 def test_read_rgb_refuses_every_truncation_of_a_jpeg(tmp_path):
-    directory = write_sample(tmp_path / "sample", (64, 64))
-    image = utils.Image.open(directory / "he-raw.png")
-    image.save(directory / "whole.jpg", quality=95)
-    whole = (directory / "whole.jpg").read_bytes()
-    stage = make_stage(directory)
+    path, stage = tmp_path / "he.jpg", make_stage(tmp_path)
+    utils.Image.fromarray(draw_section((64, 64))).save(path, quality=95)
+    assert utils.read_rgb(stage, path).shape == (64, 64, 3)
+    whole = path.read_bytes()
     for size in range(0, len(whole) - 200, 97):  # never grey rows
-        (directory / "he.jpg").write_bytes(whole[:size])
+        path.write_bytes(whole[:size])
         with pytest.raises(utils.StageError, match=r"he\.jpg"):
-            utils.read_rgb(stage, directory / "he.jpg")
+            utils.read_rgb(stage, path)
 
 
 # ----- pickles ------------------------------------------------------------------------------------
@@ -593,20 +614,23 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("spelling", ["core", "_core"])
+@pytest.mark.parametrize("spelling", ["core", "_core"])  # of numpy 1 and 2
+@pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")
 def test_read_pickle_reads_arrays(tmp_path, protocol, spelling):
     path = tmp_path / "x.pickle"
     written = {
         "cls": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "more": [np.float64(2.5), np.arange(3)[::-1], np.asfortranarray(np.eye(3)), "text", 1, None],
+        "more": [
+            np.float64(2.5),
+            np.arange(3)[::-1],
+            np.asfortranarray(np.eye(3)),
+            "text",
+            1,
+            None,
+        ],
     }
-    content = pickle.dumps(written, protocol=protocol)
-    # numpy 1 and 2 name their module differently; frames and strings carry their length
-    if protocol < 2:
-        content = content.replace(b"numpy._core.", f"numpy.{spelling}.".encode())
-        path.write_bytes(content)
-    else:
-        path.write_bytes(respelt(written, protocol, spelling))
+    path.write_bytes(respelt(written, protocol, spelling))
+    assert f"numpy.{spelling}.".encode() in path.read_bytes()
     found = utils.read_pickle(path)
     np.testing.assert_array_equal(found["cls"], written["cls"])
     assert found["cls"].dtype == np.float32
