@@ -38,7 +38,7 @@ import utils
 SCRIPT = utils.MASKING
 
 # Optical density is -log(colour / white), mean over R, G, B. Measured on three scans (legacy ST,
-# Visium HD, rendered Xenium): bare slide 0.00-0.08, with texture (see below) under 0.008, also under
+# Visium HD, rendered Xenium): bare slide 0.00-0.08, with texture (see below) under 0.008, also with
 # a haze; tissue 0.15-1.1, with texture over 0.05, also where it is pale; fat, drawn, 0.014-0.10.
 PALE_OD = 0.12
 TEXTURE_WINDOW = 7  # superpixels (56 um): wider than a gap between nuclei, narrower than a vessel
@@ -145,7 +145,7 @@ def spots_inside(mask: np.ndarray, locs: pd.DataFrame) -> np.ndarray:
 
 
 def draw_overlay(picture: np.ndarray, mask: np.ndarray, locs: pd.DataFrame) -> np.ndarray:
-    """The H&E (any size, 3) with the outline of the mask; spots are green inside, orange outside."""
+    """The H&E (any size, 3) with the outline of the mask; spots are green in it, else orange."""
     picture = picture.copy()
     size = (picture.shape[1], picture.shape[0])
     scale = np.array(size) / (np.array(mask.shape[::-1]) * utils.TOKEN_PX)  # of x and y

@@ -28,7 +28,7 @@ GENES = [f"GENE{i}" for i in range(8)]
 
 
 def draw_section(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """A pink, textured ellipse with dark nuclei on a nearly white slide, uint8 (rows, columns, 3)."""
+    """A pink ellipse with dark nuclei on a nearly white slide, uint8 (rows, columns, 3)."""
     rng = np.random.default_rng(seed)
     row, col = np.mgrid[: shape[0], : shape[1]]
     inside = ((row / shape[0] - 0.5) / 0.46) ** 2 + ((col / shape[1] - 0.5) / 0.46) ** 2 < 1
@@ -42,7 +42,7 @@ def draw_section(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
 
 
 def hexagonal_spots(shape: tuple[int, int], pitch: float, margin: float) -> np.ndarray:
-    """Spot centres (N, 2) as x, y on a Visium-like lattice that leaves ``margin`` px to every edge."""
+    """Spot centres (N, 2), x and y, on a Visium-like lattice ``margin`` px from every edge."""
     points = []
     for i, y in enumerate(np.arange(margin, shape[0] - margin, pitch * np.sqrt(3) / 2)):
         for x in np.arange(margin + (i % 2) * pitch / 2, shape[1] - margin, pitch):
@@ -78,7 +78,7 @@ def sample(_sample, tmp_path):
 
 
 def write_record(directory: Path, script: str, inputs: list[str], outputs: list[str]) -> None:
-    """The record that ``script`` would have left, so that a stage can be tested without those before it."""
+    """The record ``script`` would have left, to test a stage without those before it."""
     record = {
         "finished": True,
         "script": script,

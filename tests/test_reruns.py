@@ -1,4 +1,4 @@
-"""The promise: tweak a file, rerun one stage, and the pipeline neither loses nor mixes anything up."""
+"""The promise: tweak a file, rerun one stage, and nothing is lost or mixed up."""
 
 import contextlib
 import importlib
@@ -159,7 +159,7 @@ def test_a_mask_of_the_users_own_is_never_overwritten(finished, capsys):
 
 
 def test_edited_places_move_on_through_the_stages(finished, capsys):
-    """x of every spot moved by one pixel in locs.csv: get_HR.py takes it up, HISTEX.py wants it so."""
+    """x of every spot moved by a pixel in locs.csv: HISTEX.py wants get_HR.py to take it up."""
     locs = pd.read_csv(finished / "locs.csv", index_col=0)
     locs.assign(x=locs.x + 1).to_csv(finished / "locs.csv")
     assert run_stage(MODEL, finished) == 2
@@ -305,14 +305,38 @@ def test_a_record_cannot_point_outside_the_directory(finished, capsys):
     assert "has changed since Histology_Extractor.py read it" in capsys.readouterr().err
 
 
-def test_a_run_that_was_cut_off_is_named(finished, capsys):
-    (finished / "Histology_Extractor.json").write_text('{"finished": false, "script": "x"}')
-    assert run_stage(MASKING, finished) == 2
+def cut_off(directory, script, monkeypatch) -> None:
+    """A run that ends between its first and its second output."""
+    moved, honest = [], os.replace
+
+    def replace(source, target):
+        if not str(target).endswith(".json"):
+            moved.append(target)
+        if len(moved) > 1:
+            raise KeyboardInterrupt
+        honest(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        assert run_stage(script, directory) == 130
+
+
+def test_a_run_that_was_cut_off_is_named(finished, monkeypatch, capsys):
+    cut_off(finished, CALIBRATION, monkeypatch)
+    assert run_stage(EXTRACTOR, finished) == 2
     message = capsys.readouterr().err
-    assert "Histology_feature_map.npy is unfinished" in message
-    assert f"Run: python {EXTRACTOR}" in message
-    assert run_stage(EXTRACTOR, finished) == 0
-    assert run_stage(MASKING, finished) == 0
+    assert "he.jpg is unfinished" in message
+    assert f"Run: python {CALIBRATION}" in message
+    for script in (CALIBRATION, EXTRACTOR):
+        assert run_stage(script, finished) == 0
+
+
+@pytest.mark.xfail(strict=True, reason="utils: is_mine goes by the name alone after a cut-off run")
+def test_an_edit_after_a_run_that_was_cut_off_is_kept(finished, monkeypatch, capsys):
+    cut_off(finished, MASKING, monkeypatch)
+    paint(finished)
+    assert run_stage(MASKING, finished) == 2
+    assert "--force" in capsys.readouterr().err
 
 
 # ----- the same result again ----------------------------------------------------------------------
