@@ -31,7 +31,8 @@ for comparison; ``default`` departs from it:
 * Patches overlap and are blended in prediction, so that no seam shows. Afterwards the maps are
   anchored: scaled so that the discs of the spots sum to about what was measured.
 
-Both pair a spot with the HR points around its own place; the published code mixes up indices.
+Both pair a spot with the HR points around its own place (the published code mixes up indices),
+shuffle the spots, and show the tissue only.
 
 Letters in shapes: B spots or patches, T superpixels of a patch, K HR points of its context,
 G genes, F token features, D width, N spots, P HR points. Places are (row, col) in superpixels,
@@ -41,16 +42,16 @@ continuous.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
 import pickle
 import sys
+import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ import utils
 
 SCRIPT = utils.HISTEX
 INPUTS = (
-    utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
+    utils.HE, utils.LOCS, utils.RADIUS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
     utils.FEATURES, utils.MASK,
 )  # fmt: skip
 
@@ -79,12 +80,12 @@ HEADS = 8  # as published
 PUBLISHED_CONTEXT = 5  # HR points a patch sees
 DEFAULT_CONTEXT = 16  # a hole of one left-out spot is ringed by 12 HR points on a hexagonal lattice
 PUBLISHED_HEAD = (1024, 512, 512, 512)
-PUBLISHED_BETA = 0.01  # added after every affine layer
+PUBLISHED_BETA, PUBLISHED_ALPHA = 0.01, 0.01  # added after every affine layer; of the last ELU
 SCALES = (3, 9)  # superpixels: token neighbourhoods of 24 and 72 um beside the token itself
 DROPOUT = 0.1
 MAX_LOG_FACTOR = 4.0  # the network may change the interpolated expression 55-fold, not more
 ANSCOMBE = 0.375  # sqrt(count + 3/8) has a variance of 1/4 whatever the count (Anscombe 1948)
-MIN_TISSUE_SHARE = 0.25  # of a disc; with less tissue, its density is not extrapolated further
+MIN_TISSUE_SHARE = 0.25  # of a disc; from less tissue its counts tell too little, it is left out
 SUBSAMPLES = 8  # per superpixel and axis, for the area of a disc in it
 
 BATCH = 16
@@ -188,9 +189,8 @@ class PublishedNetwork(nn.Module):
         x = self.affine1(x) + x
         x = self.block2(x, expression)
         x = self.affine2(x) + x
-        scaled = self.out(self.head(torch.cat([x, tokens], dim=-1)))
-        scaled = nnf.elu(scaled - PUBLISHED_BETA, alpha=PUBLISHED_BETA) + PUBLISHED_BETA
-        return scaled, x
+        hidden = self.head(torch.cat([x, tokens], dim=-1)) @ self.out.weight
+        return nnf.elu(hidden, alpha=PUBLISHED_ALPHA) + PUBLISHED_BETA, x
 
     def loss(self, scaled: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
         """Squared error of the mean over the disc against the scaled counts, (B, G)."""
@@ -309,20 +309,30 @@ class Section:
     by_area: bool  # discs weighted by area and tissue (default), or counted in whole superpixels
 
     def __post_init__(self) -> None:
-        self.half = math.ceil(self.radius + 0.5) if self.by_area else math.floor(self.radius)
+        self.half = math.ceil(self.radius) if self.by_area else math.floor(self.radius)
         row, col = self.patches(np.floor(self.spots).astype(int))
         if self.by_area:
             self.areas = disc_areas(self.spots, row, col, self.radius) * self.on_tissue(row, col)
             share = self.areas.sum(axis=1) / (math.pi * self.radius**2)
-            share = share.clip(MIN_TISSUE_SHARE, 1)[self.parents].mean(axis=1)
-            self.expression = self.expression / share[:, None].astype(np.float32)
+            self.usable = share >= MIN_TISSUE_SHARE
+            keep = self.usable[self.parents].all(axis=1)
+            self.points, self.parents = self.points[keep], self.parents[keep]
+            share = share.clip(max=1)[self.parents].mean(axis=1, keepdims=True)
+            self.expression = self.expression[keep] / share.astype(np.float32)
         else:
             steps = np.arange(-self.half, self.half + 1)
             disc = steps[:, None] ** 2 + steps**2 <= self.radius**2  # 37 superpixels on Visium
             self.areas = np.tile(disc.ravel().astype(np.float32), (len(row), 1))
-        near = cKDTree(self.points).query(self.points, k=min(2, len(self.points)))[0]
-        self.spacing = float(np.median(near[..., -1])) or 1.0
-        self.token_statistics = token_statistics(self.tokens, self.tissue)
+            self.usable = np.ones(len(row), bool)
+
+    @functools.cached_property
+    def spacing(self) -> float:
+        """Median distance of the HR points from their nearest one, in superpixels."""
+        return float(np.median(cKDTree(self.points).query(self.points, k=[2])[0]))
+
+    @functools.cached_property
+    def token_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        return token_statistics(self.tokens, self.tissue)
 
     def patches(self, centres: np.ndarray, halo: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns, each (B, T'), of the superpixels around ``centres`` (B, 2) int.
@@ -349,8 +359,8 @@ class Section:
         tokens = self.tokens[row.clip(0, h - 1), col.clip(0, w - 1)]  # the border's, beyond it
         middles = np.stack(self.patches(centres), axis=-1) + 0.5  # (B, T, 2)
         offsets = middles[:, :, None] - self.points[near][:, None]
-        arrays = (tokens, self.expression[near], offsets)
-        return [torch.from_numpy(a.astype(np.float32)).to(device) for a in arrays]
+        arrays = (tokens, self.expression[near], offsets.astype(np.float32))
+        return [torch.from_numpy(array).to(device).float() for array in arrays]
 
     def context_of_spots(self, held_out: np.ndarray, leave_out: bool) -> np.ndarray:
         """Indices (N, K) of the HR points nearest to every spot.
@@ -416,7 +426,7 @@ class Split:
 
 def split_spots(section: Section, preset: str, seed: int, index: int) -> Split:
     """State ``index`` holds out another fold of the spots; spots without tissue are not used."""
-    usable = np.flatnonzero(section.areas.sum(axis=1) > 0)
+    usable = np.flatnonzero(section.usable)
     if preset == "published":
         return Split(usable, usable[:0], section.context_of_spots(usable[:0], leave_out=False))
     n_folds = min(FOLDS, len(usable))
@@ -506,11 +516,8 @@ def train_state(
     split = split_spots(section, args.preset, args.seed, index)
     torch.manual_seed(args.seed + index)
     network = NETWORKS[args.preset](section, split.train).to(device)
-    if read_key(folder / "model.json") == key:
-        network.load_state_dict(
-            safetensors.torch.load_file(folder / "model.safetensors", device=str(device))
-        )
-        predicted = np.load(folder / "held-out.npy", allow_pickle=False)
+    shape = (len(split.held_out), section.counts.shape[1])
+    if (predicted := read_state(folder, key, network, shape)) is not None:
         print(f"state {index}: taken from {folder.name}, nothing it was trained on has changed")
         return network, split.held_out, predicted
 
@@ -520,7 +527,7 @@ def train_state(
     )
     selection, history = Selection(), []
     checkpoint = folder / "checkpoint.pt"
-    if (saved := read_checkpoint(checkpoint, key, device)) is not None:
+    if (saved := read_checkpoint(checkpoint, key)) is not None:
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -569,10 +576,25 @@ def train_state(
         network.load_state_dict(selection.weights)
         predicted = selection.predicted()
     else:
-        predicted = np.empty((0, section.counts.shape[1]), np.float32)
+        predicted = np.empty(shape, np.float32)
     write_state(folder, network, history, predicted, key, selection.epoch or len(history))
     checkpoint.unlink(missing_ok=True)
     return network, split.held_out, predicted
+
+
+def train_states(stage: utils.Stage, section: Section, device):
+    """All states: their networks, the held-out spots (M,), and predicted counts of these (M, G).
+
+    A spot that two states hold out, as happens with more states than folds, is scored by the first.
+    """
+    key = training_key(stage, device)
+    trained = []
+    for index in range(stage.args.n_states):
+        folder = stage.directory / utils.STATES.name / f"{index:02d}"
+        trained.append(train_state(section, folder, stage.args, key, index, device))
+    networks, held_out, predicted = zip(*trained, strict=True)
+    held_out, first = np.unique(np.concatenate(held_out), return_index=True)
+    return networks, held_out, np.concatenate(predicted)[first]
 
 
 def make_optimizer(network: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -613,15 +635,33 @@ def read_key(path: Path) -> str | None:
         return None  # not a finished state: it is trained
 
 
-def read_checkpoint(path: Path, key: str, device) -> dict | None:
+def read_checkpoint(path: Path, key: str) -> dict | None:
+    """What a run with the same key saved; on the CPU, from where it is copied to the device."""
     if not path.is_file():
         return None
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        print(f"{path.name} is not readable ({str(error).splitlines()[0]}); training starts anew")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - damaged bytes can raise nearly anything
+        print(f"{path.name} is not readable ({error!r:.100}); the state is trained from its start")
         return None
-    return saved if saved.get("key") == key else None
+    return saved if isinstance(saved, dict) and saved.get("key") == key else None
+
+
+def read_state(folder: Path, key: str, network: nn.Module, shape: tuple[int, int]):
+    """Load the weights of a finished state with the same key; return its held-out predictions.
+
+    None if there is no such state, or if its files are damaged; then it is trained anew.
+    """
+    if read_key(folder / "model.json") != key:
+        return None
+    try:
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        predicted = np.load(folder / "held-out.npy", allow_pickle=False)
+        network.load_state_dict(weights)
+    except Exception as error:  # noqa: BLE001 - damaged bytes can raise nearly anything
+        print(f"the files in {folder.name} are damaged ({error!r:.100}); it is trained anew")
+        return None
+    return predicted if predicted.shape == shape else None
 
 
 def write_state(
@@ -661,8 +701,8 @@ def patch_centres(section: Section, stride: int, shown: np.ndarray) -> np.ndarra
     rows, cols = (np.arange(first, n + stride - 1, stride) for n in (h, w))
     centres = np.stack(np.meshgrid(rows, cols, indexing="ij"), axis=-1).reshape(-1, 2)
     row, col = section.patches(centres)
-    reached = shown[row.clip(0, h - 1), col.clip(0, w - 1)]
-    return centres[reached.any(axis=1)]
+    inside = (row >= 0) & (row < h) & (col >= 0) & (col < w)
+    return centres[(inside & shown[row.clip(0, h - 1), col.clip(0, w - 1)]).any(axis=1)]
 
 
 def predict_strip(networks, section: Section, centres, weights, rows: slice, batch: int, device):
@@ -698,6 +738,20 @@ def predict_strip(networks, section: Section, centres, weights, rows: slice, bat
     return maps.unflatten(1, (-1, w)), latent.unflatten(0, (-1, w))
 
 
+def middle(maps: Tensor) -> Tensor:
+    """Median over the first axis, as numpy's: the mean of the two middle ones of an even number.
+
+    Sorts by exchanging neighbours, all superpixels at once; for few states that is five times as
+    fast as np.median, and torch.median takes the lower of the two.
+    """
+    states = list(maps)
+    for i in range(len(states)):
+        for j in range(i % 2, len(states) - 1, 2):
+            a, b = states[j], states[j + 1]
+            states[j], states[j + 1] = torch.minimum(a, b), torch.maximum(a, b)
+    return (states[(len(states) - 1) // 2] + states[len(states) // 2]) / 2
+
+
 def predict_maps(networks, section: Section, args: argparse.Namespace, out: np.ndarray, device):
     """Fill ``out`` (G, h, w) with the median of the states; return the embedding (D, h, w).
 
@@ -722,13 +776,11 @@ def predict_maps(networks, section: Section, args: argparse.Namespace, out: np.n
                         networks, section, centres, weights, rows, batch, device
                     )
                     break
-                except torch.OutOfMemoryError:
-                    if batch == 1:
+                except RuntimeError as error:
+                    if not utils.is_out_of_memory(error) or batch == 1:
                         raise
                     batch //= 2  # the result does not depend on it
-                    torch.cuda.empty_cache()
-            # Not torch.median: of an even number of states it takes the lower middle one.
-            median, latent = np.median(maps.cpu().numpy(), axis=0), latent.cpu().numpy()
+            median, latent = middle(maps).cpu().numpy(), latent.cpu().numpy()
             median[~shown[rows]] = np.nan
             latent[~shown[rows]] = np.nan
             out[:, rows], embedding[:, rows] = median.transpose(2, 0, 1), latent.transpose(2, 0, 1)
@@ -743,7 +795,7 @@ def anchor_to_spots(maps: np.ndarray, section: Section) -> None:
     counts near 1, for they are mostly chance.
     """
     h, w = section.tissue.shape
-    usable = section.areas.sum(axis=1) > 0
+    usable = section.usable
     spots, areas = section.spots[usable], section.areas[usable]
     row, col = section.patches(np.floor(spots).astype(int))
     row, col = row.clip(0, h - 1), col.clip(0, w - 1)  # beyond the border, areas are 0
@@ -754,7 +806,8 @@ def anchor_to_spots(maps: np.ndarray, section: Section) -> None:
     share /= share.sum(axis=1, keepdims=True)
     first = np.arange(0, len(places) * k + 1, k)
     share = csr_array(
-        (share.ravel().astype(np.float32), near.ravel(), first), (len(places), len(spots))
+        (share.ravel().astype(np.float32), near.ravel().astype(np.int32), first),
+        (len(places), len(spots)),
     )
     for gene, values in enumerate(maps):
         predicted = (np.nan_to_num(values[row, col]) * areas).sum(axis=1)
@@ -784,7 +837,7 @@ def read_mask(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray:
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGBA"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise stage.error(path, f"is not a readable image: {error}") from error
     painted = (pixels[..., :3] > 0).any(axis=-1) & (pixels[..., 3] > 0)
     times = max(1, painted.shape[0] // shape[0])
@@ -838,18 +891,29 @@ def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
     )
     locs = utils.read_locs(stage, stage.path(utils.LOCS))
     genes = utils.read_gene_names(stage, stage.path(utils.GENE_NAMES))
+    if len(locs) < MIN_SPOTS:
+        raise stage.error(
+            stage.path(utils.LOCS), f"lists {len(locs)} spots; at least {MIN_SPOTS} are needed."
+        )
     points, parents = read_hr_points(stage, locs.index)
     expression = utils.read_array(stage, utils.HR_CNTS, np.float32, (len(points), len(genes)))
-    counts = utils.read_counts(stage, stage.path(utils.CNTS), locs.index)
-    if unknown := [gene for gene in genes if gene not in counts.columns]:
+    if (lowest := expression.min()) < 0:
         raise stage.error(
-            stage.path(utils.CNTS), f"lacks {len(unknown)} listed genes, such as {unknown[0]}."
+            stage.path(utils.HR_CNTS), f"holds {lowest:g}; counts cannot be negative."
         )
+    measured = np.flatnonzero(parents[:, 0] == parents[:, 1])
+    if sorted(parents[measured, 0]) != list(range(len(locs))):
+        raise stage.error(
+            stage.path(utils.HR_LOCS),
+            f"measures {len(measured)} spots; expected each of the {len(locs)} spots once.",
+        )
+    counts = np.empty((len(locs), len(genes)), np.float32)
+    counts[parents[measured, 0]] = expression[measured]
     section = Section(
         tokens=utils.read_array(stage, utils.FEATURES, np.float16, (*grid, None)),
         tissue=tissue,
         spots=locs[["y", "x"]].to_numpy() / utils.TOKEN_PX,
-        counts=counts[genes].to_numpy(),
+        counts=counts,
         points=points / utils.TOKEN_PX,
         expression=np.asarray(expression),
         parents=parents,
@@ -857,9 +921,12 @@ def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
         context=DEFAULT_CONTEXT if default else PUBLISHED_CONTEXT,
         by_area=default,
     )
-    usable = int((section.areas.sum(axis=1) > 0).sum())
+    usable = int(section.usable.sum())
     if usable < len(locs):
-        print(f"{len(locs) - usable} of {len(locs)} spots have no tissue and are not trained on")
+        print(
+            f"{len(locs) - usable} of {len(locs)} spots have less than {MIN_TISSUE_SHARE:.0%} of "
+            f"their disc on tissue and are left out"
+        )
     if usable < MIN_SPOTS:
         raise stage.error(
             stage.path(utils.MASK),
@@ -948,20 +1015,12 @@ def draw_plots(folder: Path, maps: np.ndarray, genes: list[str], r: np.ndarray, 
         Image.fromarray(draw_map(np.array(maps[i]), title)).save(folder / names[genes[i]])
 
 
-@contextlib.contextmanager
-def scratch_array(directory: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """A float32 array on disk that is gone afterwards: all maps of a slide do not fit in memory."""
-    path = utils.partial_name(directory / "maps.npy")
-    try:
-        yield np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    finally:
-        path.unlink(missing_ok=True)
-
-
 def summarise(spots: pd.Index, genes: list[str], held_out: np.ndarray, r: np.ndarray) -> dict:
     """Print the closing table; return what the record keeps of it."""
     facts = {"spots": len(spots), "genes": len(genes), "held_out_r_median": None}
     score = "none, the published preset trains on all spots"
+    if len(held_out):
+        score = f"{len(held_out)} spots, too few or too constant for a correlation"
     if not np.isnan(r).all():
         low, middle, high = (float(q) for q in np.nanpercentile(r, [10, 50, 90]))
         facts["held_out_r_median"] = round(middle, 4)
@@ -976,6 +1035,13 @@ def summarise(spots: pd.Index, genes: list[str], held_out: np.ndarray, r: np.nda
 # ------------------------------------------------------------------------------------------------
 # the stage
 # ------------------------------------------------------------------------------------------------
+def positive_float(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = utils.stage_parser(__doc__)
     utils.add_device(parser)
@@ -988,12 +1054,21 @@ def build_parser() -> argparse.ArgumentParser:
         default="default",
         help="The network of this project, or the arithmetic of the published method.",
     )
-    option("--seed", type=int, default=0, help="Random seed; state i is trained with seed + i.")
+    option(
+        "--seed",
+        type=utils.not_negative,
+        default=0,
+        help="Random seed; state i is trained with seed + i.",
+    )
     option("--batch-size", type=utils.positive, help="Spots a training step; None: the preset's.")
-    option("--learning-rate", type=float, help="Step size of the training; None: the preset's.")
+    option(
+        "--learning-rate",
+        type=positive_float,
+        help="Step size of the training; None: the preset's.",
+    )
     option("--map-format", choices=("pickle", "npy"), default="pickle", help="Kind of map files.")
     option("--keep-background", action="store_true", help="Predict outside the tissue as well.")
-    option("--n-plots", type=int, default=12, help="Number of genes to draw.")
+    option("--n-plots", type=utils.not_negative, default=12, help="Number of genes to draw.")
     return parser
 
 
@@ -1008,29 +1083,28 @@ def main(stage: utils.Stage) -> None:
     print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
     print(f"{h} x {w} superpixels, preset {args.preset}, {args.n_states} states, device {device}")
 
-    key = training_key(stage, device)
-    folders = [stage.directory / utils.STATES.name / f"{i:02d}" for i in range(args.n_states)]
     try:
-        trained = [train_state(section, f, args, key, i, device) for i, f in enumerate(folders)]
-    except torch.OutOfMemoryError as error:
+        networks, held_out, predicted = train_states(stage, section, device)
+        r = correlations(predicted, section.counts[held_out])
+        # A file without a name, which is gone with the run: the maps of a slide outgrow the memory.
+        with tempfile.TemporaryFile(dir=stage.directory) as file:
+            maps = np.memmap(file, np.float32, "w+", shape=(len(genes), h, w))
+            embedding = predict_maps(networks, section, args, maps, device)
+            if args.preset == "default":
+                anchor_to_spots(maps, section)
+            with stage.writing(utils.MAPS) as folder:
+                write_maps(folder, maps, genes, args.map_format)
+            with stage.writing(utils.PLOTS) as folder:
+                draw_plots(folder, maps, genes, r, args.n_plots)
+    except RuntimeError as error:
+        if not utils.is_out_of_memory(error):
+            raise
         raise utils.StageError(
-            f"{device} has too little memory for the training: {str(error).splitlines()[0]}",
-            f"Run: {stage.command(SCRIPT)} --batch-size 4 (or another small number)",
+            f"The memory of {device} does not suffice: {str(error).splitlines()[0]:.200}",
+            "Run the same command with a smaller --batch-size, such as 4, or with --device cpu.",
         ) from error
-    networks, held_out, predicted = zip(*trained, strict=True)
-    held_out, predicted = np.concatenate(held_out), np.concatenate(predicted)
-    r = correlations(predicted, section.counts[held_out])
-
-    with scratch_array(stage.directory, (len(genes), h, w)) as maps:
-        embedding = predict_maps(networks, section, args, maps, device)
-        if args.preset == "default":
-            anchor_to_spots(maps, section)
-        with stage.writing(utils.MAPS) as folder:
-            write_maps(folder, maps, genes, args.map_format)
-        with stage.writing(utils.PLOTS) as folder:
-            draw_plots(folder, maps, genes, r, args.n_plots)
     with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
-        pickle.dump({"cls": embedding}, file, protocol=4)
+        pickle.dump({"cls": embedding}, file, protocol=5)
     with stage.writing(utils.HELD_OUT) as partial:
         table = pd.DataFrame({"gene": genes, "held_out_r": r})
         table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")

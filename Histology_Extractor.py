@@ -445,8 +445,8 @@ class Encoder:
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.amp):
                 x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2) / 255
                 return tile_tokens(self.backbone.model, (x - self.mean) / self.std).cpu().numpy()
-        except RuntimeError as error:  # MPS and the CPU have no class of their own for it
-            if "out of memory" in str(error).lower() or "allocate memory" in str(error):
+        except RuntimeError as error:
+            if utils.is_out_of_memory(error):
                 return None
             raise
 
@@ -544,8 +544,6 @@ def write_map(path: Path, rows: Iterator[np.ndarray], encoder: Encoder) -> None:
 # ------------------------------------------------------------------------------------------------
 def check_arguments(args: argparse.Namespace) -> str | None:
     """Check the numbers; return the token of --login, unless it is empty or the *** of examples."""
-    if args.batch_size is not None and args.batch_size < 1:
-        raise StageError(f"--batch-size is {args.batch_size}; expected 1 or more.", "Leave it out.")
     if args.overlap is not None and args.overlap < 0:
         raise StageError(
             f"--overlap is {args.overlap}; expected 0 or more tokens.", "Leave it out."
@@ -554,16 +552,6 @@ def check_arguments(args: argparse.Namespace) -> str | None:
         return None
     print("--login can be read by others on this machine; HF_TOKEN is safer", file=sys.stderr)
     return args.login
-
-
-def read_image(stage: utils.Stage) -> np.ndarray:
-    path = stage.path(utils.HE)
-    image = utils.read_rgb(stage, path)
-    if image.shape[0] % TILE_PX or image.shape[1] % TILE_PX:
-        raise stage.error(
-            path, f"is {image.shape[1]} x {image.shape[0]} px; expected multiples of {TILE_PX} px."
-        )
-    return image
 
 
 def build_encoder(args: argparse.Namespace, login: str | None, image: np.ndarray) -> Encoder:
@@ -604,7 +592,8 @@ def main(stage: utils.Stage) -> None:
     stage.require(utils.HE)
     stage.guard(utils.FEATURES, utils.RGB)
     login = check_arguments(stage.args)
-    image = read_image(stage)
+    utils.grid_shape(stage)  # refuses sides that are not whole tiles
+    image = utils.read_rgb(stage, stage.path(utils.HE))
     encoder = build_encoder(stage.args, login, image)
     check_space(stage, encoder)
     folder, started = rows_folder(stage, encoder), time.time()
@@ -637,7 +626,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     utils.add_device(parser)
     parser.add_argument(
-        "--batch-size", type=int, help="Tiles run at once; 32 for a ViT, 1 for a CNN unless given."
+        "--batch-size",
+        type=utils.positive,
+        help="Tiles run at once; 32 for a ViT, 1 for a CNN unless given.",
     )
     parser.add_argument(
         "--overlap",

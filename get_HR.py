@@ -266,11 +266,10 @@ def in_order(pairs: np.ndarray) -> np.ndarray:
 def listed_genes(stage: utils.Stage) -> list[str] | None:
     """The user's own gene list, or None if there is none and the genes are to be selected.
 
-    A list is the user's unless the last run of this script finished and wrote it as it is. After a
-    run that was cut off nobody can say whose it is, so it is kept.
+    A list is the user's unless the last run of this script wrote it as it is.
     """
-    path, record = stage.find(utils.GENE_NAMES), utils.read_record(stage, SCRIPT)
-    if path is None or (record and record["finished"] and stage.is_mine(utils.GENE_NAMES)):
+    path = stage.find(utils.GENE_NAMES)
+    if path is None or stage.is_mine(utils.GENE_NAMES):
         return None
     # Not Stage.require: a changed list is the reason for this rerun, it makes nothing stale here.
     stage.inputs[path.name] = utils.fingerprint(path)
@@ -391,18 +390,11 @@ def describe(lattice: Lattice | None, xy: np.ndarray) -> dict[str, object]:
 # --------------------------------------------------------------------------------------------------
 # the stage
 # --------------------------------------------------------------------------------------------------
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = utils.stage_parser(__doc__)
     parser.add_argument(
         "--n-genes",
-        type=positive,
+        type=utils.positive,
         default=N_GENES,
         help="Number of most variable genes to select if there is no gene-names.txt of yours.",
     )

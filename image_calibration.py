@@ -422,7 +422,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = utils.stage_parser(__doc__)
     parser.add_argument(
         "--max-megapixels",
-        type=int,
+        type=utils.positive,
         default=utils.MAX_MEGAPIXELS,
         metavar="N",
         help="Refuse images of more than N million pixels, before or after calibration.",
@@ -431,8 +431,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(stage: utils.Stage) -> None:
-    optional = [utils.RADIUS_RAW] if stage.find(utils.RADIUS_RAW) else []
-    stage.require(utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW, *optional)
+    stage.require(utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW)
+    stage.optional(utils.RADIUS_RAW)
     stage.guard(utils.HE, utils.LOCS, utils.RADIUS, utils.PIXEL_SIZE)
 
     path = stage.path(utils.HE_RAW)

@@ -174,7 +174,10 @@ def read_thumbnail(stage: utils.Stage, path: Path) -> np.ndarray:
 def build_parser() -> argparse.ArgumentParser:
     parser = utils.stage_parser(__doc__)
     parser.add_argument(
-        "--seed", type=int, default=0, help="Seed of the random choice among the seeds."
+        "--seed",
+        type=utils.not_negative,
+        default=0,
+        help="Seed of the random choice among the seeds.",
     )
     return parser
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import gzip
 import hashlib
 import importlib.metadata
@@ -26,6 +27,8 @@ import shutil
 import sys
 import time
 import uuid
+import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,6 +128,9 @@ MADE_BY = {name: artifact.made_by for artifact in CONTRACT for name in artifact.
 MIN_PIXEL_SIZE_UM, MAX_PIXEL_SIZE_UM = 0.05, 2.5  # 200x and 4x objectives; a hires image is above
 MAX_RADIUS_SUPERPIXELS = 64  # 0.5 mm; a spot is at least one superpixel
 MAX_MEGAPIXELS = 2000  # about 6 GB as RGB; more is taken for a decompression bomb
+MAX_HE_PIXELS = 65_500**2  # of he.jpg, which is ours; the format has no larger sides
+PUT_ATTEMPTS = 10
+DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 STALE_PARTIAL_SECONDS = 3600  # a partial file untouched for an hour belongs to no living run
 
 
@@ -143,10 +149,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _files(path: Path) -> list[Path]:
+    """The file itself, or all files of a folder but those that file managers leave in it."""
+    if path.is_file():
+        return [path]
+    return sorted(f for f in path.rglob("*") if f.is_file() and f.name not in DESKTOP_FILES)
+
+
 def _stat(path: Path) -> dict[str, int]:
     """Bytes and newest mtime of a file, or of all files of a folder."""
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    stats = [file.stat() for file in files]
+    stats = [file.stat() for file in _files(path)]
     return {
         "bytes": sum(s.st_size for s in stats),
         "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
@@ -158,7 +170,7 @@ def _digest(path: Path) -> str:
     if path.is_file():
         return sha256(path)
     whole = hashlib.sha256()
-    for file in sorted(f for f in path.rglob("*") if f.is_file()):
+    for file in _files(path):
         whole.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
     return whole.hexdigest()
 
@@ -170,11 +182,14 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def same_as(path: Path, known: dict[str, Any]) -> bool:
     """True if the file is the one fingerprinted as ``known``; hashes only if the mtime differs."""
     if not path.exists():
-        return False
+        return known == ABSENT
     stat = _stat(path)
     if stat["bytes"] != known["bytes"]:
         return False
     return stat["mtime_ns"] == known["mtime_ns"] or _digest(path) == known["sha256"]
+
+
+ABSENT = {"bytes": 0, "mtime_ns": 0, "sha256": "absent"}  # of an optional input that was not there
 
 
 def partial_name(path: Path) -> Path:
@@ -190,14 +205,28 @@ def _remove(path: Path) -> None:
 
 
 def _put(partial: Path, path: Path) -> None:
-    """Move a finished file or folder to its real name; a folder in the way is moved aside first."""
-    if path.is_dir():
-        old = partial_name(path)
-        path.rename(old)
-        partial.rename(path)
-        _remove(old)
-    else:
+    """Move a finished file or folder to its real name; a folder in the way is moved aside first.
+
+    Another run may put its folder there between the two moves; then it is moved aside as well.
+    """
+    if not partial.is_dir():
         os.replace(partial, path)
+        return
+    for attempt in range(PUT_ATTEMPTS):
+        aside = partial_name(path)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside)
+        try:
+            partial.rename(path)
+        except OSError:
+            if attempt == PUT_ATTEMPTS - 1 or not path.exists():
+                if aside.exists() and not path.exists():
+                    aside.rename(path)
+                raise
+        else:
+            _remove(aside)
+            return
+        _remove(aside)
 
 
 @contextlib.contextmanager
@@ -237,9 +266,11 @@ class Stage:
         self.script = script
         self.args = args
         self.directory: Path = args.directory
+        self.options: list[str] = getattr(args, "options", [])
         self.started = time.time()
         self.inputs: dict[str, dict[str, Any]] = {}
         self.pending: list[tuple[Path, Path]] = []
+        self.notes: list[str] = []
         if not self.directory.is_dir():
             found = "is a file" if self.directory.exists() else "does not exist"
             raise StageError(
@@ -251,14 +282,26 @@ class Stage:
                 f"{self.directory} cannot be written to; {script} writes its results there.",
                 f"Make the folder writable, then run: {self.command(script)}",
             )
-        for leftover in self.directory.glob(".*.partial*"):
-            if time.time() - leftover.stat().st_mtime > STALE_PARTIAL_SECONDS:
-                _remove(leftover)
+        for leftover in list(self.directory.rglob(".*.partial*")):
+            with contextlib.suppress(OSError):  # gone, or in use by another run
+                if time.time() - leftover.stat().st_mtime > STALE_PARTIAL_SECONDS:
+                    _remove(leftover)
 
-    def command(self, script: str | None) -> str:
-        directory = str(self.directory)
-        quoted = f'"{directory}"' if " " in directory else directory
-        return f"python {script or self.script} --directory {quoted}"
+    def command(self, script: str | None = None) -> str:
+        """The command that runs a script here, with the options it was last run with."""
+        script = script or self.script
+        options = self.options
+        if script != self.script:
+            with contextlib.suppress(StageError):
+                options = (read_record(self, script) or {}).get("options", [])
+        parts = [str(self.directory), *options]
+        first, *rest = (f'"{part}"' if " " in part else part for part in parts)
+        return " ".join(["python", script, "--directory", first, *rest])
+
+    def warn(self, text: str) -> None:
+        """Print a warning, and keep it in the record."""
+        print(f"warning: {text}")
+        self.notes.append(text)
 
     def error(self, path: Path, problem: str, remedy: str | None = None) -> StageError:
         """A StageError about ``path``, whose remedy is to rerun its origin or to mend it."""
@@ -301,6 +344,15 @@ class Stage:
                 )
             self._check_fresh(artifact, path)
 
+    def optional(self, artifact: Artifact) -> Path | None:
+        """The path of an input that may be missing; its coming or going makes the outputs stale."""
+        path = self.find(artifact)
+        if path is None:
+            self.inputs[artifact.name] = ABSENT
+        else:
+            self.require(artifact)
+        return path
+
     def path(self, artifact: Artifact) -> Path:
         """Path of a required artifact."""
         return self.find(artifact) or self.directory / artifact.name
@@ -323,21 +375,27 @@ class Stage:
             )
         else:
             stale = _stale(self, artifact.made_by)
-            if stale and not self.args.allow_stale:
+            known = record["outputs"].get(path.name)
+            if known is None and not artifact.user_may_bring:
+                raise self.error(path, f"is not listed in {record_name(artifact.made_by)}.")
+            edited = known is None or not same_as(path, known)
+            if stale and edited and artifact.user_may_bring:
+                print(
+                    f"{path.name}: your own; {stale[1]} has changed since, see that it still fits"
+                )
+            elif stale and self.args.allow_stale:
+                print(f"{path.name}: out of date ({stale[1]} changed), used all the same")
+            elif stale:
                 script, changed = stale
                 raise StageError(
                     f"{path} is out of date: {self.directory / changed} has changed since {script} "
                     f"read it.",
-                    f"Run: {self.command(script)}, then the stages after it "
+                    f"Run: {self.command(script)} and then the stages after it "
                     f"(or add --allow-stale to use the old files all the same).",
                 )
-            if stale:
-                print(f"{path.name}: out of date ({stale[1]} changed), used all the same")
-            known = record["outputs"].get(path.name)
-            if known is None and not artifact.user_may_bring:
-                raise self.error(path, f"is not listed in {record_name(artifact.made_by)}.")
-            if known is not None and not same_as(path, known):
+            elif edited:
                 print(f"{path.name}: edited since {artifact.made_by} wrote it, the edit is used")
+            if edited:
                 known = None
         if known is not None and _stat(path)["mtime_ns"] == known["mtime_ns"]:
             self.inputs[path.name] = known  # unchanged, so its hash is known
@@ -350,10 +408,11 @@ class Stage:
         path, record = self.find(artifact), read_record(self, self.script)
         if path is None or record is None:
             return False
-        if not record["finished"]:  # cut off while it put its outputs in place
-            return path.name in record["pending"]
-        known = record["outputs"].get(path.name)
-        return known is not None and same_as(path, known)
+        # A run that was cut off while it put its outputs in place left some old and some new ones.
+        keys = ("outputs",) if record["finished"] else ("pending", "previous")
+        return any(
+            path.name in record[key] and same_as(path, record[key][path.name]) for key in keys
+        )
 
     def guard(self, *artifacts: Artifact) -> None:
         """Refuse to replace an output that was edited or brought by the user, unless --force."""
@@ -386,25 +445,28 @@ class Stage:
     def finish(self, **facts: Any) -> None:
         """Put the outputs in place, then write the record: the last write says that all is well."""
         json.dumps(facts)  # what cannot be recorded fails here, before any output is replaced
+        outputs = {path.name: fingerprint(partial) for partial, path in self.pending}
+        before = read_record(self, self.script) or {}
+        previous = before.get("outputs") or before.get("previous", {})
+        unfinished = {"finished": False, "pending": outputs, "previous": previous}
         record_path = self.directory / record_name(self.script)
-        pending = [path.name for _, path in self.pending]
-        _write_json(record_path, {"finished": False, "script": self.script, "pending": pending})
-        outputs = {}
+        _write_json(record_path, {"script": self.script, **unfinished})
         for partial, path in self.pending:
-            _put(partial, path)
-            outputs[path.name] = fingerprint(path)
+            _put(partial, path)  # keeps size and mtime, so that the fingerprint holds
             print(f"wrote {path.name}: {outputs[path.name]['bytes'] / 1e6:,.2f} MB")
-        arguments = {key: str(value) for key, value in vars(self.args).items() if key != "login"}
+        arguments = {key: str(value) for key, value in vars(self.args).items() if key != "options"}
         if getattr(self.args, "login", None):
             arguments["login"] = "***"
         record = {
             "finished": True,
             "script": self.script,
             "arguments": arguments,
+            "options": self.options,
             "seconds": round(time.time() - self.started, 2),
             "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": _versions(),
             **facts,
+            "warnings": self.notes,
             "inputs": self.inputs,
             "outputs": outputs,
         }
@@ -424,22 +486,19 @@ def read_record(stage: Stage, script: str) -> dict[str, Any] | None:
     remedy = f"Remove it and run: {stage.command(script)}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise StageError(f"{path} is not a readable record: {error}", remedy) from error
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         raise StageError(f"{path} is not a record of {script}.", remedy)
-    if not record["finished"] and not isinstance(record.get("pending"), list):
-        raise StageError(f"{path} is not a whole record of {script}.", remedy)
-    if record["finished"] and not all(
-        isinstance(record.get(key), dict)
-        and all(
-            isinstance(known, dict) and {"bytes", "mtime_ns", "sha256"} <= known.keys()
-            for known in record[key].values()
-        )
-        for key in ("inputs", "outputs")
-    ):
-        raise StageError(f"{path} is not a whole record of {script}.", remedy)
+    for key in ("inputs", "outputs") if record["finished"] else ("pending", "previous"):
+        files = record.get(key)
+        if not isinstance(files, dict) or not all(map(_is_fingerprint, files.values())):
+            raise StageError(f"{path} is not a whole record of {script}: see {key!r}.", remedy)
     return record
+
+
+def _is_fingerprint(known: Any) -> bool:
+    return isinstance(known, dict) and known.keys() >= {"bytes", "mtime_ns", "sha256"}
 
 
 def _stale(stage: Stage, script: str) -> tuple[str, str] | None:
@@ -510,6 +569,14 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    """argparse type: a whole number of 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="Where to compute: auto, cpu, cuda, cuda:N or mps."
@@ -539,6 +606,24 @@ def resolve_device(name: str):
     )
 
 
+def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The options that differ from their defaults, as they would be typed; a token is not shown."""
+    options = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in ("directory", "force", "allow_stale") or value == action.default:
+            continue
+        options.append(action.option_strings[-1])
+        if action.nargs != 0:
+            options.append("***" if action.dest == "login" else str(value))
+    return options
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class of its own for it, MPS and the CPU have not."""
+    return "out of memory" in str(error).lower() or "allocate memory" in str(error)
+
+
 def run_stage(
     main: Callable[[Stage], None], script: str, parser: argparse.ArgumentParser, argv=None
 ) -> int:
@@ -549,6 +634,7 @@ def run_stage(
                 errors="replace"
             )  # a console that cannot show a gene name must not stop us
     args = parser.parse_args(argv)
+    args.options = given_options(parser, args)
     stage = None
     try:
         stage = Stage(script, args)
@@ -557,11 +643,11 @@ def run_stage(
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (28, 13, 30, 122):  # no space, no permission, read-only, quota
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         print(
-            f"error: {error.filename or args.directory}: {error.strerror}.\n"
-            f"Make room or give access to it, then run the same command.",
+            f"error: {error.filename2 or error.filename or args.directory}: {error.strerror}.\n"
+            f"Make room, give access to it or close it elsewhere, then run the same command.",
             file=sys.stderr,
         )
         return 2
@@ -620,6 +706,9 @@ def _read_text(stage: Stage, path: Path) -> str:
         ) from error
 
 
+UNREADABLE = (ValueError, EOFError, OSError, zlib.error, csv.Error)  # what damaged tables raise
+
+
 def _open_table(path: Path):
     opener = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rt", encoding="utf-8-sig", newline="")
@@ -633,7 +722,7 @@ def _read_header(stage: Stage, path: Path) -> tuple[list[str], str, bool]:
     try:
         with _open_table(path) as file:
             first, second = file.readline(), file.readline()
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, OSError) as error:
+    except UNREADABLE as error:
         raise stage.error(path, f"cannot be read as text: {error}") from error
     delimiter = max(",\t;", key=first.count)
     if first.count(delimiter) == 0:
@@ -641,9 +730,12 @@ def _read_header(stage: Stage, path: Path) -> tuple[list[str], str, bool]:
             path,
             f"has one column only ({first.strip()[:40]!r}); expected commas or tabs between them.",
         )
-    header, row = next(csv.reader([first], delimiter=delimiter)), []
-    if second.strip():
-        row = next(csv.reader([second], delimiter=delimiter))
+    try:
+        rows = [line for line in (first, second) if line.strip()]
+        header, *row = csv.reader(rows, delimiter=delimiter)
+    except (ValueError, csv.Error) as error:
+        raise stage.error(path, f"is not a table: {error}") from error
+    row = row[0] if row else []
     names = header if len(row) == len(header) + 1 else header[1:]
     return [name.strip() for name in names], delimiter, bool(row)
 
@@ -661,20 +753,26 @@ def _read_table(stage: Stage, path: Path, numeric: list[str] | None) -> pd.DataF
             path, f"has the columns {_some(names)}; expected a column {' and '.join(missing)}."
         )
     columns = names if numeric is None else numeric
-    ids = "\0id"
+    ids = "\0id"  # no header holds this
     options: dict[str, Any] = {
         "sep": delimiter, "header": None, "skiprows": 1, "names": [ids, *names],
-        "usecols": [ids, *columns], "keep_default_na": False, "encoding": "utf-8-sig",
-        "index_col": False,
+        "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False,
     }  # fmt: skip
-    kind = np.float32 if numeric is None else np.float64
+    others = np.float32 if numeric is None else str
+    types = defaultdict(lambda: others, {ids: str, **dict.fromkeys(numeric or [], np.float64)})
     try:
-        types = defaultdict(lambda: kind, {ids: str})
-        table = pd.read_csv(path, dtype=types, low_memory=False, **options)
-    except (ValueError, pd.errors.ParserError, EOFError, OSError, UnicodeDecodeError) as error:
+        # A number beyond float32 becomes inf, which is refused below; a row with too many fields
+        # would lose the last ones with no more than a warning.
+        with np.errstate(over="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(path, dtype=types, low_memory=False, **options)
+    except pd.errors.ParserWarning as error:
         raise stage.error(
-            path, _where_not_numeric(path, options, columns) or f"cannot be read: {error}"
+            path, f"has rows with more fields than the {len(names) + 1} columns of its header."
         ) from error
+    except UNREADABLE as error:
+        problem = _where_not_numeric(path, options, columns) or f"cannot be read: {error}"
+        raise stage.error(path, problem) from error
     table[ids] = table[ids].str.strip()
     table = table.set_index(ids)
     table.index.name = None
@@ -695,8 +793,10 @@ def _read_table(stage: Stage, path: Path, numeric: list[str] | None) -> pd.DataF
 def _where_not_numeric(path: Path, options: dict[str, Any], columns: list[str]) -> str | None:
     """Name the first cell that is no number, reading the table a second time as text."""
     try:
-        text = pd.read_csv(path, dtype=str, low_memory=False, **options)
-    except (ValueError, EOFError, OSError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)
+            text = pd.read_csv(path, dtype=str, low_memory=False, **options)
+    except UNREADABLE:
         return None
     for column in columns:
         bad = np.flatnonzero(pd.to_numeric(text[column], errors="coerce").isna())
@@ -748,7 +848,7 @@ def read_counts(stage: Stage, path: Path, spots: pd.Index) -> pd.DataFrame:
     if not values.any():
         raise stage.error(path, "holds nothing but zeros; expected raw counts.")
     if (values != np.floor(values)).any():
-        print(f"warning: {path.name} holds fractions; raw counts are expected, not normalised ones")
+        stage.warn(f"{path.name} holds fractions; raw counts are expected, not normalised ones")
     return counts
 
 
@@ -763,10 +863,8 @@ def read_array(
     path = stage.path(artifact)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise stage.error(
-            path, f"is not a whole .npy array: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # a damaged header can raise nearly anything
+        raise stage.error(path, f"is not a whole .npy array ({error!r:.200}).") from error
     wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
     fits = array.ndim == len(shape) and all(
         n in (None, m) for n, m in zip(shape, array.shape, strict=True)
@@ -784,17 +882,23 @@ def read_array(
 
 def read_rgb(stage: Stage, path: Path) -> np.ndarray:
     """An RGB image as uint8 (rows, columns, 3); a truncated file is an error, never grey rows."""
-    Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 10**6
+    Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            rgb = np.empty((image.height, image.width, 3), np.uint8)
+            image.load()
+            for top in range(0, image.height, TILE_PX):  # a whole copy at a time would be three
+                bottom = min(top + TILE_PX, image.height)
+                strip = image.crop((0, top, image.width, bottom))
+                rgb[top:bottom] = np.asarray(strip.convert("RGB"))
+            return rgb
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise stage.error(path, f"is not a whole image: {error}") from error
 
 
 def grid_shape(stage: Stage) -> tuple[int, int]:
     """Rows and columns of superpixels of he.jpg, from its header alone."""
-    Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 10**6
+    Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS
     path = stage.path(HE)
     try:
         with Image.open(path) as image:
@@ -808,40 +912,72 @@ def grid_shape(stage: Stage) -> tuple[int, int]:
     return height // TOKEN_PX, width // TOKEN_PX
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays, dicts, lists and strings; refuses everything that could run code."""
+class _Dtype:
+    """Stands in for numpy.dtype, for numbers only: flags set in the real one could crash Python."""
 
-    ALLOWED = frozenset(
-        {
-            (f"numpy.{core}.multiarray", name)
-            for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
-        }
-        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
-        | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-    )
+    def __init__(self, code: str, *_: Any) -> None:
+        self.dtype = np.dtype(str(code))
+        if self.dtype.kind not in "biuf":
+            raise pickle.UnpicklingError(f"arrays of {self.dtype} are not read")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands in for numpy's _reconstruct; its state is (version, shape, dtype, Fortran?, bytes)."""
+
+    def __init__(self, *_: Any) -> None:
+        self.array = np.empty(0)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, content = state
+        self.array = _from_bytes(content, dtype, shape, "F" if is_fortran else "C")
+
+
+def _from_bytes(content: bytes, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+    return np.frombuffer(content, dtype.dtype).reshape(shape, order=order).copy(order=order)[()]
+
+
+STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): None,  # only ever an argument of _reconstruct
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),  # bytes in protocol 2
+}
+for _core in ("numpy.core", "numpy._core"):
+    STAND_INS[f"{_core}.multiarray", "_reconstruct"] = _Array
+    STAND_INS[f"{_core}.multiarray", "scalar"] = lambda dtype, raw: _from_bytes(raw, dtype, (), "C")
+    STAND_INS[f"{_core}.numeric", "_frombuffer"] = _from_bytes
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds numpy arrays of numbers in plain containers; refuses all that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not a numpy array")
+        if (module, name) not in STAND_INS:
+            raise pickle.UnpicklingError(f"{module}.{name} is not a numpy array")
+        return STAND_INS[module, name]
+
+
+def _plain(content: Any) -> Any:
+    """Arrays in place of their stand-ins, also inside of dicts, lists and tuples."""
+    if isinstance(content, _Array):
+        return content.array
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(map(_plain, content))
+    return content
 
 
 def read_pickle(path: Path) -> Any:
     """What a .pickle file holds, if that is numpy arrays in plain containers; else StageError."""
     try:
         with path.open("rb") as file:
-            return _ArraysOnly(file).load()
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ) as error:
+            return _plain(_ArraysOnly(file).load())
+    except Exception as error:  # damaged bytes can raise nearly anything
         raise StageError(
-            f"{path} is not a pickled numpy array: {error}",
+            f"{path} is not a pickled numpy array ({error!r:.200}).",
             "Do not open it with other tools unless you trust it.",
         ) from error
 

@@ -772,7 +772,6 @@ def test_cached_weights_need_neither_token_nor_network(tiny_uni, tmp_path, monke
     [
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--device", "toaster"], "--device toaster cannot be used"),
-        (["--batch-size", "0"], "--batch-size is 0"),
         (["--overlap", "-1"], "--overlap is -1"),
         (["--overlap", "42"], "--overlap is 42"),
         (["--weights", "x.pth"], "brings its own weights"),
@@ -794,7 +793,7 @@ def test_an_image_that_is_not_whole_tiles_is_refused(tmp_path, capsys):
     directory = write_he(tmp_path / "s", section(224, 240))
     assert run(SCRIPT, directory, "--backbone", LITE) == 2
     shown = capsys.readouterr().err
-    assert "is 240 x 224 px; expected multiples of 224 px" in shown
+    assert "is 240 x 224 px; both sides must be multiples of 224 px" in shown
     assert "image_calibration.py --directory" in shown
 
 

@@ -498,13 +498,13 @@ def test_more_disk_than_is_free(sample, capsys, monkeypatch):
     for name in OUTPUTS:
         (sample / name).write_text("old")
     assert calibrate(sample) == 2
-    assert "needs about 0.00 GB" in capsys.readouterr().err
+    assert "about 0.00 GB are needed" in capsys.readouterr().err
     assert (sample / "he.jpg").read_text() == "old"
 
 
 def test_two_raw_images(sample, capsys):
     (sample / "he-raw.tif").write_bytes(LOSSLESS["tiff"]())
-    refused(sample, capsys, "he-raw.png, he-raw.tif", "exactly one")
+    refused(sample, capsys, "he-raw.png, he-raw.tif", "only one")
 
 
 @pytest.mark.parametrize("name", ["he-raw.png", "pixel-size-raw.txt", "locs-raw.csv"])

@@ -157,7 +157,6 @@ def test_atomic(tmp_path, kind):
     assert names_in(tmp_path) == ["maps.npy"]
 
 
-@pytest.mark.xfail(strict=True, reason="utils: _put leaves the old folder under its temporary name")
 def test_a_folder_that_cannot_be_put_in_place_comes_back(tmp_path, monkeypatch):
     path, honest = tmp_path / "maps", Path.rename
 
@@ -176,7 +175,6 @@ def test_a_folder_that_cannot_be_put_in_place_comes_back(tmp_path, monkeypatch):
     assert (path / "old").read_text() == "old"
 
 
-@pytest.mark.xfail(strict=True, reason="utils: Stage does not expect a partial file to vanish")
 def test_a_partial_file_of_another_run_may_vanish(tmp_path, monkeypatch):
     """The other run gives it its name between the listing and the look at its age."""
     (tmp_path / ".he.0123abcd.partial.jpg").write_bytes(b"half")
@@ -402,21 +400,11 @@ BAD_TABLES = {
     "hexadecimal": "id,A,B\ns1,0x10,2\ns2,3,4\n",
     "true": "id,A,B\ns1,True,2\ns2,3,4\n",
 }
-TABLE_FAULTS = {
-    "longer row": "utils: the fields too many of a row are dropped without a word",
-    "longer row, text": "utils: the fields too many of a row are dropped without a word",
-    "longer first row by two": "utils: the fields too many of a row are dropped without a word",
-}
 
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.xfail(strict=True, reason=TABLE_FAULTS[kind]))
-        if kind in TABLE_FAULTS
-        else kind
-        for kind in BAD_TABLES
-    ],
+    BAD_TABLES,
 )
 def test_tables_that_are_refused(stage, kind):
     path = put(stage, "cnts.csv", BAD_TABLES[kind])
@@ -450,7 +438,6 @@ def test_read_locs_reads_or_refuses(stage, content, zipped):
         assert locs.index.is_unique
 
 
-@pytest.mark.xfail(strict=True, reason="utils: zlib.error is not caught")
 def test_a_damaged_gz_is_refused(stage):
     whole = gzip.compress(COUNTS.to_csv().encode(), mtime=0)
     for at in range(10, len(whole)):  # behind the header, whose bytes have little meaning
@@ -461,7 +448,6 @@ def test_a_damaged_gz_is_refused(stage):
             utils.read_counts(stage, path, pd.Index(IDS))
 
 
-@pytest.mark.xfail(strict=True, reason="utils: csv.Error is not caught")
 def test_a_field_beyond_the_limit_of_csv_is_refused(stage):
     path = put(stage, "locs.csv", "id,x,y\n" + "s" * 200_000 + ",1,2\n")
     with pytest.raises(utils.StageError, match=r"locs\.csv"):
@@ -536,17 +522,12 @@ def test_read_array_reads_or_refuses(stage, content):
         assert values.shape[::2] == (2, 3)
 
 
-HOSTILE = pytest.mark.xfail(
-    strict=True, reason="utils: tokenize.TokenError and MemoryError of np.load are not caught"
-)
-
-
 @pytest.mark.parametrize(
     "header",
     [
-        pytest.param(b"(" * 400 + b"\n", marks=HOSTILE, id="400 brackets"),
-        pytest.param(b"{" * 9 + b"\n", marks=HOSTILE, id="9 braces"),
-        pytest.param(b"-" * 9000 + b"1\n", marks=HOSTILE, id="9000 signs"),
+        pytest.param(b"(" * 400 + b"\n", id="400 brackets"),
+        pytest.param(b"{" * 9 + b"\n", id="9 braces"),
+        pytest.param(b"-" * 9000 + b"1\n", id="9000 signs"),
         pytest.param(b"\n", id="nothing"),
     ],
 )
@@ -681,7 +662,7 @@ LENGTHS = b"\x8d\x8e\x95\x96"  # opcodes with a length of 8 bytes, see the next 
 
 @given(
     st.one_of(
-        st.binary(max_size=80).map(lambda junk: junk.translate(None, LENGTHS)),
+        st.binary(max_size=80),
         st.text(string.printable, max_size=40).map(str.encode),
     )
 )
@@ -693,8 +674,7 @@ def test_read_pickle_reads_or_refuses(tmp_path, content):
     assert message is None or "x.pickle" in message
 
 
-@pytest.mark.xfail(strict=True, reason="utils: OverflowError and MemoryError are not caught")
-@pytest.mark.parametrize("opcode", LENGTHS[2:])
+@pytest.mark.parametrize("opcode", LENGTHS)
 @pytest.mark.parametrize("length", [1 << 60, 1 << 63], ids=["long", "longer"])
 def test_read_pickle_refuses_impossible_lengths(tmp_path, opcode, length):
     path = tmp_path / "x.pickle"
@@ -703,9 +683,8 @@ def test_read_pickle_refuses_impossible_lengths(tmp_path, opcode, length):
         utils.read_pickle(path)
 
 
-@pytest.mark.xfail(strict=True, reason="utils: numpy.dtype takes flags that corrupt memory")
-def test_read_pickle_refuses_numbers_that_claim_to_be_objects(tmp_path):
-    """A dtype float32 with the flag of objects: numpy then takes its bytes for addresses."""
+def test_read_pickle_takes_no_flags_of_a_dtype(tmp_path):
+    """A dtype float32 with the flag of objects: numpy itself then takes its bytes for addresses."""
     path = tmp_path / "x.pickle"
     content = pickletools.optimize(pickle.dumps(np.full(4, 1.5, np.float32), protocol=2))
     state = b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK"
@@ -714,8 +693,7 @@ def test_read_pickle_refuses_numbers_that_claim_to_be_objects(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(Path(utils.__file__).parent)!r})\n"
         "import utils\nfrom pathlib import Path\n"
-        f"try: utils.read_pickle(Path({str(path)!r}))\n"
-        "except utils.StageError: sys.exit(2)\n"
+        f"print(utils.read_pickle(Path({str(path)!r})).tolist())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "")
+    assert (done.returncode, done.stdout) == (0, "[1.5, 1.5, 1.5, 1.5]\n")
