@@ -290,10 +290,12 @@ class Stage:
     def command(self, script: str | None = None) -> str:
         """The command that runs a script here, with the options it was last run with."""
         script = script or self.script
-        options = self.options
+        options = self.options if script == self.script else []
         if script != self.script:
-            with contextlib.suppress(StageError):
-                options = (read_record(self, script) or {}).get("options", [])
+            # Not by read_record, whose own messages name a command.
+            with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+                text = (self.directory / record_name(script)).read_text(encoding="utf-8")
+                options = [str(option) for option in json.loads(text)["options"]]
         parts = [str(self.directory), *options]
         first, *rest = (f'"{part}"' if " " in part else part for part in parts)
         return " ".join(["python", script, "--directory", first, *rest])
@@ -454,7 +456,8 @@ class Stage:
         for partial, path in self.pending:
             _put(partial, path)  # keeps size and mtime, so that the fingerprint holds
             print(f"wrote {path.name}: {outputs[path.name]['bytes'] / 1e6:,.2f} MB")
-        arguments = {key: str(value) for key, value in vars(self.args).items() if key != "options"}
+        hidden = ("login", "options")
+        arguments = {key: str(value) for key, value in vars(self.args).items() if key not in hidden}
         if getattr(self.args, "login", None):
             arguments["login"] = "***"
         record = {
@@ -610,7 +613,7 @@ def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     """The options that differ from their defaults, as they would be typed; a token is not shown."""
     options = []
     for action in parser._actions:
-        value = getattr(args, action.dest, None)
+        value = getattr(args, action.dest, action.default)
         if action.dest in ("directory", "force", "allow_stale") or value == action.default:
             continue
         options.append(action.option_strings[-1])
