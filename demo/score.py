@@ -148,8 +148,11 @@ def thinning_ceiling(
 ) -> np.ndarray:
     """Best r (genes,) that a perfect predictor could reach, from two random halves of the counts.
 
-    Truth binned by area is not whole; its fractions are rounded at random, keeping the mean.
+    Truth that was binned by area holds fractions. Single superpixels then say nothing about the
+    counting noise (NaN); for blocks, fractions are rounded at random, which keeps the mean.
     """
+    if size == 1 and (counts != np.floor(counts)).any():
+        return np.full(counts.shape[-1], np.nan)
     rng = np.random.default_rng(seed)
     whole = np.floor(counts + rng.random(counts.shape)).astype(np.int64)
     half = rng.binomial(whole, 0.5)
@@ -187,14 +190,18 @@ def select_genes(truth: Truth, genes: list[str]) -> Truth:
 
 def medians(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     """The table of the report: method, then bin."""
-    names = [name for name in METHODS if f"{name}_1x" in table]
-    return {n: {f"{b}x": round(float(table[f"{n}_{b}x"].median()), 4) for b in BINS} for n in names}
+    summary = {}
+    for name in METHODS:
+        values = {f"{size}x": float(table[f"{name}_{size}x"].median()) for size in BINS}
+        summary[name] = {key: None if np.isnan(r) else round(r, 4) for key, r in values.items()}
+    return summary
 
 
 def report(summary: dict[str, dict[str, float]], n_genes: int) -> str:
     lines = [f"{f'median r over {n_genes} genes':34}" + "".join(f"{8 * b:>7} um" for b in BINS)]
     for name, values in summary.items():
-        lines.append(f"{METHODS[name]:34}" + "".join(f"{v:10.3f}" for v in values.values()))
+        cells = ("unknown" if r is None else f"{r:.3f}" for r in values.values())
+        lines.append(f"{METHODS[name]:34}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -298,3 +298,12 @@ def test_run_sh_is_valid_bash_and_refuses_an_old_python(tmp_path):
     assert done.returncode == 2
     assert "3.11" in done.stderr
     assert "Python 3.8.1" in done.stderr
+
+
+def test_fractions_of_superpixels_tell_no_ceiling():
+    counts = np.random.default_rng(0).poisson(3.0, (12, 12, 2)) * 0.5
+    tissue = np.ones((12, 12), bool)
+    assert np.isnan(score.thinning_ceiling(counts, tissue, 1)).all()
+    assert np.isfinite(score.thinning_ceiling(counts, tissue, 4)).all()
+    summary = {"histex": {"1x": 0.5, "4x": 0.75}, "ceiling": {"1x": None, "4x": 0.8}}
+    assert score.report(summary, 2).splitlines()[-1].split()[-2:] == ["unknown", "0.800"]
