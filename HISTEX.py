@@ -705,36 +705,37 @@ def patch_centres(section: Section, stride: int, shown: np.ndarray) -> np.ndarra
     return centres[(inside & shown[row.clip(0, h - 1), col.clip(0, w - 1)]).any(axis=1)]
 
 
-def predict_strip(networks, section: Section, centres, weights, rows: slice, batch: int, device):
+def predict_strip(networks, section, centres, near, weights, rows: slice, batch: int, device):
     """Counts (states, rows, w, G) and embedding of the first state (rows, w, D) in some rows.
 
-    ``centres`` are those of ``patch_centres``. Superpixels that no patch reaches are NaN.
+    ``centres`` (B, 2) are those of ``patch_centres``, ``near`` (B, K) the HR points around them.
+    Superpixels that no patch reaches are NaN.
     """
-    w = section.tissue.shape[1]
-    n_genes, k = section.counts.shape[1], min(section.context, len(section.points))
+    w, n_genes = section.tissue.shape[1], section.counts.shape[1]
     top, bottom = rows.start, rows.stop
     reaches = (centres[:, 0] + section.half >= top) & (centres[:, 0] - section.half < bottom)
-    centres = centres[reaches]
+    centres, near = centres[reaches], near[reaches]
     weights = torch.from_numpy(weights).to(device)
     total = torch.zeros((bottom - top) * w, 1, device=device)
     maps = torch.zeros(len(networks), len(total), n_genes, device=device)
     latent = torch.zeros(len(total), WIDTH, device=device)
     for start in range(0, len(centres), batch):
         part = centres[start : start + batch]
-        near = nearest(section.points, part + 0.5, k)
         row, col = section.patches(part)
         inside = (row >= top) & (row < bottom) & (col >= 0) & (col < w)
         cell = torch.from_numpy(((row - top) * w + col)[inside]).to(device)
         inside = torch.from_numpy(inside).to(device)
         share = weights.expand(inside.shape)[inside][:, None]
         total.index_add_(0, cell, share)
-        inputs = section.inputs(part, near, networks[0].halo, device)
+        context = near[start : start + batch]
+        inputs = section.inputs(part, context, networks[0].halo, device)
         for state, network in enumerate(networks):
             output, embedding = network(*inputs)
             maps[state].index_add_(0, cell, network.to_counts(output)[inside] * share)
             if state == 0:
                 latent.index_add_(0, cell, embedding[inside] * share)
-    maps, latent = maps / total, latent / total  # 0 / 0 is the NaN
+    maps /= total  # 0 / 0 is the NaN
+    latent /= total
     return maps.unflatten(1, (-1, w)), latent.unflatten(0, (-1, w))
 
 
@@ -761,6 +762,8 @@ def predict_maps(networks, section: Section, args: argparse.Namespace, out: np.n
     shown = np.ones((h, w), bool) if args.keep_background else section.tissue
     stride, weights = blending(2 * section.half + 1, args.preset)
     centres = patch_centres(section, stride, shown)
+    k = min(section.context, len(section.points))
+    near = nearest(section.points, centres + 0.5, k)
     row_bytes = 4 * w * (section.counts.shape[1] * (2 * len(networks) + 1) + 2 * WIDTH)
     strip = max(1, min(h, STRIP_BYTES // row_bytes))
     batch = PREDICT_BATCH
@@ -773,7 +776,7 @@ def predict_maps(networks, section: Section, args: argparse.Namespace, out: np.n
             while True:
                 try:
                     maps, latent = predict_strip(
-                        networks, section, centres, weights, rows, batch, device
+                        networks, section, centres, near, weights, rows, batch, device
                     )
                     break
                 except RuntimeError as error:
