@@ -773,6 +773,9 @@ def predict_maps(networks, section: Section, args: argparse.Namespace, out: np.n
     with torch.inference_mode():
         for top in tqdm(range(0, h, strip), desc="maps", disable=None):
             rows = slice(top, min(h, top + strip))
+            if not shown[rows].any():
+                out[:, rows], embedding[:, rows] = np.nan, np.nan
+                continue
             while True:
                 try:
                     maps, latent = predict_strip(

@@ -456,6 +456,24 @@ def test_the_middle_of_the_states_is_the_median_of_numpy(n_states):
     np.testing.assert_allclose(got, np.median(maps, axis=0), rtol=1e-6)
 
 
+def test_strips_without_tissue_are_left_out_and_empty(monkeypatch):
+    tissue = np.zeros(SHAPE, bool)
+    tissue[12:30] = True
+    section = make_section(tissue=tissue)
+    wanted, got = (np.zeros((G, *SHAPE), np.float32) for _ in range(2))
+    network = randomise(HISTEX.Network(section, np.arange(16)))
+    HISTEX.predict_maps([network], section, arguments(), wanted, "cpu")
+    monkeypatch.setattr(HISTEX, "STRIP_BYTES", 1)  # a strip is one row
+    original, strips = HISTEX.predict_strip, []
+    monkeypatch.setattr(
+        HISTEX, "predict_strip", lambda *args: strips.append(args[5]) or original(*args)
+    )
+    embedding = HISTEX.predict_maps([network], section, arguments(), got, "cpu")
+    assert [rows.start for rows in strips] == list(range(12, 30))
+    np.testing.assert_allclose(got, wanted, rtol=1e-4)
+    assert (np.isnan(embedding[0]) == ~tissue).all()
+
+
 def test_maps_are_the_median_of_the_states():
     section = make_section()
     networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2, 3, 4)]
