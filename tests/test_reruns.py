@@ -387,6 +387,8 @@ def killed_when(directory, reached, sign: signal.Signals) -> int:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell makes what it runs in the background deaf to Ctrl-C; so would be this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 60
     while not reached():
