@@ -657,11 +657,13 @@ def read_state(folder: Path, key: str, network: nn.Module, shape: tuple[int, int
     try:
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         predicted = np.load(folder / "held-out.npy", allow_pickle=False)
-        network.load_state_dict(weights)
+        if predicted.shape != shape or weights.keys() != network.state_dict().keys():
+            raise ValueError(f"tensors, or the shape {predicted.shape}, not of this network")
+        network.load_state_dict(weights)  # last: training anew must start from the fresh network
     except Exception as error:  # noqa: BLE001 - damaged bytes can raise nearly anything
         print(f"the files in {folder.name} are damaged ({error!r:.100}); it is trained anew")
         return None
-    return predicted if predicted.shape == shape else None
+    return predicted
 
 
 def write_state(

@@ -355,6 +355,15 @@ def test_a_finished_state_is_reused_only_with_the_same_key(tmp_path, capsys):
     assert "taken from" not in capsys.readouterr().out
 
 
+def test_a_damaged_state_is_trained_from_its_start(tmp_path, capsys):
+    section = make_section()
+    first, _, _ = train(section, tmp_path)
+    np.save(tmp_path / "held-out.npy", np.zeros((1, 1), np.float32))
+    again, _, _ = train(section, tmp_path)
+    assert "trained anew" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(*map(weights, (first, again)), strict=True))
+
+
 def weights(network: torch.nn.Module) -> list[torch.Tensor]:
     return list(network.state_dict().values())
 
