@@ -3,13 +3,13 @@
 #   use_environment PIP-ARGUMENTS   install them; afterwards $python is the interpreter to use
 #
 # An active virtual or conda environment is used as it is; else .venv in the repository is, and is made
-# if need be. PYTHON=/path/to/python3 chooses the interpreter.
+# if need be. PYTHON=/path/to/python3 chooses the interpreter, of which .venv is then made anew.
 
 use_environment() {
     local own="$PWD/.venv/bin/python" active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" found
     if [ -n "$active" ]; then
         python="${PYTHON:-python}"
-    elif "$own" -m pip --version >/dev/null 2>&1; then
+    elif [ -z "${PYTHON:-}" ] && "$own" -m pip --version >/dev/null 2>&1; then
         python="$own" # made by an earlier run
     else
         python="${PYTHON:-python3}"
