@@ -3,8 +3,8 @@
     python HISTEX.py --directory data/section --epochs 500 --n-states 5
 
 In    HRlocs.csv, HRcnts.npy, gene-names.txt (get_HR.py), Histology_feature_map.npy
-      (Histology_Extractor.py), mask.png (masking_non_tissue.py, or your own), locs.csv, radius.txt,
-      cnts.csv
+      (Histology_Extractor.py), mask.png (masking_non_tissue.py, or your own), and he.jpg, locs.csv,
+      radius.txt (image_calibration.py)
 Out   states/NN/               the trained networks, each with its training history
       cnts-super/              a map a gene, float32 (rows, columns), counts per superpixel of 8 um,
                                NaN outside the tissue; index.csv tells which file is which gene
@@ -346,8 +346,7 @@ class Section:
     def on_tissue(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
         """Whether the superpixels (row, col) are on the map and tissue, bool in their shape."""
         h, w = self.tissue.shape
-        inside = (row >= 0) & (row < h) & (col >= 0) & (col < w)
-        return inside & self.tissue[row.clip(0, h - 1), col.clip(0, w - 1)]
+        return on_map(row, col, h, w) & self.tissue[row.clip(0, h - 1), col.clip(0, w - 1)]
 
     def inputs(self, centres: np.ndarray, near: np.ndarray, halo: int, device) -> list[Tensor]:
         """What a network takes: tokens (B, T', F), expression (B, K, G), offsets (B, T, K, 2).
@@ -383,6 +382,10 @@ class Section:
             order = np.argsort(is_own, axis=1, kind="stable")  # its own last, the others as before
             near = np.take_along_axis(near, order, axis=1)
         return near[:, :k]
+
+
+def on_map(row: np.ndarray, col: np.ndarray, h: int, w: int) -> np.ndarray:
+    return (row >= 0) & (row < h) & (col >= 0) & (col < w)
 
 
 def nearest(points: np.ndarray, places: np.ndarray, k: int) -> np.ndarray:
@@ -703,8 +706,8 @@ def patch_centres(section: Section, stride: int, shown: np.ndarray) -> np.ndarra
     rows, cols = (np.arange(first, n + stride - 1, stride) for n in (h, w))
     centres = np.stack(np.meshgrid(rows, cols, indexing="ij"), axis=-1).reshape(-1, 2)
     row, col = section.patches(centres)
-    inside = (row >= 0) & (row < h) & (col >= 0) & (col < w)
-    return centres[(inside & shown[row.clip(0, h - 1), col.clip(0, w - 1)]).any(axis=1)]
+    reached = on_map(row, col, h, w) & shown[row.clip(0, h - 1), col.clip(0, w - 1)]
+    return centres[reached.any(axis=1)]
 
 
 def predict_strip(networks, section, centres, near, weights, rows: slice, batch: int, device):
@@ -724,8 +727,9 @@ def predict_strip(networks, section, centres, near, weights, rows: slice, batch:
     for start in range(0, len(centres), batch):
         part = centres[start : start + batch]
         row, col = section.patches(part)
-        inside = (row >= top) & (row < bottom) & (col >= 0) & (col < w)
-        cell = torch.from_numpy(((row - top) * w + col)[inside]).to(device)
+        row -= top
+        inside = on_map(row, col, bottom - top, w)
+        cell = torch.from_numpy((row * w + col)[inside]).to(device)
         inside = torch.from_numpy(inside).to(device)
         share = weights.expand(inside.shape)[inside][:, None]
         total.index_add_(0, cell, share)

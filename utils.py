@@ -271,6 +271,7 @@ class Stage:
         self.inputs: dict[str, dict[str, Any]] = {}
         self.pending: list[tuple[Path, Path]] = []
         self.notes: list[str] = []
+        Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS  # Pillow's own limit is below the size of a slide
         if not self.directory.is_dir():
             found = "is a file" if self.directory.exists() else "does not exist"
             raise StageError(
@@ -291,8 +292,7 @@ class Stage:
         """The command that runs a script here, with the options it was last run with."""
         script = script or self.script
         options = self.options if script == self.script else []
-        if script != self.script:
-            # Not by read_record, whose own messages name a command.
+        if script != self.script:  # not by read_record, whose own messages name a command
             with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
                 text = (self.directory / record_name(script)).read_text(encoding="utf-8")
                 options = [str(option) for option in json.loads(text)["options"]]
@@ -885,7 +885,6 @@ def read_array(
 
 def read_rgb(stage: Stage, path: Path) -> np.ndarray:
     """An RGB image as uint8 (rows, columns, 3); a truncated file is an error, never grey rows."""
-    Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS
     try:
         with Image.open(path) as image:
             rgb = np.empty((image.height, image.width, 3), np.uint8)
@@ -901,7 +900,6 @@ def read_rgb(stage: Stage, path: Path) -> np.ndarray:
 
 def grid_shape(stage: Stage) -> tuple[int, int]:
     """Rows and columns of superpixels of he.jpg, from its header alone."""
-    Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS
     path = stage.path(HE)
     try:
         with Image.open(path) as image:
