@@ -27,6 +27,8 @@ for comparison; ``default`` departs from it:
   to the spots. Tokens are standardised and seen at three scales; layers have norms and non-linear
   functions; attention is scaled by the width of a head.
 * The loss compares square roots, whose counting noise is the same for rich and poor genes.
+* Few spots must not be learned by heart: tokens and context are hidden in part (dropout), weights
+  decay, and what is kept is the moving average of the weights over the last steps.
 * Discs are weighted by area and tissue. Training stops when held-out spots stop improving.
 * Patches overlap and are blended in prediction, so that no seam shows. Afterwards the maps are
   anchored: scaled so that the discs of the spots sum to about what was measured.
@@ -65,6 +67,7 @@ from PIL import Image
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import utils
@@ -82,7 +85,8 @@ DEFAULT_CONTEXT = 16  # a hole of one left-out spot is ringed by 12 HR points on
 PUBLISHED_HEAD = (1024, 512, 512, 512)
 PUBLISHED_BETA, PUBLISHED_ALPHA = 0.01, 0.01  # added after every affine layer; of the last ELU
 SCALES = (3, 9)  # superpixels: token neighbourhoods of 24 and 72 um beside the token itself
-DROPOUT = 0.1
+DROPOUT = 0.5  # of token features, and of the features that the last layer reads
+CONTEXT_DROPOUT = 0.3  # of the genes of an HR point
 MAX_LOG_FACTOR = 4.0  # the network may change the interpolated expression 55-fold, not more
 ANSCOMBE = 0.375  # sqrt(count + 3/8) has a variance of 1/4 whatever the count (Anscombe 1948)
 MIN_TISSUE_SHARE = 0.25  # of a disc; from less tissue its counts tell too little, it is left out
@@ -91,9 +95,10 @@ SUBSAMPLES = 8  # per superpixel and axis, for the area of a disc in it
 BATCH = 16
 PUBLISHED_BATCH = 32  # at most; a sixteenth of the spots if that is fewer
 LEARNING_RATE = {"default": 1e-3, "published": 1e-4}
-WEIGHT_DECAY = 1e-2
+WEIGHT_DECAY = 1.0
+AVERAGING_DECAY = 0.99  # a step; of the moving average of the weights, which is what is kept
 PLATEAU_EPOCHS, PLATEAU_FACTOR = 6, 0.5  # learning rate: halved after so many epochs without gain
-PATIENCE_EPOCHS = 20  # stop after so many
+PATIENCE_EPOCHS = 12  # stop after so many
 FOLDS = 10  # every state holds out another tenth of the spots
 MIN_SPOTS = 4
 CHECKPOINT_SECONDS = 30.0
@@ -102,7 +107,7 @@ PREDICT_BATCH = 64
 ANCHORS = 8  # spots around a superpixel that its map is anchored to
 ANCHOR_PRIOR = 2.0  # counts
 PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90
-CODE_VERSION = 1  # raise it when the same input gives other weights; saved states then do not count
+CODE_VERSION = 2  # raise it when the same input gives other weights; saved states then do not count
 WINDOWS_DEVICES = ["con", "prn", "aux", "nul"]  # with com1..9 and lpt1..9: no file can be called so
 WINDOWS_DEVICES += [f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10)]
 
@@ -202,6 +207,20 @@ class PublishedNetwork(nn.Module):
         return scaled * (self.spot_range / self.disc_size) + self.spot_min / self.disc_size
 
 
+class FeatureDropout(nn.Module):
+    """Hides a share of the features of each patch (B, T, F), the same in all superpixels of it."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), 1, x.shape[-1], device=x.device) >= self.share
+        return x * (kept / (1 - self.share))
+
+
 class Network(nn.Module):
     """The default network: tokens and HR expression around a patch to counts per superpixel.
 
@@ -217,12 +236,14 @@ class Network(nn.Module):
         n_features, n_genes = section.tokens.shape[-1], section.counts.shape[1]
         scale = (WIDTH // HEADS) ** -0.5
         self.embed_tokens = nn.Sequential(
-            nn.Dropout(DROPOUT),
+            FeatureDropout(DROPOUT),
             nn.Linear(n_features * (1 + len(SCALES)), WIDTH),
             nn.LeakyReLU(0.1),
             nn.LayerNorm(WIDTH),
         )
-        self.embed_expression = nn.Linear(n_genes, WIDTH)
+        self.embed_expression = nn.Sequential(
+            nn.Dropout(CONTEXT_DROPOUT), nn.Linear(n_genes, WIDTH)
+        )
         self.embed_place = nn.Sequential(nn.Linear(3, 32), nn.LeakyReLU(0.1), nn.Linear(32, WIDTH))
         self.blocks = nn.ModuleList(BidirectionalAttention(WIDTH, WIDTH, scale) for _ in range(2))
         self.token_norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
@@ -448,7 +469,20 @@ def run_batch(network, section: Section, split: Split, batch: np.ndarray, device
     return output, areas, counts
 
 
-def train_epoch(network, optimizer, section, split, order, batch_size: int, device) -> float:
+def make_average(network: nn.Module) -> AveragedModel:
+    """The moving average of the weights; over the last tenth of the steps while these are few."""
+
+    def blend(averages: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+        decay = min(AVERAGING_DECAY, float((1 + steps) / (10 + steps)))
+        for average, weights in zip(averages, current, strict=True):
+            average.lerp_(weights, 1 - decay)
+
+    return AveragedModel(network, multi_avg_fn=blend)
+
+
+def train_epoch(
+    network, average, optimizer, section, split, order, batch_size: int, device
+) -> float:
     """One pass over the training spots in the given order; returns the mean loss."""
     network.train()
     total = 0.0
@@ -457,6 +491,8 @@ def train_epoch(network, optimizer, section, split, order, batch_size: int, devi
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if average is not None:
+            average.update_parameters(network)
         total += float(loss.detach()) * len(batch)
     return total / len(order)
 
@@ -525,6 +561,8 @@ def train_state(
         return network, split.held_out, predicted
 
     optimizer = make_optimizer(network, args)
+    average = make_average(network) if args.preset == "default" else None
+    kept = network if average is None else average.module
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_EPOCHS
     )
@@ -532,6 +570,8 @@ def train_state(
     checkpoint = folder / "checkpoint.pt"
     if (saved := read_checkpoint(checkpoint, key)) is not None:
         network.load_state_dict(saved["network"])
+        if average is not None:
+            average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         vars(selection).update(saved["selection"])
@@ -548,12 +588,12 @@ def train_state(
         torch.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
         order = np.random.default_rng(seed).permutation(split.train)
         rate = optimizer.param_groups[0]["lr"]
-        loss = train_epoch(network, optimizer, section, split, order, batch_size, device)
+        loss = train_epoch(network, average, optimizer, section, split, order, batch_size, device)
         row = {"epoch": epoch, "train_loss": loss, "learning_rate": rate}
         if len(split.held_out):
-            losses, predicted = score_held_out(network, section, split, device)
+            losses, predicted = score_held_out(kept, section, split, device)
             row["held_out_loss"] = float(losses.mean())
-            selection.see(epoch, losses, predicted, network)
+            selection.see(epoch, losses, predicted, kept)
             schedule.step(row["held_out_loss"])
         if not all(map(math.isfinite, row.values())):
             checkpoint.unlink(missing_ok=True)
@@ -565,6 +605,7 @@ def train_state(
             content = {
                 "key": key,
                 "network": network.state_dict(),
+                "average": None if average is None else average.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "selection": vars(selection),
