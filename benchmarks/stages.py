@@ -5,7 +5,7 @@
 
 Copies the user's files (he-raw, locs-raw, cnts, ...) into a temporary folder, or into one given by
 --keep, runs each script there as a process of its own, and prints a table in Markdown. The sample
-itself is not touched. If it holds a truth.npz, demo/score.py scores the maps at the end.
+itself is not touched. If it holds a truth.npz, analysis/evaluate.py scores the maps at the end.
 """
 
 from __future__ import annotations
@@ -87,9 +87,8 @@ def main(args: argparse.Namespace) -> None:
         )
     if (work / "truth.npz").is_file():
         print(flush=True)
-        subprocess.run(
-            [sys.executable, str(ROOT / "demo" / "score.py"), "--directory", str(work)], check=True
-        )
+        command = [sys.executable, str(ROOT / "analysis" / "evaluate.py"), "--no-plot"]
+        subprocess.run([*command, "--directory", str(work)], check=True)
     if args.keep is None:
         shutil.rmtree(work)
 

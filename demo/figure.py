@@ -10,7 +10,8 @@ Within a row all three pictures share one scale, counts per superpixel as the sp
 them: a spot's count is divided by the superpixels under its disc, the truth is multiplied by the
 capture efficiency.
 
-Files in: he.jpg, locs.csv, radius.txt, cnts.csv, cnts-super/, truth.npz, score.csv (by score.py).
+Files in: he.jpg, locs.csv, radius.txt, cnts.csv, cnts-super/, truth.npz, evaluation.csv
+(by analysis/evaluate.py).
 File out: demo.png.
 """
 
@@ -31,7 +32,7 @@ from scipy.ndimage import uniform_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from demo import score
+from analysis import evaluate
 
 SHOWN_KINDS = {"marker": "cell-type marker", "region": "region gene", "gradient": "gradient gene"}
 COLOURS = "magma"  # perceptually uniform, safe for colour-blind readers
@@ -41,7 +42,7 @@ SATURATED = 97.0  # percentile of the truth at which the colour scale ends
 PALE = 0.25  # strength of the H&E under the spots
 
 
-def choose_genes(truth: score.Truth, table: pd.DataFrame) -> dict[str, str]:
+def choose_genes(truth: evaluate.Truth, table: pd.DataFrame) -> dict[str, str]:
     """Gene -> why it is shown: the most abundant of each kind, and the one of median r at 4x."""
     total = pd.Series(truth.counts.sum((0, 1)), index=truth.genes)
     if truth.kinds is None:
@@ -86,13 +87,13 @@ def scale_bar(ax, length_um: float, side_um: float, corner: tuple[float, float] 
 
 def draw(directory: Path) -> Figure:
     """The whole picture; every panel is drawn in um, with the origin at the upper left."""
-    truth = score.read_truth(directory)
-    table = pd.read_csv(directory / "score.csv", index_col=0)
-    genes = choose_genes(score.select_genes(truth, list(table.index)), table)
-    truth = score.select_genes(truth, list(genes))
+    truth = evaluate.read_truth(directory)
+    table = pd.read_csv(directory / "evaluation.csv", index_col=0)
+    genes = choose_genes(evaluate.select_genes(truth, list(table.index)), table)
+    truth = evaluate.select_genes(truth, list(genes))
     shape, step = truth.tissue.shape, utils.SUPERPIXEL_UM
-    maps = score.read_maps(directory, list(genes), shape)
-    centres, counts = score.read_spots(directory, list(genes))
+    maps = evaluate.read_maps(directory, list(genes), shape)
+    centres, counts = evaluate.read_spots(directory, list(genes))
     radius_um = float((directory / "radius.txt").read_text()) * utils.PIXEL_SIZE_UM
     he_path = next(directory / name for name in utils.HE.names if (directory / name).exists())
     image = Image.open(he_path).convert("RGB")
@@ -163,7 +164,7 @@ def main(argv=None) -> int:
     try:
         figure = draw(args.directory)
     except (utils.StageError, FileNotFoundError, StopIteration) as error:
-        print(f"error: {error}\nRun demo/run.sh, or demo/score.py first.", file=sys.stderr)
+        print(f"error: {error}\nRun demo/run.sh, or analysis/evaluate.py first.", file=sys.stderr)
         return 2
     with utils.atomic(path) as partial:
         figure.savefig(partial)

@@ -33,6 +33,6 @@ step "3   mask the tissue"
 step "4   train and predict"
 "$python" HISTEX.py --directory "$section" --epochs 500 --n-states 3
 step "score against the truth"
-"$python" demo/score.py --directory "$section"
+"$python" analysis/evaluate.py --directory "$section"
 "$python" demo/figure.py --directory "$section"
 printf '\ndone in %d s; everything is in %s\n' "$((SECONDS - seconds))" "$section"

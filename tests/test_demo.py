@@ -13,7 +13,8 @@ from conftest import ROOT
 from PIL import Image
 from scipy.stats import norm, pearsonr
 
-from demo import score, simulate, tissue
+from analysis import evaluate
+from demo import simulate, tissue
 
 SIZE_UM = 400.0
 
@@ -171,52 +172,7 @@ def test_size_must_be_whole_superpixels(size, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-# ----- score.py -----
-def test_pearson_is_scipys_with_stated_edge_cases():
-    rng = np.random.default_rng(0)
-    a, b = rng.random((30, 5)), rng.poisson(1.0, (30, 5)).astype(float)
-    a[:, 3], b[:, 4] = 7.0, 2.0
-    r = score.pearson(a, b)
-    for i in range(3):
-        assert r[i] == pytest.approx(pearsonr(a[:, i], b[:, i]).statistic)
-    assert r[3] == 0
-    assert np.isnan(r[4])
-
-
-def test_binning_takes_the_mean_over_tissue_of_blocks_half_covered():
-    maps = np.arange(20, dtype=float).reshape(4, 5, 1)  # column 4 is cut off by 2 x 2 blocks
-    maps[0, 0] = np.nan
-    covered = np.ones((4, 5), bool)
-    covered[0, 2] = covered[2, 0] = covered[2, 1] = covered[3, 0] = False
-    got = score.bin_tissue(maps, covered, 2)
-    # (nan as 0, 1, 5, 6); (3, 7, 8); one superpixel of four: left out; (12, 13, 17, 18)
-    np.testing.assert_allclose(got[:, 0], [3.0, 6.0, 15.0])
-
-
-def test_interpolation_keeps_spots_and_planes_and_takes_the_nearest_outside():
-    centres = np.array([[2.5, 2.5], [2.5, 12.5], [12.5, 2.5], [12.5, 12.5], [7.5, 7.5]])
-    counts = np.column_stack([2 * centres[:, 0] + 3 * centres[:, 1], [1.0, 2, 3, 4, 5]])
-    nearest, linear = score.interpolate_spots(centres, counts, (16, 16))
-    row, col = np.mgrid[:16, :16] + 0.5
-    inside = (row >= 2.5) & (row <= 12.5) & (col >= 2.5) & (col <= 12.5)
-    np.testing.assert_allclose(linear[inside, 0], (2 * row + 3 * col)[inside])
-    distance = np.hypot(row[..., None] - centres[:, 0], col[..., None] - centres[:, 1])
-    unique = np.sort(distance, axis=2)[..., 1] - distance.min(2) > 1e-9
-    np.testing.assert_array_equal(nearest[unique, 1], distance.argmin(2)[unique] + 1.0)
-    np.testing.assert_array_equal(linear[~inside], nearest[~inside])
-
-
-def test_ceiling_by_thinning_agrees_with_the_known_mean():
-    rng = np.random.default_rng(2)
-    mean = rng.gamma(0.7, 1.5, (120, 120, 3)) * [0.3, 1.0, 4.0]
-    counts, covered = rng.poisson(mean).astype(np.float32), np.ones((120, 120), bool)
-    for size in (1, 4):
-        known = score.pearson(
-            score.bin_tissue(mean, covered, size), score.bin_tissue(counts, covered, size)
-        )
-        assert score.thinning_ceiling(counts, covered, size) == pytest.approx(known, abs=0.06)
-
-
+# ----- scores and picture -----
 def write_maps(section, maps, genes, padding=3):
     """What HISTEX.py leaves: a pickle per gene on the padded grid, NaN outside, and index.csv."""
     folder = section / "cnts-super"
@@ -237,8 +193,8 @@ def write_maps(section, maps, genes, padding=3):
 def test_score_of_perfect_maps_is_the_ceiling(section, truth, tmp_path, capsys):
     copy = shutil.copytree(section, tmp_path / "copy")
     write_maps(copy, np.where(truth["tissue"][..., None], truth["mean"], np.nan), truth["genes"])
-    assert score.main(["--directory", str(copy)]) == 0
-    table = pd.read_csv(copy / "score.csv", index_col=0)
+    assert evaluate.main(["--directory", str(copy)]) == 0
+    table = pd.read_csv(copy / "evaluation.csv", index_col=0)
     assert list(table.index) == list(truth["genes"])
     np.testing.assert_allclose(table["histex_1x"], table["ceiling_1x"], atol=1e-3)
     np.testing.assert_allclose(table["histex_4x"], table["ceiling_4x"], atol=1e-3)
@@ -253,31 +209,15 @@ def test_picture_is_drawn_for_genes_chosen_by_rule(section, truth, tmp_path):
     figure = pytest.importorskip("demo.figure")
     copy = shutil.copytree(section, tmp_path / "copy")
     write_maps(copy, truth["mean"], truth["genes"])
-    score.main(["--directory", str(copy)])
-    known = score.read_truth(copy)
-    chosen = figure.choose_genes(known, pd.read_csv(copy / "score.csv", index_col=0))
+    evaluate.main(["--directory", str(copy), "--no-plot"])
+    known = evaluate.read_truth(copy)
+    chosen = figure.choose_genes(known, pd.read_csv(copy / "evaluation.csv", index_col=0))
     assert len(chosen) == 4
     total = truth["counts"].sum((0, 1))
     markers = truth["kinds"] == "marker"
     assert next(iter(chosen)) == truth["genes"][markers][total[markers].argmax()]
     assert figure.main(["--directory", str(copy)]) == 0
     assert np.asarray(Image.open(copy / "demo.png")).std() > 20
-
-
-@pytest.mark.parametrize(
-    ("missing", "message"), [("truth.npz", "simulate.py"), ("cnts-super", "HISTEX.py")]
-)
-def test_score_says_what_to_run_when_a_file_is_missing(
-    section, truth, tmp_path, capsys, missing, message
-):
-    copy = shutil.copytree(section, tmp_path / "copy")
-    if missing == "truth.npz":
-        (copy / missing).unlink()
-    assert score.main(["--directory", str(copy)]) == 2
-    error = capsys.readouterr().err
-    assert missing in error
-    assert message in error
-    assert not (copy / "score.csv").exists()
 
 
 # ----- run.sh -----
@@ -298,12 +238,3 @@ def test_run_sh_is_valid_bash_and_refuses_an_old_python(tmp_path):
     assert done.returncode == 2
     assert "3.11" in done.stderr
     assert "Python 3.8.1" in done.stderr
-
-
-def test_fractions_of_superpixels_tell_no_ceiling():
-    counts = np.random.default_rng(0).poisson(3.0, (12, 12, 2)) * 0.5
-    tissue = np.ones((12, 12), bool)
-    assert np.isnan(score.thinning_ceiling(counts, tissue, 1)).all()
-    assert np.isfinite(score.thinning_ceiling(counts, tissue, 4)).all()
-    summary = {"histex": {"1x": 0.5, "4x": 0.75}, "ceiling": {"1x": None, "4x": 0.8}}
-    assert score.report(summary, 2).splitlines()[-1].split()[-2:] == ["unknown", "0.800"]
