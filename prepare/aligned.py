@@ -1,0 +1,96 @@
+"""An H&E image seen from the frame of another image, warped tile by tile; used by xenium.py."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from prepare import common, slides
+
+TILE_PX = 512  # of the warped image, made at a time
+SHARP = 1.1  # source pixels per output pixel above which each is averaged from 2 x 2 samples
+
+
+def read_alignment(path: Path) -> np.ndarray:
+    """The 3 x 3 homography from pixels of the H&E to pixels of the run."""
+    try:
+        matrix = np.loadtxt(path, delimiter=",", encoding="utf-8-sig")
+    except (ValueError, OSError) as error:
+        raise utils.StageError(
+            f"{path} is no matrix of numbers: {error}", "Give the 3 x 3 matrix as .csv, no header."
+        ) from error
+    sound = matrix.shape == (3, 3) and np.isfinite(matrix).all()
+    if not sound or abs(np.linalg.det(matrix)) < 1e-12:
+        raise utils.StageError(
+            f"{path} holds {matrix.shape} numbers; expected an invertible 3 x 3 matrix.",
+            "Give the alignment of the H&E as Xenium Explorer exports it.",
+        )
+    return matrix
+
+
+def project(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Points (N, 2) under a homography; NaN beyond its horizon."""
+    mapped = np.column_stack([xy, np.ones(len(xy))]) @ matrix.T
+    depth = np.where(mapped[:, 2:] * np.sign(matrix[2, 2] or 1) > 0, mapped[:, 2:], np.nan)
+    return mapped[:, :2] / depth
+
+
+@dataclass
+class Aligned(common.Region):
+    """A part of a slide as seen from another frame: see common.Region, whose sides are in px of
+    the image written; ``to_slide`` maps those px (continuous) to px of the slide."""
+
+    to_slide: np.ndarray = field(default_factory=lambda: np.eye(3))
+
+    def read(self, top: int, bottom: int, shrink: int = 1) -> np.ndarray:
+        rows, columns = (bottom - top) // shrink, self.shape[1] // shrink
+        result = np.empty((rows, columns, 3), np.uint8)
+        for row in range(0, rows, TILE_PX):
+            for column in range(0, columns, TILE_PX):
+                height, width = min(TILE_PX, rows - row), min(TILE_PX, columns - column)
+                corner = (column * shrink, top + row * shrink)
+                tile = self.warp(corner, (height, width), shrink)
+                result[row : row + height, column : column + width] = tile
+        return result
+
+    def warp(self, corner: tuple[int, int], shape: tuple[int, int], shrink: int) -> np.ndarray:
+        """One tile (rows, columns) whose corner is (x, y) px of the image written."""
+        height, width = shape
+        scale = np.array([[shrink, 0, corner[0]], [0, shrink, corner[1]], [0, 0, 1.0]])
+        to_slide = self.to_slide @ scale  # from px of the tile
+        corners = project(to_slide, np.array([[0, 0], [width, 0], [width, height], [0, height]]))
+        if np.isnan(corners).any():
+            return np.full((height, width, 3), slides.WHITE, np.uint8)
+        pixels = np.sqrt(polygon_area(corners) / (width * height))  # of the slide per px
+        step = max(1, int(pixels + 0.05))
+        times = 2 if pixels / step > SHARP else 1
+        low = np.floor(corners.min(0) / step).astype(int) - 2
+        high = np.ceil(corners.max(0) / step).astype(int) + 2
+        low = np.clip(low, -4, np.array(self.slide.size) // step)  # nothing to read off the slide
+        high = np.clip(high, low + 1, np.array(self.slide.size) // step + 4)
+        box = (low * step, (high - low) * step)
+        source = self.slide.read_region(*box[0].tolist(), *box[1].tolist(), step)
+        into_source = np.array([[1 / step, 0, -low[0]], [0, 1 / step, -low[1]], [0, 0, 1.0]])
+        finer = np.diag([1 / times, 1 / times, 1.0])
+        mapping = into_source @ to_slide @ finer
+        # OpenCV's coordinates are those of pixel centres
+        half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
+        tile = cv2.warpPerspective(
+            source, np.linalg.inv(half) @ mapping @ half, (width * times, height * times),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT,
+            borderValue=(slides.WHITE,) * 3,
+        )  # fmt: skip
+        if times > 1:
+            tile = cv2.resize(tile, (width, height), interpolation=cv2.INTER_AREA)
+        return tile
+
+
+def polygon_area(xy: np.ndarray) -> float:
+    x, y = xy.T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2

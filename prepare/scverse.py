@@ -1,0 +1,680 @@
+"""Turn an .h5ad file, a SpatialData .zarr or plain tables of Visium spots into a sample.
+
+    python prepare/scverse.py --h5ad FILE --image FULLRES --directory DIR
+    python prepare/scverse.py --spatialdata FILE.zarr [--image FULLRES] --directory DIR
+    python prepare/scverse.py --tables FOLDER_OR_PREFIX --directory DIR
+
+Reads   .h5ad   counts; obsm["spatial"] = x, y in px of the full-resolution image, as scanpy and
+                squidpy have them; in_tissue, array_row, array_col of obs if they are there
+        .zarr   table and shapes (circles) of SpatialData; the image of the store, or --image
+        tables  cnts.csv or .tsv, locs-raw.csv or .tsv, he-raw.*, pixel-size-raw.txt, and
+                radius-raw.txt if it is there, in a folder or after a prefix (data/P1- reads
+                data/P1-cnts.tsv), as the tools of this family have them
+Writes  the files of a sample, see common.py; look at check.png before you go on.
+
+Raw counts are taken from X, else from a layer, else from raw: from the first that holds nothing but
+whole numbers. Normalised or log-transformed values are refused: counts cannot be got back.
+
+The images in uns["spatial"] are the hires and lowres copies, too coarse for the cells: the
+full-resolution image is needed. Pixel size: from array_row and array_col, where Visium's
+neighbours are 100 um apart; without them from the distances between nearest spots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from prepare import common, slides, visium
+
+LAYERS = ("counts", "raw_counts", "raw", "count", "umi")  # names of raw counts, looked at first
+SYMBOLS = ("gene_symbols", "gene_symbol", "feature_name", "gene_name", "symbol", "SYMBOL")  # in var
+GENE_IDS = ("gene_ids", "gene_id", "ensembl_id")
+LIBRARIES = ("library_id", "library", "sample_id", "sample", "batch", "region")  # in obs
+ARRAY = ("array_row", "array_col")  # in obs: the place of a spot on Visium's array
+MAX_LOGARITHM = 20.0  # no logarithm of a count is above; counts per 10,000 are
+TRUE = {"1", "1.0", "True", "true"}
+LOCS_NAMES = ("locs-raw.csv", "locs-raw.tsv", "locs-raw.csv.gz", "locs-raw.tsv.gz")
+WHOLE_IMAGE = "Give the full-resolution image by --image."
+POINT = 1  # type of a geometry in WKB
+
+
+@dataclass
+class Spots:
+    """What every source gives: counts (N, G) and the places of the spots, px of the image."""
+
+    counts: sparse.csr_array
+    ids: list[str]
+    genes: list[str]
+    places: pd.DataFrame  # index: ids; x, y; array_row, array_col if known
+    in_tissue: np.ndarray  # bool (N,)
+    notes: list[str] = field(default_factory=list)
+    scales: dict[str, float] = field(default_factory=dict)  # of the hires and lowres copies
+    pixel_size_um: float | None = None
+    radius_um: float | None = None
+
+
+# -------------------------------------------------------------------------------------------------
+# AnnData, as it lies in an .h5ad file or a zarr group
+# -------------------------------------------------------------------------------------------------
+@dataclass
+class Annotated:
+    """AnnData on disk: groups of h5py or zarr, of which only what is needed is read.
+
+    The format is simple and documented; anndata itself, which allows a few versions of pandas
+    only, is not needed for it.
+    """
+
+    path: Path
+    root: Any
+
+    @property
+    def ids(self) -> list[str]:
+        return self.names("obs")
+
+    def names(self, table: str) -> list[str]:
+        """Row names of obs, var or raw/var."""
+        group = self.root[table]
+        return text(read_array(group[group.attrs.get("_index", "_index")]))
+
+    def columns(self, table: str, wanted: tuple[str, ...]) -> pd.DataFrame:
+        """Those of the wanted columns that obs, var or raw/var has, as text."""
+        group = self.root[table]
+        found = {name: text(read_array(group[name])) for name in wanted if name in group}
+        return pd.DataFrame(found, index=self.names(table), dtype=object)
+
+    def matrices(self) -> dict[str, tuple[str, str]]:
+        """What may hold counts: name -> (path of the matrix, path of its var)."""
+        layers = keys_of(self.root, "layers")
+        layers = [n for n in LAYERS if n in layers] + [n for n in layers if n not in LAYERS]
+        found = {"X": ("X", "var")} if "X" in self.root else {}
+        found |= {f"layer {name!r}": (f"layers/{name}", "var") for name in layers}
+        if "X" in keys_of(self.root, "raw"):
+            found["raw"] = ("raw/X", "raw/var")
+        return found
+
+
+def keys_of(group: Any, name: str) -> list[str]:
+    """Names in a subgroup; none if there is no such group."""
+    node = group.get(name)
+    return sorted(node.keys()) if hasattr(node, "keys") else []
+
+
+def read_array(node: Any) -> Any:
+    """A matrix (sparse or not) or a column, whichever way it is encoded."""
+    if not hasattr(node, "keys"):
+        return np.asarray(node[()])
+    kind = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+    if kind.startswith(("csr", "csc")):
+        shape = tuple(int(n) for n in node.attrs.get("shape", node.attrs.get("h5sparse_shape")))
+        parts = tuple(np.asarray(node[name][()]) for name in ("data", "indices", "indptr"))
+        matrix = (sparse.csr_array if kind.startswith("csr") else sparse.csc_array)(parts, shape)
+        matrix.check_format(full_check=True)
+        return matrix
+    if kind == "categorical":
+        categories = np.array([*text(read_array(node["categories"])), ""], object)
+        return categories[np.asarray(node["codes"][()])]  # code -1: no value
+    if kind.startswith("nullable"):
+        values = np.asarray(node["values"][()]).astype(object)
+        values[np.asarray(node["mask"][()])] = ""
+        return values
+    raise ValueError(f"an element encoded as {kind!r}")
+
+
+def text(values: np.ndarray) -> list[str]:
+    return [v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(values).tolist()]
+
+
+@contextlib.contextmanager
+def open_anndata(path: Path) -> Iterator[Annotated]:
+    """An .h5ad file or a zarr group; whatever cannot be read in it is a StageError."""
+    if not path.exists():
+        raise utils.StageError(f"{path} does not exist.", "Mend the path, then run it again.")
+    try:
+        with contextlib.ExitStack() as stack:
+            if path.is_dir():
+                root = import_zarr().open_group(path, mode="r")
+            else:
+                import h5py
+
+                root = stack.enter_context(h5py.File(path))
+            if not {"obs", "var"} <= set(root):
+                raise common.broken(path, "holds no obs and var: it is no AnnData.")
+            yield Annotated(path, root)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
+        if isinstance(error, utils.StageError):
+            raise
+        raise common.broken(path, f"is no whole AnnData: {error!r:.300}") from error
+
+
+def whole_counts(values: Any) -> bool:
+    """True if a matrix, sparse or not, holds counts: whole, none negative, not all zero."""
+    data = values.data if sparse.issparse(values) else np.asarray(values)
+    if data.dtype.kind not in "biuf" or data.size == 0:
+        return False
+    return bool(
+        np.isfinite(data).all()
+        and data.min() >= 0
+        and data.any()
+        and (data == np.floor(data)).all()
+    )
+
+
+def find_counts(data: Annotated, layer: str | None) -> tuple[sparse.csr_array, str, str]:
+    """(raw counts (spots, genes), path of the var of their genes, where they were found)."""
+    places = data.matrices()
+    if layer is not None:
+        name = f"layer {layer!r}"
+        if name not in places:
+            known = utils._some(keys_of(data.root, "layers")) or "none"
+            raise utils.StageError(
+                f"{data.path} has no layer {layer!r}, but {known}.",
+                "Name one of its layers by --layer.",
+            )
+        places = {name: places[name]}
+    seen = ""
+    for name, (matrix, var) in places.items():
+        values = read_array(data.root[matrix])
+        if whole_counts(values):
+            return sparse.csr_array(values), var, name
+        seen = seen or describe(values, name)
+    raise utils.StageError(
+        f"{data.path} holds no raw counts: {utils._some(places)} hold fractions or negative "
+        f"numbers, or nothing{seen}.",
+        "Give the object before it was normalised, or keep its counts in layers['counts'].",
+    )
+
+
+def describe(values: Any, name: str) -> str:
+    """What was done to counts, by the looks of them."""
+    data = values.data if sparse.issparse(values) else values
+    if data.dtype.kind != "f" or data.size == 0 or not data.any():
+        return ""
+    if data.min() < 0:
+        return f" ({name} runs from {data.min():.3g} to {data.max():.3g}: scaled, or residuals)"
+    logged = "log-transformed" if data.max() < MAX_LOGARITHM else "normalised"
+    return f" ({name} runs up to {data.max():.3g}: {logged})"
+
+
+def gene_names(data: Annotated, var: str) -> tuple[list[str], np.ndarray, list[str]]:
+    """(unique symbols, which columns they are of, notes): symbols in place of Ensembl ids, and
+    without what is no gene by feature_types."""
+    names = data.names(var)
+    table = data.columns(var, (*GENE_IDS, *SYMBOLS, "feature_types"))
+    ids = next((table[c].tolist() for c in GENE_IDS if c in table), names)
+    if names and np.mean([name.startswith("ENS") for name in names]) > 0.5:
+        ids = names
+        names = next((table[c].tolist() for c in SYMBOLS if c in table), names)
+    if utils._repeated(ids):  # then ids tell no more than their places
+        ids = [str(i + 1) for i in range(len(names))]
+    keep = np.ones(len(names), bool)
+    notes = []
+    if "feature_types" in table and (table["feature_types"] == common.KEPT_TYPE).any():
+        keep = (table["feature_types"] == common.KEPT_TYPE).to_numpy()
+        if not keep.all():
+            notes.append(f"{(~keep).sum()} features that are no genes are left out")
+    kept = np.flatnonzero(keep)
+    return common.unique_symbols([names[i] for i in kept], [ids[i] for i in kept]), kept, notes
+
+
+def choose_library(data: Annotated, library: str | None) -> tuple[np.ndarray, str | None]:
+    """Rows of one section, where an object holds several; and its name in uns["spatial"]."""
+    rows = np.arange(len(data.ids))
+    libraries = keys_of(data.root, "uns/spatial")
+    if library is None and len(libraries) > 1:
+        raise utils.StageError(
+            f"{data.path} holds the sections {utils._some(libraries)}.",
+            "Choose one: run the same command with --library NAME.",
+        )
+    if library is None:
+        return rows, libraries[0] if libraries else None
+    obs = data.columns("obs", LIBRARIES)
+    for column in obs:
+        if (chosen := (obs[column] == library).to_numpy()).any():
+            return rows[chosen], library
+    if libraries == [library]:
+        return rows, library
+    known = {column: sorted(obs[column].unique()) for column in obs}
+    raise utils.StageError(
+        f"{data.path} has no section {library!r}, but {known or utils._some(libraries) or 'one'}.",
+        f"Give one that a column of obs ({', '.join(LIBRARIES)}) names.",
+    )
+
+
+def spots_of(data: Annotated, rows: np.ndarray, xy: np.ndarray, layer: str | None) -> Spots:
+    """Spots from rows (N,) of AnnData and their places (N, 2), x and y."""
+    matrix, var, place = find_counts(data, layer)
+    genes, columns, notes = gene_names(data, var)
+    obs = data.columns("obs", ("in_tissue", *ARRAY)).iloc[rows]
+    ids = obs.index.tolist()
+    places = pd.DataFrame(xy, index=ids, columns=["x", "y"])
+    if set(ARRAY) <= set(obs):
+        places[list(ARRAY)] = obs[list(ARRAY)].apply(pd.to_numeric).to_numpy(float)
+    in_tissue = np.ones(len(ids), bool)
+    if "in_tissue" in obs:
+        in_tissue = obs["in_tissue"].isin(TRUE).to_numpy()
+    notes = [f"the counts are those of {place}", *notes]
+    return Spots(matrix[rows][:, columns], ids, genes, places, in_tissue, notes)
+
+
+def read_h5ad(args: argparse.Namespace) -> Spots:
+    with open_anndata(args.h5ad) as data:
+        rows, library = choose_library(data, args.library)
+        known = keys_of(data.root, "obsm")
+        if "spatial" not in known:
+            raise utils.StageError(
+                f"{data.path} has no obsm['spatial'], only {utils._some(known) or 'nothing'}.",
+                "Keep the spots' x and y (px of the full-resolution image) in obsm['spatial'].",
+            )
+        xy = read_array(data.root["obsm/spatial"])[rows]
+        if xy.ndim != 2 or xy.shape[1] < 2 or not np.isfinite(xy[:, :2].astype(float)).all():
+            raise utils.StageError(
+                f"{data.path}: obsm['spatial'] {xy.shape} holds what is no number, or not x and y.",
+                "Mend it, then run the same command.",
+            )
+        spots = spots_of(data, rows, xy[:, :2].astype(float), args.layer)
+        factors = f"uns/spatial/{library}/scalefactors"
+        for name in visium.SCALES if library is not None else ():
+            if name in keys_of(data.root, factors):
+                spots.scales[name] = float(read_array(data.root[f"{factors}/{name}"]))
+    return spots
+
+
+# -------------------------------------------------------------------------------------------------
+# SpatialData
+# -------------------------------------------------------------------------------------------------
+def import_zarr():
+    try:
+        import zarr
+    except ImportError as error:
+        raise utils.StageError(
+            f"zarr is needed to read SpatialData, but is not there: {error}",
+            "Run: python -m pip install -r prepare/requirements.txt",
+        ) from error
+    return zarr
+
+
+class ZarrSlide(slides.Slide):
+    """A multiscale raster (c, y, x) of a SpatialData store."""
+
+    def __init__(self, path: Path) -> None:
+        zarr = import_zarr()
+        group = zarr.open_group(path, mode="r")
+        self.attributes = image_attributes(group.attrs.asdict(), path)
+        names = [d["path"] for d in self.attributes["datasets"]]
+        axes = "".join(axis["name"] for axis in self.attributes["axes"])
+        self.arrays = [group[name] for name in names]
+        first = self.arrays[0]
+        if axes != "cyx" or first.shape[0] not in (3, 4) or first.dtype != np.uint8:
+            raise utils.StageError(
+                f"{path} holds {first.dtype} {first.shape} ({axes}); expected an H&E image, uint8, "
+                f"3 channels (cyx).",
+                WHOLE_IMAGE,
+            )
+        super().__init__(path, [array.shape[:0:-1] for array in self.arrays], None)
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        part = self.arrays[level][:, y : y + height, x : x + width]
+        return slides.opaque_rgb(np.ascontiguousarray(np.moveaxis(np.asarray(part), 0, 2)))
+
+
+def image_attributes(attributes: dict, path: Path) -> dict:
+    """The first multiscale of an image group, of either version of the format."""
+    try:
+        return attributes.get("ome", attributes)["multiscales"][0]
+    except (KeyError, IndexError, TypeError) as error:
+        raise common.broken(path, "is no multiscale image.") from error
+
+
+def matrix_of(transform: dict, path: Path) -> np.ndarray:
+    """3 x 3 in x, y of one of the format's transforms, whose own axes may be in any order."""
+    kind = transform.get("type")
+    source, target = ([a["name"] for a in transform[k]["axes"]] for k in ("input", "output"))
+    matrix = np.eye(3)
+    if kind == "identity":
+        return matrix
+    if kind == "sequence":
+        for step in transform["transformations"]:
+            matrix = (
+                matrix_of({**{k: transform[k] for k in ("input", "output")}, **step}, path) @ matrix
+            )
+        return matrix
+    if kind in ("scale", "translation"):
+        for i, axis in enumerate("xy"):
+            value = transform[kind][source.index(axis)]
+            matrix[(i, i) if kind == "scale" else (i, 2)] = value
+        return matrix
+    if kind == "affine":
+        affine = np.array(transform["affine"], float)
+        columns = [source.index("x"), source.index("y"), -1]
+        matrix[:2] = affine[[target.index("x"), target.index("y")]][:, columns]
+        return matrix
+    raise utils.StageError(
+        f"{path} has a transform of type {kind!r}; understood are scale, translation, affine, "
+        f"sequence.",
+        "Transform the elements to the full-resolution pixels with spatialdata, write them again.",
+    )
+
+
+def transforms(listed: list[dict], path: Path) -> dict[str, np.ndarray]:
+    """Coordinate system -> 3 x 3 that leads into it, in x, y."""
+    try:
+        return {t["output"]["name"]: matrix_of(t, path) for t in listed}
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise common.broken(path, f"has transforms that cannot be read: {error!r}") from error
+
+
+def elements(store: Path, kind: str) -> list[str]:
+    folder = store / kind
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def choose_element(store: Path, kind: str, name: str | None, option: str) -> Path:
+    """The element of that name, or the only one of its kind."""
+    there = elements(store, kind)
+    if name is None and len(there) == 1:
+        return store / kind / there[0]
+    if name in there:
+        return store / kind / name
+    found = f"has no {kind}" if not there else f"has the {kind} {utils._some(there)}"
+    raise utils.StageError(
+        f"{store} {found}; wanted {'one' if name is None else repr(name)}.",
+        f"Choose by {option} NAME." if there else "Give the store of a Visium section.",
+    )
+
+
+def read_circles(path: Path) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Centres (index: instance; x, y) of a shapes element, and its transforms."""
+    zarr = import_zarr()
+    try:
+        attributes = zarr.open_group(path, mode="r").attrs.asdict()
+        table = pd.read_parquet(path / "shapes.parquet")
+        centres = [read_point(shape) for shape in table["geometry"]]
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise common.broken(
+            path, f"holds no circles (points with a radius) that can be read: {error}"
+        ) from error
+    frame = pd.DataFrame(centres, index=table.index.astype(str), columns=["x", "y"])
+    return frame, transforms(attributes.get("coordinateTransformations", []), path)
+
+
+def read_point(geometry: bytes) -> tuple[float, float]:
+    """x, y of a point in well-known binary."""
+    order = "<" if geometry[0] == 1 else ">"
+    (kind,) = struct.unpack(f"{order}I", geometry[1:5])
+    if kind % 1000 != POINT:
+        raise ValueError(f"a shape of type {kind}, not a point")
+    return struct.unpack(f"{order}dd", geometry[5:21])
+
+
+def read_spatialdata(args: argparse.Namespace) -> tuple[Spots, ZarrSlide | None]:
+    """Spots in px of the image; the image of the store, or None where --image is given."""
+    store = args.spatialdata
+    if not store.is_dir():
+        raise utils.StageError(f"{store} is no folder.", "Give the .zarr folder of SpatialData.")
+    table_path = choose_element(store, "tables", args.table, "--table")
+    with open_anndata(table_path) as data:
+        return read_store(args, data)
+
+
+def read_store(args: argparse.Namespace, data: Annotated) -> tuple[Spots, ZarrSlide | None]:
+    store, table_path = args.spatialdata, data.path
+    try:
+        link = data.root["uns/spatialdata_attrs"]
+        keys = [str(read_array(link[name])) for name in ("region_key", "instance_key")]
+        obs = data.columns("obs", tuple(keys))
+        regions, instances = (obs[key] for key in keys)
+    except KeyError as error:
+        raise common.broken(
+            table_path, f"does not say which shapes it is of: no {error}."
+        ) from error
+    chosen = args.shapes
+    if chosen is None:
+        there = [r for r in elements(store, "shapes") if r in set(regions)]
+        if len(there) != 1:
+            raise utils.StageError(
+                f"{table_path} is of the shapes {utils._some(regions.unique())}.",
+                "Choose one by --shapes NAME.",
+            )
+        chosen = there[0]
+    path = choose_element(store, "shapes", chosen, "--shapes")
+    circles, into = read_circles(path)
+    rows = np.flatnonzero(regions == path.name)
+    wanted = instances.iloc[rows]
+    missing = [i for i in wanted if i not in circles.index]
+    if missing or not len(wanted):
+        raise common.broken(
+            path,
+            f"lacks {len(missing)} of {len(wanted)} spots of the table: {utils._some(missing)}.",
+        )
+    xy = circles.loc[wanted].to_numpy(float)
+    slide = None
+    if args.image is None:
+        slide = ZarrSlide(choose_element(store, "images", args.image_element, "--image-element"))
+        xy = move_to_image(xy, into, slide)
+    return spots_of(data, rows, xy, args.layer), slide
+
+
+def move_to_image(xy: np.ndarray, into: dict[str, np.ndarray], slide: ZarrSlide) -> np.ndarray:
+    """Points (N, 2) of shapes in px of an image, by way of a coordinate system of both."""
+    out = transforms(slide.attributes.get("coordinateTransformations", []), slide.path)
+    both = [name for name in ("global", *out) if name in out and name in into]
+    if not both:
+        raise utils.StageError(
+            f"{slide.path} is in {utils._some(out)}, the spots are in {utils._some(into)}: no "
+            f"coordinate system in common.",
+            WHOLE_IMAGE,
+        )
+    matrix = np.linalg.inv(out[both[0]]) @ into[both[0]]
+    return xy @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+# -------------------------------------------------------------------------------------------------
+# plain tables
+# -------------------------------------------------------------------------------------------------
+def find_plain(prefix: str, names: tuple[str, ...], what: str) -> Path | None:
+    """The one file of these names after a prefix, or in the folder; None if there is none."""
+    start = f"{prefix}/" if Path(prefix).is_dir() else prefix
+    there = [Path(start + name) for name in names if Path(start + name).is_file()]
+    if len(there) > 1:
+        raise utils.StageError(
+            f"There are {utils._some(there)}: which is the {what}?", "Move the others away."
+        )
+    return there[0] if there else None
+
+
+def need_plain(prefix: str, names: tuple[str, ...], what: str) -> Path:
+    path = find_plain(prefix, names, what)
+    if path is None:
+        start = f"{prefix}/" if Path(prefix).is_dir() else prefix
+        raise utils.StageError(
+            f"There is no {start}{names[0]} ({what}), nor {', '.join(names[1:]) or 'another'}.",
+            "Give --tables the folder, or what stands before the names (data/P1-).",
+        )
+    return path
+
+
+def read_plain(path: Path, columns: list[str] | None) -> pd.DataFrame:
+    """A table whose first column is the spot id; commas or tabs, as its header has them."""
+    try:
+        first = pd.read_csv(path, header=None, nrows=1, sep="\0", engine="c", encoding="utf-8-sig")
+        tabs = str(first.iat[0, 0]).count("\t") >= max(1, str(first.iat[0, 0]).count(","))
+        table = pd.read_csv(
+            path, sep="\t" if tabs else ",", dtype={0: str}, index_col=0, keep_default_na=False,
+            encoding="utf-8-sig",
+        )  # fmt: skip
+        table = table[columns] if columns else table
+        values = table.apply(pd.to_numeric).astype(float)
+    except KeyError as error:
+        raise common.broken(
+            path, f"has no column {error}; expected {', '.join(columns)}."
+        ) from error
+    except (ValueError, OSError, EOFError, TypeError) as error:
+        raise common.broken(path, f"is no whole table of numbers: {error}") from error
+    if values.empty or not np.isfinite(values.to_numpy()).all():
+        raise common.broken(path, "is empty or has empty cells.")
+    return values.set_axis(values.index.astype(str).str.strip())
+
+
+def read_one_number(path: Path) -> float:
+    text = path.read_text(encoding="utf-8-sig").strip()
+    if not utils._is_number(text) or not float(text) > 0:
+        raise common.broken(path, f"holds {text[:40]!r}; expected one number above zero.")
+    return float(text)
+
+
+def read_tables(args: argparse.Namespace) -> Spots:
+    prefix = args.tables
+    counts_path = need_plain(prefix, utils.CNTS.names, "counts")
+    locs_path = need_plain(prefix, LOCS_NAMES, "places of the spots")
+    args.image = args.image or need_plain(prefix, utils.HE_RAW.names, "image")
+    counts, locs = read_plain(counts_path, None), read_plain(locs_path, ["x", "y"])
+    if not whole_counts(counts.to_numpy()):
+        raise utils.StageError(
+            f"{counts_path} holds fractions or negative numbers"
+            f"{describe(counts.to_numpy(), 'it')}; expected raw counts.",
+            "Give the counts before they were normalised.",
+        )
+    shared = [spot for spot in counts.index if spot in locs.index]
+    if not shared:
+        raise utils.StageError(
+            f"{counts_path} and {locs_path} have no spot in common: {utils._some(counts.index)}; "
+            f"{utils._some(locs.index)}.",
+            "Give the tables of one and the same section.",
+        )
+    size_path = find_plain(prefix, utils.PIXEL_SIZE_RAW.names, "pixel size")
+    radius_path = find_plain(prefix, utils.RADIUS_RAW.names, "radius")
+    size = args.pixel_size or (read_one_number(size_path) if size_path else None)
+    notes = [f"{len(counts) + len(locs) - 2 * len(shared)} spots are in one table only, left out"]
+    spots = Spots(
+        sparse.csr_array(counts.loc[shared].to_numpy()), shared, [str(g) for g in counts.columns],
+        locs.loc[shared], np.ones(len(shared), bool), notes if notes[0][0] != "0" else [],
+        pixel_size_um=size,
+    )  # fmt: skip
+    if radius_path and size:
+        spots.radius_um = read_one_number(radius_path) * size
+    return spots
+
+
+# -------------------------------------------------------------------------------------------------
+# the section
+# -------------------------------------------------------------------------------------------------
+def pixel_size(args: argparse.Namespace, spots: Spots, path: Path) -> float:
+    """um per px of the image: as given, by the array, or by the distances of nearest spots."""
+    if args.pixel_size or spots.pixel_size_um:
+        return args.pixel_size or spots.pixel_size_um
+    if "array_row" in spots.places and args.pitch_um == common.VISIUM_PITCH_UM:
+        return visium.fit_pixel_size(spots.places, path)[0]
+    return args.pitch_um / common.spot_pitch(spots.places[["x", "y"]].to_numpy())
+
+
+def place_slide(
+    slide: slides.Slide, locs: pd.DataFrame, size: float, args: argparse.Namespace
+) -> common.Region:
+    """The part of an open slide that is written: see common.place_image."""
+    step = args.downsample or slides.whole_factor(size)
+    low, high = np.zeros(2, int), np.array(slide.size)
+    if args.crop_um is not None:
+        xy, margin = locs[["x", "y"]].to_numpy(), args.crop_um / size
+        low = np.clip(np.floor(xy.min(0) - margin), 0, high - 1).astype(int)
+        high = np.clip(np.ceil(xy.max(0) + margin), low, high).astype(int)
+    width, height = ((high - low) // step * step).tolist()
+    return common.Region(slide, *low.tolist(), width, height, step)
+
+
+def prepare(args: argparse.Namespace) -> common.Section:
+    slide = None
+    if args.h5ad:
+        source, spots = args.h5ad, read_h5ad(args)
+    elif args.spatialdata:
+        source = args.spatialdata
+        spots, slide = read_spatialdata(args)
+    else:
+        source, spots = Path(args.tables), read_tables(args)
+    if args.image is None and slide is None:
+        raise utils.StageError(
+            f"{source} comes without the full-resolution image, only smaller copies.", WHOLE_IMAGE
+        )
+    if not spots.in_tissue.any():
+        raise utils.StageError(f"{source} has no spot in tissue.", "See its column in_tissue.")
+    size = pixel_size(args, spots, source)
+    places = spots.places[["x", "y"]]
+    inside = places[spots.in_tissue]
+    if slide is not None:
+        image = place_slide(slide, inside, size, args)
+        locs, size = common.move(inside, image), size * image.downsample
+        notes = []
+    else:
+        notes = common.metadata_note(args.image, size)
+        image, locs, size = common.place_image(
+            args.image, inside, size, args.crop_um, args.downsample
+        )
+    radius = args.radius_um or spots.radius_um or common.VISIUM_RADIUS_UM
+    return common.Section(
+        image=image,
+        pixel_size_um=size,
+        locs=locs,
+        off_tissue=common.move(places[~spots.in_tissue], image),
+        array=common.move(places, image),
+        counts=spots.counts,
+        spots=spots.ids,
+        genes=spots.genes,
+        gene_names=common.read_gene_list(args.genes, spots.genes),
+        radius_px=radius / size,
+        pitch_um=args.pitch_um,
+        scales=spots.scales,
+        notes=spots.notes + notes,
+        sources=[p for p in (args.h5ad, args.image) if p],
+        facts={"source": str(source)},
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = common.build_parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--h5ad", type=Path, help="AnnData with obsm['spatial'].")
+    source.add_argument("--spatialdata", type=Path, metavar="ZARR", help="SpatialData store.")
+    source.add_argument("--tables", metavar="PREFIX", help="Folder of plain tables, or a prefix.")
+    parser.add_argument("--image", type=Path, help="The full-resolution image.")
+    parser.add_argument("--layer", help="Layer of AnnData that holds the raw counts.")
+    parser.add_argument("--library", help="Section, if the .h5ad holds several.")
+    parser.add_argument("--table", help="Table of the SpatialData store, if it holds several.")
+    parser.add_argument("--shapes", help="Shapes of the store, if it holds several.")
+    parser.add_argument("--image-element", help="Image of the store, if it holds several.")
+    parser.add_argument(
+        "--pixel-size",
+        type=slides.pixel_size,
+        metavar="UM",
+        help="um per pixel of the image; default: from the spots' pitch.",
+    )
+    parser.add_argument(
+        "--pitch-um",
+        type=float,
+        default=common.VISIUM_PITCH_UM,
+        help="Distance between neighbouring spots; default 100 (Visium).",
+    )
+    parser.add_argument("--radius-um", type=float, help="Radius of a spot; default 27.5 (Visium).")
+    common.add_image_options(parser)
+    return parser
+
+
+def run(argv: list[str] | None = None) -> int:
+    return common.run(prepare, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

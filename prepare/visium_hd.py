@@ -1,0 +1,481 @@
+"""Turn the binned outputs of Space Ranger (Visium HD) into a sample of pseudo-Visium spots, with
+the bins themselves as truth.
+
+    python prepare/visium_hd.py --outs OUTS --image FULLRES --directory DIR
+
+Reads   OUTS/binned_outputs/square_002um/ (or 008um, 016um: the finest there, or --bin)
+            filtered_feature_bc_matrix.h5, spatial/tissue_positions.parquet
+        FULLRES   the microscope image that Space Ranger was given
+Writes  the files of a sample, see common.py, with truth.npz for analysis/evaluate.py.
+
+Pseudo-spots. Visium's lattice, 100 um apart in rows of 86.6 um, lies along the axes of the bins as
+a slide's does, however the section is turned or mirrored in the image. A spot is the sum of the
+bins in tissue whose centre lies within 27.5 um of its own; it is in tissue if they fill at least
+half of its disc.
+
+Truth. Counts per superpixel of he.jpg. A bin is cut into squares of at most 0.5 um, one px of
+he.jpg; each passes its share of the counts to the superpixel that its centre lies in. The shares
+of a bin add up to one, so every molecule in tissue is in the truth once, or is reported as outside
+of the image. A superpixel is tissue if bins in tissue cover at least half of it.
+
+Memory. A section has about 11 million bins of 2 um. The matrix is read in blocks of bins, twice;
+what stays in memory is the position of a bin and the sums.
+
+Letters in shapes: B bins in tissue, S spots, G genes, k squares along the side of a bin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from image_calibration import machine_memory
+from prepare import common, visium
+
+BIN_FOLDERS = ("square_002um", "square_008um", "square_016um")
+POSITIONS = "tissue_positions.parquet"
+COLUMNS = list(visium.COLUMNS[1:])
+BARCODE = "s_000um_00000_00000-"  # size, array_row, array_col
+SQUARE_UM = utils.PIXEL_SIZE_UM  # side of the squares into which a bin is cut: one px of he.jpg
+MIN_COVER = 0.5  # share of a spot or superpixel that bins in tissue must cover
+FITTED_BINS = 250_000  # enough to fit the lattice to
+MAX_RESIDUAL_UM = 20.0  # root mean square; a lens may bend the lattice by a few um
+BINS_PER_BLOCK, VALUES_PER_BLOCK = 200_000, 4_000_000  # read at a time, whichever comes first
+N_TRUTH_GENES = 300  # 812 x 812 superpixels of 300 genes are 0.8 GB when they are scored
+
+
+@dataclass
+class Bins:
+    """The bins in tissue; ``index`` (array rows, array columns) gives their number or -1."""
+
+    size_um: float
+    xy: np.ndarray  # (B, 2) centres, px of full resolution
+    index: np.ndarray
+    origin: np.ndarray  # (2,) px of the corner of the array
+    axes: np.ndarray  # (2, 2) px per um along array_col and array_row
+    residual_um: float
+    n_all: int  # with those off the tissue
+    extent_um: tuple[float, float]  # width and height of the array
+
+    @property
+    def pixel_size_um(self) -> float:
+        return common.pixel_size_of(self.axes)
+
+
+# -------------------------------------------------------------------------------------------------
+# bins
+# -------------------------------------------------------------------------------------------------
+def find_bins(outs: Path, wanted: str | None) -> Path:
+    """The folder of the bins: the one wanted, or the finest there."""
+    if outs.name in BIN_FOLDERS and (outs / "spatial").is_dir():
+        return outs
+    folders = [outs / "binned_outputs", outs / "outs" / "binned_outputs", outs]
+    names = BIN_FOLDERS if wanted is None else (f"square_{wanted}um",)
+    for name in names:
+        for folder in folders:
+            if (folder / name).is_dir():
+                return folder / name
+    raise utils.StageError(
+        f"{outs} has no binned_outputs with {' or '.join(names)}.",
+        "Give the folder outs of Space Ranger 3 or later. Downloads hold binned_outputs as a "
+        ".tar.gz: unpack it there. For Visium without HD, run: python prepare/visium.py",
+    )
+
+
+def read_bins(path: Path, size_um: float) -> Bins:
+    """Positions of all bins, a batch at a time; kept are those in tissue."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise utils.StageError(f"{path} is missing.", visium.SPACE_RANGER)
+    kept: list[np.ndarray] = []  # array_row, array_col
+    xy: list[np.ndarray] = []
+    sample: list[np.ndarray] = []
+    n_all, last = 0, np.zeros(2)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            missing = sorted({"barcode", *COLUMNS} - set(file.schema_arrow.names))
+            if missing:
+                raise common.broken(path, f"has no column {', '.join(missing)}.")
+            step = max(1, file.metadata.num_rows // FITTED_BINS)
+            for batch in file.iter_batches(columns=COLUMNS):
+                table = np.column_stack([batch[name].to_numpy(False) for name in COLUMNS])
+                table = table.astype(np.float64)
+                if not np.isfinite(table).all():
+                    raise common.broken(path, "holds empty cells.")
+                sample.append(table[(-n_all) % step :: step])
+                in_tissue = table[:, 0] > 0
+                kept.append(table[in_tissue, 1:3].astype(np.int32))
+                xy.append(table[in_tissue][:, [4, 3]])
+                n_all += len(table)
+                last = np.maximum(last, table[:, 1:3].max(axis=0, initial=0))
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
+        if isinstance(error, utils.StageError):
+            raise
+        raise common.broken(path, f"is no whole table of positions: {error}") from error
+    places = np.concatenate([np.empty((0, 2), np.int32), *kept])
+    if len(places) == 0:
+        raise utils.StageError(
+            f"{path}: none of its {n_all} bins is in tissue.", "See that Space Ranger found tissue."
+        )
+    _, row, col, y, x = np.concatenate(sample).T
+    lattice = np.column_stack([col + 0.5, row + 0.5]) * size_um
+    origin, axes = common.fit_affine(lattice, np.column_stack([x, y]))
+    off = (origin + lattice @ axes - np.column_stack([x, y])) * common.pixel_size_of(axes)
+    index = np.full(places.max(0) + 1, -1, np.int32)
+    index[tuple(places.T)] = np.arange(len(places), dtype=np.int32)
+    if (index >= 0).sum() != len(places):
+        raise common.broken(path, "lists bins more than once.")
+    return Bins(
+        size_um=size_um,
+        xy=np.concatenate(xy),
+        index=index,
+        origin=origin,
+        axes=axes,
+        residual_um=float(np.sqrt((off**2).sum(1).mean())),
+        n_all=n_all,
+        extent_um=(float(last[1] + 1) * size_um, float(last[0] + 1) * size_um),
+    )
+
+
+def check_lattice(bins: Bins, path: Path, said_um: float | None) -> None:
+    """Stop if the bins are not a square lattice, or not of the size that the file says."""
+    along, across = np.linalg.norm(bins.axes, axis=1) * bins.size_um
+    skew = abs(bins.axes[0] @ bins.axes[1]) / np.linalg.norm(bins.axes, axis=1).prod()
+    if (
+        abs(along / across - 1) > visium.MAX_SKEW
+        or skew > visium.MAX_SKEW
+        or bins.residual_um > MAX_RESIDUAL_UM
+    ):
+        raise utils.StageError(
+            f"{path} holds no square lattice of bins: they are {along:.3f} px apart along "
+            f"array_col and {across:.3f} px along array_row, off by {bins.residual_um:.1f} um.",
+            f"See that its columns are {', '.join(COLUMNS)}, row before column.",
+        )
+    if said_um and abs(bins.pixel_size_um / said_um - 1) > common.MAX_PIXEL_SIZE_ERROR:
+        raise utils.StageError(
+            f"{path}: bins of {bins.size_um:g} um are {along:.3f} px apart, so a pixel is "
+            f"{bins.size_um:g} / {along:.3f} = {bins.pixel_size_um:.4g} um; microns_per_pixel of "
+            f"{visium.SCALE_FACTORS} says {said_um:.4g}.",
+            "Positions and scale factors are of two bin sizes or sections; give those of one.",
+        )
+
+
+def bin_places(barcodes: np.ndarray, size_um: float, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(array_row, array_col) of barcodes such as s_002um_00012_00345-1, bytes (n,)."""
+    text = np.ascontiguousarray(barcodes.astype("S"))
+    letters = text.view(np.uint8).reshape(len(text), text.dtype.itemsize)
+    pattern = np.frombuffer(BARCODE.encode(), np.uint8)
+    is_digit = pattern == ord("0")
+    if letters.shape[1] >= len(pattern):
+        head = letters[:, : len(pattern)]
+        digits = head[:, is_digit] - np.uint8(ord("0"))  # wraps round, so that letters are above 9
+        if (digits <= 9).all() and (head[:, ~is_digit] == pattern[~is_digit]).all():
+            size, row, col = (
+                digits[:, part].astype(np.int64) @ 10 ** np.arange(part.stop - part.start)[::-1]
+                for part in (slice(0, 3), slice(3, 8), slice(8, 13))
+            )
+            if (size == size_um).all():
+                return row, col
+    raise common.broken(
+        path,
+        f"has barcodes such as {common.decode(text[:1])[0]!r}; expected {size_um:g} um bins like "
+        f"s_{size_um:03.0f}um_00012_00345-1.",
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# the matrix, a block of bins at a time
+# -------------------------------------------------------------------------------------------------
+@dataclass
+class Matrix:
+    """The file of counts, opened again for every pass; only ``features`` is in memory."""
+
+    path: Path
+    keep: np.ndarray  # rows of the file that are genes
+    features: pd.DataFrame  # of those genes
+
+    def blocks(self, bins: Bins) -> Iterator[tuple[np.ndarray, sparse.csr_array]]:
+        """(number in ``bins`` or -1 (n,), counts (n, genes)) of every bin of the file, once."""
+        with common.open_h5(self.path) as group:
+            n_features, n_bins = (int(n) for n in group["shape"][:])
+            indptr = group["indptr"][:].astype(np.int64)
+            start = 0
+            while start < n_bins:
+                by_values = np.searchsorted(indptr, indptr[start] + VALUES_PER_BLOCK) - 1
+                stop = int(np.clip(by_values, start + 1, min(start + BINS_PER_BLOCK, n_bins)))
+                first, last = indptr[start], indptr[stop]
+                data, indices = group["data"][first:last], group["indices"][first:last]
+                pointers = (indptr[start : stop + 1] - first).astype(np.int32)
+                shape = (n_features, stop - start)
+                common.check_columns(self.path, data, indices, pointers, shape)
+                block = sparse.csr_array(
+                    (data.astype(np.float64), indices.astype(np.int32), pointers), shape=shape[::-1]
+                )
+                places = bin_places(group["barcodes"][start:stop], bins.size_um, self.path)
+                yield numbers(bins.index, *places), block[:, self.keep]
+                start = stop
+
+
+def numbers(index: np.ndarray, row: np.ndarray, col: np.ndarray) -> np.ndarray:
+    """Number of the bin at (row, col); -1 if it is not in tissue."""
+    known = (row < index.shape[0]) & (col < index.shape[1])
+    return np.where(known, index[np.where(known, row, 0), np.where(known, col, 0)], -1)
+
+
+def open_matrix(path: Path) -> Matrix:
+    if path.is_dir():
+        raise utils.StageError(
+            f"{path} is a folder of tables; bins of HD are read from {path.name}.h5.",
+            "Put that file beside it: Space Ranger writes both.",
+        )
+    with common.open_h5(path) as group:
+        shape = tuple(int(n) for n in group["shape"][:])
+        features = common.read_h5_features(group)
+        indptr = group["indptr"]
+        whole = len(indptr) == shape[1] + 1 and indptr[-1] == len(group["data"])
+        if not whole or len(features) != shape[0] or len(group["barcodes"]) != shape[1]:
+            raise common.broken(path, f"is damaged: its parts do not fit a matrix of {shape}.")
+    keep = np.flatnonzero(features["type"] == common.KEPT_TYPE)
+    kept = features.iloc[keep].reset_index(drop=True)
+    kept.attrs["n_dropped"] = len(features) - len(keep)
+    return Matrix(path, keep, kept)
+
+
+# -------------------------------------------------------------------------------------------------
+# pseudo-spots
+# -------------------------------------------------------------------------------------------------
+def lattice_of_spots(bins: Bins) -> np.ndarray:
+    """Centres (S, 2), px of full resolution, of all whole discs on the array of bins."""
+    width, height = bins.extent_um
+    radius = common.VISIUM_RADIUS_UM
+    box = (radius, radius, width - radius, height - radius)
+    centres_um = common.hexagonal_lattice(box, common.VISIUM_PITCH_UM)
+    if len(centres_um) == 0:
+        raise utils.StageError(
+            f"The bins reach over {width:g} x {height:g} um only, less than one spot.",
+            "Give a whole section.",
+        )
+    return bins.origin + centres_um @ bins.axes
+
+
+def discs_of_bins(bins: Bins, centres: np.ndarray) -> np.ndarray:
+    """Number of the spot whose disc holds the centre of a bin, int32 (B,); -1 for none."""
+    disc = np.empty(len(bins.xy), np.int32)
+    radius = common.VISIUM_RADIUS_UM / bins.pixel_size_um
+    for start in range(0, len(disc), BINS_PER_BLOCK):
+        part = slice(start, start + BINS_PER_BLOCK)
+        disc[part] = common.disc_of(bins.xy[part], centres, radius)
+    return disc
+
+
+def spots_in_tissue(bins: Bins, disc: np.ndarray, n_spots: int) -> np.ndarray:
+    """Which spots are filled by bins in tissue to at least MIN_COVER: bool (S,)."""
+    per_disc = np.pi * common.VISIUM_RADIUS_UM**2 / bins.size_um**2
+    return np.bincount(disc[disc >= 0], minlength=n_spots) >= MIN_COVER * per_disc
+
+
+def sum_spots(
+    matrix: Matrix, bins: Bins, disc: np.ndarray, n_spots: int
+) -> tuple[sparse.csr_array, float]:
+    """Counts (S, G) of the spots, and the molecules of the whole file."""
+    total, molecules = sparse.csr_array((n_spots, len(matrix.keep))), 0.0
+    for number, block in matrix.blocks(bins):
+        target = np.where(number >= 0, disc[number], -1)
+        total = total + common.sum_rows(target, block, n_spots)
+        molecules += float(block.sum())
+    return total, molecules
+
+
+def most_variable(counts: sparse.csr_array, n: int) -> np.ndarray:
+    """The n genes whose counts vary most between spots, in the order of the matrix.
+
+    That is the rule by which get_HR.py chooses the genes to predict.
+    """
+    mean = np.asarray(counts.mean(axis=0)).ravel()
+    variance = np.asarray(counts.power(2).mean(axis=0)).ravel() - mean**2
+    return np.sort(np.argsort(-variance, kind="stable")[:n])
+
+
+# -------------------------------------------------------------------------------------------------
+# truth
+# -------------------------------------------------------------------------------------------------
+@dataclass
+class Grid:
+    """Superpixels of he.jpg in the frame of the bins, and the squares of a bin."""
+
+    shape: tuple[int, int]  # h, w
+    left_top: np.ndarray  # (2,) px of full resolution
+    factor: np.ndarray  # (2,) superpixels per px of full resolution, along x and y
+    offsets: np.ndarray  # (k * k, 2) px of full resolution, from the centre of a bin
+
+    def cells(self, xy: np.ndarray) -> np.ndarray:
+        """Superpixel (n, k * k) of each square of the bins at ``xy`` (n, 2); -1 off the map."""
+        at = (xy[:, None] + self.offsets - self.left_top) * self.factor
+        col, row = np.floor(at[..., 0]), np.floor(at[..., 1])
+        inside = (row >= 0) & (row < self.shape[0]) & (col >= 0) & (col < self.shape[1])
+        return np.where(inside, row * self.shape[1] + col, -1).astype(np.int64)
+
+
+def make_grid(bins: Bins, placed: visium.Placed) -> Grid:
+    shape, factor = common.superpixel_grid(common.image_shape(placed.image), placed.pixel_size_um)
+    k = int(np.ceil(bins.size_um / SQUARE_UM))
+    steps = ((np.arange(k) + 0.5) / k - 0.5) * bins.size_um
+    along, across = np.meshgrid(steps, steps)
+    offsets = np.column_stack([along.ravel(), across.ravel()]) @ bins.axes
+    return Grid(shape, np.array(placed.left_top), factor * placed.scale, offsets)
+
+
+def cover(bins: Bins, grid: Grid) -> np.ndarray:
+    """Share (h, w) of each superpixel that bins in tissue cover."""
+    h, w = grid.shape
+    squares = np.zeros(h * w + 1, np.int64)  # the last one counts those off the map
+    for start in range(0, len(bins.xy), BINS_PER_BLOCK):
+        cells = grid.cells(bins.xy[start : start + BINS_PER_BLOCK])
+        squares += np.bincount(np.where(cells < 0, h * w, cells).ravel(), minlength=h * w + 1)
+    area = bins.size_um**2 / len(grid.offsets) / utils.SUPERPIXEL_UM**2
+    return squares[:-1].reshape(h, w) * area
+
+
+def sum_superpixels(
+    matrix: Matrix, bins: Bins, grid: Grid, genes: np.ndarray
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Counts (h, w, genes) by area, float32, and where all molecules of these genes are."""
+    n_cells, share = grid.shape[0] * grid.shape[1], 1 / len(grid.offsets)
+    total = np.zeros((n_cells, len(genes)), np.float32)
+    molecules = {"all": 0.0, "in truth": 0.0, "bins not in tissue": 0.0, "off the image": 0.0}
+    for number, block in matrix.blocks(bins):
+        used = number >= 0
+        block = block[:, genes]
+        per_bin = np.asarray(block.sum(axis=1)).ravel()
+        cells = grid.cells(bins.xy[number[used]])
+        square = np.flatnonzero(cells >= 0)
+        entries = (np.full(len(square), share), (cells.ravel()[square], square // cells.shape[1]))
+        shares = sparse.csr_array(sparse.coo_array(entries, shape=(n_cells, len(cells))))
+        part = shares @ block[np.flatnonzero(used)]
+        total[np.repeat(np.arange(n_cells), np.diff(part.indptr)), part.indices] += part.data
+        lost = 1 - np.asarray(shares.sum(axis=0)).ravel()
+        molecules["all"] += float(per_bin.sum())
+        molecules["bins not in tissue"] += float(per_bin[~used].sum())
+        molecules["off the image"] += float(lost @ per_bin[used])
+    molecules["in truth"] = float(total.sum(dtype=np.float64))
+    return total.reshape(*grid.shape, len(genes)), molecules
+
+
+def check_memory(grid: Grid, n_genes: int) -> None:
+    need, there = 4 * grid.shape[0] * grid.shape[1] * n_genes, machine_memory()
+    if there is not None and need > there:
+        raise utils.StageError(
+            f"The truth of {grid.shape[0]} x {grid.shape[1]} superpixels and {n_genes} genes needs "
+            f"{need / 1e9:.1f} GB of memory; there are {there / 1e9:.1f} GB.",
+            "Name fewer genes, by --truth-genes N or --genes FILE, or leave it out: "
+            "--truth-genes 0.",
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# the section
+# -------------------------------------------------------------------------------------------------
+def prepare(args: argparse.Namespace) -> common.Section:
+    folder = find_bins(args.outs, args.bin)
+    size_um = float(folder.name[len("square_") : -len("um")])
+    spatial = visium.read_spatial(folder / "spatial")
+    positions_path = folder / "spatial" / POSITIONS
+    matrix = open_matrix(visium.find_matrix(folder))
+    bins = read_bins(positions_path, size_um)
+    check_lattice(bins, positions_path, spatial.microns_per_pixel)
+
+    centres = lattice_of_spots(bins)
+    disc = discs_of_bins(bins, centres)
+    in_tissue = spots_in_tissue(bins, disc, len(centres))
+    places = pd.DataFrame(centres, [f"spot{i:05d}" for i in range(len(centres))], ["x", "y"])
+    if not in_tissue.any():
+        raise utils.StageError("No pseudo-spot is in tissue.", "Give a section with more tissue.")
+    placed, notes = visium.place(args, places[in_tissue], bins.pixel_size_um, spatial)
+    spots, molecules = sum_spots(matrix, bins, disc, len(centres))
+    facts = {"molecules_of_source": molecules}
+    symbols, ids = matrix.features["name"].tolist(), matrix.features["id"].tolist()
+    genes = common.unique_symbols(symbols, ids)
+    listed = common.read_gene_list(args.genes, genes)
+    chosen = choose_truth_genes(listed, genes, spots[np.flatnonzero(in_tissue)], args.truth_genes)
+    truth = None
+    if len(chosen):
+        grid = make_grid(bins, placed)
+        check_memory(grid, len(chosen))
+        counts, facts["molecules_of_truth_genes"] = sum_superpixels(matrix, bins, grid, chosen)
+        truth = common.Truth(counts, cover(bins, grid) >= MIN_COVER, [genes[i] for i in chosen])
+    if size_um > 2:
+        notes.append(f"bins of {size_um:g} um: pseudo-spots are coarser than from {BIN_FOLDERS[0]}")
+    if matrix.features.attrs["n_dropped"]:
+        notes.append(f"{matrix.features.attrs['n_dropped']} features that are no genes left out")
+    return common.Section(
+        image=placed.image,
+        pixel_size_um=placed.pixel_size_um,
+        locs=placed.move(places[in_tissue]),
+        counts=spots[np.flatnonzero(in_tissue)],
+        genes=genes,
+        gene_names=listed,
+        radius_px=common.VISIUM_RADIUS_UM / placed.pixel_size_um,
+        pitch_um=common.VISIUM_PITCH_UM,
+        truth=truth,
+        off_tissue=placed.move(places[~in_tissue]),
+        array=placed.move(places),
+        scales=spatial.scales,
+        sources=[args.image, matrix.path, positions_path, *spatial.files()],
+        facts={
+            "bin_um": size_um,
+            "bins": bins.n_all,
+            "bins_in_tissue": len(bins.xy),
+            "full_resolution_um_per_px": bins.pixel_size_um,
+            "lattice_residual_um": bins.residual_um,
+            **facts,
+        },
+        notes=notes,
+    )
+
+
+def choose_truth_genes(
+    listed: list[str] | None, genes: list[str], spots: sparse.csr_array, n: int
+) -> np.ndarray:
+    """Positions of the genes of truth.npz: the listed ones, or the n most variable."""
+    if n == 0:
+        return np.empty(0, np.int64)
+    if listed is not None:
+        place = {gene: i for i, gene in enumerate(genes)}
+        return np.array([place[gene] for gene in listed])
+    return most_variable(spots, n)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = common.build_parser(__doc__)
+    parser.add_argument("--outs", type=Path, required=True, help="Folder outs of Space Ranger.")
+    parser.add_argument(
+        "--bin", choices=("002", "008", "016"), help="Bins to read, in um; default: the finest."
+    )
+    parser.add_argument(
+        "--truth-genes",
+        type=utils.not_negative,
+        default=N_TRUTH_GENES,
+        help="Genes in truth.npz: so many of the most variable (default 300), or all of --genes; "
+        "0 for no truth.npz.",
+    )
+    visium.add_image_arguments(parser)
+    return parser
+
+
+def run(argv: list[str] | None = None) -> int:
+    return common.run(prepare, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

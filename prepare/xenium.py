@@ -1,0 +1,652 @@
+"""Turn the output of a Xenium run and its H&E image into a sample with known truth.
+
+    python prepare/xenium.py --outs OUTS --image HE.ome.tif --alignment CSV --directory DIR
+
+Reads   OUTS, a folder or the .zip or .tar.gz of it:
+          experiment.xenium                   pixel size of the run's own images, 0.2125 um
+          transcripts.parquet                 molecules: feature_name, x_location, y_location, qv
+          cell_feature_matrix.h5, cells.parquet or .csv.gz   instead of molecules: --counts cells
+          cell_boundaries.parquet or .csv.gz                 the same by area: --counts polygons
+        HE.ome.tif      H&E of the same section, or any slide that slides.py reads
+        CSV             3 x 3 matrix from pixels of the H&E to pixels of the run (Xenium Explorer);
+                        without it the image must lie in the frame of the run already
+Writes  the files of a sample, see common.py, and truth.npz; look at check.png before you go on.
+
+The image is warped into the frame of the run, tile by tile, at 0.5 um per pixel, so that all
+molecules keep their places. Pseudo-Visium spots, discs of 55 um on the hexagonal lattice of 100 um,
+add up what lies in them; truth.npz counts what lies in each superpixel of 8 um:
+* transcripts: every molecule of quality 20 or more, where it is (the default);
+* cells: all molecules of a cell at its centroid;
+* polygons: the molecules of a cell over the superpixels in proportion to the area that its outline
+  shares with them; a spot then adds up the superpixels whose centres it covers.
+Negative controls, blank and unassigned codewords are left out, and counted in prepare.json.
+
+Frames. "um" is the frame of the run, from its upper left corner; "px" the image that is written.
+Letters in shapes: M molecules, C cells, N spots, G genes, h x w superpixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.ndimage import uniform_filter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from prepare import common, slides
+from prepare.aligned import Aligned, project, read_alignment
+from prepare.outlines import outline_shares
+
+EXPERIMENT, MOLECULES, MATRIX = "experiment.xenium", "transcripts.parquet", "cell_feature_matrix.h5"
+CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
+OUTLINES = ("cell_boundaries.parquet", "cell_boundaries.csv.gz", "cell_boundaries.csv")
+WANTED = {EXPERIMENT, MOLECULES, MATRIX, *CELLS, *OUTLINES}  # of an archive, nothing else is read
+MIN_QUALITY = 20.0  # Phred-scaled; what the vendor's own cell matrix counts
+GENE_CATEGORIES = {"predesigned_gene", "custom_gene"}  # of codeword_category
+CONTROL_PREFIXES = (  # of feature names, where no column tells
+    "NegControl", "antisense_", "BLANK_", "Blank-", "UnassignedCodeword", "DeprecatedCodeword",
+    "Intergenic_Region",
+)  # fmt: skip
+BATCH = 1_000_000  # molecules in memory at a time
+
+MARGIN_UM = 50.0  # around the molecules
+TISSUE_WINDOW = 5  # superpixels, 40 um: local density
+TISSUE_SHARE = 0.1  # of the median density; diffused molecules off the tissue are far below
+INVERTED = "Inverted, the matrix fits: it must lead from pixels of the H&E to those of the run."
+OUTS_HELP = "Give --outs the output folder of a Xenium run, or the .zip or .tar.gz of it."
+
+
+# -------------------------------------------------------------------------------------------------
+# the output folder
+# -------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def open_outs(path: Path) -> Iterator[Path]:
+    """The output folder itself, or a temporary one with what is needed of an archive."""
+    if path.is_dir():
+        for folder in (path, path / "outs"):
+            if any((folder / name).is_file() for name in WANTED):
+                yield folder
+                return
+        raise utils.StageError(f"{path} has none of {', '.join(sorted(WANTED))}.", OUTS_HELP)
+    if not path.is_file():
+        raise utils.StageError(f"{path} does not exist.", OUTS_HELP)
+    with tempfile.TemporaryDirectory(prefix="xenium-") as folder:
+        unpack(path, Path(folder))
+        yield Path(folder)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Copy the wanted files of a .zip or .tar(.gz) into ``folder``, under their plain names.
+
+    No path of the archive is ever used to write. An archive with absolute paths, .. or with links
+    under a wanted name was not made by a Xenium run, and is refused as a whole.
+    """
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as packed:
+                members = [(m.filename, m.file_size, not m.is_dir()) for m in packed.infolist()]
+                copy_members(archive, folder, members, packed.open)
+        else:
+            with tarfile.open(archive) as packed:
+                members = [(m.name, m.size, m.isreg()) for m in packed if not m.isdir()]
+                copy_members(archive, folder, members, packed.extractfile)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise common.broken(archive, f"is no whole .zip or .tar archive: {error}") from error
+
+
+def copy_members(archive: Path, folder: Path, members: list[tuple[str, int, bool]], opened) -> None:
+    """Copy the wanted ones of the members (name, bytes, is a plain file) of an archive."""
+    chosen: dict[str, str] = {}
+    for name, _, plain in members:
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0]:
+            raise common.broken(archive, f"holds the path {name!r}, which leads out of a folder.")
+        wanted = parts[-1] in WANTED and len(parts) <= 3  # OUTS/, NAME/outs/
+        if wanted and not plain:
+            raise common.broken(archive, f"holds {name!r} as a link or device, not as a file.")
+        if wanted and parts[-1] in chosen:
+            raise common.broken(archive, f"holds {parts[-1]} twice: {chosen[parts[-1]]}, {name}.")
+        if wanted:
+            chosen[parts[-1]] = name
+    if not chosen:
+        raise utils.StageError(f"{archive} has none of {', '.join(sorted(WANTED))}.", OUTS_HELP)
+    need = sum(size for name, size, _ in members if name in chosen.values())
+    utils.check_disk(folder, need, f"Unpacking {archive.name}")
+    for plain_name, name in chosen.items():
+        with opened(name) as source, (folder / plain_name).open("wb") as target:
+            shutil.copyfileobj(source, target)
+
+
+def run_pixel_size(outs: Path) -> float:
+    """um per pixel of the run's own images, to which the alignment refers."""
+    path = outs / EXPERIMENT
+    if not path.is_file():
+        raise utils.StageError(f"{path} is missing; it holds the pixel size.", OUTS_HELP)
+    try:
+        size = float(json.loads(path.read_text(encoding="utf-8"))["pixel_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise common.broken(path, f"does not say a pixel_size: {error!r}") from error
+    if not utils.MIN_PIXEL_SIZE_UM <= size <= utils.MAX_PIXEL_SIZE_UM:
+        raise common.broken(path, f"says a pixel_size of {size} um.")
+    return size
+
+
+def used_files(outs: Path) -> list[str]:
+    """Names of the files of the run that can have been read, for the record."""
+    return sorted(name for name in WANTED if (outs / name).is_file())
+
+
+def find_first(outs: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (outs / name).is_file():
+            return outs / name
+    raise utils.StageError(f"{outs} has no {' or '.join(names)}.", OUTS_HELP)
+
+
+def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Columns of a .parquet or .csv(.gz) table; cell_id as text."""
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path, columns=columns)
+        else:
+            table = pd.read_csv(path, usecols=columns, dtype={"cell_id": str})[columns]
+    except (ValueError, OSError, EOFError, KeyError) as error:
+        raise common.broken(path, f"is no whole table of {', '.join(columns)}: {error}") from error
+    ids = table["cell_id"].tolist()
+    return table.assign(cell_id=[i.decode() if isinstance(i, bytes) else str(i) for i in ids])
+
+
+# -------------------------------------------------------------------------------------------------
+# the aligned image
+# -------------------------------------------------------------------------------------------------
+@dataclass
+class Frame:
+    """Where the image written lies in the run: px = (um - origin) / 0.5."""
+
+    origin: np.ndarray  # x, y in um
+    size: tuple[int, int]  # width, height in px
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of superpixels of he.jpg, which image_calibration.py pads."""
+        return common.superpixel_grid(self.size[::-1], utils.PIXEL_SIZE_UM)[0]
+
+    def to_px(self, um: np.ndarray) -> np.ndarray:
+        return (um - self.origin) / utils.PIXEL_SIZE_UM
+
+    @property
+    def to_um(self) -> np.ndarray:
+        """3 x 3, from px."""
+        (x, y), size = self.origin, utils.PIXEL_SIZE_UM
+        return np.array([[size, 0, x], [0, size, y], [0, 0, 1.0]])
+
+
+def make_frame(low: np.ndarray, high: np.ndarray, region: list[float] | None) -> Frame:
+    """The frame of --region (x, y, width, height in um), or of all molecules and a margin."""
+    if region is None:
+        origin = np.maximum(np.floor(low - MARGIN_UM), 0)
+        size = np.ceil((high + MARGIN_UM - origin) / utils.PIXEL_SIZE_UM)
+    else:
+        origin, size = np.array(region[:2]), np.ceil(np.array(region[2:]) / utils.PIXEL_SIZE_UM)
+    if size.min() < utils.TILE_PX or size.prod() > utils.MAX_MEGAPIXELS * 1e6:
+        raise utils.StageError(
+            f"The section would be {size[0]:.0f} x {size[1]:.0f} px at {utils.PIXEL_SIZE_UM} um; "
+            f"expected at least {utils.TILE_PX} px a side, and {utils.MAX_MEGAPIXELS} megapixels.",
+            "Choose a part of it: --region X Y WIDTH HEIGHT in um.",
+        )
+    return Frame(origin, (int(size[0]), int(size[1])))
+
+
+def check_alignment(xy: np.ndarray, slide: slides.Slide, placing: Placing) -> None:
+    """Stop if the tissue (N, 2), in um, does not lie on the H&E; say what would have fitted."""
+    share = share_on(slide, placing.to_slide, xy)
+    if share >= common.MIN_INSIDE:
+        return
+    remedy = "Give the alignment that belongs to this very image, at its full resolution."
+    if share_on(slide, placing.inverted, xy) >= common.MIN_INSIDE:
+        remedy = INVERTED
+    raise utils.StageError(
+        f"Only {share:.1%} of the tissue falls on {slide.path} ({slide.size[0]} x {slide.size[1]} "
+        f"px), expected {common.MIN_INSIDE:.0%}: image and alignment do not belong together.",
+        remedy,
+    )
+
+
+def share_on(slide: slides.Slide, um_to_slide: np.ndarray, xy: np.ndarray) -> float:
+    return common.share_inside(project(um_to_slide, xy), slide.size[::-1])
+
+
+# -------------------------------------------------------------------------------------------------
+# molecules
+# -------------------------------------------------------------------------------------------------
+@dataclass
+class Survey:
+    """What a first pass over the molecules finds."""
+
+    genes: list[str] = field(default_factory=list)
+    low: np.ndarray = field(default_factory=lambda: np.full(2, np.inf))  # x, y in um
+    high: np.ndarray = field(default_factory=lambda: np.full(2, -np.inf))
+    controls: Counter = field(default_factory=Counter)  # feature -> molecules left out
+    read: int = 0
+    poor: int = 0  # below the quality wanted
+
+
+def batches(path: Path) -> Iterator[pd.DataFrame]:
+    """Molecules, a few at a time: feature (category), x, y (um), qv, and what tells of genes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path, read_dictionary=["feature_name"]) as file:
+            names = ["feature_name", "x_location", "y_location", "qv"]
+            if missing := [name for name in names if name not in file.schema_arrow.names]:
+                raise common.broken(path, f"has no column {', '.join(missing)}.")
+            tells = [n for n in ("is_gene", "codeword_category") if n in file.schema_arrow.names]
+            for batch in file.iter_batches(BATCH, columns=names + tells[:1]):
+                table = batch.to_pandas()
+                feature = table["feature_name"].cat
+                yield table.assign(feature_name=feature.rename_categories(text(feature.categories)))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise common.broken(path, f"is no whole Parquet file: {error}") from error
+
+
+def text(names) -> list[str]:
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def genes_of(table: pd.DataFrame, panel: set[str] | None) -> np.ndarray:
+    """Which molecules (M,) are of genes, not of controls: bool."""
+    if "is_gene" in table:
+        return table["is_gene"].to_numpy(bool)
+    if "codeword_category" in table:
+        category = table["codeword_category"].astype("category").cat
+        kinds = text(category.categories)
+        return np.isin(category.codes, [i for i, k in enumerate(kinds) if k in GENE_CATEGORIES])
+    feature = table["feature_name"].cat
+    good = [
+        i
+        for i, name in enumerate(feature.categories)
+        if (not name.startswith(CONTROL_PREFIXES) if panel is None else name in panel)
+    ]
+    return np.isin(feature.codes, good)
+
+
+def read_panel(outs: Path) -> set[str] | None:
+    """Gene symbols of the cell matrix, if there is one."""
+    if not (outs / MATRIX).is_file():
+        return None
+    return set(common.read_10x_h5(outs / MATRIX)[2]["name"])
+
+
+def survey(path: Path, panel: set[str] | None, quality: float) -> Survey:
+    found, genes = Survey(), set()
+    for table in batches(path):
+        found.read += len(table)
+        good = (table["qv"] >= quality).to_numpy()
+        found.poor += int((~good).sum())
+        is_gene = genes_of(table, panel)
+        kept = table[good & is_gene]
+        genes.update(kept["feature_name"].unique())
+        found.controls.update(table["feature_name"][good & ~is_gene].value_counts().to_dict())
+        if len(kept):
+            xy = kept[["x_location", "y_location"]].to_numpy(float)
+            found.low = np.minimum(found.low, xy.min(0))
+            found.high = np.maximum(found.high, xy.max(0))
+    if not genes:
+        raise utils.StageError(
+            f"{path} holds no molecule of a gene with quality {quality:g} or more.",
+            "Give the transcripts.parquet of the run, unfiltered.",
+        )
+    found.controls = Counter({name: n for name, n in found.controls.items() if n})
+    found.genes = sorted(genes)
+    return found
+
+
+class Total:
+    """A running sum of sparse matrices, of equals first, so that adding stays linear in time."""
+
+    def __init__(self) -> None:
+        self.parts: list[sparse.csr_array] = []
+
+    def add(self, matrix: sparse.csr_array) -> None:
+        self.parts.append(matrix)
+        while len(self.parts) > 1 and self.parts[-2].nnz <= 2 * self.parts[-1].nnz:
+            self.parts.append(self.parts.pop() + self.parts.pop())
+
+    def sum(self) -> sparse.csr_array:
+        total = self.parts.pop()
+        while self.parts:
+            total = total + self.parts.pop()
+        return total
+
+
+@dataclass
+class Counts:
+    """Counts in the frame of the image: per superpixel (h * w, G) and per spot (N, G)."""
+
+    grid: sparse.csr_array
+    spots: sparse.csr_array
+    genes: list[str]
+    outside: float  # molecules off the image
+
+
+def count_molecules(
+    path: Path, found: Survey, panel: set[str] | None, quality: float, frame: Frame, xy: np.ndarray
+) -> Counts:
+    """Every molecule in its superpixel and, if one covers it, in its spot; xy (N, 2) in px."""
+    grid, spots, outside = Total(), Total(), 0.0
+    shape, index = (*frame.grid, len(found.genes)), pd.Index(found.genes)
+    for table in batches(path):
+        table = table[(table["qv"] >= quality).to_numpy() & genes_of(table, panel)]
+        codes = index.get_indexer(table["feature_name"].cat.categories)
+        gene = codes[table["feature_name"].cat.codes]
+        px = frame.to_px(table[["x_location", "y_location"]].to_numpy(float))
+        within = (px < frame.size).all(1)  # the padding of he.jpg is no part of the image
+        outside += int((~within).sum())
+        px, gene = px[within], gene[within]
+        row, col = px[:, 1] / utils.TOKEN_PX, px[:, 0] / utils.TOKEN_PX
+        counted, missed = common.accumulate(row, col, gene, None, shape)
+        outside += missed
+        grid.add(counted.astype(np.int32))
+        spots.add(common.pseudo_spots(px, gene, xy, spot_radius(), len(index)))
+    return Counts(grid.sum(), spots.sum(), found.genes, outside)
+
+
+# -------------------------------------------------------------------------------------------------
+# cells
+# -------------------------------------------------------------------------------------------------
+@dataclass
+class Cells:
+    counts: sparse.csr_array  # (C, G)
+    genes: list[str]
+    xy: np.ndarray  # (C, 2) centroids, um
+    ids: pd.Index
+    notes: list[str]
+
+
+def read_cells(outs: Path) -> Cells:
+    """Cells of the matrix, joined with their centroids on cell_id, never by position."""
+    counts, barcodes, features = common.read_10x_h5(outs / MATRIX)
+    path = find_first(outs, CELLS)
+    table = read_table(path, ["cell_id", "x_centroid", "y_centroid"]).set_index("cell_id")
+    if repeated := utils._repeated(table.index):
+        raise common.broken(path, f"lists the cells {utils._some(repeated)} more than once.")
+    missing = [cell for cell in barcodes if cell not in table.index]
+    if missing:
+        raise common.broken(
+            path,
+            f"has no place for {len(missing)} of {len(barcodes)} cells: {utils._some(missing)}.",
+        )
+    genes = common.unique_symbols(features["name"].tolist(), features["id"].tolist())
+    xy = table.loc[barcodes].to_numpy(float)
+    return Cells(counts, genes, xy, pd.Index(barcodes), common.dropped_notes(features))
+
+
+def count_at_centroids(cells: Cells, frame: Frame, xy: np.ndarray) -> Counts:
+    """All molecules of a cell at its centroid; xy (N, 2) spot centres in px."""
+    px = frame.to_px(cells.xy)
+    h, w = frame.grid
+    column, row = np.floor(px / utils.TOKEN_PX).astype(np.int64).T
+    within = ((px >= 0) & (px < frame.size)).all(1)
+    grid = common.sum_rows(np.where(within, row * w + column, -1), cells.counts, h * w)
+    disc = np.where(within, common.disc_of(px, xy, spot_radius()), -1)
+    spots = common.sum_rows(disc, cells.counts, len(xy))
+    return Counts(grid, spots, cells.genes, float(cells.counts[~within].sum()))
+
+
+def count_by_area(cells: Cells, outs: Path, frame: Frame, xy: np.ndarray) -> tuple[Counts, int]:
+    """Molecules of a cell spread over its outline; also how many have none: by centroid."""
+    table = read_table(find_first(outs, OUTLINES), ["cell_id", "vertex_x", "vertex_y"])
+    cell = cells.ids.get_indexer(table["cell_id"])
+    order = np.flatnonzero(cell >= 0)
+    order = order[np.argsort(cell[order], kind="stable")]
+    px = frame.to_px(table[["vertex_x", "vertex_y"]].to_numpy(float)[order])
+    shares, bare = outline_shares(cell[order], px / utils.TOKEN_PX, len(cells.ids))
+    centroid = np.floor(frame.to_px(cells.xy[bare]) / utils.TOKEN_PX)
+    shares = tuple(
+        map(np.concatenate, zip(shares, (bare, *centroid.T[::-1], np.ones(len(bare))), strict=True))
+    )
+    h, w = frame.grid
+    owner, row, col, weight = shares
+    image_rows, image_columns = (-(-side // utils.TOKEN_PX) for side in frame.size[::-1])
+    within = (row >= 0) & (row < image_rows) & (col >= 0) & (col < image_columns)
+    place = (row * w + col).astype(np.int64)[within]
+    spread = sparse.csr_array(
+        sparse.coo_array((weight[within], (place, owner[within])), shape=(h * w, len(cells.ids)))
+    )
+    grid = spread @ cells.counts
+    centre = np.column_stack([np.tile(np.arange(w), h), np.repeat(np.arange(h), w)]) + 0.5
+    disc = common.disc_of(centre * utils.TOKEN_PX, xy, spot_radius())
+    spots = common.sum_rows(disc, grid, len(xy))
+    outside = float(cells.counts.sum() - grid.sum())
+    return Counts(grid, spots, cells.genes, max(outside, 0.0)), len(bare)
+
+
+# -------------------------------------------------------------------------------------------------
+# spots and tissue
+# -------------------------------------------------------------------------------------------------
+def spot_radius() -> float:
+    return common.VISIUM_RADIUS_UM / utils.PIXEL_SIZE_UM
+
+
+def lattice(frame: Frame) -> np.ndarray:
+    """Spot centres (N, 2) in px, their discs within the image."""
+    radius, (width, height) = spot_radius(), frame.size
+    box = (radius, radius, width - radius, height - radius)
+    return common.hexagonal_lattice(box, common.VISIUM_PITCH_UM / utils.PIXEL_SIZE_UM)
+
+
+def find_tissue(counts: Counts, frame: Frame) -> np.ndarray:
+    """Superpixels (h, w) around which molecules are not far rarer than in most of the section."""
+    h, w = frame.grid
+    molecules = np.asarray(counts.grid.sum(axis=1), float).reshape(h, w)
+    density = uniform_filter(molecules, TISSUE_WINDOW, mode="constant")
+    dense = density > TISSUE_SHARE * np.median(density[molecules > 0])
+    centre = (np.arange(max(h, w)) + 0.5) * utils.TOKEN_PX
+    dense[centre[:h] > frame.size[1]] = False  # of the padding of he.jpg
+    dense[:, centre[:w] > frame.size[0]] = False
+    return dense
+
+
+def superpixel_centres(frame: Frame, chosen: np.ndarray) -> np.ndarray:
+    """Centres (K, 2), x and y in px, of the chosen superpixels (h, w)."""
+    return (np.argwhere(chosen)[:, ::-1] + 0.5) * utils.TOKEN_PX
+
+
+# -------------------------------------------------------------------------------------------------
+# command line
+# -------------------------------------------------------------------------------------------------
+def build_parser() -> argparse.ArgumentParser:
+    parser = common.build_parser(__doc__)
+    parser.add_argument("--outs", type=Path, required=True, help="Folder, .zip or .tar.gz.")
+    parser.add_argument("--image", type=Path, required=True, help="H&E image of the section.")
+    parser.add_argument(
+        "--alignment",
+        type=Path,
+        metavar="CSV",
+        help="3 x 3 matrix from pixels of the H&E to pixels of the run.",
+    )
+    parser.add_argument(
+        "--pixel-size",
+        type=slides.pixel_size,
+        metavar="UM",
+        help="um per pixel of the H&E image, instead of what its metadata say.",
+    )
+    parser.add_argument(
+        "--counts",
+        choices=["transcripts", "cells", "polygons"],
+        help="What is counted; default: transcripts if they are there, else cells.",
+    )
+    parser.add_argument(
+        "--min-quality",
+        type=float,
+        default=MIN_QUALITY,
+        metavar="Q",
+        help=f"Least quality of a molecule that counts; default {MIN_QUALITY:g}.",
+    )
+    parser.add_argument(
+        "--region",
+        type=float,
+        nargs=4,
+        metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        help="Part of the section in um; default: all molecules and a margin.",
+    )
+    return parser
+
+
+@dataclass
+class Placing:
+    """How the run lies on the H&E: homographies (3 x 3) from um of the run to px of the H&E."""
+
+    to_slide: np.ndarray
+    inverted: np.ndarray  # the same, had the alignment been given the other way round
+
+    @staticmethod
+    def pixel_size(um_to_slide: np.ndarray) -> float:
+        """um per px of the H&E, by area."""
+        return float(1 / np.sqrt(abs(np.linalg.det(um_to_slide[:2, :2] / um_to_slide[2, 2]))))
+
+
+def read_placing(args: argparse.Namespace, outs: Path, slide: slides.Slide) -> Placing:
+    """By the alignment; without one, the image lies in the frame of the run, corner on corner."""
+    if args.alignment is not None:
+        matrix = read_alignment(args.alignment)
+        run_px = np.diag([1 / run_pixel_size(outs)] * 2 + [1.0])
+        return Placing(np.linalg.inv(matrix) @ run_px, matrix @ run_px)
+    size = args.pixel_size or slide.pixel_size_um
+    if size is None:
+        raise utils.StageError(
+            f"There is no --alignment, and {args.image} does not say its pixel size.",
+            "Give --alignment CSV; or, if the image lies in the frame of the run, --pixel-size UM.",
+        )
+    return Placing(np.diag([1 / size, 1 / size, 1.0]), np.diag([size, size, 1.0]))
+
+
+def check_pixel_size(placing: Placing, slide: slides.Slide, given: float | None) -> None:
+    """Stop if the alignment belongs to another copy of the image, larger or smaller."""
+    size, said = placing.pixel_size(placing.to_slide), given or slide.pixel_size_um
+    if said is None or abs(said / size - 1) <= common.MAX_PIXEL_SIZE_ERROR:
+        return
+    remedy = f"Give the image that was aligned; or --pixel-size {size:.4g}, if its metadata err."
+    if abs(said / placing.pixel_size(placing.inverted) - 1) <= common.MAX_PIXEL_SIZE_ERROR:
+        remedy = INVERTED
+    raise utils.StageError(
+        f"{slide.path} has {said:.4g} um per pixel, but by the alignment it has {size:.4g}: "
+        f"the alignment is that of another copy of the image.",
+        remedy,
+    )
+
+
+def count(
+    args: argparse.Namespace, outs: Path
+) -> tuple[Counts, Frame, np.ndarray, list[str], dict]:
+    """Counts, frame, spot centres (N, 2) in px, notes and facts, by whatever --counts says."""
+    kind = args.counts or ("transcripts" if (outs / MOLECULES).is_file() else "cells")
+    if kind == "transcripts":
+        path = find_first(outs, (MOLECULES,))
+        panel = read_panel(outs)
+        found = survey(path, panel, args.min_quality)
+        frame = make_frame(found.low, found.high, args.region)
+        xy = lattice(frame)
+        counts = count_molecules(path, found, panel, args.min_quality, frame, xy)
+        controls = sum(found.controls.values())
+        facts = {
+            "counts_of": kind, "molecules_read": found.read, "below_quality": found.poor,
+            "of_controls": controls, "controls": len(found.controls),
+        }  # fmt: skip
+        notes = [
+            f"{found.poor} of {found.read} molecules are below quality {args.min_quality:g}",
+            f"{controls} molecules of {len(found.controls)} controls are left out",
+        ]
+        return counts, frame, xy, notes, facts
+    cells = read_cells(outs)
+    frame = make_frame(cells.xy.min(0), cells.xy.max(0), args.region)
+    xy, notes = lattice(frame), cells.notes
+    facts = {"counts_of": kind, "cells": len(cells.ids)}
+    if kind == "cells":
+        return count_at_centroids(cells, frame, xy), frame, xy, notes, facts
+    counts, bare = count_by_area(cells, outs, frame, xy)
+    if bare:
+        notes.append(f"{bare} cells without an outline are counted at their centroids")
+    return counts, frame, xy, notes, facts
+
+
+def prepare(args: argparse.Namespace) -> common.Section:
+    with open_outs(args.outs) as outs:
+        slide = common.open_image(args.image)
+        placing = read_placing(args, outs, slide)
+        check_pixel_size(placing, slide, args.pixel_size)
+        counts, frame, xy, notes, facts = count(args, outs)
+    to_slide_px = placing.to_slide @ frame.to_um
+    dense = find_tissue(counts, frame)
+    check_alignment(project(frame.to_um, superpixel_centres(frame, dense)), slide, placing)
+    tissue = on_image(dense, frame, slide, to_slide_px)
+    column, row = np.floor(xy / utils.TOKEN_PX).astype(int).T
+    in_tissue = tissue[row, column] & (np.asarray(counts.spots.sum(axis=1)).ravel() > 0)
+    if not in_tissue.any():
+        raise utils.StageError(
+            f"None of the {len(xy)} pseudo-spots lies in tissue.", "Choose a larger --region."
+        )
+    names = [f"spot{i:05d}" for i in range(len(xy))]
+    locs = pd.DataFrame(xy, index=names, columns=["x", "y"])
+    inside = float(counts.grid.sum())
+    facts |= {
+        "molecules_in_grid": round(inside, 3),
+        "molecules_outside": round(counts.outside, 3),
+        "frame_origin_um": frame.origin.tolist(),
+        "tissue_superpixels": int(tissue.sum()),
+    }
+    notes.append(
+        f"{inside:,.0f} molecules are in truth.npz, {counts.outside:,.0f} lie off the image"
+    )
+    if args.alignment is None:
+        notes.append("no alignment: the image is taken to lie in the frame of the run")
+    sources = [args.image, *([args.alignment] if args.alignment else [])]
+    sources += [args.outs] if args.outs.is_file() else [outs / name for name in used_files(outs)]
+    return common.Section(
+        image=Aligned(slide, 0, 0, *frame.size, to_slide=to_slide_px),
+        pixel_size_um=utils.PIXEL_SIZE_UM,
+        locs=locs[in_tissue],
+        off_tissue=locs[~in_tissue],
+        counts=counts.spots[np.flatnonzero(in_tissue)],
+        genes=counts.genes,
+        radius_px=spot_radius(),
+        pitch_um=common.VISIUM_PITCH_UM,
+        truth=common.Truth(counts.grid, tissue, counts.genes),
+        gene_names=common.read_gene_list(args.genes, counts.genes),
+        notes=notes,
+        facts=facts,
+        sources=sources,
+    )
+
+
+def on_image(
+    chosen: np.ndarray, frame: Frame, slide: slides.Slide, to_slide_px: np.ndarray
+) -> np.ndarray:
+    """Which of the chosen superpixels (h, w) have their centre on the slide."""
+    xy = project(to_slide_px, superpixel_centres(frame, chosen))
+    on_slide = np.zeros_like(chosen)
+    on_slide[chosen] = ((xy >= 0) & (xy < slide.size)).all(1)
+    return on_slide
+
+
+def run(argv: list[str] | None = None) -> int:
+    return common.run(prepare, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

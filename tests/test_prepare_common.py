@@ -1,0 +1,640 @@
+"""What the prepare scripts share: 10x files, lattices, sums, the check, and the sample."""
+
+import csv
+import functools
+import gzip
+import io
+import json
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import sparse
+from scipy.io import mmwrite
+
+import utils
+from prepare import common
+
+PITCH, UM = 80.0, 1.25  # px and um per px: 100 um
+GENES = ["ACTB", "MARCH1", "NA", "gene, with comma"]
+
+
+# ----- files in 10x's formats, also for the tests of visium.py and visium_hd.py -----
+def write_h5(path, counts, barcodes, ids, names, types=None, index_type=np.int64):
+    """A matrix (barcodes, features) as Space Ranger 1 to 4 write it: features x barcodes by column.
+
+    The strings have a fixed length, the indices are int64, as in 10x's own files.
+    """
+    matrix = sparse.csr_array(counts)
+    types = types or ["Gene Expression"] * len(ids)
+    with h5py.File(path, "w") as file:
+        file.attrs["filetype"] = "matrix"
+        group = file.create_group("matrix")
+        group["shape"] = np.array(matrix.shape[::-1], np.int32)
+        group["data"] = matrix.data.astype(np.int32)
+        group["indices"] = matrix.indices.astype(index_type)
+        group["indptr"] = matrix.indptr.astype(index_type)
+        group["barcodes"] = np.array(barcodes, "S")
+        features = group.create_group("features")
+        features["id"], features["name"] = np.array(ids, "S"), np.array(names, "S")
+        features["feature_type"] = np.array(types, "S")
+        features["genome"] = np.array(["GRCh38"] * len(ids), "S")
+        features["_all_tag_keys"] = np.array(["genome"], "S")
+    return path
+
+
+def write_mtx(folder, counts, barcodes, ids, names, types=None, packed=True):
+    """The folder of matrix.mtx.gz, barcodes.tsv.gz, features.tsv.gz; genes.tsv without types."""
+    folder.mkdir(parents=True)
+    content = io.BytesIO()
+    mmwrite(content, sparse.coo_array(counts).T.astype(int))
+    rows = [[*pair, *([kind] if types else [])] for *pair, kind in zip(
+        ids, names, types or ids, strict=True)]  # fmt: skip
+    files = {
+        "matrix.mtx": content.getvalue(),
+        "barcodes.tsv": "".join(f"{b}\n" for b in barcodes).encode(),
+        "features.tsv" if types else "genes.tsv": "".join(
+            "\t".join(row) + "\n" for row in rows
+        ).encode(),
+    }
+    for name, data in files.items():
+        if packed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+        else:
+            (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture
+def matrix():
+    """Counts (5 barcodes, 4 features), of which the last is an antibody."""
+    counts = np.array(
+        [[1, 0, 2, 9], [0, 0, 0, 0], [3, 4, 0, 1], [0, 7, 0, 0], [1, 1, 300, 2]]
+    )  # fmt: skip
+    barcodes = [f"AAAC{i}-1" for i in range(5)]
+    ids, names = ["ENSG1", "ENSG2", "ENSG3", "CD3"], ["TBCE", "NA", "TBCE", "CD3"]
+    return counts, barcodes, ids, names, [*["Gene Expression"] * 3, "Antibody Capture"]
+
+
+def assert_same_matrix(read, matrix):
+    counts, barcodes, features = read
+    np.testing.assert_array_equal(counts.toarray(), matrix[0][:, :3])
+    assert barcodes == matrix[1]
+    assert features["id"].tolist() == matrix[2][:3]
+    assert features["name"].tolist() == matrix[3][:3]
+    assert features.attrs["dropped"] == {"Antibody Capture": (1, 12.0)}
+
+
+@pytest.mark.parametrize("index_type", [np.int32, np.int64, np.float64])
+def test_h5_is_read_and_antibodies_are_counted(tmp_path, matrix, index_type):
+    path = write_h5(tmp_path / "m.h5", *matrix, index_type=index_type)
+    assert_same_matrix(common.read_10x_h5(path), matrix)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mtx_folder_is_read_packed_or_not(tmp_path, matrix, packed):
+    folder = write_mtx(tmp_path / "m", *matrix, packed=packed)
+    assert_same_matrix(common.read_10x_mtx(folder), matrix)
+
+
+def test_old_layouts_without_feature_types_are_read_whole(tmp_path, matrix):
+    counts, barcodes, ids, names, _ = matrix
+    old = common.read_10x_mtx(write_mtx(tmp_path / "m", counts, barcodes, ids, names))
+    path = tmp_path / "v2.h5"
+    with h5py.File(path, "w") as file:
+        group, csr = file.create_group("GRCh38"), sparse.csr_array(counts)
+        group["shape"] = np.array(csr.shape[::-1])
+        group["data"], group["indices"], group["indptr"] = csr.data, csr.indices, csr.indptr
+        group["barcodes"] = np.array(barcodes, "S")
+        group["genes"], group["gene_names"] = np.array(ids, "S"), np.array(names, "S")
+    for read, found_barcodes, features in (old, common.read_10x_h5(path)):
+        np.testing.assert_array_equal(read.toarray(), counts)
+        assert found_barcodes == barcodes
+        assert features["id"].tolist() == ids
+        assert features.attrs["dropped"] == {}
+
+
+def break_indices(file):
+    file["matrix/indices"][0] = 99
+
+
+def break_shape(file):
+    file["matrix/shape"][1] = 4
+
+
+def break_barcodes(file):
+    del file["matrix/barcodes"]
+    file["matrix/barcodes"] = np.array(["a"], "S")
+
+
+def break_features(file):
+    del file["matrix/features"]
+
+
+@pytest.mark.parametrize(
+    "damage", [break_indices, break_shape, break_barcodes, break_features]
+)  # fmt: skip
+def test_damaged_h5_is_named(tmp_path, matrix, damage):
+    path = write_h5(tmp_path / "m.h5", *matrix)
+    with h5py.File(path, "r+") as file:
+        damage(file)
+    with pytest.raises(utils.StageError, match=r"m\.h5.*(damaged|whole|rows)"):
+        common.read_10x_h5(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not HDF5", None])
+def test_truncated_h5_is_named(tmp_path, matrix, content):
+    path = write_h5(tmp_path / "m.h5", *matrix)
+    path.write_bytes(path.read_bytes()[:1500] if content is None else content)
+    with pytest.raises(utils.StageError, match=r"m\.h5 is no whole 10x matrix"):
+        common.read_10x_h5(path)
+
+
+def test_missing_parts_of_a_folder_are_named(tmp_path, matrix):
+    folder = write_mtx(tmp_path / "m", *matrix)
+    (folder / "features.tsv.gz").unlink()
+    with pytest.raises(utils.StageError, match=r"no features\.tsv or genes\.tsv"):
+        common.read_10x_mtx(folder)
+
+
+# ----- gene symbols -----
+def test_later_genes_of_a_symbol_get_their_id():
+    names = common.unique_symbols(
+        ["TBCE", "", "TBCE", "NA", "TBCE"], ["E1", "E2", "E3", "E4", "E5"]
+    )
+    assert names == ["TBCE", "E2", "TBCE.E3", "NA", "TBCE.E5"]
+
+
+@given(st.lists(st.sampled_from(["A", "B", " A", "", "C"]), max_size=30))
+def test_symbols_become_unique_and_keep_their_order(symbols):
+    names = common.unique_symbols(symbols, [f"ENSG{i}" for i in range(len(symbols))])
+    assert len(set(names)) == len(names)
+    for i, (name, symbol) in enumerate(zip(names, symbols, strict=True)):
+        assert name in (symbol.strip(), f"ENSG{i}", f"{symbol.strip()}.ENSG{i}")
+
+
+def test_repeated_gene_ids_are_refused():
+    with pytest.raises(utils.StageError, match=r"A\.E1"):
+        common.unique_symbols(["A", "A", "A"], ["E1", "E1", "E1"])
+
+
+# ----- lattices, discs, grids -----
+def test_lattice_is_hexagonal():
+    xy = common.hexagonal_lattice((10, 20, 1010, 720), 100.0)
+    rows = np.unique(xy[:, 1].round(6))
+    np.testing.assert_allclose(np.diff(rows), 86.60254, atol=1e-5)
+    assert len(rows) == 9  # 8 * 86.6 = 692.8 fit into 700
+    assert (xy[:, 0].min(), xy[:, 0].max()) == (10, 1010)
+    distance = np.linalg.norm(xy[:, None] - xy, axis=2)
+    inner = ((xy > [110, 120]) & (xy < [910, 620])).all(1)
+    near = np.abs(distance - 100) < 1e-6
+    assert (near.sum(1)[inner] == 6).all()
+    assert (distance + 1e9 * np.eye(len(xy)) > 100 - 1e-6).all()
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 400))
+def test_pseudo_spots_equal_a_brute_force_count(seed, n):
+    rng = np.random.default_rng(seed)
+    centres = common.hexagonal_lattice((0, 0, 300, 300), 100.0)
+    xy, gene, weight = rng.uniform(-50, 350, (n, 2)), rng.integers(0, 3, n), rng.integers(1, 9, n)
+    found = common.pseudo_spots(xy, gene, centres, 27.5, 3, weight).toarray()
+    expected = np.zeros((len(centres), 3))
+    for (x, y), g, amount in zip(xy, gene, weight, strict=True):
+        for s, (cx, cy) in enumerate(centres):
+            if (x - cx) ** 2 + (y - cy) ** 2 <= 27.5**2:
+                expected[s, g] += amount
+    np.testing.assert_array_equal(found, expected)
+    matrix = sparse.csr_array((weight.astype(float), (np.arange(n), gene)), shape=(n, 3))
+    summed = common.sum_rows(common.disc_of(xy, centres, 27.5), matrix, len(centres))
+    np.testing.assert_array_equal(summed.toarray(), expected)
+
+
+def test_a_molecule_on_the_edge_of_a_disc_counts():
+    inside = common.disc_of(np.array([[27.5, 0], [27.5001, 0]]), np.zeros((1, 2)), 27.5)
+    assert inside.tolist() == [0, -1]
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 200), st.booleans(), st.sampled_from([7, 10**6]))
+def test_every_molecule_is_in_the_grid_once_or_outside(seed, n, weighted, chunk):
+    rng = np.random.default_rng(seed)
+    row, col = rng.uniform(-1, 5, n), rng.uniform(-1, 7, n)
+    row[: n // 20] = np.nan
+    gene, weight = rng.integers(0, 2, n), rng.integers(1, 5, n) if weighted else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "CHUNK", chunk)
+        counts, outside = common.accumulate(row, col, gene, weight, (4, 6, 2))
+    expected, left = np.zeros((4, 6, 2)), 0
+    for i in range(n):
+        amount = 1 if weight is None else weight[i]
+        if 0 <= row[i] < 4 and 0 <= col[i] < 6:
+            expected[int(row[i] // 1), int(col[i] // 1), gene[i]] += amount
+        else:
+            left += amount
+    np.testing.assert_array_equal(counts.toarray().reshape(4, 6, 2), expected)
+    assert outside == left
+
+
+@settings(max_examples=50)
+@given(
+    st.floats(0.1, 5), st.floats(-180, 180), st.booleans(), st.tuples(*[st.floats(-1e4, 1e4)] * 2)
+)
+def test_a_fitted_lattice_gives_its_pixel_size_at_any_rotation_and_flip(um, degrees, flip, origin):
+    turn = np.radians(degrees)
+    axes = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / um
+    axes[1] *= -1 if flip else 1
+    lattice = np.random.default_rng(0).uniform(0, 6500, (50, 2))
+    found_origin, found = common.fit_affine(lattice, np.array(origin) + lattice @ axes)
+    np.testing.assert_allclose(found, axes, atol=1e-8)
+    np.testing.assert_allclose(found_origin, origin, atol=1e-5)
+    assert common.pixel_size_of(found) == pytest.approx(um, rel=1e-8)
+
+
+def test_positions_on_one_line_are_refused():
+    line = np.arange(10.0)[:, None] * [1, 2]
+    with pytest.raises(utils.StageError, match="one line"):
+        common.fit_affine(line, line)
+
+
+# ----- the section -----
+@functools.cache
+def section_picture(shape):
+    """Checks of 20 px in changing colours: quick to draw and to pack."""
+    row, col = np.mgrid[: shape[0], : shape[1]] // 20
+    return np.stack([row * 5 % 256, col * 7 % 256, (row + col) % 2 * 99], axis=2).astype(np.uint8)
+
+
+def make_section(tmp_path, image_shape=(500, 640), **changes):
+    """24 spots 80 px apart on an image at 1.25 um per px, counts in another order than locs."""
+    path = tmp_path / "scan.png"
+    if not path.exists():
+        Image.fromarray(section_picture(image_shape)).save(path)
+    xy = common.hexagonal_lattice((50, 60, 560, 440), PITCH)
+    locs = pd.DataFrame(xy, [f"s{i}-1" for i in range(len(xy))], ["x", "y"])
+    counts = np.random.default_rng(1).poisson(3, (len(xy), len(GENES)))
+    order = np.random.default_rng(2).permutation(len(xy))
+    values = {
+        "image": path,
+        "pixel_size_um": UM,
+        "locs": locs,
+        "counts": sparse.csr_array(counts[order]),
+        "spots": [locs.index[i] for i in order],
+        "genes": GENES,
+        "radius_px": 22.0,
+        "pitch_um": 100.0,
+    }
+    values.update(changes)
+    return common.Section(**values), counts
+
+
+def test_counts_are_joined_by_id(tmp_path):
+    section, counts = make_section(tmp_path)
+    np.testing.assert_array_equal(section.counts.toarray(), counts)
+    table = pd.DataFrame(counts, section.locs.index, GENES).sample(frac=1, random_state=0)
+    again, _ = make_section(tmp_path, counts=table, genes=GENES[::-1], spots=None)
+    np.testing.assert_array_equal(again.counts.toarray(), counts[:, ::-1])
+
+
+def test_counts_of_spots_without_location_are_left_out_with_a_note(tmp_path):
+    section, counts = make_section(tmp_path)
+    fewer, _ = make_section(tmp_path, locs=section.locs.iloc[3:])
+    np.testing.assert_array_equal(fewer.counts.toarray(), counts[3:])
+    assert fewer.notes == ["3 spots without a location are left out"]
+
+
+def test_locations_without_counts_are_refused(tmp_path):
+    section, _ = make_section(tmp_path)
+    locs = section.locs.rename(index={"s3-1": "other"})
+    with pytest.raises(utils.StageError, match=r"1 of \d+ spots .* no counts: other"):
+        make_section(tmp_path, locs=locs)
+
+
+@pytest.mark.parametrize("bad", [-1, np.nan, np.inf, 0])
+def test_counts_that_are_no_counts_are_refused(tmp_path, bad):
+    _, counts = make_section(tmp_path)
+    with pytest.raises(utils.StageError, match="expected raw counts"):
+        make_section(tmp_path, counts=sparse.csr_array(np.full(counts.shape, float(bad))))
+
+
+# ----- the check -----
+def test_check_measures_pitch_and_share(tmp_path):
+    report = common.check(make_section(tmp_path)[0])
+    assert report.spots == report.spots_on_image
+    assert (report.pitch_px, report.pitch_um) == (pytest.approx(80), pytest.approx(100))
+    assert report.image_size == (640, 500)
+
+
+@pytest.mark.parametrize(
+    ("factor", "fits"), [(1.049, True), (1.051, False), (0.951, True), (0.949, False)]
+)
+def test_pitch_may_be_off_by_five_percent(tmp_path, factor, fits):
+    section, _ = make_section(tmp_path, pixel_size_um=UM * factor)
+    if fits:
+        assert common.check(section).pitch_um == pytest.approx(100 * factor)
+        return
+    with pytest.raises(
+        utils.StageError, match=r"80\.00 px x .* um apart; expected 100 um"
+    ) as error:
+        common.check(section)
+    assert "would have to be 1.25 um" in str(error.value)
+
+
+def test_five_percent_of_the_spots_may_miss_the_image(tmp_path):
+    section, _ = make_section(tmp_path)
+    n = len(section.locs)
+    for missed, fits in ((int(0.05 * n), True), (int(0.05 * n) + 1, False)):
+        locs = section.locs.copy()
+        locs.iloc[:missed, 0] -= 5000
+        moved, _ = make_section(tmp_path, locs=locs)
+        if fits:
+            assert common.check(moved).spots_on_image == n - missed
+        else:
+            with pytest.raises(utils.StageError, match=f"Only {n - missed} of {n}"):
+                common.check(moved)
+
+
+def test_swapped_axes_are_recognised(tmp_path):
+    section, _ = make_section(tmp_path)
+    swapped = section.locs.rename(columns={"x": "y", "y": "x"})
+    with pytest.raises(utils.StageError, match="With x and y swapped they do fit"):
+        common.check(make_section(tmp_path, locs=swapped)[0])
+
+
+def test_a_smaller_copy_is_recognised_by_its_scale_factor(tmp_path):
+    section, _ = make_section(tmp_path)
+    for scales, words in (
+        ({"tissue_lowres_scalef": 0.05, "tissue_hires_scalef": 0.16}, "lowres_scalef = 0.05"),
+        ({"tissue_hires_scalef": 0.16}, "tissue_hires_scalef = 0.16 they do fit"),
+        ({}, r"reach \d\.\d\d times as far"),
+    ):
+        large, _ = make_section(tmp_path, locs=section.locs / 0.16, scales=scales)
+        with pytest.raises(utils.StageError, match=words):
+            common.check(large)
+
+
+# ----- the sample -----
+def read_files(directory):
+    return {f.name: f.read_bytes() for f in directory.iterdir() if f.name != common.RECORD}
+
+
+def test_the_sample_is_what_the_next_stages_read(tmp_path):
+    section, counts = make_section(tmp_path)
+    directory = tmp_path / "new" / "section A"
+    common.write_sample(directory, section)
+    names = {"he-raw.png", "pixel-size-raw.txt", "locs-raw.csv", "cnts.csv.gz", "radius-raw.txt"}
+    assert {f.name for f in directory.iterdir()} == names | {"check.png", "prepare.json"}
+    assert (directory / "he-raw.png").read_bytes() == section.image.read_bytes()
+    assert float((directory / "pixel-size-raw.txt").read_text()) == UM
+    assert float((directory / "radius-raw.txt").read_text()) == 22
+    with gzip.open(directory / "cnts.csv.gz", "rt", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["", *GENES]
+    assert {row[0]: [int(n) for n in row[1:]] for row in rows} == dict(
+        zip(section.locs.index, counts.tolist(), strict=True)
+    )
+    assert run("image_calibration.py", directory) == 0
+    assert run("get_HR.py", directory) == 0
+    locs = pd.read_csv(directory / "locs.csv", index_col=0).loc[section.locs.index]
+    grid, factor = common.superpixel_grid((500, 640), UM)
+    np.testing.assert_allclose(section.xy * factor, locs[["x", "y"]] / 16, atol=1e-4)
+    with Image.open(directory / "he.jpg") as image:
+        assert (image.height // 16, image.width // 16) == grid
+    hr = np.load(directory / "HRcnts.npy")
+    np.testing.assert_array_equal(hr[: len(counts)], counts)
+
+
+def test_same_section_same_bytes_and_it_may_be_written_again(tmp_path):
+    for _ in range(2):
+        common.write_sample(tmp_path / "a", make_section(tmp_path)[0])
+        common.write_sample(tmp_path / "b", make_section(tmp_path)[0])
+        assert read_files(tmp_path / "a") == read_files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["locs-raw.csv", "he-raw.png", "cnts.csv.gz", "check.png"])
+def test_edited_files_are_kept_unless_forced(tmp_path, name):
+    directory = tmp_path / "a"
+    common.write_sample(directory, make_section(tmp_path)[0])
+    (directory / name).write_bytes(b"my own")
+    before = read_files(directory)
+    with pytest.raises(utils.StageError, match=f"{name} was edited") as error:
+        common.write_sample(directory, make_section(tmp_path)[0])
+    assert "--force" in str(error.value)
+    assert read_files(directory) == before
+    common.write_sample(directory, make_section(tmp_path)[0], force=True)
+    assert (directory / name).read_bytes() != b"my own"
+
+
+@pytest.mark.parametrize("name", ["he-raw.jpg", "cnts.tsv", "truth.npz", "radius-raw.txt"])
+def test_files_of_others_are_kept_unless_forced(tmp_path, name):
+    directory = tmp_path / "a"
+    directory.mkdir()
+    (directory / name).write_bytes(b"of somebody else")
+    with pytest.raises(utils.StageError, match=f"{name} was not made here"):
+        common.write_sample(directory, make_section(tmp_path)[0])
+    assert [f.name for f in directory.iterdir()] == [name]
+    common.write_sample(directory, make_section(tmp_path)[0], force=True)
+    present = {f.name for f in directory.iterdir()}
+    assert len([n for n in utils.HE_RAW.names if n in present]) == 1
+    assert len([n for n in utils.CNTS.names if n in present]) == 1
+    assert (directory / "truth.npz").exists() == (name == "truth.npz")  # nothing took its place
+
+
+def test_a_gene_list_of_the_user_is_neither_replaced_nor_removed(tmp_path):
+    directory = tmp_path / "a"
+    directory.mkdir()
+    (directory / "gene-names.txt").write_text("ACTB\n")
+    common.write_sample(directory, make_section(tmp_path)[0], force=True)
+    assert (directory / "gene-names.txt").read_text() == "ACTB\n"
+    with pytest.raises(utils.StageError, match=r"gene-names\.txt was not made here"):
+        common.write_sample(directory, make_section(tmp_path, gene_names=["NA"])[0])
+
+
+def test_what_an_earlier_run_wrote_does_not_outlive_the_next(tmp_path):
+    truth = common.Truth(np.ones((2, 3, 1)), np.ones((2, 3), bool), ["NA"])
+    first, _ = make_section(tmp_path, truth=truth, gene_names=["NA"])
+    common.write_sample(tmp_path / "a", first)
+    assert (tmp_path / "a" / "gene-names.txt").read_text() == "NA\n"
+    image = section_picture((500, 640))
+    common.write_sample(tmp_path / "a", make_section(tmp_path, image=image)[0])
+    names = {f.name for f in (tmp_path / "a").iterdir()}
+    assert names.isdisjoint({"truth.npz", "gene-names.txt", "he-raw.png"})
+    with Image.open(tmp_path / "a" / "he-raw.tif") as written:
+        np.testing.assert_array_equal(np.asarray(written), image)
+
+
+def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
+    directory = tmp_path / "a"
+    common.write_sample(directory, make_section(tmp_path)[0])
+    before = {f.name: f.read_bytes() for f in directory.iterdir()}
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common, "draw_check", fail)  # the last file
+    with pytest.raises(OSError, match="No space"):
+        common.write_sample(directory, make_section(tmp_path, genes=GENES[::-1])[0])
+    assert {f.name: f.read_bytes() for f in directory.iterdir()} == before
+
+
+def test_a_run_cut_off_between_two_files_is_done_again(tmp_path, monkeypatch):
+    directory = tmp_path / "a"
+    common.write_sample(directory, make_section(tmp_path)[0])
+    put, left = utils._put, iter(range(4))
+
+    def put_some(partial, path):
+        if path.name != common.RECORD and next(left, None) is None:
+            raise KeyboardInterrupt
+        put(partial, path)
+
+    locs = make_section(tmp_path)[0].locs
+    changes = {"locs": locs + 1, "pixel_size_um": 1.26, "radius_px": 23.0, "genes": GENES[::-1]}
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_put", put_some)
+        with pytest.raises(KeyboardInterrupt):
+            common.write_sample(directory, make_section(tmp_path, **changes)[0])
+    assert not json.loads((directory / common.RECORD).read_text())["finished"]
+    assert not list(directory.glob(".*partial*"))
+    for _ in range(2):  # neither the old nor the new files are taken for edited ones
+        common.write_sample(directory, make_section(tmp_path, **changes)[0])
+    common.write_sample(tmp_path / "b", make_section(tmp_path, **changes)[0])
+    assert read_files(directory) == read_files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"outputs": {"he-raw.png": 1}}', '{"finished": true}'])
+def test_a_damaged_record_is_named(tmp_path, text):
+    directory = tmp_path / "a"
+    directory.mkdir()
+    (directory / common.RECORD).write_text(text)
+    with pytest.raises(utils.StageError, match=r"prepare\.json is no readable record"):
+        common.guard(directory)
+
+
+def test_a_file_as_directory_and_a_full_disk_end_with_2(tmp_path, monkeypatch, capsys):
+    def prepare(_):
+        return make_section(tmp_path)[0]
+
+    (tmp_path / "file").touch()
+    parser = common.build_parser("Test.")
+    assert common.run(prepare, parser, ["--directory", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(common, "write_image", fail)
+    assert common.run(prepare, parser, ["--directory", str(tmp_path / "new")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_record_tells_sources_and_numbers(tmp_path):
+    section, counts = make_section(tmp_path, notes=["a note"], facts={"bins": 7})
+    section.sources = [section.image]
+    common.write_sample(tmp_path / "a", section, arguments={"image": section.image})
+    record = json.loads((tmp_path / "a" / common.RECORD).read_text())
+    assert record["finished"]
+    assert record["sources"][str(section.image)]["sha256"] == utils.sha256(section.image)
+    assert (record["spots"], record["molecules"]) == (len(counts), counts.sum())
+    assert (record["notes"], record["bins"]) == (["a note"], 7)
+    for name, known in record["outputs"].items():
+        assert utils.fingerprint(tmp_path / "a" / name) == known
+
+
+def test_truth_is_written_and_read_back(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = rng.poisson(0.3, (5, 4, 3))
+    for counts, dtype in (
+        (whole, np.uint16),
+        (whole / 16, np.float32),
+        (whole * 90_000, np.uint32),
+    ):
+        for form in (counts, sparse.csr_array(counts.reshape(20, 3))):
+            path = tmp_path / "truth.npz"
+            common.write_truth(common.Truth(form, whole[..., 0] > 0, ["A", "NA", "µ"]), path)
+            with np.load(path, allow_pickle=False) as saved:
+                assert saved["counts"].dtype == dtype
+                np.testing.assert_array_equal(saved["counts"], counts)
+                assert saved["genes"].tolist() == ["A", "NA", "µ"]
+                np.testing.assert_array_equal(saved["tissue"], whole[..., 0] > 0)
+
+
+# ----- images -----
+def test_an_image_is_cut_and_shrunk_with_its_spots(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 255, (400, 600, 3), np.uint8)
+    path = tmp_path / "scan.png"
+    Image.fromarray(picture).save(path)
+    locs = pd.DataFrame({"x": [200.0, 301], "y": [150.0, 251]}, index=["a", "b"])
+    image, moved, um = common.place_image(path, locs, 0.25, margin_um=10, downsample=2)
+    assert (image.x, image.y, um) == (160, 110, 0.5)
+    assert image.shape == (90, 90)  # 181 px cut to a multiple of two
+    np.testing.assert_allclose(moved, [[20, 20], [70.5, 70.5]])
+    common.write_image(image, tmp_path / "cut.tif")
+    part = picture[110:290, 160:340].astype(float).reshape(90, 2, 90, 2, 3).mean((1, 3))
+    with Image.open(tmp_path / "cut.tif") as written:
+        assert np.abs(np.asarray(written) - part).max() <= 0.51
+    image.slide.close()
+    whole, same, um = common.place_image(path, locs, 0.25)
+    assert (whole, um) == (path, 0.25)
+    assert same is locs
+
+
+def test_a_cut_stays_on_the_image(tmp_path):
+    path = tmp_path / "scan.png"
+    Image.fromarray(section_picture((300, 400))).save(path)
+    locs = pd.DataFrame({"x": [5.0, 390], "y": [20.0, 280]}, index=["a", "b"])
+    image, moved, _ = common.place_image(path, locs, 1.0, margin_um=50, downsample=1)
+    assert (image.x, image.y, image.shape) == (0, 0, (300, 400))
+    np.testing.assert_array_equal(moved, locs)
+    image.slide.close()
+
+
+def test_images_of_many_tiles_are_written_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "STRIP_PX", 64)
+    picture = section_picture((230, 170))
+    common.write_image(picture, tmp_path / "a.tif")
+    with Image.open(tmp_path / "a.tif") as written:
+        np.testing.assert_array_equal(np.asarray(written), picture)
+
+
+def test_check_png_shows_each_spot_in_its_place(tmp_path):
+    section, _ = make_section(tmp_path, off_tissue=pd.DataFrame({"x": [600.0], "y": [40.0]}))
+    common.draw_check(section, common.check(section), tmp_path / "check.png")
+    with Image.open(tmp_path / "check.png") as image:
+        picture = np.asarray(image.convert("RGB")).astype(int)
+    header = picture.shape[0] - 500
+    shown = picture[header:]
+    for colour, xy in ((common.TISSUE_COLOUR, section.xy), (common.OTHER_COLOUR, [(600, 40)])):
+        row, col = np.nonzero((shown == colour).all(2))
+        distance = np.hypot(
+            col[:, None] + 0.5 - np.array(xy)[:, 0], row[:, None] + 0.5 - np.array(xy)[:, 1]
+        )
+        assert np.abs(distance.min(1) - 22).max() < 2.6
+        assert set(distance.argmin(1)) == set(range(len(xy)))
+
+
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(utils.StageError, match=r"none\.png is missing or no file"):
+        common.open_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "is empty"), ("ACTB\nXYZ\n", "names XYZ"), (None, "cannot be read")]
+)
+def test_bad_gene_lists_are_named(tmp_path, text, words):
+    path = tmp_path / "list.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(utils.StageError, match=words):
+        common.read_gene_list(path, GENES)
+
+
+def test_a_gene_list_keeps_its_order_and_drops_repeats(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("\ufeffNA\r\n\r\nACTB\r\nNA\r\n".encode())
+    assert common.read_gene_list(path, GENES) == ["NA", "ACTB"]

@@ -1,0 +1,255 @@
+"""prepare/legacy_st.py: the her2st section rebuilt from its raw tables, and tables with traps."""
+
+import gzip
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import REAL_DATA
+from PIL import Image
+
+from prepare import legacy_st
+
+GENES = ["ACTB", "MARCH1", "NA", "ERBB2"]
+PIXEL_UM = 2.0  # so that the array of 200 um has 100 px
+RAW = REAL_DATA / "formats" / "legacy_st_her2"
+needs_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs the real data")
+
+
+def write_tables(folder, degrees: float = 2.0, jitter_um: float = 8.0, seed: int = 0):
+    """C1.tsv, C1_selection.tsv, C1_labels.tsv and C1.png of 6 x 7 spots, places known."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    column, row = (a.ravel() for a in np.meshgrid(np.arange(4, 11), np.arange(9, 15)))
+    angle = np.radians(degrees)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    place = np.column_stack([column, row])
+    off = rng.normal(0, jitter_um / 200, place.shape)
+    xy = (place + off - place.mean(0)) @ turn * 200 / PIXEL_UM + (420, 370)
+    spots = pd.DataFrame(
+        {
+            "x": column, "y": row, "new_x": (place + off)[:, 0], "new_y": (place + off)[:, 1],
+            "pixel_x": xy[:, 0].round(2), "pixel_y": xy[:, 1].round(2), "selected": 1,
+        }
+    ).round({"new_x": 3, "new_y": 3}).sample(frac=1, random_state=1)  # fmt: skip
+    spots.loc[[0, 3], "selected"] = 0
+    spots.to_csv(folder / "C1_selection.tsv", sep="\t", index=False)
+    counts = pd.DataFrame(
+        rng.poisson(4, (len(place), len(GENES))),
+        index=[f"{x}x{y}" for x, y in place], columns=GENES,
+    ).sample(frac=1, random_state=2)  # fmt: skip
+    counts.to_csv(folder / "C1.tsv", sep="\t")
+    labels = spots[["new_x", "new_y"]].set_axis(["x", "y"], axis=1).round(2)
+    labels["label"] = np.where(spots["x"] < 7, "invasive cancer", "adipose tissue")
+    labels.insert(0, "Row.names", "1002x1762")
+    labels.sample(frac=1, random_state=3).to_csv(folder / "C1_labels.tsv", sep="\t", index=False)
+    shade = rng.integers(150, 250, (74, 84, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+    Image.fromarray(shade).save(folder / "C1.png", compress_level=1)
+    return spots, counts
+
+
+@pytest.fixture
+def tables(tmp_path):
+    folder = tmp_path / "her2 st"
+    write_tables(folder)
+    return folder
+
+
+def prepare(folder, target, *options, counts="C1.tsv") -> int:
+    return legacy_st.run(
+        [
+            "--counts", str(folder / counts), "--spots", str(folder / "C1_selection.tsv"),
+            "--image", str(folder / "C1.png"), "--directory", str(target), *options,
+        ]
+    )  # fmt: skip
+
+
+def read(path):
+    return pd.read_csv(path, index_col=0, keep_default_na=False)
+
+
+# --------------------------------------------------------------------------------- real tables
+@needs_data
+def test_c2_rebuilt_from_its_raw_tables_is_the_section_of_the_data_folder(tmp_path):
+    known = REAL_DATA / "dev_her2st_C2"
+    code = legacy_st.run(
+        [
+            "--counts", str(RAW / "C2.tsv.gz"), "--spots", str(RAW / "C2_selection.tsv"),
+            "--image", str(known / "he-raw.jpg"), "--directory", str(tmp_path / "s"),
+        ]
+    )  # fmt: skip
+    assert code == 0
+    target = tmp_path / "s"
+    with gzip.open(target / "cnts.csv.gz") as a, gzip.open(known / "cnts.csv.gz") as b:
+        assert a.read() == b.read()
+    found, locs = read(target / "locs-raw.csv"), read(known / "locs-raw.csv")
+    assert found.index.tolist() == locs.index.tolist()
+    np.testing.assert_allclose(found, locs, atol=1e-3)
+    assert (target / "he-raw.jpg").read_bytes() == (known / "he-raw.jpg").read_bytes()
+    for name, digits in (("pixel-size-raw.txt", 2), ("radius-raw.txt", 0)):
+        value, expected = (float((f / name).read_text()) for f in (target, known))
+        assert value == pytest.approx(expected, rel=2e-3), name
+        assert digits < 2 or round(value, digits) == round(expected, digits)
+
+
+@needs_data
+def test_labels_of_a1_are_carried_over(tmp_path):
+    spots = legacy_st.read_spots(RAW / "A1_selection.tsv")
+    counts = legacy_st.read_counts(RAW / "A1.tsv.gz")
+    labels, notes = legacy_st.join_labels(RAW / "A1_labeled_coordinates.tsv", spots)
+    table = pd.read_csv(RAW / "A1_labeled_coordinates.tsv", sep="\t")
+    assert labels["label"].value_counts().to_dict() == table["label"].value_counts().to_dict()
+    assert len(labels) == len(spots) == 348
+    assert notes == ["348 of 348 spots have a label"]
+    assert set(counts.index) <= set(labels.index)
+    near = spots.loc[labels.index[0]]
+    row = table[
+        (table["x"] - near["new_x"]).abs().lt(1e-3) & (table["y"] - near["new_y"]).abs().lt(1e-3)
+    ]
+    assert row["label"].tolist() == [labels["label"].iloc[0]]
+    size, _ = legacy_st.fit_array(spots, RAW / "A1_selection.tsv")
+    assert size == pytest.approx(200 / 218.36, rel=0.005)
+
+
+# ------------------------------------------------------------------------------ written tables
+@pytest.mark.parametrize("degrees", [0.0, 3.0, 90.0, 181.0])
+def test_a_section_is_joined_by_place_on_the_array(tmp_path, degrees):
+    spots, counts = write_tables(tmp_path / "a", degrees)
+    assert prepare(tmp_path / "a", tmp_path / "s") == 0
+    selected = spots[spots["selected"] == 1]
+    locs = read(tmp_path / "s" / "locs-raw.csv")
+    found = read(tmp_path / "s" / "cnts.csv.gz")
+    ids = {f"{x}x{y}" for x, y in zip(selected["x"], selected["y"], strict=True)}
+    assert set(locs.index) == ids
+    assert found.index.tolist() == locs.index.tolist()
+    pd.testing.assert_frame_equal(found, counts.loc[found.index], check_dtype=False)
+    for spot, (x, y) in locs.iterrows():
+        at = selected[(selected["x"].astype(str) + "x" + selected["y"].astype(str)) == spot]
+        assert (x, y) == pytest.approx(at[["pixel_x", "pixel_y"]].to_numpy()[0], abs=1e-3)
+    size = float((tmp_path / "s" / "pixel-size-raw.txt").read_text())
+    assert size == pytest.approx(PIXEL_UM, rel=0.02)
+    radius = float((tmp_path / "s" / "radius-raw.txt").read_text())
+    assert radius * size == pytest.approx(50, rel=1e-4)
+    record = json.loads((tmp_path / "s" / "prepare.json").read_text())
+    assert record["spots"] == 40
+    assert record["spots_off_tissue"] == 2
+
+
+def test_labels_are_joined_by_the_adjusted_coordinates(tables, tmp_path):
+    assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 0
+    labels = read(tmp_path / "s" / "labels.csv")
+    assert labels.index.tolist() == read(tmp_path / "s" / "locs-raw.csv").index.tolist()
+    for spot, label in labels["label"].items():
+        assert label == ("invasive cancer" if int(spot.split("x")[0]) < 7 else "adipose tissue")
+    old = (tmp_path / "s" / "labels.csv").read_bytes()
+    assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 0
+    assert (tmp_path / "s" / "labels.csv").read_bytes() == old
+    (tmp_path / "s" / "labels.csv").write_text("edited")
+    assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 2
+    assert (tmp_path / "s" / "labels.csv").read_text() == "edited"
+    options = ("--labels", str(tables / "C1_labels.tsv"), "--force")
+    assert prepare(tables, tmp_path / "s", *options) == 0
+    assert (tmp_path / "s" / "labels.csv").read_bytes() == old
+
+
+def test_labels_of_others_are_not_overwritten(tables, tmp_path, capsys):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "labels.csv").write_text("mine")
+    assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 2
+    assert "labels.csv holds other labels" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["labels.csv"]
+
+
+def test_gzip_r_headers_and_tables_without_selection_are_read(tables, tmp_path):
+    text = (tables / "C1.tsv").read_text()
+    (tables / "C1.tsv.gz").write_bytes(gzip.compress(text.lstrip("\t").encode()))  # write.table
+    spots = pd.read_csv(tables / "C1_selection.tsv", sep="\t")
+    spots.drop(columns=["selected", "new_x", "new_y"]).to_csv(
+        tables / "C1_selection.tsv", sep="\t", index=False
+    )
+    assert prepare(tables, tmp_path / "s", counts="C1.tsv.gz") == 0
+    assert len(read(tmp_path / "s" / "locs-raw.csv")) == 42
+    assert read(tmp_path / "s" / "cnts.csv.gz").columns.tolist() == GENES
+
+
+def test_a_given_pixel_size_is_checked_against_the_pitch(tables, tmp_path, capsys):
+    assert prepare(tables, tmp_path / "s", "--pixel-size", "2.05") == 0
+    assert float((tmp_path / "s" / "pixel-size-raw.txt").read_text()) == 2.05
+    assert prepare(tables, tmp_path / "t", "--pixel-size", "1.0") == 2
+    message = capsys.readouterr().err
+    assert "expected 200 um" in message
+    assert not (tmp_path / "t").exists()
+
+
+def edit(name, change, sep="\t"):
+    def spoil(folder):
+        table = pd.read_csv(folder / name, sep="\t", keep_default_na=False)
+        change(table).to_csv(folder / name, sep=sep, index=False)
+
+    return spoil
+
+
+def swap_axes(table):
+    """x and y of some spots exchanged: no square array any more."""
+    half = table.index[::2]
+    table.loc[half, ["pixel_x", "pixel_y"]] = table.loc[half, ["pixel_y", "pixel_x"]].to_numpy()
+    return table
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "C1.tsv").unlink(), "C1.tsv"),
+        (lambda f: (f / "C1.tsv").write_text("a,b\n1,2\n"), "one column only"),
+        (edit("C1.tsv", lambda t: t.replace({"ACTB": {t["ACTB"][0]: 0.5}})), "fractions"),
+        (edit("C1.tsv", lambda t: t.assign(ACTB="x")), "something else than numbers"),
+        (edit("C1.tsv", lambda t: t.assign(ACTB=-1)), "negative"),
+        (edit("C1.tsv", lambda t: pd.concat([t, t[:1]])), "more than once"),
+        (edit("C1.tsv", lambda t: t.assign(**{t.columns[0]: "s" + t.iloc[:, 0]})), "in common"),
+        (edit("C1_selection.tsv", lambda t: t.drop(columns="pixel_x")), "pixel_x is missing"),
+        (edit("C1_selection.tsv", lambda t: t.assign(x=t["x"] + 0.5)), "fractions in x or y"),
+        (edit("C1_selection.tsv", lambda t: pd.concat([t, t[:1]])), "more than once"),
+        (edit("C1_selection.tsv", lambda t: t.assign(pixel_x="")), "table"),
+        (edit("C1_selection.tsv", swap_axes), "square array"),
+        (edit("C1_selection.tsv", lambda t: t.assign(pixel_x=t["pixel_x"] * 1.3)), "square array"),
+        (
+            edit(
+                "C1_selection.tsv", lambda t: t.assign(pixel_x=t.pixel_x * 5, pixel_y=t.pixel_y * 5)
+            ),
+            "fall on the image",
+        ),
+        (lambda f: (f / "C1.png").unlink(), "C1.png"),
+        (lambda f: (f / "C1.png").write_bytes(b"no picture"), "C1.png"),
+    ],
+)
+def test_bad_tables_are_named_and_nothing_is_written(tables, tmp_path, capsys, spoil, words):
+    spoil(tables)
+    assert prepare(tables, tmp_path / "s") == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert words in message
+    assert not (tmp_path / "s").exists() or not list((tmp_path / "s").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (edit("C1_labels.tsv", lambda t: t.assign(x=t["x"] + 0.4)), "another section's"),
+        (edit("C1_labels.tsv", lambda t: pd.concat([t, t[:1]])), "more than once"),
+        (edit("C1_labels.tsv", lambda t: t.drop(columns="label")), "label is missing"),
+    ],
+)
+def test_bad_labels_are_named(tables, tmp_path, capsys, spoil, words):
+    spoil(tables)
+    assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_part_of_the_image_is_cut_to_the_spots(tables, tmp_path):
+    assert prepare(tables, tmp_path / "s", "--crop-um", "120") == 0
+    whole = pd.read_csv(tables / "C1_selection.tsv", sep="\t").query("selected == 1")
+    locs = read(tmp_path / "s" / "locs-raw.csv")
+    left = np.floor(whole["pixel_x"].min() - 60)
+    assert locs["x"].min() == pytest.approx(whole["pixel_x"].min() - left, abs=1.01)

@@ -1,0 +1,436 @@
+"""prepare/scverse.py on objects that anndata and spatialdata wrote, and on plain tables."""
+
+import importlib.util
+import json
+import zipfile
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import sparse
+
+import image_calibration
+import utils
+from prepare import scverse
+
+FORMATS = ROOT / "tests" / "formats"
+
+
+def recipe(name: str):
+    """The script that wrote an archive, for what it says of its content."""
+    spec = importlib.util.spec_from_file_location(name, FORMATS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ANNDATA, STORES = recipe("make_anndata"), recipe("make_spatialdata")
+GENES, PIXEL_UM, array, counts = ANNDATA.GENES, ANNDATA.PIXEL_UM, ANNDATA.array, ANNDATA.counts
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "full.png"
+    rng = np.random.default_rng(0)
+    shade = rng.integers(150, 250, (70, 82, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+    Image.fromarray(shade).save(path, compress_level=1)
+    return path
+
+
+def prepare(name, image, tmp_path, *options) -> int:
+    """Prepare one of the objects that anndata wrote."""
+    with zipfile.ZipFile(FORMATS / "anndata.zip") as packed:
+        packed.extract(f"{name}.h5ad", tmp_path)
+    path = tmp_path / f"{name}.h5ad"
+    target = tmp_path / "s"
+    return scverse.run(
+        ["--h5ad", str(path), "--image", str(image), "--directory", str(target), *options]
+    )
+
+
+def read(target):
+    options = {"index_col": 0, "keep_default_na": False}
+    locs = pd.read_csv(target / "locs-raw.csv", **options)
+    record = json.loads((target / "prepare.json").read_text())
+    return locs, pd.read_csv(target / "cnts.csv.gz", **options), record
+
+
+def check_sample(target, genes=GENES) -> dict:
+    """That the sample holds the 60 spots in tissue, their places and counts."""
+    locs, found, record = read(target)
+    table = array().iloc[4:]
+    assert locs.index.tolist() == table.index.tolist()
+    np.testing.assert_allclose(locs, table[["x", "y"]], atol=6e-4)
+    assert found.columns.tolist() == genes
+    np.testing.assert_array_equal(found, counts()[4:])
+    assert float((target / "pixel-size-raw.txt").read_text()) == pytest.approx(PIXEL_UM, rel=1e-6)
+    assert float((target / "radius-raw.txt").read_text()) == pytest.approx(22, rel=1e-5)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("float", "X"),
+        ("int", "X"),
+        ("uint16", "X"),
+        ("csr", "X"),
+        ("csc", "X"),
+        ("layer", "layer 'counts'"),
+        ("sparse_layer", "layer 'umi'"),
+        ("unknown_layer", "layer 'mine'"),
+        ("raw", "raw"),
+        ("scaled_raw_sparse", "raw"),
+        ("fewer_genes", "raw"),
+        ("text_in_tissue", "X"),
+    ],
+)
+def test_raw_counts_are_found_wherever_they_are(name, place, image, tmp_path):
+    assert prepare(name, image, tmp_path) == 0
+    record = check_sample(tmp_path / "s")
+    assert f"the counts are those of {place}" in record["notes"]
+    assert record["spots_off_tissue"] == 4
+    assert (tmp_path / "s" / "he-raw.png").read_bytes() == image.read_bytes()
+
+
+def test_a_layer_can_be_named(image, tmp_path, capsys):
+    assert prepare("layer", image, tmp_path, "--layer", "counts") == 0
+    check_sample(tmp_path / "s")
+    assert prepare("sparse_layer", image, tmp_path, "--layer", "lognorm") == 2
+    assert "log-transformed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("log", "X runs up to"),
+        ("log", "log-transformed"),
+        ("sparse_log", "log-transformed"),
+        ("normalised", "normalised"),
+        ("scaled", "scaled, or residuals"),
+        ("log_layer", "'counts'"),
+        ("log_raw", "raw"),
+        ("zeros", "or nothing"),
+        ("no_genes", "or nothing"),
+    ],
+)
+def test_normalised_values_are_refused(name, words, image, tmp_path, capsys):
+    assert prepare(name, image, tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "holds no raw counts" in message
+    assert words in message
+    assert str(tmp_path / f"{name}.h5ad") in message
+    assert not (tmp_path / "s").exists()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-3, 30), min_size=1, max_size=6), st.booleans())
+def test_whole_counts_are_whole_and_not_negative(values, packed):
+    matrix = np.array([values], np.float64)
+    expected = all(v >= 0 and v == int(v) for v in values) and any(values)
+    assert scverse.whole_counts(sparse.csr_array(matrix) if packed else matrix) == expected
+
+
+def test_ensembl_ids_become_unique_symbols(image, tmp_path):
+    assert prepare("ensembl", image, tmp_path) == 0
+    check_sample(tmp_path / "s", ["TBCE", "KRT8", "TBCE.ENSG00000000002", "NA"])
+
+
+def test_repeated_symbols_get_their_ids_and_antibodies_are_left_out(image, tmp_path):
+    assert prepare("repeated", image, tmp_path) == 0
+    record = check_sample(tmp_path / "s", ["TBCE", "KRT8", "TBCE.E3", "NA"])
+    assert "1 features that are no genes are left out" in record["notes"]
+
+
+def test_without_the_array_the_pixel_size_comes_from_the_nearest_spots(image, tmp_path):
+    assert prepare("no_array", image, tmp_path) == 0
+    assert len(read(tmp_path / "s")[0]) == 64
+    size = float((tmp_path / "s" / "pixel-size-raw.txt").read_text())
+    assert size == pytest.approx(PIXEL_UM, rel=1e-6)
+
+
+def test_a_section_is_chosen_of_several(image, tmp_path, capsys):
+    assert prepare("two_sections", image, tmp_path) == 2
+    assert "--library" in capsys.readouterr().err
+    assert prepare("two_sections", image, tmp_path, "--library", "P3") == 2
+    assert "'P3'" in capsys.readouterr().err
+    assert prepare("two_sections", image, tmp_path, "--library", "P1") == 0
+    check_sample(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("swapped", (), "fall on the image"),
+        ("five_times", (), "tissue_hires_scalef"),
+        ("three_times", (), "fall on the image"),
+        ("float", ("--pixel-size", "0.5"), "expected 100 um"),
+        ("float", ("--layer", "mine"), "no layer 'mine'"),
+        ("no_places", (), "no obsm['spatial']"),
+        ("not_finite", (), "holds what is no number"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, options, words, image, tmp_path, capsys):
+    assert prepare(name, image, tmp_path, *options) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert words in message
+    assert not (tmp_path / "s").exists()
+
+
+def spoil_indices(file):
+    file["X/indices"][5] = 99
+
+
+def drop_matrix(file):
+    del file["X"], file["uns"]
+
+
+def unknown_encoding(file):
+    file["X"].attrs["encoding-type"] = "awkward-array"
+
+
+@pytest.mark.parametrize("spoil", [spoil_indices, unknown_encoding, drop_matrix])
+def test_a_damaged_object_is_named(spoil, image, tmp_path, capsys):
+    with zipfile.ZipFile(FORMATS / "anndata.zip") as packed:
+        packed.extract("csr.h5ad", tmp_path)
+    with h5py.File(tmp_path / "csr.h5ad", "r+") as file:
+        spoil(file)
+    options = ["--h5ad", str(tmp_path / "csr.h5ad"), "--directory", str(tmp_path / "s")]
+    assert scverse.run([*options, "--image", str(image)]) == 2
+    assert str(tmp_path / "csr.h5ad") in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no hdf5", None])
+def test_a_file_that_is_no_anndata_is_named(content, image, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "a.h5ad").write_bytes(content)
+    options = ["--h5ad", str(tmp_path / "a.h5ad"), "--directory", str(tmp_path / "s")]
+    assert scverse.run([*options, "--image", str(image)]) == 2
+    assert str(tmp_path / "a.h5ad") in capsys.readouterr().err
+
+
+def test_the_hires_copies_inside_are_not_taken_for_the_image(tmp_path, capsys):
+    with zipfile.ZipFile(FORMATS / "anndata.zip") as packed:
+        packed.extract("float.h5ad", tmp_path)
+    options = ["--h5ad", str(tmp_path / "float.h5ad"), "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == 2
+    assert "full-resolution image" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- SpatialData
+@pytest.fixture(params=["new.zarr", "old.zarr"])
+def store(request, tmp_path):
+    with zipfile.ZipFile(FORMATS / "spatialdata.zip") as packed:
+        packed.extractall(tmp_path / "stores")
+    return tmp_path / "stores" / request.param
+
+
+def prepare_store(store, target, *options) -> int:
+    return scverse.run(["--spatialdata", str(store), "--directory", str(target), *options])
+
+
+def check_store(target):
+    known = STORES
+    locs, found, record = read(target)
+    assert locs.index.tolist() == [f"AAAC{i:02d}-1" for i in range(36)]
+    np.testing.assert_array_equal(found, known.counts())
+    assert found.columns.tolist() == known.GENES
+    size = float((target / "pixel-size-raw.txt").read_text())
+    assert "the counts are those of layer 'counts'" in record["notes"]
+    return locs, size
+
+
+def test_a_store_of_spatialdata_is_read_with_its_transforms(store, tmp_path):
+    assert prepare_store(store, tmp_path / "s") == 0
+    locs, size = check_store(tmp_path / "s")
+    np.testing.assert_allclose(locs, STORES.spots(), atol=1e-3)
+    assert size == pytest.approx(2.0, rel=1e-4)
+    found = tifffile.imread(tmp_path / "s" / "he-raw.tif")
+    np.testing.assert_array_equal(found, np.moveaxis(STORES.image(), 0, 2))
+
+
+def test_a_store_is_cut_to_the_spots_and_levels_are_used(store, tmp_path):
+    slide = scverse.ZarrSlide(store / "images" / "he")
+    assert slide.downsamples == (1, 2)
+    half = slide.read_region(0, 0, 384, 320, 2)
+    assert np.abs(half.astype(int) - np.moveaxis(STORES.image(), 0, 2)[::2, ::2]).max() <= 1
+    assert prepare_store(store, tmp_path / "s", "--crop-um", "40") == 0
+    locs, size = check_store(tmp_path / "s")
+    np.testing.assert_allclose(locs, STORES.spots() - 20, atol=1e-3)
+    found = tifffile.imread(tmp_path / "s" / "he-raw.tif")
+    known = np.moveaxis(STORES.image(), 0, 2)[20:, 20:]
+    np.testing.assert_array_equal(found, known[: len(found), : found.shape[1]])
+    assert size == pytest.approx(2.0, rel=1e-4)
+
+
+def test_an_image_beside_the_store_has_the_pixels_of_its_shapes(store, tmp_path):
+    Image.new("RGB", (300, 300), "pink").save(tmp_path / "full.png")
+    options = ("--image", str(tmp_path / "full.png"), "--pitch-um", "50")
+    assert prepare_store(store, tmp_path / "s", *options) == 0
+    locs, size = check_store(tmp_path / "s")
+    known = STORES
+    np.testing.assert_allclose(locs, known.spots() * known.SCALE + known.SHIFT, atol=1e-3)
+    assert size == pytest.approx(2.0, rel=1e-3)
+
+
+def attributes_file(store, element):
+    new = store / element / "zarr.json"
+    return new if new.exists() else store / element / ".zattrs"
+
+
+def change_text(element, old, new):
+    def spoil(store):
+        path = attributes_file(store, element)
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return spoil
+
+
+def drop_shape(store):
+    path = store / "shapes" / "spots" / "shapes.parquet"
+    pd.read_parquet(path).iloc[:-2].to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (lambda s: None, ("--shapes", "cells"), "'cells'"),
+        (lambda s: None, ("--table", "other"), "'other'"),
+        (lambda s: None, ("--image-element", "dapi"), "'dapi'"),
+        (lambda s: None, ("--layer", "raw"), "no layer 'raw'"),
+        (drop_shape, (), "lacks 2 of 36"),
+        (
+            change_text("shapes/spots", '"global"', '"aligned"'),
+            (),
+            "no coordinate system in common",
+        ),
+        (change_text("images/he", '"sequence"', '"bspline"'), (), "'bspline'"),
+        (change_text("images/he", '"multiscales"', '"other"'), (), "no multiscale image"),
+    ],
+)
+def test_a_store_that_lacks_something_is_refused(store, tmp_path, capsys, spoil, options, words):
+    spoil(store)
+    assert prepare_store(store, tmp_path / "s", *options) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert words in message
+    assert not (tmp_path / "s").exists()
+
+
+def test_transforms_with_axes_in_any_order():
+    """As spatialdata writes an affine of x, y for an image c, y, x: rows are in the output's
+    order, columns in the input's."""
+
+    def axes(names):
+        return {"name": "a", "axes": [{"name": name} for name in names]}
+
+    ends = {"input": axes("cyx"), "output": axes("cxy")}
+    affine = {"type": "affine", "affine": [[1, 0, 0, 0], [0, -2, 0, 10], [0, 0, 2, 20]], **ends}
+    expected = np.array([[0, -2, 10], [2, 0, 20], [0, 0, 1]])
+    np.testing.assert_array_equal(scverse.matrix_of(affine, ROOT), expected)
+    ends = {"input": axes("cyx"), "output": axes("cyx")}
+    scale = {"type": "scale", "scale": [1, 3, 2]}
+    shift = {"type": "translation", "translation": [0, 7, 5]}
+    both = {"type": "sequence", "transformations": [scale, shift], **ends}
+    np.testing.assert_array_equal(scverse.matrix_of(both, ROOT), [[2, 0, 5], [0, 3, 7], [0, 0, 1]])
+
+
+# -------------------------------------------------------------------------------- plain tables
+def write_plain(start: str, image, tabs: bool = False) -> None:
+    """The layout of iStar and of the published HISTEX: spot ids, x and y, one number a file."""
+    table, ending = array(), "tsv" if tabs else "csv"
+    options = {"sep": "\t" if tabs else ","}
+    locs = table[["x", "y"]].sample(frac=1, random_state=0)
+    locs.to_csv(f"{start}locs-raw.{ending}", index_label="spot", **options)
+    pd.DataFrame(counts(), index=table.index, columns=GENES).to_csv(
+        f"{start}cnts.{ending}", **options
+    )
+    with open(f"{start}pixel-size-raw.txt", "w") as file:  # noqa: PTH123
+        file.write(f"{PIXEL_UM}\n")
+    with Image.open(image) as picture:
+        picture.save(f"{start}he-raw.jpg", quality=95)
+
+
+@pytest.mark.parametrize("tabs", [True, False])
+@pytest.mark.parametrize("start", ["data/", "data/P1-"])
+def test_plain_tables_in_a_folder_or_after_a_prefix(image, tmp_path, tabs, start):
+    (tmp_path / "data").mkdir()
+    write_plain(str(tmp_path / "data") + start[4:], image, tabs)
+    prefix = str(tmp_path / "data") if start == "data/" else str(tmp_path / start)
+    assert scverse.run(["--tables", prefix, "--directory", str(tmp_path / "s")]) == 0
+    locs, found, _ = read(tmp_path / "s")
+    assert locs.index.tolist() == array().index.tolist()
+    np.testing.assert_allclose(locs, array()[["x", "y"]], atol=6e-4)
+    np.testing.assert_array_equal(found, counts())
+    assert found.columns.tolist() == GENES
+    assert float((tmp_path / "s" / "radius-raw.txt").read_text()) == pytest.approx(22)
+    assert image_calibration.run(["--directory", str(tmp_path / "s")]) == 0
+    assert float((tmp_path / "s" / "pixel-size.txt").read_text()) == utils.PIXEL_SIZE_UM
+
+
+def test_a_radius_file_is_used(image, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_plain(f"{tmp_path}/data/", image)
+    (tmp_path / "data" / "radius-raw.txt").write_text("30\n")
+    assert scverse.run(["--tables", f"{tmp_path}/data", "--directory", str(tmp_path / "s")]) == 0
+    assert float((tmp_path / "s" / "radius-raw.txt").read_text()) == pytest.approx(30)
+
+
+def rewrite(name, change):
+    def spoil(folder):
+        table = pd.read_csv(folder / name, index_col=0, keep_default_na=False)
+        change(table).to_csv(folder / name)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "cnts.csv").unlink(), "cnts.csv (counts)"),
+        (lambda f: (f / "locs-raw.csv").unlink(), "locs-raw.csv (places"),
+        (lambda f: (f / "he-raw.jpg").unlink(), "he-raw.jpg (image)"),
+        (lambda f: (f / "cnts.tsv").write_text("x"), "which is the counts"),
+        (rewrite("cnts.csv", np.log1p), "log-transformed"),
+        (rewrite("cnts.csv", lambda t: t.assign(NA="x")), "no whole table of numbers"),
+        (rewrite("locs-raw.csv", lambda t: t.rename(columns={"x": "X"})), "expected x, y"),
+        (rewrite("locs-raw.csv", lambda t: t.rename(index=lambda i: i + "a")), "in common"),
+        (
+            rewrite(
+                "locs-raw.csv",
+                lambda t: (t[["y", "x"]] + np.array([0, 60])).set_axis(["x", "y"], axis=1),
+            ),
+            "swapped",
+        ),
+        (lambda f: (f / "pixel-size-raw.txt").write_text("1,25"), "expected one number"),
+        (lambda f: (f / "pixel-size-raw.txt").write_text("0.5"), "expected 100 um"),
+    ],
+)
+def test_bad_tables_are_named(image, tmp_path, capsys, spoil, words):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_plain(f"{folder}/", image)
+    spoil(folder)
+    assert scverse.run(["--tables", str(folder), "--directory", str(tmp_path / "s")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert words in message
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_source_folder_is_not_overwritten(image, tmp_path, capsys):
+    write_plain(f"{tmp_path}/", image)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert scverse.run(["--tables", str(tmp_path), "--directory", str(tmp_path)]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

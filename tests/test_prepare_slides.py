@@ -1,0 +1,428 @@
+"""prepare/slides.py: regions, levels and pixel sizes against arrays that the tests wrote."""
+
+import functools
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import utils
+from prepare import slides
+
+SHAPE = (1000, 1404)
+
+
+def draw() -> np.ndarray:
+    """Broad waves of colour with noise, so that any shift by a pixel shows."""
+    rng = np.random.default_rng(0)
+    row, col = np.mgrid[: SHAPE[0], : SHAPE[1]][..., None] / np.array([70, 90, 130])
+    waves = 170 + 50 * np.sin(row + 1) * np.cos(col)
+    return (waves + rng.integers(-20, 20, waves.shape)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return draw()
+
+
+def shrink(image: np.ndarray, factor: int) -> np.ndarray:
+    """Means of factor x factor blocks, rounded; what does not fill a block is cut off."""
+    h, w = (side // factor for side in image.shape[:2])
+    blocks = image[: h * factor, : w * factor].reshape(h, factor, w, factor, 3)
+    return np.round(blocks.mean((1, 3))).astype(np.uint8)
+
+
+def write_pyramid(path, image, factors=(1, 2, 8), subifds=True, planar=False, ome=None, **options):
+    """A TIFF of several levels; levels are not exact means but darker, to tell which was read."""
+    options = {"photometric": "rgb", "tile": (256, 128), "compression": "zlib", **options}
+    levels = [image if f == 1 else shrink(image, f) // 2 for f in factors]
+    if planar:
+        levels = [np.moveaxis(level, 2, 0) for level in levels]
+        options["planarconfig"] = "separate"
+    with tifffile.TiffWriter(path, bigtiff=True, ome=ome is not None) as tiff:
+        if subifds:
+            tiff.write(levels[0], subifds=len(levels) - 1, metadata=ome, **options)
+        else:
+            tiff.write(levels[0], metadata=ome, **options)
+        for level in levels[1:]:
+            tiff.write(level, subfiletype=1, metadata=None, **options)
+    return path
+
+
+def test_every_layout_of_a_tiff_gives_the_pixels_that_were_written(picture, tmp_path):
+    layouts = {
+        "tiled": {"tile": (256, 256), "photometric": "rgb"},
+        "stripped": {"rowsperstrip": 64, "photometric": "rgb", "compression": "lzw"},
+        "whole": {"photometric": "rgb"},
+        "predictor": {"tile": (128, 128), "photometric": "rgb", "predictor": True},
+    }
+    layouts["predictor"]["compression"] = "zlib"
+    for name, options in layouts.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", picture, metadata=None, **options)
+    planes = np.moveaxis(picture, 2, 0)
+    tifffile.imwrite(
+        tmp_path / "planar.tif", planes, photometric="rgb", planarconfig="separate", tile=(256, 256)
+    )
+    tifffile.imwrite(  # three grey pages, as older OME-TIFF of Xenium sections
+        tmp_path / "pages.ome.tif", planes, photometric="minisblack", tile=(256, 256),
+        metadata={"axes": "CYX"},
+    )  # fmt: skip
+    tifffile.imwrite(tmp_path / "big.btf.tif", picture, photometric="rgb", bigtiff=True)
+    tifffile.imwrite(tmp_path / "motorola.tif", picture, photometric="rgb", byteorder=">")
+    written = sorted(tmp_path.glob("*.tif"))
+    assert len(written) == 8
+    for path in written:
+        with slides.open_slide(path) as slide:
+            assert slide.size == (SHAPE[1], SHAPE[0])
+            assert slide.downsamples == (1,)
+            np.testing.assert_array_equal(
+                slide.read_region(301, 201, 517, 433), picture[201:634, 301:818], err_msg=path.name
+            )
+            np.testing.assert_array_equal(slide.read_region(0, 0, *slide.size), picture)
+
+
+@pytest.mark.parametrize("subifds", [True, False])
+@pytest.mark.parametrize("planar", [True, False])
+def test_pyramids_are_read_at_the_level_that_serves(picture, tmp_path, subifds, planar):
+    path = write_pyramid(tmp_path / "p.tif", picture, subifds=subifds, planar=planar)
+    with slides.open_slide(path) as slide:
+        assert slide.downsamples == (1, 2, 8)
+        whole = slide.read_region(0, 0, *slide.size, 1)
+        np.testing.assert_array_equal(whole, picture)
+        second = shrink(picture, 2) // 2
+        np.testing.assert_array_equal(slide.read_region(0, 0, *slide.size, 2), second)
+        part = slide.read_region(128, 64, 640, 320, 2)
+        np.testing.assert_array_equal(part, second[32:192, 64:384])
+        fourth = slide.read_region(0, 0, *slide.size, 4)  # from level 2, not from 1
+        assert np.abs(fourth.astype(int) - shrink(second, 2)).max() <= 1
+        third = slide.read_region(0, 0, *slide.size, 3)  # 2 does not divide 3: from level 1
+        assert np.abs(third.astype(int) - shrink(picture, 3)).max() <= 1
+        assert [slide.best_level(d) for d in (1, 2, 3, 4, 7, 8, 16, 17, 64, 65)] == [
+            1, 2, 1, 2, 1, 8, 8, 2, 8, 8,
+        ]  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    x=st.integers(-50, 1450), y=st.integers(-50, 1050), width=st.integers(1, 300),
+    height=st.integers(1, 300), downsample=st.sampled_from([1, 2, 3, 5]),
+)  # fmt: skip
+def test_any_region_is_that_of_the_white_padded_image(x, y, width, height, downsample):
+    slide, pad = whole_slide(), 400
+    found = slide.read_region(x, y, width, height, downsample)
+    part = slide.padded[y + pad : y + pad + height, x + pad : x + pad + width]
+    expected = shrink(part, downsample)
+    assert found.shape == expected.shape
+    assert found.size == 0 or np.abs(found.astype(int) - expected).max() <= 1
+
+
+class Kept(slides.Slide):
+    """A slide in memory, of one level."""
+
+    def __init__(self, image):
+        self.image = image
+        self.padded = np.pad(image, ((400, 400), (400, 400), (0, 0)), constant_values=255)
+        super().__init__(None, [image.shape[1::-1]], None)
+
+    def read_level(self, level, x, y, width, height):
+        rows, columns = self.image.shape[:2]
+        assert 0 <= x < x + width <= columns
+        assert 0 <= y < y + height <= rows
+        return self.image[y : y + height, x : x + width]
+
+
+@functools.cache
+def whole_slide():
+    return Kept(draw())
+
+
+def test_strips_join_to_the_whole_image(picture, tmp_path):
+    path = write_pyramid(tmp_path / "p.tif", picture)
+    with slides.open_slide(path) as slide:
+        for step in (1, 2, 4):
+            width, height = (side // step * step for side in slide.size)
+            whole = slide.read_region(0, 0, width, height, step)
+            strips = [
+                slide.read_region(0, top, width, min(120, height - top), step)
+                for top in range(0, height, 120)
+            ]
+            np.testing.assert_array_equal(np.concatenate(strips), whole)
+
+
+def test_blocks_bound_the_memory_and_change_nothing(picture, tmp_path, monkeypatch):
+    path = write_pyramid(tmp_path / "p.tif", picture, factors=(1,))
+    with slides.open_slide(path) as slide:
+        whole = slide.read_region(0, 0, *slide.size, 5)
+        monkeypatch.setattr(slides, "BLOCK_PIXELS", 50_000)
+        read = []
+        monkeypatch.setattr(
+            slide, "read_level",
+            lambda *box: read.append(box[3] * box[4]) or slides.TiffSlide.read_level(slide, *box),
+        )  # fmt: skip
+        np.testing.assert_array_equal(slide.read_region(0, 0, *slide.size, 5), whole)
+    assert len(read) > 10
+    assert max(read) <= 50_000
+
+
+def test_only_the_tiles_of_a_region_are_read_and_the_cache_is_bounded(
+    picture, tmp_path, monkeypatch
+):
+    path = write_pyramid(tmp_path / "p.tif", picture)
+    with slides.open_slide(path) as slide:
+        decoded = []
+        page = slide.pages[0][0]
+        decode = page.decode
+        monkeypatch.setattr(
+            page,
+            "decode",
+            lambda data, index, **kw: decoded.append(index) or decode(data, index, **kw),
+        )
+        slide.read_region(130, 10, 120, 240)
+        assert decoded == [1]  # the second tile of 128 columns
+        slide.read_region(130, 10, 120, 240)
+        assert decoded == [1]
+        monkeypatch.setattr(slides, "CACHE_BYTES", 4 * 256 * 128 * 3)
+        slide.read_region(0, 0, *slide.size)
+        assert slide.cached == sum(s.nbytes for s in slide.cache.values()) <= slides.CACHE_BYTES
+
+
+def test_thumbnail_keeps_the_proportions_and_uses_a_coarse_level(picture, tmp_path):
+    path = write_pyramid(tmp_path / "p.tif", picture)
+    with slides.open_slide(path) as slide:
+        small = slide.thumbnail(175)
+        assert small.shape == (111, 156, 3)  # shrunk 9 times
+        tiny = slide.thumbnail(20)
+        assert max(tiny.shape) <= 20
+        assert tiny.mean() == pytest.approx(picture.mean() / 2, abs=3)  # the darker level 8
+        assert slide.thumbnail(10_000).shape == picture.shape
+
+
+def test_jpeg_tiles_grey_alpha_and_sparse_tiles(picture, tmp_path):
+    tifffile.imwrite(
+        tmp_path / "jpeg.tif", picture, photometric="rgb", tile=(256, 256),
+        compression="jpeg", compressionargs={"level": 95}, subsampling=(1, 1),
+    )  # fmt: skip
+    grey = picture[..., 0]
+    tifffile.imwrite(tmp_path / "grey.tif", grey, photometric="minisblack", tile=(256, 256))
+    alpha = np.full((*SHAPE, 1), 255, np.uint8)
+    alpha[:100] = 0
+    alpha[100:200] = 51
+    tifffile.imwrite(
+        tmp_path / "alpha.tif", np.concatenate([picture, alpha], 2), photometric="rgb",
+        extrasamples=["unassalpha"], tile=(256, 256),
+    )  # fmt: skip
+    with slides.open_slide(tmp_path / "jpeg.tif") as slide:
+        error = slide.read_region(0, 0, *slide.size).astype(int) - picture
+        assert np.abs(error).mean() < 4
+        with Image.open(tmp_path / "jpeg.tif") as image:
+            assert np.abs(error + picture - np.asarray(image.convert("RGB"))).max() <= 1
+    with slides.open_slide(tmp_path / "grey.tif") as slide:
+        np.testing.assert_array_equal(
+            slide.read_region(5, 6, 70, 80), np.repeat(grey[6:86, 5:75, None], 3, 2)
+        )
+    with slides.open_slide(tmp_path / "alpha.tif") as slide:
+        found = slide.read_region(0, 0, *slide.size)
+        assert (found[:100] == 255).all()
+        blend = picture[100:200] * 0.2 + 255 * 0.8
+        assert np.abs(found[100:200] - blend).max() <= 0.51
+        np.testing.assert_array_equal(found[200:], picture[200:])
+        slide.pages[0][0].dataoffsets, slide.pages[0][0].databytecounts = (
+            [0] * len(slide.pages[0][0].dataoffsets),
+            [0] * len(slide.pages[0][0].dataoffsets),
+        )
+        slide.cache.clear()
+        assert (slide.read_region(0, 0, 300, 300) == 255).all()  # tiles that were never written
+
+
+def test_openslide_reads_the_same_pixels(picture, tmp_path):
+    """A tiled TIFF under a scanner's suffix goes through OpenSlide, whose own reader is the
+    reference for ours."""
+    path = write_pyramid(
+        tmp_path / "a.svs", picture, subifds=False, tile=(256, 256), compression="lzw",
+        resolution=(1e4 / 0.25, 1e4 / 0.25), resolutionunit="CENTIMETER",
+    )  # fmt: skip
+    (tmp_path / "a.tif").write_bytes(path.read_bytes())
+    with slides.open_slide(path) as one, slides.open_slide(tmp_path / "a.tif") as two:
+        assert isinstance(one, slides.OpenSlideSlide)
+        assert isinstance(two, slides.TiffSlide)
+        assert one.size == two.size == SHAPE[::-1]
+        assert one.downsamples == two.downsamples == (1, 2, 8)
+        assert one.pixel_size_um == pytest.approx(0.25, rel=1e-3)
+        assert two.pixel_size_um == pytest.approx(0.25, rel=1e-3)
+        for box in ((0, 0, *SHAPE[::-1], 1), (300, 200, 512, 256, 2), (64, 64, 1024, 640, 8)):
+            np.testing.assert_array_equal(one.read_region(*box), two.read_region(*box))
+        np.testing.assert_array_equal(one.read_region(0, 0, *SHAPE[::-1]), picture)
+        outside = one.read_region(SHAPE[1] - 10, SHAPE[0] - 10, 30, 30)
+        assert (outside[10:] == 255).all()
+        np.testing.assert_array_equal(outside[:10, :10], picture[-10:, -10:])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"PhysicalSizeX": 0.2737, "PhysicalSizeY": 0.2737}, 0.2737),
+        ({"PhysicalSizeX": 0.2737, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.2737}, 0.2737),
+        ({"PhysicalSizeX": 273.7, "PhysicalSizeXUnit": "nm"}, 0.2737),
+        ({"PhysicalSizeX": 2.737e-4, "PhysicalSizeXUnit": "mm"}, 0.2737),
+        ({"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel"}, None),
+        ({"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5}, None),
+        ({}, None),
+        ({"PhysicalSizeX": 25.0}, None),
+    ],
+)
+def test_pixel_size_of_ome_tiff_with_its_unit(tmp_path, metadata, expected):
+    image = np.full((300, 300, 3), 200, np.uint8)
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, image, photometric="rgb", metadata={"axes": "YXS", **metadata})
+    with slides.open_slide(path) as slide:
+        assert slide.pixel_size_um == (expected and pytest.approx(expected))
+
+
+@pytest.mark.parametrize(
+    ("resolution", "unit", "expected"),
+    [
+        ((1e4 / 0.5, 1e4 / 0.5), "CENTIMETER", 0.5),
+        ((25_400 / 0.5, 25_400 / 0.5), "INCH", 0.5),
+        ((72, 72), "INCH", None),
+        ((96, 96), "INCH", None),
+        ((1e4 / 0.5, 1e4 / 0.6), "CENTIMETER", None),
+        ((2, 2), "NONE", None),
+    ],
+)
+def test_pixel_size_of_tiff_resolution_only_if_a_microscope_could_have_it(
+    tmp_path, resolution, unit, expected
+):
+    path = tmp_path / "a.tif"
+    image = np.full((300, 300, 3), 200, np.uint8)
+    tifffile.imwrite(
+        path, image, photometric="rgb", resolution=resolution, resolutionunit=unit, metadata=None
+    )
+    with slides.open_slide(path) as slide:
+        assert slide.pixel_size_um == (expected and pytest.approx(expected, rel=1e-4))
+
+
+def test_pictures_are_read_as_stored(picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "a.png", compress_level=1, dpi=(96, 96))
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=90)
+    with slides.open_slide(tmp_path / "a.png") as slide:
+        assert slide.size == SHAPE[::-1]
+        assert slide.pixel_size_um is None
+        assert slide.pixels is None  # not decoded for its size
+        np.testing.assert_array_equal(slide.read_region(7, 8, 90, 91), picture[8:99, 7:97])
+    with slides.open_slide(tmp_path / "a.jpg") as slide, Image.open(tmp_path / "a.jpg") as image:
+        np.testing.assert_array_equal(
+            slide.read_region(0, 0, *slide.size), np.asarray(image.convert("RGB"))
+        )
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (300, 240)).save(path, exif=exif)
+
+
+def fluorescence(path):
+    tifffile.imwrite(path, np.zeros((300, 300), np.uint16), tile=(256, 256))
+
+
+def five_channels(path):
+    tifffile.imwrite(path, np.zeros((5, 300, 300), np.uint8), photometric="minisblack")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "words"),
+    [
+        ("a.jpg", turned, "EXIF orientation 6"),
+        ("a.tif", fluorescence, "uint16"),
+        ("a.tif", five_channels, "5 channels"),
+        ("a.tif", lambda path: path.write_bytes(b"II*\0" + b"\7" * 60), "no whole slide"),
+        ("a.png", lambda path: path.write_bytes(b"hello"), "no whole slide"),
+        ("a.svs", lambda path: path.write_bytes(b"hello"), "no whole slide"),
+        ("a.jpg", lambda path: None, "is missing"),
+    ],
+)
+def test_what_is_no_histology_is_refused(tmp_path, name, write, words):
+    write(tmp_path / name)
+    with pytest.raises(utils.StageError, match=words) as error:
+        slides.open_slide(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_tile_that_is_damaged_or_cut_off_is_an_error_never_grey(picture, tmp_path):
+    path = write_pyramid(tmp_path / "p.tif", picture, factors=(1,))
+    with slides.open_slide(path) as slide:
+        offsets = slide.pages[0][0].dataoffsets
+    whole = path.read_bytes()
+    path.write_bytes(whole[: offsets[5] + 3] + b"\xff" * 200 + whole[offsets[5] + 203 :])
+    with slides.open_slide(path) as slide, pytest.raises(utils.StageError, match="cannot be dec"):
+        slide.read_region(0, 0, *slide.size)
+    late = max(offsets)
+    if late > whole.rfind(zlib.compress(b"")[:2]):
+        late = offsets[-1]
+    with slides.open_slide(path) as slide:
+        page = slide.pages[0][0]
+        page.dataoffsets = [*offsets[:-1], len(whole) - 5]
+        with pytest.raises(utils.StageError, match="is cut off"):
+            slide.read_region(SHAPE[1] - 20, SHAPE[0] - 20, 20, 20)
+
+
+# ---------------------------------------------------------------------------------------- command
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "prepare" / "slides.py"), *map(str, arguments)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_the_command_cuts_a_region_at_half_a_micrometre(picture, tmp_path):
+    options = {"resolution": (1e4 / 0.25, 1e4 / 0.25), "resolutionunit": "CENTIMETER"}
+    path = write_pyramid(tmp_path / "slide.tif", picture, factors=(1,), **options)
+    target = tmp_path / "section A"
+    done = command("--image", path, "--directory", target, "--region", 100, 40, 1203, 901)
+    assert done.returncode == 0, done.stderr
+    assert "(x - 100) / 2, (y - 40) / 2" in done.stdout
+    assert float((target / "pixel-size-raw.txt").read_text()) == pytest.approx(0.5)
+    found = tifffile.imread(target / "he-raw.tif").astype(int)
+    assert np.abs(found - shrink(picture[40:941, 100:1303], 2)).max() <= 1
+    assert sorted(p.name for p in target.iterdir()) == ["he-raw.tif", "pixel-size-raw.txt"]
+    old = (target / "he-raw.tif").read_bytes()
+    assert slides.run(["--image", str(path), "--directory", str(target)]) == 2
+    assert (target / "he-raw.tif").read_bytes() == old
+    assert slides.run(["--image", str(path), "--directory", str(target), "--force"]) == 0
+    assert tifffile.imread(target / "he-raw.tif").shape == (500, 702, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "does not say its pixel size"),
+        (("--pixel-size", "0.5", "--region", "900", "0", "600", "500"), "does not lie within"),
+        (("--pixel-size", "0.5", "--region", "0", "0", "600", "200"), "less than a tile"),
+        (("--pixel-size", "0.125", "--region", "0", "0", "800", "900"), "less than a tile"),
+    ],
+)
+def test_the_command_refuses_and_writes_nothing(picture, tmp_path, capsys, options, words):
+    Image.fromarray(picture).save(tmp_path / "a.png", compress_level=1)
+    target = tmp_path / "sample"
+    assert (
+        slides.run(["--image", str(tmp_path / "a.png"), "--directory", str(target), *options]) == 2
+    )
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert words in message
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("pixel_size", "factor"),
+    [(0.5, 1), (0.25, 2), (0.2527, 2), (0.2628, 1), (0.125, 4), (0.0883, 5), (0.9, 1), (0.2125, 2)],
+)
+def test_the_factor_keeps_the_image_about_as_fine_as_half_a_micrometre(pixel_size, factor):
+    assert slides.whole_factor(pixel_size) == factor

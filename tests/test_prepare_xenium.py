@@ -1,0 +1,698 @@
+"""prepare/xenium.py on small runs that the tests write in the vendor's format, truth known."""
+
+import json
+import shutil
+import tarfile
+import zipfile
+
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import tifffile
+from conftest import REAL_DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+from scipy import sparse
+
+import utils
+from prepare import aligned, slides, xenium
+from prepare.outlines import outline_shares
+
+RUN_UM = 0.2125  # um per pixel of the run's own images
+GENES = ["ACTB", "EPCAM", "KRT8", "MARCH1", "NA", "PTPRC"]
+CONTROLS = ["NegControlProbe_00042", "antisense_TP53", "BLANK_0069", "UnassignedCodeword_0301"]
+LOW, HIGH = np.array([130.0, 90.0]), np.array([440.0, 360.0])  # um, the tissue
+N = 9000
+
+
+# -------------------------------------------------------------------------- a run and its H&E
+def colour(um: np.ndarray) -> np.ndarray:
+    """What the section looks like at a place (..., 2) in um: broad waves, so that any pixel grid
+    shows the same."""
+    x, y = um[..., 0], um[..., 1]
+    waves = [np.sin(x / 13) * np.cos(y / 17), np.sin((x + y) / 19), np.cos(x / 23 - y / 11)]
+    return 150 + 90 * np.stack(waves, -1)
+
+
+def h_and_e(path, matrix: np.ndarray, size: tuple[int, int], **options) -> None:
+    """The section photographed: ``matrix`` leads from px of the photograph to px of the run."""
+    x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
+    mapped = np.stack([x, y, np.ones_like(x)], -1) @ matrix.T
+    image = colour(mapped[..., :2] / mapped[..., 2:] * RUN_UM).astype(np.uint8)
+    pixel = RUN_UM * np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+    metadata = {"axes": "YXS", "PhysicalSizeX": pixel, "PhysicalSizeY": pixel}
+    options = {"metadata": metadata, "tile": (256, 256), "compression": "zlib", **options}
+    tifffile.imwrite(path, image, photometric="rgb", **options)
+
+
+def alignment(pixel_um: float, degrees: float, flip: bool = False, tilt: float = 0.0):
+    """3 x 3 from px of the H&E to px of the run, and the size of an H&E that shows all tissue."""
+    angle = np.radians(degrees)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = np.eye(3)
+    matrix[:2, :2] = turn @ np.diag([-1.0 if flip else 1.0, 1.0]) * pixel_um / RUN_UM
+    side = 500 / pixel_um  # um
+    centre = matrix[:2, :2] @ np.array([side / 2, side / 2])
+    matrix[:2, 2] = (LOW + HIGH) / 2 / RUN_UM - centre
+    matrix[2, :2] = tilt / side
+    return matrix, (round(side), round(side))
+
+
+def molecules(seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    names = np.array(GENES + CONTROLS)
+    share = np.r_[np.full(6, 0.155), np.full(4, 0.0175)]
+    feature = rng.choice(names, N, p=share / share.sum())
+    return pd.DataFrame(
+        {
+            "transcript_id": np.arange(N, dtype=np.uint64),
+            "cell_id": [f"cell{i}-1" for i in rng.integers(0, 90, N)],
+            "feature_name": feature,
+            "x_location": rng.uniform(LOW[0], HIGH[0], N).astype(np.float32),
+            "y_location": rng.uniform(LOW[1], HIGH[1], N).astype(np.float32),
+            "qv": rng.choice([5.0, 19.99, 20.0, 40.0], N, p=[0.1, 0.1, 0.4, 0.4]).astype("f4"),
+            "is_gene": np.isin(feature, GENES),
+        }
+    )
+
+
+def cell_tables(table: pd.DataFrame, seed: int = 1):
+    """Matrix (cells, features), centroids and outlines of 90 cells, rows of each in another order.
+
+    Outlines are stars of 13 vertices, closed by the first one, as the vendor's.
+    """
+    rng = np.random.default_rng(seed)
+    good = table[table["qv"] >= 20]
+    counts = pd.crosstab(good["cell_id"], good["feature_name"])[GENES + CONTROLS]
+    xy = pd.DataFrame(
+        rng.uniform(LOW + 20, HIGH - 20, (len(counts), 2)),
+        index=counts.index, columns=["x_centroid", "y_centroid"],
+    )  # fmt: skip
+    outlines = []
+    for cell, (x, y) in xy.iterrows():
+        angle = np.linspace(0, 2 * np.pi, 13)
+        radius = np.r_[rng.uniform(2, 12, 12), 0]
+        radius[-1] = radius[0]
+        outlines.append(
+            pd.DataFrame(
+                {
+                    "cell_id": cell,
+                    "vertex_x": x + radius * np.cos(angle),
+                    "vertex_y": y + radius * np.sin(angle),
+                }
+            )
+        )
+    order = rng.permutation(len(outlines))
+    return counts, xy.sample(frac=1, random_state=2), pd.concat([outlines[i] for i in order])
+
+
+def write_matrix(path, counts: pd.DataFrame) -> None:
+    """cell_feature_matrix.h5: compressed columns are cells."""
+    matrix = sparse.csc_array(counts.to_numpy().T.astype(np.int32))
+    kinds = ["Gene Expression"] * len(GENES) + ["Negative Control Probe", "Genomic Control"]
+    kinds += ["Blank Codeword", "Unassigned Codeword"]
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        for key in ("data", "indices", "indptr"):
+            group[key] = getattr(matrix, key)
+        group["shape"] = np.array(matrix.shape, np.int32)
+        group["barcodes"] = np.array(counts.index, "S")
+        features = group.create_group("features")
+        features["name"] = np.array(counts.columns, "S")
+        features["id"] = np.array([f"ENSG{i:011d}" for i in range(len(kinds))], "S")
+        features["feature_type"] = np.array(kinds, "S")
+
+
+def write_outs(folder, table: pd.DataFrame, cells: bool = True):
+    folder.mkdir(parents=True)
+    content = {"major_version": 5, "pixel_size": RUN_UM, "run_name": "test"}
+    (folder / "experiment.xenium").write_text(json.dumps(content))
+    parquet.write_table(
+        pa.Table.from_pandas(table, preserve_index=False), folder / "transcripts.parquet",
+        row_group_size=1100,
+    )  # fmt: skip
+    if cells:
+        counts, xy, outlines = cell_tables(table)
+        write_matrix(folder / "cell_feature_matrix.h5", counts)
+        xy.reset_index().to_parquet(folder / "cells.parquet")
+        outlines.to_parquet(folder / "cell_boundaries.parquet", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A run with transcripts and cells, an H&E turned by 3 degrees, and its alignment."""
+    folder = tmp_path_factory.mktemp("xenium")
+    write_outs(folder / "outs", molecules())
+    matrix, size = alignment(0.4, 3.0)
+    h_and_e(folder / "he.ome.tif", matrix, size)
+    np.savetxt(folder / "alignment.csv", matrix, delimiter=",")
+    return folder
+
+
+@pytest.fixture
+def run_folder(shared, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(shared, tmp_path / "run A")
+
+
+def prepare(folder, target, *options) -> int:
+    return xenium.run(
+        [
+            "--outs", str(folder / "outs"), "--image", str(folder / "he.ome.tif"),
+            "--alignment", str(folder / "alignment.csv"), "--directory", str(target), *options,
+        ]
+    )  # fmt: skip
+
+
+def read_sample(target):
+    """(record, truth counts, tissue, genes of the truth, locs, counts of the spots)."""
+    record = json.loads((target / "prepare.json").read_text())
+    with np.load(target / "truth.npz", allow_pickle=False) as saved:
+        truth, tissue, genes = saved["counts"], saved["tissue"], saved["genes"].tolist()
+    options = {"index_col": 0, "keep_default_na": False}
+    locs = pd.read_csv(target / "locs-raw.csv", **options)
+    return record, truth, tissue, genes, locs, pd.read_csv(target / "cnts.csv.gz", **options)
+
+
+def brute_force(table, record, shape, locs):
+    """Truth (h, w, G) and spots (N, G), molecule by molecule."""
+    origin, h_w = np.array(record["frame_origin_um"]), shape
+    grid, spots = np.zeros((*h_w, len(GENES))), np.zeros((len(locs), len(GENES)))
+    centres = locs.to_numpy() * 0.5 + origin
+    for x, y, name in table[["x_location", "y_location", "feature_name"]].itertuples(index=False):
+        gene = GENES.index(name)
+        grid[int((y - origin[1]) // 8), int((x - origin[0]) // 8), gene] += 1
+        spots[np.hypot(centres[:, 0] - x, centres[:, 1] - y) <= 27.5, gene] += 1
+    return grid, spots
+
+
+# --------------------------------------------------------------------------------- molecules
+def test_every_molecule_is_counted_once_and_spots_equal_brute_force(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(xenium, "BATCH", 700)
+    assert prepare(shared, tmp_path / "s") == 0
+    record, truth, tissue, genes, locs, counts = read_sample(tmp_path / "s")
+    table = molecules()
+    good = table[(table["qv"] >= 20) & table["is_gene"]]
+    assert genes == sorted(GENES) == list(counts.columns)
+    grid, spots = brute_force(good, record, tissue.shape, locs)
+    np.testing.assert_array_equal(truth, grid)
+    np.testing.assert_array_equal(counts.to_numpy(), spots)
+    assert record["molecules_in_grid"] == len(good)
+    assert record["molecules_outside"] == 0
+    assert record["molecules_read"] == N
+    assert record["below_quality"] == (table["qv"] < 20).sum()
+    assert record["of_controls"] == ((table["qv"] >= 20) & ~table["is_gene"]).sum()
+    assert record["controls"] == len(CONTROLS)
+    assert record["pixel_size_um"] == 0.5
+    assert str(shared / "outs" / "transcripts.parquet") in record["sources"]
+    assert float((tmp_path / "s" / "radius-raw.txt").read_text()) == 55
+    assert (tmp_path / "s" / "check.png").is_file()
+
+
+def test_spots_lie_on_the_hexagonal_lattice(shared, tmp_path):
+    assert prepare(shared, tmp_path / "s") == 0
+    record, _, tissue, _, locs, _ = read_sample(tmp_path / "s")
+    xy = locs.to_numpy()
+    apart = np.linalg.norm(xy[:, None] - xy[None], axis=2)
+    np.fill_diagonal(apart, np.inf)
+    assert apart.min() == pytest.approx(200, abs=1e-3)
+    rows = np.unique(xy[:, 1].round(2))
+    np.testing.assert_allclose(np.diff(rows), 100 * np.sqrt(3), atol=0.02)
+    row, column = np.floor(xy[:, ::-1] / 16).astype(int).T
+    assert tissue[row, column].all()
+    um = locs.to_numpy() * 0.5 + record["frame_origin_um"]
+    assert ((um > LOW - 20) & (um < HIGH + 20)).all()
+
+
+def test_a_region_counts_what_lies_in_it_and_reports_the_rest(shared, tmp_path):
+    region = (200.0, 140.0, 210.0, 190.0)
+    assert (
+        prepare(shared, tmp_path / "s", "--region", *map(str, region), "--min-quality", "30") == 0
+    )
+    record, truth, tissue, _, _, _ = read_sample(tmp_path / "s")
+    table = molecules()
+    good = table[(table["qv"] >= 30) & table["is_gene"]]
+    x, y = good["x_location"] - region[0], good["y_location"] - region[1]
+    within = (x >= 0) & (x < region[2]) & (y >= 0) & (y < region[3])
+    assert truth.sum() == within.sum() == record["molecules_in_grid"]
+    assert record["molecules_outside"] == (~within).sum()
+    assert tifffile.imread(tmp_path / "s" / "he-raw.tif").shape == (380, 420, 3)
+    assert tissue.shape == (448 // 16, 448 // 16)
+    assert not tissue[380 // 16 + 1 :].any()  # the padding of he.jpg
+
+
+@pytest.mark.parametrize("layout", ["category", "panel", "prefix"])
+def test_controls_are_told_from_genes_in_every_version(shared, tmp_path, layout):
+    """codeword_category of later versions; the cell matrix; or, with neither, the names."""
+    table = molecules()
+    is_gene = table.pop("is_gene")
+    if layout == "category":
+        kinds = np.where(is_gene, "predesigned_gene", "unassigned_codeword")
+        kinds[table["feature_name"] == "KRT8"] = "custom_gene"
+        table["codeword_category"] = kinds
+    if layout != "category":  # earlier versions wrote bytes
+        table["feature_name"] = [name.encode() for name in table["feature_name"]]
+    write_outs(tmp_path / "run" / "outs", table, cells=False)
+    if layout == "panel":
+        source = shared / "outs" / "cell_feature_matrix.h5"
+        shutil.copy(source, tmp_path / "run" / "outs")
+    for name in ("he.ome.tif", "alignment.csv"):
+        shutil.copy(shared / name, tmp_path / "run")
+    assert prepare(tmp_path / "run", tmp_path / "s") == 0
+    record, truth, _, genes, _, _ = read_sample(tmp_path / "s")
+    assert genes == sorted(GENES)
+    assert truth.sum() == ((table["qv"] >= 20) & is_gene).sum()
+    assert record["of_controls"] == ((table["qv"] >= 20) & ~is_gene).sum()
+
+
+def test_the_order_of_adding_does_not_matter():
+    rng = np.random.default_rng(0)
+    parts = [
+        sparse.random_array((50, 40), density=d, rng=rng).tocsr() for d in rng.uniform(0, 0.3, 37)
+    ]
+    total = xenium.Total()
+    for part in parts:
+        total.add(part)
+        assert len(total.parts) < 9
+    np.testing.assert_allclose(total.sum().toarray(), sum(part.toarray() for part in parts))
+
+
+# ------------------------------------------------------------------------------------- image
+@pytest.mark.parametrize(
+    ("pixel_um", "degrees", "flip", "tilt"),
+    [
+        (0.4, 3.0, False, 0.0),
+        (0.5, 90.0, False, 0.0),
+        (0.5, 0.0, True, 0.0),
+        (0.27, 183.0, True, 0.0),
+        (0.22, 30.0, False, 0.0),
+        (0.8, -3.0, False, 0.0),
+        (0.4, 10.0, False, 0.08),
+    ],
+)
+def test_the_image_is_brought_into_the_frame_of_the_run(tmp_path, pixel_um, degrees, flip, tilt):
+    matrix, size = alignment(pixel_um, degrees, flip, tilt)
+    path = tmp_path / "he.tif"
+    h_and_e(path, matrix, size, metadata=None)
+    frame = xenium.make_frame(LOW, HIGH, None)
+    run_px = np.diag([1 / RUN_UM] * 2 + [1.0])
+    with slides.open_slide(path) as slide:
+        to_slide = np.linalg.inv(matrix) @ run_px @ frame.to_um
+        image = aligned.Aligned(slide, 0, 0, *frame.size, to_slide=to_slide)
+        whole = image.read(0, image.shape[0])
+        strips = np.concatenate(
+            [
+                image.read(top, min(top + 300, image.shape[0]))
+                for top in range(0, image.shape[0], 300)
+            ]
+        )
+        small = image.read(0, image.shape[0], 4)
+    x, y = np.meshgrid(np.arange(frame.size[0]) + 0.5, np.arange(frame.size[1]) + 0.5)
+    um = np.stack([x, y], -1) * 0.5 + frame.origin
+    on_slide = aligned.project(to_slide, np.stack([x, y], -1).reshape(-1, 2)).reshape(um.shape)
+    inner = ((on_slide > 3) & (on_slide < np.array(size) - 3)).all(-1)
+    outer = ((on_slide < -3) | (on_slide > np.array(size) + 3)).any(-1)
+    assert inner.mean() > 0.8
+    error = np.abs(whole - colour(um))
+    assert error[inner].mean() < 1.2
+    assert error[inner].max() < 8  # a shift by a pixel gives 4 on average, 10 at most
+    assert (whole[outer] == 255).all()
+    assert np.abs(strips.astype(int) - whole).max() <= 2
+    blocks = whole[: len(small) * 4, : small.shape[1] * 4].reshape(len(small), 4, -1, 4, 3)
+    block_inner = inner[: len(small) * 4, : small.shape[1] * 4].reshape(len(small), 4, -1, 4)
+    gap = np.abs(small - blocks.mean((1, 3)))[block_inner.all((1, 3))]
+    assert gap.mean() < 2
+
+
+def test_an_image_already_in_the_frame_keeps_its_pixels(shared, tmp_path):
+    """At 0.5 um, without alignment, he-raw is a plain part of the image."""
+    matrix, size = np.diag([0.5 / RUN_UM] * 2 + [1.0]), (1300, 1000)
+    h_and_e(tmp_path / "he.ome.tif", matrix, size)
+    options = ["--outs", str(shared / "outs"), "--image", str(tmp_path / "he.ome.tif")]
+    assert xenium.run([*options, "--directory", str(tmp_path / "s")]) == 0
+    record = read_sample(tmp_path / "s")[0]
+    left, top = np.array(record["frame_origin_um"]) * 2
+    found = tifffile.imread(tmp_path / "s" / "he-raw.tif")
+    source = tifffile.imread(tmp_path / "he.ome.tif")
+    top, left = int(top), int(left)
+    expected = source[top : top + len(found), left : left + found.shape[1]]
+    np.testing.assert_array_equal(found[: len(expected), : expected.shape[1]], expected)
+    assert any("no alignment" in note for note in record["notes"])
+
+
+def test_tissue_ends_where_the_slide_ends(shared, tmp_path):
+    """Superpixels and spots that the H&E does not show are no tissue, and spots no spots."""
+    matrix, size = np.diag([0.5 / RUN_UM] * 2 + [1.0]), (875, 1000)  # ends at 437.5 um
+    h_and_e(tmp_path / "he.ome.tif", matrix, size)
+    options = ["--outs", str(shared / "outs"), "--image", str(tmp_path / "he.ome.tif")]
+    assert xenium.run([*options, "--directory", str(tmp_path / "s")]) == 0
+    record, _, tissue, _, _, _ = read_sample(tmp_path / "s")
+    ends = record["frame_origin_um"][0] + 8 * (np.flatnonzero(tissue.any(0)).max() + 0.5)
+    assert ends < 437.5 <= ends + 8
+
+
+# ------------------------------------------------------------------------------------- cells
+def test_cells_are_joined_by_id_and_counted_at_their_centroids(shared, tmp_path):
+    assert prepare(shared, tmp_path / "s", "--counts", "cells") == 0
+    record, truth, tissue, genes, locs, counts = read_sample(tmp_path / "s")
+    matrix, xy, _ = cell_tables(molecules())
+    origin = np.array(record["frame_origin_um"])
+    grid, spots = np.zeros((*tissue.shape, len(GENES))), np.zeros((len(locs), len(GENES)))
+    for cell, (x, y) in xy.iterrows():
+        grid[int((y - origin[1]) // 8), int((x - origin[0]) // 8)] += matrix.loc[cell, GENES]
+        near = np.hypot(*(locs.to_numpy() * 0.5 + origin - (x, y)).T) <= 27.5
+        spots[near] += matrix.loc[cell, GENES].to_numpy()
+    assert genes == GENES
+    np.testing.assert_array_equal(truth, grid)
+    np.testing.assert_array_equal(counts.to_numpy(), spots)
+    assert record["cells"] == len(matrix)
+    lost = matrix[CONTROLS].sum()
+    assert f"1 features of type Blank Codeword with {lost['BLANK_0069']:,} molecules" in " ".join(
+        record["notes"]
+    )
+
+
+def clip(polygon: list, axis: int, value: float, keep_above: bool) -> list:
+    """The part of a polygon on one side of a line (Sutherland and Hodgman)."""
+    kept = []
+    for a, b in zip(polygon, polygon[1:] + polygon[:1], strict=True):
+        inside = [(p[axis] >= value) == keep_above for p in (a, b)]
+        if inside[0]:
+            kept.append(a)
+        if inside[0] != inside[1]:
+            t = (value - a[axis]) / (b[axis] - a[axis])
+            kept.append(tuple(a[i] + t * (b[i] - a[i]) for i in (0, 1)))
+    return kept
+
+
+def shoelace(polygon: list) -> float:
+    if len(polygon) < 3:
+        return 0.0
+    x, y = np.array(polygon).T
+    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+
+
+def area_in_square(polygon: list, row: int, col: int) -> float:
+    for axis, low in ((0, col), (1, row)):
+        polygon = clip(clip(polygon, axis, low, True), axis, low + 1, False) if polygon else []
+    return abs(shoelace(polygon))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), n=st.integers(3, 14), scale=st.floats(0.05, 3),
+    whole=st.booleans(), clockwise=st.booleans(), closed=st.booleans(),
+)  # fmt: skip
+def test_area_shares_equal_clipping(seed, n, scale, whole, clockwise, closed):
+    """Star-shaped outlines anywhere, also with vertices and edges on the grid lines."""
+    rng = np.random.default_rng(seed)
+    cells, vertices, expected = [], [], {}
+    for cell in range(3):
+        angle = (
+            (np.arange(n) + rng.uniform(0, 0.4, n)) * 2 * np.pi / n
+        )  # less than half a turn apart
+        star = np.column_stack([np.cos(angle), np.sin(angle)]) * rng.uniform(0.3, 1, (n, 1))
+        xy = rng.uniform(-5, 5, 2) + star * scale
+        xy = np.round(xy) if whole else xy
+        polygon = [tuple(p) for p in xy]
+        (left, top), (right, bottom) = (
+            np.floor(xy.min(0)).astype(int),
+            np.ceil(xy.max(0)).astype(int),
+        )
+        for row in range(top - 1, bottom + 1):
+            for col in range(left - 1, right + 1):
+                expected[cell, row, col] = area_in_square(polygon, row, col)
+        if clockwise:
+            xy = xy[::-1]
+        if closed:
+            xy = np.vstack([xy, xy[:1]])
+        cells += [cell] * len(xy)
+        vertices.append(xy)
+    shares, bare = outline_shares(np.array(cells), np.concatenate(vertices), 4)
+    found = {key[:3]: key[3] for key in zip(*(column.tolist() for column in shares), strict=True)}
+    assert 3 in bare  # without any vertex
+    for cell in set(range(3)) - set(bare.tolist()):
+        here = {key[1:]: a for key, a in expected.items() if key[0] == cell}
+        total = sum(here.values())
+        if whole and abs(sum(here.values()) - signed_total(vertices[cell])) > 1e-6:
+            continue  # rounding made the outline cross itself: there clipping is no reference
+        for place, area in here.items():
+            assert found.get((cell, *place), 0.0) == pytest.approx(area / total, abs=1e-7)
+        assert sum(v for k, v in found.items() if k[0] == cell) == pytest.approx(1)
+
+
+def signed_total(xy: np.ndarray) -> float:
+    return abs(shoelace([tuple(p) for p in xy]))
+
+
+def test_polygons_spread_a_cell_by_area_and_conserve_its_molecules(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare.outlines.MAX_SQUARES", 500)  # several blocks
+    assert prepare(shared, tmp_path / "s", "--counts", "polygons") == 0
+    record, truth, tissue, _, locs, counts = read_sample(tmp_path / "s")
+    matrix, _, outlines = cell_tables(molecules())
+    origin = np.array(record["frame_origin_um"])
+    grid = np.zeros((*tissue.shape, len(GENES)))
+    for cell, outline in outlines.groupby("cell_id"):
+        xy = (outline[["vertex_x", "vertex_y"]].to_numpy()[:-1] - origin) / 8
+        polygon = [tuple(p) for p in xy]
+        (left, top), (right, bottom) = np.floor(xy.min(0)), np.floor(xy.max(0))
+        for row in range(int(top), int(bottom) + 1):
+            for col in range(int(left), int(right) + 1):
+                share = area_in_square(polygon, row, col) / abs(shoelace(polygon))
+                grid[row, col] += share * matrix.loc[cell, GENES].to_numpy()
+    np.testing.assert_allclose(truth, grid, atol=1e-4)
+    assert truth.sum(dtype=float) == pytest.approx(matrix[GENES].to_numpy().sum(), rel=1e-6)
+    assert record["molecules_outside"] == pytest.approx(0, abs=1e-6)
+    row, col = np.mgrid[: tissue.shape[0], : tissue.shape[1]] * 16 + 8
+    for (_, (x, y)), spot in zip(locs.iterrows(), counts.to_numpy(), strict=True):
+        near = np.hypot(col - x, row - y) <= 55
+        np.testing.assert_allclose(spot, grid[near].sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_cells_without_outline_fall_back_to_their_centroid(run_folder, tmp_path):
+    path = run_folder / "outs" / "cell_boundaries.parquet"
+    outlines = pd.read_parquet(path)
+    gone = outlines["cell_id"].unique()[:7]
+    outlines[~outlines["cell_id"].isin(gone)].to_parquet(path, index=False)
+    assert prepare(run_folder, tmp_path / "s", "--counts", "polygons") == 0
+    record, truth, *_ = read_sample(tmp_path / "s")
+    matrix = cell_tables(molecules())[0]
+    assert truth.sum(dtype=float) == pytest.approx(matrix[GENES].to_numpy().sum(), rel=1e-6)
+    assert any(note.startswith("7 cells without an outline") for note in record["notes"])
+
+
+def test_without_transcripts_the_cells_are_taken(run_folder, tmp_path):
+    (run_folder / "outs" / "transcripts.parquet").unlink()
+    assert prepare(run_folder, tmp_path / "s") == 0
+    assert read_sample(tmp_path / "s")[0]["counts_of"] == "cells"
+
+
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs the real data beside the checkout")
+def test_real_cell_tables_are_read_and_joined():
+    folder = REAL_DATA / "formats" / "xenium_small"
+    cells = xenium.read_cells(folder)
+    assert cells.counts.shape == (6, 4)
+    assert cells.ids.tolist() == list("123456")
+    table = pd.read_csv(folder / "cells.csv.gz")
+    np.testing.assert_allclose(cells.xy[:, 0], table["x_centroid"])
+    assert (np.asarray(cells.counts.sum(1)) <= table["transcript_counts"]).all()
+
+
+# ---------------------------------------------------------------------------------- archives
+def pack_tar(path, members: dict, source) -> None:
+    with tarfile.open(path, "w:gz") as packed:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                packed.addfile(content)
+            else:
+                packed.add(source / content, arcname=name)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_archives_give_the_same_sample(shared, tmp_path, kind):
+    assert prepare(shared, tmp_path / "a") == 0
+    archive = tmp_path / f"outs.{kind}.gz" if kind == "tar" else tmp_path / "outs.zip"
+    names = sorted(p.name for p in (shared / "outs").iterdir())
+    if kind == "tar":
+        pack_tar(archive, {f"run1/outs/{n}": n for n in names}, shared / "outs")
+    else:
+        with zipfile.ZipFile(archive, "w") as packed:
+            for name in names:
+                packed.write(shared / "outs" / name, name)
+            packed.writestr("analysis/umap/projection.csv", "x")
+    code = xenium.run(
+        [
+            "--outs", str(archive), "--image", str(shared / "he.ome.tif"),
+            "--alignment", str(shared / "alignment.csv"), "--directory", str(tmp_path / "b"),
+        ]
+    )  # fmt: skip
+    assert code == 0
+    for name in ("locs-raw.csv", "cnts.csv.gz", "he-raw.tif"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"../../evil.txt": "experiment.xenium"}, "leads out of a folder"),
+        ({"a/../../cells.parquet": "experiment.xenium"}, "leads out of a folder"),
+        ({"..\\cells.parquet": "experiment.xenium"}, "leads out of a folder"),
+        ({"C:\\cells.parquet": "experiment.xenium"}, "leads out of a folder"),
+        ({"cells.parquet": link("cells.parquet", "/etc/passwd", tarfile.SYMTYPE)}, "as a link"),
+        ({"cells.parquet": link("cells.parquet", "x", tarfile.LNKTYPE)}, "as a link"),
+        ({"cells.parquet": link("cells.parquet", "", tarfile.FIFOTYPE)}, "as a link"),
+        ({"cells.parquet": link("cells.parquet", "", tarfile.CHRTYPE)}, "as a link"),
+        ({"a/cells.parquet": "experiment.xenium", "b/cells.parquet": "experiment.xenium"}, "twice"),
+        ({"readme.txt": "experiment.xenium"}, "has none of"),
+    ],
+)
+def test_malicious_archives_are_refused_and_nothing_is_written(
+    shared, tmp_path, capsys, members, words
+):
+    archive = tmp_path / "outs.tar.gz"
+    pack_tar(archive, members, shared / "outs")
+    before = sorted(tmp_path.parent.rglob("*"))
+    code = xenium.run(
+        [
+            "--outs", str(archive), "--image", str(shared / "he.ome.tif"),
+            "--alignment", str(shared / "alignment.csv"), "--directory", str(tmp_path / "s"),
+        ]
+    )  # fmt: skip
+    message = capsys.readouterr().err
+    assert code == 2
+    assert words in message
+    assert str(archive) in message
+    assert sorted(tmp_path.parent.rglob("*")) == before
+
+
+def test_an_absolute_path_in_a_zip_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr("/tmp/experiment.xenium", "{}")
+    with pytest.raises(utils.StageError, match="leads out of a folder"):
+        xenium.unpack(tmp_path / "a.zip", tmp_path)
+
+
+def test_a_cut_off_archive_is_refused(shared, tmp_path):
+    pack_tar(tmp_path / "a.tar.gz", {"experiment.xenium": "transcripts.parquet"}, shared / "outs")
+    whole = (tmp_path / "a.tar.gz").read_bytes()
+    (tmp_path / "a.tar.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(utils.StageError, match="no whole"):
+        xenium.unpack(tmp_path / "a.tar.gz", tmp_path)
+
+
+# ---------------------------------------------------------------------------------- bad input
+def cut(name):
+    return lambda f: (f / "outs" / name).write_bytes((f / "outs" / name).read_bytes()[:3000])
+
+
+def rewrite(name, change):
+    def spoil(folder):
+        path = folder / "outs" / name
+        change(pd.read_parquet(path)).to_parquet(path, index=False)
+
+    return spoil
+
+
+def write_alignment(matrix):
+    return lambda folder: np.savetxt(folder / "alignment.csv", matrix, delimiter=",")
+
+
+TURN = alignment(0.4, 3.0)[0]
+SHIFTED = TURN + np.array([[0, 0, 1500.0], [0, 0, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (lambda f: (f / "outs" / "experiment.xenium").unlink(), (), "experiment.xenium is missing"),
+        (lambda f: (f / "outs" / "experiment.xenium").write_text("{}"), (), "pixel_size"),
+        (
+            lambda f: (f / "outs" / "experiment.xenium").write_text('{"pixel_size": 21}'),
+            (),
+            "pixel_size of 21",
+        ),
+        (cut("transcripts.parquet"), (), "no whole Parquet"),
+        (rewrite("transcripts.parquet", lambda t: t.drop(columns="qv")), (), "no column qv"),
+        (rewrite("transcripts.parquet", lambda t: t[~t["is_gene"]]), (), "no molecule of a gene"),
+        (lambda f: None, ("--min-quality", "90"), "no molecule of a gene"),
+        (write_alignment(np.linalg.inv(TURN)), (), "Inverted, the matrix"),
+        (write_alignment(np.linalg.inv(TURN)), ("--pixel-size", "0.1129"), "Inverted, the matrix"),
+        (write_alignment(np.diag([9, 9, 1.0])), (), "another copy of the image"),
+        (write_alignment(np.diag([9, 9, 1.0])), ("--pixel-size", "0.4"), "another copy"),
+        (write_alignment(SHIFTED), (), "do not belong together"),
+        (write_alignment(TURN[:2]), (), "expected an invertible 3 x 3"),
+        (write_alignment(np.zeros((3, 3))), (), "expected an invertible 3 x 3"),
+        (write_alignment(TURN * np.nan), (), "expected an invertible 3 x 3"),
+        (lambda f: (f / "alignment.csv").write_text("a,b,c\n1,2,3\n"), (), "no matrix of numbers"),
+        (lambda f: (f / "alignment.csv").unlink(), (), "no matrix of numbers"),
+        (lambda f: (f / "he.ome.tif").unlink(), (), "missing"),
+        (lambda f: None, ("--region", "0", "0", "50", "500"), "at least 224 px"),
+        (lambda f: None, ("--region", "0", "0", "60000", "60000"), "megapixels"),
+        (
+            rewrite("cells.parquet", lambda t: t.iloc[2:]),
+            ("--counts", "cells"),
+            "no place for 2 of 90 cells",
+        ),
+        (
+            rewrite("cells.parquet", lambda t: pd.concat([t, t[:1]])),
+            ("--counts", "cells"),
+            "more than once",
+        ),
+        (
+            lambda f: (f / "outs" / "cell_boundaries.parquet").unlink(),
+            ("--counts", "polygons"),
+            "has no cell_boundaries",
+        ),
+        (cut("cells.parquet"), ("--counts", "cells"), "no whole table"),
+        (lambda f: shutil.rmtree(f / "outs"), (), "does not exist"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(
+    run_folder, tmp_path, capsys, spoil, options, words
+):
+    spoil(run_folder)
+    target = tmp_path / "s"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    assert prepare(run_folder, target, *options) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert words in message
+    assert [p.name for p in target.iterdir()] == ["notes.txt"]
+
+
+def test_image_without_alignment_or_pixel_size_is_refused(shared, tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "he.tif", np.zeros((999, 999, 3), np.uint8), photometric="rgb")
+    options = ["--outs", str(shared / "outs"), "--image", str(tmp_path / "he.tif")]
+    assert xenium.run([*options, "--directory", str(tmp_path / "s")]) == 2
+    assert "--pixel-size" in capsys.readouterr().err
+
+
+def test_a_gene_list_becomes_gene_names(shared, tmp_path, capsys):
+    (tmp_path / "genes.txt").write_text("KRT8\nNA\n")
+    assert prepare(shared, tmp_path / "s", "--genes", str(tmp_path / "genes.txt")) == 0
+    assert (tmp_path / "s" / "gene-names.txt").read_text() == "KRT8\nNA\n"
+    (tmp_path / "genes.txt").write_text("KRT9\n")
+    assert prepare(shared, tmp_path / "t", "--genes", str(tmp_path / "genes.txt")) == 2
+    assert "KRT9" in capsys.readouterr().err
+
+
+def test_the_first_stage_accepts_the_sample(shared, tmp_path):
+    import image_calibration
+
+    assert prepare(shared, tmp_path / "s") == 0
+    assert image_calibration.run(["--directory", str(tmp_path / "s")]) == 0
+    _, truth, tissue, *_ = read_sample(tmp_path / "s")
+    with slides.open_slide(tmp_path / "s" / "he.jpg") as image:
+        assert image.size == (tissue.shape[1] * 16, tissue.shape[0] * 16)
+    assert truth.shape[:2] == tissue.shape
