@@ -9,6 +9,7 @@ Out   states/NN/               the trained networks, each with its training hist
       cnts-super/              a map a gene, float32 (rows, columns), counts per superpixel of 8 um,
                                NaN outside the tissue; index.csv tells which file is which gene
       embeddings-gene.pickle   dict(cls=float32 (D, rows, columns)): latent maps of the first state
+      cnts-super-sd/           with --uncertainty: the standard deviation of every map
       held-out-r.csv           how well every gene was predicted in spots the network never saw
       cnts-super-plots/        pictures of the genes with the highest held-out correlation
 
@@ -104,6 +105,13 @@ MIN_SPOTS = 4
 CHECKPOINT_SECONDS = 30.0
 STRIP_BYTES = 1_000_000_000  # memory for the predictions of all states that are merged at a time
 PREDICT_BATCH = 64
+DROPOUT_PASSES = 4  # of each state, for the uncertainty of the maps
+HELD_OUT_REPEATS = 8  # times as many for the held-out spots, which only one state has not seen
+COVERAGE, COVERED_SD = 0.9, 1.645  # share of the counts in an interval; its half width
+GENE_FACTOR = (
+    3.0  # a gene's uncertainty may differ so much from the middle one's for the same spread
+)
+MIN_CALIBRATION_COUNTS = 50
 ANCHORS = 8  # spots around a superpixel that its map is anchored to
 ANCHOR_PRIOR = 2.0  # counts
 PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90
@@ -800,9 +808,12 @@ def middle(maps: Tensor) -> Tensor:
     return (states[(len(states) - 1) // 2] + states[len(states) // 2]) / 2
 
 
-def predict_maps(networks, section: Section, args: argparse.Namespace, out: np.ndarray, device):
+def predict_maps(
+    networks, section: Section, args: argparse.Namespace, out: np.ndarray, device, spread=None
+):
     """Fill ``out`` (G, h, w) with the median of the states; return the embedding (D, h, w).
 
+    ``spread`` (G, h, w), where it is given, receives the relative spread over states and dropouts.
     Goes down the map in strips, so that only one strip of all states is in memory.
     """
     h, w = section.tissue.shape
@@ -822,22 +833,134 @@ def predict_maps(networks, section: Section, args: argparse.Namespace, out: np.n
             rows = slice(top, min(h, top + strip))
             if not shown[rows].any():
                 out[:, rows], embedding[:, rows] = np.nan, np.nan
+                if spread is not None:
+                    spread[:, rows] = np.nan
                 continue
             while True:
+                others = (section, centres, near, weights, rows, batch, device)
                 try:
-                    maps, latent = predict_strip(
-                        networks, section, centres, near, weights, rows, batch, device
-                    )
+                    maps, latent = predict_strip(networks, *others)
+                    if spread is not None:
+                        torch.manual_seed(args.seed)
+                        share = relative_spread(
+                            networks, lambda network, o=others: predict_strip([network], *o)[0][0]
+                        )
+                        spread[:, rows] = share.cpu().numpy().transpose(2, 0, 1)
                     break
                 except RuntimeError as error:
                     if not utils.is_out_of_memory(error) or batch == 1:
                         raise
-                    batch //= 2  # the result does not depend on it
+                    batch //= 2  # the maps do not depend on it
             median, latent = middle(maps).cpu().numpy(), latent.cpu().numpy()
             median[~shown[rows]] = np.nan
             latent[~shown[rows]] = np.nan
             out[:, rows], embedding[:, rows] = median.transpose(2, 0, 1), latent.transpose(2, 0, 1)
     return embedding
+
+
+# ------------------------------------------------------------------------------------------------
+# uncertainty
+# ------------------------------------------------------------------------------------------------
+class Spread:
+    """Running mean and variance of equally shaped samples (Welford 1962)."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def see(self, sample: Tensor) -> None:
+        self.n += 1
+        if self.n == 1:
+            self.mean, self.squares = sample.clone(), torch.zeros_like(sample)
+            return
+        step = sample - self.mean
+        self.mean += step / self.n
+        self.squares += step * (sample - self.mean)
+
+    def relative(self) -> Tensor:
+        """Standard deviation as a share of the mean; 0 where all samples are 0."""
+        sd = (self.squares / max(self.n - 1, 1)).sqrt()
+        return torch.where(self.mean > 0, sd / self.mean, 0)
+
+
+def relative_spread(networks, predict) -> Tensor:
+    """Spread of ``predict(network)`` over all networks and random dropouts, as a share."""
+    spread = Spread()
+    with torch.inference_mode():
+        for network in networks:
+            network.train()  # dropout is all that training changes in the forward pass
+            for _ in range(DROPOUT_PASSES):
+                spread.see(predict(network))
+            network.eval()
+    return spread.relative()
+
+
+def held_out_spread(networks, section, args: argparse.Namespace, held_out: np.ndarray, device):
+    """Relative spread (M, G) of the counts predicted in the held-out spots (M,).
+
+    Over dropouts only: of the networks, just one has not been trained on a spot.
+    """
+    out = np.empty((len(held_out), section.counts.shape[1]), np.float32)
+    for index in reversed(range(len(networks))):  # the first state that holds a spot out scores it
+        split = split_spots(section, args.preset, args.seed, index)
+
+        def total(network, split=split) -> Tensor:
+            batches = np.array_split(split.held_out, -(-len(split.held_out) // BATCH))
+            parts = (run_batch(network, section, split, batch, device)[:2] for batch in batches)
+            return torch.cat([torch.einsum("btg,bt->bg", *part) for part in parts])
+
+        spread = relative_spread([networks[index]] * HELD_OUT_REPEATS, total)
+        out[np.searchsorted(held_out, split.held_out)] = spread.cpu().numpy()
+    return out
+
+
+def needed_scale(measured, predicted, sd) -> np.ndarray:
+    """Smallest factor on ``sd`` by which each count lies in the 90 % interval of its expectation.
+
+    On the scale of square roots, where counting noise has a variance of 1/4 and an expectation with
+    a standard deviation adds sd^2 / (4 predicted) (Anscombe 1948). 0 where the noise is enough.
+    """
+    missed = 2 * (np.sqrt(measured + ANSCOMBE) - np.sqrt(predicted + ANSCOMBE)) / COVERED_SD
+    with np.errstate(divide="ignore"):
+        return np.sqrt((missed**2 - 1).clip(min=0) * (predicted + ANSCOMBE)) / sd
+
+
+def fit_spread(measured, predicted, spread) -> np.ndarray:
+    """Factors (G,) that turn a relative spread into a relative standard deviation.
+
+    By held-out spots, all (M, G): the mean square of a gene's errors becomes what it should be, and
+    90 % of the counts of all genes lie in their intervals. Only counts of which at least 1 is
+    expected teach anything.
+    """
+    seen = (predicted >= 1) & (spread > 0)
+    if seen.sum() < MIN_CALIBRATION_COUNTS:
+        return np.ones(measured.shape[1], np.float32)
+    noise = predicted + ANSCOMBE
+    missed = 4 * (np.sqrt(measured + ANSCOMBE) - np.sqrt(noise)) ** 2 - 1
+    excess = (missed * noise * seen).sum(axis=0)
+    ours = ((spread * predicted) ** 2 * seen).sum(axis=0)
+    known = (excess > 0) & (ours > 0)
+    factor = np.sqrt(excess[known] / ours[known])
+    middle = np.median(factor) if known.any() else 1.0
+    factors = np.full(measured.shape[1], middle)
+    factors[known] = factor.clip(middle / GENE_FACTOR, middle * GENE_FACTOR)
+    needed = needed_scale(measured[seen], predicted[seen], (factors * spread * predicted)[seen])
+    return (factors * np.quantile(needed, COVERAGE)).astype(np.float32)
+
+
+def calibrate_spread(measured, predicted, spread) -> tuple[np.ndarray, float | None]:
+    """The factors of ``fit_spread``, and how many counts lie in intervals fitted without them.
+
+    Each half of the held-out spots is judged by the factors of the other half.
+    """
+    halves, inside = (slice(0, None, 2), slice(1, None, 2)), []
+    for learn, judge in (halves, halves[::-1]):
+        factors = fit_spread(measured[learn], predicted[learn], spread[learn])
+        m, p, sd = measured[judge], predicted[judge], (factors * spread * predicted)[judge]
+        seen = (p >= 1) & (sd > 0)
+        inside.append(needed_scale(m[seen], p[seen], sd[seen]) <= 1)
+    inside = np.concatenate(inside)
+    covered = round(float(inside.mean()), 4) if len(inside) else None
+    return fit_spread(measured, predicted, spread), covered
 
 
 def anchor_to_spots(maps: np.ndarray, section: Section) -> None:
@@ -1068,9 +1191,12 @@ def draw_plots(folder: Path, maps: np.ndarray, genes: list[str], r: np.ndarray, 
         Image.fromarray(draw_map(np.array(maps[i]), title)).save(folder / names[genes[i]])
 
 
-def summarise(spots: pd.Index, genes: list[str], held_out: np.ndarray, r: np.ndarray) -> dict:
+def summarise(
+    spots: pd.Index, genes: list[str], held_out: np.ndarray, held_out_r: np.ndarray, **spread
+) -> dict:
     """Print the closing table; return what the record keeps of it."""
-    facts = {"spots": len(spots), "genes": len(genes), "held_out_r_median": None}
+    r = held_out_r
+    facts = {"spots": len(spots), "genes": len(genes), "held_out_r_median": None, **spread}
     score = "none, the published preset trains on all spots"
     if len(held_out):
         score = f"{len(held_out)} spots, too few or too constant for a correlation"
@@ -1082,6 +1208,11 @@ def summarise(spots: pd.Index, genes: list[str], held_out: np.ndarray, r: np.nda
         )
     print(f"  spots     {len(spots)}\n  genes     {len(genes)}\n  held out  {score}")
     print(f"  maps      {utils.MAPS.name}/, pictures in {utils.PLOTS.name}/")
+    if spread.get("coverage_of_90") is not None:
+        covered = spread["coverage_of_90"]
+        print(
+            f"  intervals {covered:.0%} of held-out counts lie in the 90 % interval of others' fit"
+        )
     return facts | {"held_out_spots": [str(spots[i]) for i in held_out]}
 
 
@@ -1120,35 +1251,71 @@ def build_parser() -> argparse.ArgumentParser:
         help="Step size of the training; None: the preset's.",
     )
     option("--map-format", choices=("pickle", "npy"), default="pickle", help="Kind of map files.")
+    option(
+        "--uncertainty",
+        action="store_true",
+        help="Also write the standard deviation of every map, over states and dropouts, calibrated "
+        "on held-out spots. Prediction then takes about five times as long.",
+    )
     option("--keep-background", action="store_true", help="Predict outside the tissue as well.")
     option("--n-plots", type=utils.not_negative, default=12, help="Number of genes to draw.")
     return parser
 
 
+def write_results(stage, section, genes, networks, held_out, predicted, device) -> dict:
+    """Predict, anchor and write everything that is as large as the map; facts for the record."""
+    args, (h, w), facts = stage.args, section.tissue.shape, {}
+    r = correlations(predicted, section.counts[held_out])
+    # A file without a name, which is gone with the run: the maps of a slide outgrow the memory.
+    with tempfile.TemporaryFile(dir=stage.directory) as file:
+        shape = (1 + args.uncertainty, len(genes), h, w)
+        maps, *spread = np.memmap(file, np.float32, "w+", shape=shape)
+        embedding = predict_maps(networks, section, args, maps, device, *spread)
+        if args.preset == "default":
+            anchor_to_spots(maps, section)
+        if args.uncertainty:
+            share = held_out_spread(networks, section, args, held_out, device)
+            counts = section.counts[held_out]
+            factors, covered = calibrate_spread(counts, predicted, share)
+            facts = {"coverage_of_90": covered}
+            for sd, expected, factor in zip(*spread, maps, factors, strict=True):
+                sd *= factor * expected
+            with stage.writing(utils.SPREAD) as folder:
+                write_maps(folder, *spread, genes, args.map_format)
+        else:
+            stage.retire(utils.SPREAD)
+        with stage.writing(utils.MAPS) as folder:
+            write_maps(folder, maps, genes, args.map_format)
+        with stage.writing(utils.PLOTS) as folder:
+            draw_plots(folder, maps, genes, r, args.n_plots)
+    with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
+        pickle.dump({"cls": embedding}, file, protocol=5)
+    with stage.writing(utils.HELD_OUT) as partial:
+        table = pd.DataFrame({"gene": genes, "held_out_r": r})
+        table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
+    return facts | {"held_out_r": r}
+
+
 def main(stage: utils.Stage) -> None:
     args = stage.args
     stage.require(*INPUTS)
-    stage.guard(utils.MAPS, utils.EMBEDDINGS, utils.PLOTS, utils.HELD_OUT)
+    stage.guard(utils.MAPS, utils.SPREAD, utils.EMBEDDINGS, utils.PLOTS, utils.HELD_OUT)
+    if args.uncertainty and args.preset == "published":
+        raise utils.StageError(
+            "--uncertainty is calibrated on held-out spots, and the published preset has none.",
+            "Leave out --uncertainty or --preset published.",
+        )
     device = utils.resolve_device(args.device)
     section, spots, genes = read_section(stage)
     h, w = section.tissue.shape
-    utils.check_disk(stage.directory, 4 * h * w * (2 * len(genes) + WIDTH), "the maps")
+    need = 4 * h * w * (2 * (1 + args.uncertainty) * len(genes) + WIDTH)
+    utils.check_disk(stage.directory, need, "the maps")
     print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
     print(f"{h} x {w} superpixels, preset {args.preset}, {args.n_states} states, device {device}")
 
     try:
         networks, held_out, predicted = train_states(stage, section, device)
-        r = correlations(predicted, section.counts[held_out])
-        # A file without a name, which is gone with the run: the maps of a slide outgrow the memory.
-        with tempfile.TemporaryFile(dir=stage.directory) as file:
-            maps = np.memmap(file, np.float32, "w+", shape=(len(genes), h, w))
-            embedding = predict_maps(networks, section, args, maps, device)
-            if args.preset == "default":
-                anchor_to_spots(maps, section)
-            with stage.writing(utils.MAPS) as folder:
-                write_maps(folder, maps, genes, args.map_format)
-            with stage.writing(utils.PLOTS) as folder:
-                draw_plots(folder, maps, genes, r, args.n_plots)
+        results = write_results(stage, section, genes, networks, held_out, predicted, device)
     except RuntimeError as error:
         if not utils.is_out_of_memory(error):
             raise
@@ -1156,12 +1323,7 @@ def main(stage: utils.Stage) -> None:
             f"The memory of {device} does not suffice: {str(error).splitlines()[0]:.200}",
             "Run the same command with a smaller --batch-size, such as 4, or with --device cpu.",
         ) from error
-    with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
-        pickle.dump({"cls": embedding}, file, protocol=5)
-    with stage.writing(utils.HELD_OUT) as partial:
-        table = pd.DataFrame({"gene": genes, "held_out_r": r})
-        table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
-    facts = summarise(spots, genes, held_out, r)
+    facts = summarise(spots, genes, held_out, **results)
     stage.finish(seed=args.seed, device=str(device), **facts)
 
 

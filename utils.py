@@ -112,6 +112,9 @@ MASK_OVERLAY = Artifact(
 )
 STATES = Artifact(("states",), HISTEX, "trained networks, one folder a state")
 MAPS = Artifact(("cnts-super",), HISTEX, "float32 (rows, columns) per gene, counts per superpixel")
+SPREAD = Artifact(
+    ("cnts-super-sd",), HISTEX, "float32 (rows, columns) per gene, standard deviation of the maps"
+)
 EMBEDDINGS = Artifact(
     ("embeddings-gene.pickle",), HISTEX, "dict(cls=float32 (dims, rows, columns))"
 )
@@ -121,7 +124,8 @@ HELD_OUT = Artifact(
 )
 CONTRACT = (
     HE_RAW, PIXEL_SIZE_RAW, LOCS_RAW, CNTS, RADIUS_RAW, GENE_NAMES, HE, LOCS, RADIUS, PIXEL_SIZE,
-    HR_LOCS, HR_CNTS, FEATURES, RGB, MASK, MASK_OVERLAY, STATES, MAPS, EMBEDDINGS, PLOTS, HELD_OUT,
+    HR_LOCS, HR_CNTS, FEATURES, RGB, MASK, MASK_OVERLAY, STATES, MAPS, SPREAD, EMBEDDINGS, PLOTS,
+    HELD_OUT,
 )  # fmt: skip
 MADE_BY = {name: artifact.made_by for artifact in CONTRACT for name in artifact.names}
 
@@ -149,7 +153,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(path: Path) -> list[Path]:
+def files_in(path: Path) -> list[Path]:
     """The file itself, or all files of a folder but those that file managers leave in it."""
     if path.is_file():
         return [path]
@@ -158,7 +162,7 @@ def _files(path: Path) -> list[Path]:
 
 def _stat(path: Path) -> dict[str, int]:
     """Bytes and newest mtime of a file, or of all files of a folder."""
-    stats = [file.stat() for file in _files(path)]
+    stats = [file.stat() for file in files_in(path)]
     return {
         "bytes": sum(s.st_size for s in stats),
         "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
@@ -170,7 +174,7 @@ def _digest(path: Path) -> str:
     if path.is_file():
         return sha256(path)
     whole = hashlib.sha256()
-    for file in _files(path):
+    for file in files_in(path):
         whole.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
     return whole.hexdigest()
 
@@ -270,6 +274,7 @@ class Stage:
         self.started = time.time()
         self.inputs: dict[str, dict[str, Any]] = {}
         self.pending: list[tuple[Path, Path]] = []
+        self.outdated: list[Path] = []
         self.notes: list[str] = []
         Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS  # Pillow's own limit is below the size of a slide
         if not self.directory.is_dir():
@@ -439,6 +444,14 @@ class Stage:
         self.pending.append((partial, path))
         yield partial
 
+    def retire(self, artifact: Artifact) -> None:
+        """Have ``finish`` remove what an earlier run wrote and this one does not: it is outdated.
+
+        ``guard`` the artifact before, so that nothing of the user is lost.
+        """
+        if (path := self.find(artifact)) is not None:
+            self.outdated.append(path)
+
     def discard(self) -> None:
         """Remove the temporary files of a run that did not finish."""
         for partial, _ in self.pending:
@@ -456,6 +469,9 @@ class Stage:
         for partial, path in self.pending:
             _put(partial, path)  # keeps size and mtime, so that the fingerprint holds
             print(f"wrote {path.name}: {outputs[path.name]['bytes'] / 1e6:,.2f} MB")
+        for path in self.outdated:
+            _remove(path)
+            print(f"removed {path.name}, which belonged to an earlier run")
         hidden = ("login", "options")
         arguments = {key: str(value) for key, value in vars(self.args).items() if key not in hidden}
         if getattr(self.args, "login", None):
@@ -495,12 +511,12 @@ def read_record(stage: Stage, script: str) -> dict[str, Any] | None:
         raise StageError(f"{path} is not a record of {script}.", remedy)
     for key in ("inputs", "outputs") if record["finished"] else ("pending", "previous"):
         files = record.get(key)
-        if not isinstance(files, dict) or not all(map(_is_fingerprint, files.values())):
+        if not isinstance(files, dict) or not all(map(is_fingerprint, files.values())):
             raise StageError(f"{path} is not a whole record of {script}: see {key!r}.", remedy)
     return record
 
 
-def _is_fingerprint(known: Any) -> bool:
+def is_fingerprint(known: Any) -> bool:
     return isinstance(known, dict) and known.keys() >= {"bytes", "mtime_ns", "sha256"}
 
 
@@ -693,10 +709,8 @@ def read_gene_names(stage: Stage, path: Path) -> list[str]:
     names = read_lines(stage, path)
     if not names:
         raise stage.error(path, "holds no gene; expected one gene name a line.")
-    if repeated := _repeated(names):
-        raise stage.error(
-            path, f"names {_some(repeated)} more than once; each gene may occur once."
-        )
+    if repeated := duplicates(names):
+        raise stage.error(path, f"names {some(repeated)} more than once; each gene may occur once.")
     return names
 
 
@@ -748,12 +762,12 @@ def _read_table(stage: Stage, path: Path, numeric: list[str] | None) -> pd.DataF
     names, delimiter, has_rows = _read_header(stage, path)
     if not has_rows:
         raise stage.error(path, "has a header but no spot.")
-    if repeated := _repeated(names):
-        raise stage.error(path, f"names the columns {_some(repeated)} more than once.")
+    if repeated := duplicates(names):
+        raise stage.error(path, f"names the columns {some(repeated)} more than once.")
     missing = [name for name in numeric or [] if name not in names]
     if missing:
         raise stage.error(
-            path, f"has the columns {_some(names)}; expected a column {' and '.join(missing)}."
+            path, f"has the columns {some(names)}; expected a column {' and '.join(missing)}."
         )
     columns = names if numeric is None else numeric
     ids = "\0id"  # no header holds this
@@ -788,8 +802,8 @@ def _read_table(stage: Stage, path: Path, numeric: list[str] | None) -> pd.DataF
             f"holds {table.iat[row, column]} for spot {table.index[row]}, column {columns[column]} "
             f"(data row {row + 1}); {(~finite).sum()} of its values are not finite numbers.",
         )
-    if repeated := _repeated(table.index):
-        raise stage.error(path, f"lists the spots {_some(repeated)} more than once.")
+    if repeated := duplicates(table.index):
+        raise stage.error(path, f"lists the spots {some(repeated)} more than once.")
     return table
 
 
@@ -815,7 +829,7 @@ def read_locs(stage: Stage, path: Path) -> pd.DataFrame:
     locs = _read_table(stage, path, ["x", "y"])
     repeated = locs.index[locs.duplicated()]
     if len(repeated):
-        raise stage.error(path, f"gives the spots {_some(repeated)} the place of another spot.")
+        raise stage.error(path, f"gives the spots {some(repeated)} the place of another spot.")
     return locs
 
 
@@ -825,16 +839,16 @@ def read_counts(stage: Stage, path: Path, spots: pd.Index) -> pd.DataFrame:
     Rows without a location are dropped with a note; a location without counts is an error.
     """
     counts = _read_table(stage, path, None)
-    if all(_is_number(name) for name in counts.columns):
+    if all(is_number(name) for name in counts.columns):
         raise stage.error(
-            path, f"has the gene names {_some(counts.columns)}; the header line is missing."
+            path, f"has the gene names {some(counts.columns)}; the header line is missing."
         )
     missing = spots.difference(counts.index, sort=False)
     if len(missing):
         raise stage.error(
             path,
             f"has no counts for {len(missing)} of the {len(spots)} spots that have a location: "
-            f"{_some(missing)}; its own ids look like {_some(counts.index)}.",
+            f"{some(missing)}; its own ids look like {some(counts.index)}.",
         )
     extra = len(counts) - len(spots)
     if extra:
@@ -983,7 +997,7 @@ def read_pickle(path: Path) -> Any:
         ) from error
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
@@ -991,12 +1005,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _repeated(names) -> list[str]:
+def duplicates(names) -> list[str]:
     index = pd.Index(names)
     return list(index[index.duplicated()].unique())
 
 
-def _some(names) -> str:
+def some(names) -> str:
     """The first five of a list, for a message."""
     shown = ", ".join(str(name) for name in list(names)[:5])
     return shown + (", ..." if len(names) > 5 else "")

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import itertools
+import json
 import pickle
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -664,3 +666,126 @@ def test_anchoring_leaves_a_map_that_fits_as_it_is():
     maps = np.full((G, *SHAPE), 0.5, np.float32)
     HISTEX.anchor_to_spots(maps, section)
     np.testing.assert_allclose(maps, 0.5, rtol=1e-5)
+
+
+# ----- against learning by heart -----
+def test_a_patch_hides_the_same_features_in_all_its_superpixels():
+    hide = HISTEX.FeatureDropout(0.5)
+    x = torch.ones(200, 7, 40)
+    torch.manual_seed(0)
+    seen = hide(x)
+    assert set(seen.unique().tolist()) == {0.0, 2.0}  # what is kept makes up for what is hidden
+    assert (seen == seen[:, :1]).all()
+    assert (seen[0] != seen[1]).any()
+    assert float(seen.mean()) == pytest.approx(1, abs=0.03)
+    assert torch.equal(hide.eval()(x), x)
+
+
+def test_averaged_weights_are_the_moving_average(monkeypatch):
+    monkeypatch.setattr(HISTEX, "AVERAGING_DECAY", 0.3)
+    network = torch.nn.Linear(2, 1)
+    average = HISTEX.make_average(network)
+    wanted, steps = None, [float(i) for i in (1, 5, -2, 4)]
+    for n, value in enumerate(steps):
+        torch.nn.init.constant_(network.weight, value)
+        average.update_parameters(network)
+        share = 1 - min(0.3, (1 + n) / (10 + n))
+        wanted = value if n == 0 else wanted + share * (value - wanted)
+        assert average.module.weight[0, 0].item() == pytest.approx(wanted)
+
+
+def test_the_state_that_is_kept_has_the_averaged_weights(tmp_path, monkeypatch):
+    section = make_section()
+    averaged, _, _ = train(section, tmp_path / "a", epochs=2)
+    monkeypatch.setattr(HISTEX, "AVERAGING_DECAY", 0.0)  # no memory: the network itself
+    last, _, _ = train(section, tmp_path / "b", epochs=2)
+    moved = [(a - b).abs().max() for a, b in zip(weights(averaged), weights(last), strict=True)]
+    assert max(moved) > 0
+
+
+# ----- uncertainty -----
+def test_the_spread_of_samples_is_that_of_numpy():
+    samples = np.random.default_rng(0).uniform(0, 5, (6, 4, 3)).astype(np.float32)
+    samples[:, 0, 0] = 0
+    spread = HISTEX.Spread()
+    for sample in samples:
+        spread.see(torch.from_numpy(sample))
+    with np.errstate(invalid="ignore"):
+        wanted = np.nan_to_num(samples.std(axis=0, ddof=1) / samples.mean(axis=0))
+    np.testing.assert_allclose(spread.relative().numpy(), wanted, rtol=1e-5)
+
+
+def test_the_spread_is_over_networks_and_dropouts():
+    one, other = (HISTEX.FeatureDropout(share) for share in (0.5, 0.0))
+    networks = [one.eval(), other.eval()]
+    x = torch.ones(3, 2, 400)
+    torch.manual_seed(0)
+    spread = HISTEX.relative_spread(networks, lambda network: network(x))
+    assert not one.training
+    assert 0.3 < float(spread.mean()) < 1.2
+    assert HISTEX.relative_spread([other], lambda network: network(x)).max() == 0
+
+
+def test_a_count_far_off_needs_a_wide_interval():
+    predicted = np.array([100 - 0.375] * 3)
+    measured = np.array([100 - 0.375, 100, 144 - 0.375])
+    # root 12 against root 10 misses by 4 standard deviations of counting noise, which are 1.645
+    # if the expectation's own variance is (4^2 / 1.645^2 - 1) times the count
+    wanted = np.sqrt(((4 / 1.645) ** 2 - 1) * 100) / 5
+    np.testing.assert_allclose(HISTEX.needed_scale(measured, predicted, 5.0), [0, 0, wanted])
+
+
+def test_calibrated_intervals_hold_nine_tenths_of_the_counts():
+    rng = np.random.default_rng(0)
+    expected = rng.uniform(5, 60, (400, 8))
+    spread = rng.uniform(0.05, 0.15, expected.shape)
+    factors = np.array([1, 1, 2, 2, 3, 3, 4, 4.0])
+    truth = expected * (1 + factors * spread * rng.normal(size=expected.shape)).clip(0.01)
+    measured = rng.poisson(truth).astype(np.float32)
+    fitted, covered = HISTEX.calibrate_spread(measured, expected, spread)
+    np.testing.assert_allclose(fitted, factors, rtol=0.2)
+    assert covered == pytest.approx(0.9, abs=0.03)
+
+
+def test_without_counts_to_calibrate_by_the_spread_stays():
+    fitted, covered = HISTEX.calibrate_spread(*np.zeros((3, 10, 4)))
+    assert (fitted == 1).all()
+    assert covered is None
+
+
+def test_uncertainty_on_request(finished_sample, finished, capsys):
+    """Maps stay as they are; their standard deviation comes, and goes with the next run without."""
+    before = utils.sha256(finished / "cnts-super" / "index.csv")
+    maps = {path.name: path.read_bytes() for path in (finished / "cnts-super").iterdir()}
+    options = trained_options(finished)
+    assert run(utils.HISTEX, finished, *options, "--uncertainty") == 0
+    assert utils.sha256(finished / "cnts-super" / "index.csv") == before
+    index = pd.read_csv(finished / "cnts-super-sd" / "index.csv")
+    tissue = np.asarray(Image.open(finished / "mask.png")) > 0
+    for file in index["file"]:
+        assert (finished / "cnts-super" / file).read_bytes() == maps[file]
+        sd = utils.read_pickle(finished / "cnts-super-sd" / file)
+        assert (np.isnan(sd) == ~tissue).all()
+        assert (sd[tissue] >= 0).all()
+    assert sd[tissue].max() > 0
+    assert run(utils.HISTEX, finished, *options) == 0
+    assert not (finished / "cnts-super-sd").exists()
+    assert "removed cnts-super-sd" in capsys.readouterr().out
+
+
+def trained_options(directory: Path) -> list[str]:
+    """The options that the sample's states were trained with."""
+    return json.loads((directory / "HISTEX.json").read_text(encoding="utf-8"))["options"]
+
+
+def test_an_edited_standard_deviation_is_not_replaced(finished, capsys):
+    (finished / "cnts-super-sd").mkdir()
+    (finished / "cnts-super-sd" / "notes.txt").write_text("mine", encoding="utf-8")
+    assert run(utils.HISTEX, finished, *trained_options(finished)) == 2
+    assert "cnts-super-sd was made or edited by hand" in capsys.readouterr().err
+    assert (finished / "cnts-super-sd" / "notes.txt").exists()
+
+
+def test_the_published_preset_has_no_uncertainty(finished, capsys):
+    assert run(utils.HISTEX, finished, "--preset", "published", "--uncertainty") == 2
+    assert "published preset has none" in capsys.readouterr().err
