@@ -1,0 +1,62 @@
+"""benchmarks/ablations.py: variants change what they name, and only while they run."""
+
+import argparse
+import shutil
+
+import numpy as np
+import pytest
+
+import HISTEX
+import utils
+from analysis import evaluate
+from benchmarks import ablations
+
+
+@pytest.mark.parametrize("variant", ablations.VARIANTS)
+def test_a_variant_changes_names_of_histex_and_gives_them_back(variant):
+    names = ablations.VARIANTS[variant]
+    before = {name: getattr(HISTEX, name) for name in names}
+    with ablations.changed(names):
+        assert all(getattr(HISTEX, name) != value for name, value in before.items())
+    assert all(getattr(HISTEX, name) is value for name, value in before.items())
+
+
+@pytest.fixture(scope="module")
+def scored(finished_sample, tmp_path_factory):
+    """A function that gives the result of a variant on a small sample with a made-up truth."""
+    sample = tmp_path_factory.mktemp("ablations") / "sample"
+    shutil.copytree(finished_sample, sample)
+    genes = (sample / utils.GENE_NAMES.name).read_text(encoding="utf-8").split()
+    h, w = np.load(sample / utils.FEATURES.name, mmap_mode="r").shape[:2]
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(1, (h, w, len(genes))).astype(np.float32)
+    truth = evaluate.Truth(counts=counts, tissue=np.ones((h, w), bool), genes=genes)
+    args = argparse.Namespace(states=1, seed=0)
+
+    def score(variant: str) -> dict:
+        with ablations.changed({"PATIENCE_EPOCHS": 1}):
+            return ablations.run_variant(sample, truth, variant, args)
+
+    return score
+
+
+def test_a_variant_is_scored_and_the_same_again(scored):
+    first, again = scored("default"), scored("default")
+    assert {key: value for key, value in first.items() if key != "seconds"} == {
+        key: value for key, value in again.items() if key != "seconds"
+    }
+    assert abs(first["r 1x"]) < 0.3  # this truth has nothing to do with the section
+
+
+def test_a_variant_gives_other_maps(scored):
+    assert scored("Poisson loss")["r 4x"] != scored("no anchoring")["r 4x"]
+
+
+def test_the_table():
+    result = {"r 1x": 0.1, "r 4x": 0.25, "held-out r": 0.5, "seconds": 10}
+    rows = {"default": {"a": result, "b": result | {"r 4x": 0.3}}}
+    assert ablations.table(rows, ["a", "b"]).splitlines() == [
+        "| variant | a | b | seconds |",
+        "|---|---|---|---|",
+        "| default | 0.100 / 0.250 (0.500) | 0.100 / 0.300 (0.500) | 20 |",
+    ]
