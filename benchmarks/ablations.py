@@ -31,7 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import HISTEX
 import utils
-from analysis import evaluate
+from analysis import reading
 from benchmarks import accuracy
 
 BINS = ("r 1x", "r 4x")
@@ -146,13 +146,13 @@ def run_variant(sample: Path, truth, variant: str, args: argparse.Namespace) -> 
     return {"held-out r": float(np.nanmedian(r)), "seconds": seconds, **scores}
 
 
-def prepared(source: Path, work: Path) -> tuple[Path, evaluate.Truth]:
+def prepared(source: Path, work: Path) -> tuple[Path, reading.Truth]:
     """The sample after its first four stages, and the truth of the genes that it predicts."""
     work.mkdir(parents=True, exist_ok=True)
     sample, _ = accuracy.prepare_section(accuracy.copy_code(work.parent), source, work)
-    truth = evaluate.read_truth(source)
+    truth = reading.read_truth(source)
     chosen = set((sample / utils.GENE_NAMES.name).read_text(encoding="utf-8").split())
-    return sample, evaluate.select_genes(truth, [g for g in truth.genes if g in chosen])
+    return sample, reading.select_genes(truth, [g for g in truth.genes if g in chosen])
 
 
 def table(rows: dict[str, dict[str, dict]], names: list[str]) -> str:

@@ -45,7 +45,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis import evaluate
+from analysis import reading, scores, spots
 from benchmarks import baselines, simulate_sections
 from benchmarks.stages import ROOT, USER_FILES, processor, run_measured
 
@@ -65,13 +65,14 @@ METHODS = {  # in the order of the table
     "default": "**HISTEX, default preset**",
 }
 PRESETS = ("published", "default")
-CEILING = "ceiling"
 SEED_STRIDE = 1000
-SCORES = {  # name in the results: measure and bin of evaluate.score
+SCORES = {  # name in the results: measure and bin of analysis/scores.py
     "r 1x": ("r", 1), "r 2x": ("r", 2), "r 4x": ("r", 4),
     "SSIM 1x": ("ssim", 1), "RMSE 4x": ("rmse", 4),
 }  # fmt: skip
-VALUES_AT_A_TIME = 4_000_000  # of a stack of maps that is scored at once
+# Code that results depend on, beside the five scripts: what scores, and what compares.
+SCORING = [Path(module.__file__) for module in (reading, scores)]
+COMPARING = [Path(module.__file__) for module in (baselines, spots)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def copy_code(work: Path) -> Path:
 
     The five scripts run from there; of what scores and compares, it is there to be told by.
     """
-    sources = [*sorted(ROOT.glob("*.py")), Path(evaluate.__file__), Path(baselines.__file__)]
+    sources = [*sorted(ROOT.glob("*.py")), *SCORING, *COMPARING]
     folder = work / f"code-{digest(*sources)}"
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -114,24 +115,25 @@ def copy_code(work: Path) -> Path:
 def user_files(directory: Path) -> list[Path]:
     """The files of a sample that its user brought, without the truth."""
     found = {path for pattern in USER_FILES for path in directory.glob(pattern)}
-    return sorted(path for path in found if path.name != evaluate.TRUTH)
+    return sorted(path for path in found if path.name != reading.TRUTH)
 
 
 def section_key(code: Path, directory: Path) -> str:
     """Of the files after the first four stages: all scripts but those that come later count."""
-    others = (utils.HISTEX, Path(evaluate.__file__).name, Path(baselines.__file__).name)
-    scripts = sorted(path for path in code.glob("*.py") if path.name not in others)
+    later = [utils.HISTEX, *(path.name for path in (*SCORING, *COMPARING))]
+    scripts = sorted(path for path in code.glob("*.py") if path.name not in later)
     files = user_files(directory)
     return digest(*scripts, *files, *(file.name for file in files), FIRST_STAGES)
 
 
 def maps_key(code: Path, section: str, task: Task) -> str:
-    name = utils.HISTEX if task.method in PRESETS else Path(baselines.__file__).name
-    return digest(code / name, section, task.method, task.seed, task.options)
+    names = [utils.HISTEX] if task.method in PRESETS else [path.name for path in COMPARING]
+    files = [code / name for name in names]
+    return digest(*files, section, task.method, task.seed, task.options)
 
 
 def score_key(code: Path, maps: str, truth: Path) -> str:
-    return digest(code / Path(evaluate.__file__).name, maps, truth, SCORES)
+    return digest(*(code / path.name for path in SCORING), maps, truth, SCORES)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def run_histex(
 
 def read_stack(directory: Path, genes: list[str], shape: tuple[int, int]) -> np.ndarray:
     """Maps (rows, columns, genes); a gene without one would make the comparison unfair."""
-    maps = evaluate.read_maps(directory, genes, shape)
+    maps = reading.read_maps(directory, genes, shape)
     if missing := [gene for gene in genes if gene not in maps]:
         raise utils.StageError(
             f"{directory / utils.MAPS.name} lacks {len(missing)} genes of the truth, such as "
@@ -213,19 +215,15 @@ def read_stack(directory: Path, genes: list[str], shape: tuple[int, int]) -> np.
     return np.dstack([maps[gene] for gene in genes])
 
 
-def score_maps(truth: evaluate.Truth, maps: np.ndarray | None) -> dict[str, float | None]:
+def score_maps(truth: reading.Truth, maps: np.ndarray | None) -> dict[str, float | None]:
     """Medians over genes, in the order of SCORES; of the ceiling, if there are no maps."""
     rows, cols = truth.tissue.shape
-    chunk = max(1, VALUES_AT_A_TIME // truth.tissue.size)
-    values: dict[str, list] = {name: [] for name in SCORES}
-    for first in range(0, len(truth.genes), chunk):
-        part = evaluate.select_genes(truth, truth.genes[first : first + chunk])
-        shown = {} if maps is None else {"map": maps[:rows, :cols, first : first + chunk]}
-        table = evaluate.score(part, shown, tuple(dict.fromkeys(m for m, _ in SCORES.values())))
-        for name, (measure, size) in SCORES.items():
-            values[name] += list(table[evaluate.column("map" if shown else CEILING, measure, size)])
-    medians = {n: np.nanmedian(v) if np.isfinite(v).any() else None for n, v in values.items()}
-    return {n: None if v is None else round(float(v), 5) for n, v in medians.items()}
+    shown = {} if maps is None else {"map": maps[:rows, :cols]}
+    measures = tuple(dict.fromkeys(measure for measure, _ in SCORES.values()))
+    middle = scores.score(truth, shown, measures).median()
+    method = "map" if shown else scores.CEILING
+    found = {name: middle[scores.column(method, *which)] for name, which in SCORES.items()}
+    return {name: scores.rounded(value, 5) for name, value in found.items()}
 
 
 def cached(path: Path, make: Callable[[], dict]) -> dict:
@@ -255,10 +253,10 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 def run_section(code: Path, source: Path, work: Path, args: argparse.Namespace) -> dict:
     """All results of one section: a dict a run, the ceiling, seconds of the first stages."""
     work.mkdir(parents=True, exist_ok=True)
-    truth = evaluate.read_truth(source)
+    truth = reading.read_truth(source)
     sample, stage_seconds = prepare_section(code, source, work)
-    chosen = set(evaluate.read_gene_names(sample))
-    truth = evaluate.select_genes(truth, [gene for gene in truth.genes if gene in chosen])
+    chosen = set(reading.read_gene_names(sample))
+    truth = reading.select_genes(truth, [gene for gene in truth.genes if gene in chosen])
     section = functools.cache(lambda: baselines.read_section(sample, truth.genes))
     key, results, runs = section_key(code, source), work / "results", []
 
@@ -274,20 +272,20 @@ def run_section(code: Path, source: Path, work: Path, args: argparse.Namespace) 
 
     for task in tasks_of(args):
         made = maps_key(code, key, task)
-        scored = score_key(code, made, source / evaluate.TRUTH)
+        scored = score_key(code, made, source / reading.TRUTH)
         make = functools.partial(predict_and_score, task, made)
         result = cached(results / f"{task.method}-{task.seed}-{scored}.json", make)
         runs.append({"method": task.method, "seed": task.seed, **result})
         r = cell([result], [name for name in SCORES if name.startswith("r ")])
         print(f"{work.name}, {task.method}, seed {task.seed}: r {r}", flush=True)
-    scored = score_key(code, key, source / evaluate.TRUTH)
-    ceiling = cached(results / f"{CEILING}-{scored}.json", lambda: score_maps(truth, None))
+    scored = score_key(code, key, source / reading.TRUTH)
+    ceiling = cached(results / f"{scores.CEILING}-{scored}.json", lambda: score_maps(truth, None))
     return {
         "name": work.name,
         "runs": runs,
-        CEILING: ceiling,
+        scores.CEILING: ceiling,
         "stages": stage_seconds,
-        "spots": len(evaluate.read_spots(sample, truth.genes)[0]),
+        "spots": len(reading.read_spots(sample, truth.genes)[0]),
         "genes": len(truth.genes),
     }
 
@@ -322,7 +320,7 @@ def table(results: list[dict], methods: list[str], names: list[str], timed: bool
             more = "> " if any(run["resumed"] for run in every) else ""
             cells.append(f"{more}{np.mean([run['seconds'] for run in every]):,.1f}")
         lines.append("| " + " | ".join([METHODS[method], *cells]) + " |")
-    best = [cell([{"scores": result[CEILING]}], names) for result in results]
+    best = [cell([{"scores": result[scores.CEILING]}], names) for result in results]
     lines.append("| " + " | ".join(["ceiling", *best, *[""] * timed]) + " |")
     return lines
 
@@ -414,9 +412,9 @@ def check(args: argparse.Namespace) -> None:
             f"--directory has folders of the same name: {', '.join(names)}.", "Rename one."
         )
     for directory in args.directory:
-        if not (directory / evaluate.TRUTH).is_file():
+        if not (directory / reading.TRUTH).is_file():
             raise utils.StageError(
-                f"{directory / evaluate.TRUTH} is missing: only a section with known truth can be "
+                f"{directory / reading.TRUTH} is missing: only a section with known truth can be "
                 f"scored.",
                 f"Simulate one: python benchmarks/simulate_sections.py --directory {directory}",
             )

@@ -24,14 +24,8 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 import utils
-from analysis.evaluate import (
-    MIN_DISC_TISSUE,
-    disc_weights,
-    interpolate_spots,
-    read_mask,
-    read_radius,
-    read_spots,
-)
+from analysis.reading import read_mask, read_radius, read_spots
+from analysis.spots import MIN_DISC_TISSUE, disc_weights, interpolate_spots
 
 SCALES = (3, 9)  # superpixels: token neighbourhoods of 24 and 72 um, as wide as a spot
 PENALTIES = 10.0 ** np.arange(0, 6.1, 0.25)  # of the ridge, in units of standardised features

@@ -59,7 +59,7 @@ def write_outs(folder: Path, size_mm: float, molecules: float, rng: np.random.Ge
         options = {"maxshape": (None,), "chunks": (80_000,), "compression": 1}
         data = group.create_dataset("data", (0,), np.int32, **options)
         indices = group.create_dataset("indices", (0,), np.int64, **options)
-        barcodes = group.create_dataset("barcodes", (n * n,), "S21", chunks=(80_000,))
+        barcodes = group.create_dataset("barcodes", (n * n,), "S21", chunks=(min(n * n, 80_000),))
         indptr = np.zeros(n * n + 1, np.int64)
         for first in range(0, n, ROWS_AT_A_TIME):
             row, col = (i.ravel() for i in np.mgrid[first : min(first + ROWS_AT_A_TIME, n), :n])

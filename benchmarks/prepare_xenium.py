@@ -2,10 +2,11 @@
 
     python benchmarks/prepare_xenium.py
     python benchmarks/prepare_xenium.py --cells 125000 250000 500000
+    python benchmarks/prepare_xenium.py --panel 5000 --truth-genes 5000
 
 Prints wall time and peak memory per number of cells, in Markdown. Cells stand 150 um2 apiece, with
-120 molecules of 400 genes each and a tenth more of controls and of poor quality; the H&E is a plain
-one at 0.27 um per pixel, turned by 90 degrees and by 1 degree more.
+120 molecules of 400 genes each, a tenth of them of poor quality and some of controls; the H&E is a
+plain one at 0.27 um per pixel, turned by 90 degrees and by 1 degree more.
 """
 
 from __future__ import annotations
@@ -29,20 +30,22 @@ from benchmarks.stages import ROOT, processor, run_measured
 
 RUN_UM, IMAGE_UM = 0.2125, 0.27  # um per pixel of the run and of the H&E
 CELL_UM2, SPREAD_UM = 150.0, 4.0  # area of a cell, spread of its molecules
-PER_CELL, N_GENES, N_CONTROLS = 120, 400, 40
+PER_CELL, N_CONTROLS = 120, 40
 DEGREES = 91.0
 ROW_GROUP = 1_000_000
 TILE = 1024
 
 
-def write_outs(folder: Path, n_cells: int, rng: np.random.Generator) -> tuple[float, int]:
+def write_outs(
+    folder: Path, n_cells: int, n_genes: int, rng: np.random.Generator
+) -> tuple[float, int]:
     """transcripts.parquet and experiment.xenium; returns (side in um, molecules)."""
     folder.mkdir(parents=True)
     (folder / "experiment.xenium").write_text(json.dumps({"pixel_size": RUN_UM}))
     side = float(np.sqrt(n_cells * CELL_UM2))
-    names = [f"GENE{i}" for i in range(N_GENES)]
+    names = [f"GENE{i}" for i in range(n_genes)]
     names = pa.array(names + [f"NegControlProbe_{i:05d}" for i in range(N_CONTROLS)])
-    share = np.r_[np.full(N_GENES, 1 / N_GENES), np.full(N_CONTROLS, 0.02 / N_CONTROLS)]
+    share = np.r_[np.full(n_genes, 1 / n_genes), np.full(N_CONTROLS, 0.02 / N_CONTROLS)]
     writer, done, total = None, 0, n_cells * PER_CELL
     cells = max(1, ROW_GROUP // PER_CELL)
     while done < n_cells:
@@ -59,7 +62,7 @@ def write_outs(folder: Path, n_cells: int, rng: np.random.Generator) -> tuple[fl
                 "x_location": xy[:, 0],
                 "y_location": xy[:, 1],
                 "qv": np.where(rng.random(m) < 0.9, 40, 10).astype(np.float32),
-                "is_gene": codes < N_GENES,
+                "is_gene": codes < n_genes,
             }
         )
         writer = writer or parquet.ParquetWriter(folder / "transcripts.parquet", table.schema)
@@ -90,6 +93,10 @@ def write_image(folder: Path, side_um: float) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--cells", type=int, nargs="+", default=[500_000], help="Sizes to measure.")
+    parser.add_argument("--panel", type=int, default=400, help="Genes of the panel.")
+    parser.add_argument(
+        "--truth-genes", type=int, default=300, help="Passed on to prepare/xenium.py."
+    )
     parser.add_argument(
         "--folder", type=Path, help="For the temporary files; default: the system's."
     )
@@ -104,13 +111,16 @@ def main(args: argparse.Namespace) -> None:
         work = Path(tempfile.mkdtemp(prefix="histex-xenium-", dir=args.folder))
         try:
             start = time.perf_counter()
-            side, molecules = write_outs(work / "outs", n_cells, np.random.default_rng(0))
+            side, molecules = write_outs(
+                work / "outs", n_cells, args.panel, np.random.default_rng(0)
+            )
             write_image(work, side)
             made = time.perf_counter() - start
             command = [sys.executable, str(ROOT / "prepare" / "xenium.py")]
             command += ["--outs", str(work / "outs"), "--image", str(work / "he.ome.tif")]
             command += ["--alignment", str(work / "alignment.csv")]
             command += ["--directory", str(work / "sample")]
+            command += ["--truth-genes", str(args.truth_genes)]
             seconds, memory = run_measured(command, work / "log.txt")
             print(
                 f"| {n_cells:,} | {molecules:,} | {side / 1000:.2f} | {made:.0f} | {seconds:.0f} | "
