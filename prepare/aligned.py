@@ -1,4 +1,4 @@
-"""An H&E image seen from the frame of another image, warped tile by tile; used by xenium.py."""
+"""How a run lies on an H&E image, and that image in the frame of the run; used by xenium.py."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from prepare import common, slides
 
 TILE_PX = 512  # of the warped image, made at a time
 SHARP = 1.1  # source pixels per output pixel above which each is averaged from 2 x 2 samples
+INVERTED = "Inverted, the matrix fits: it must lead from pixels of the H&E to those of the run."
 
 
 def read_alignment(path: Path) -> np.ndarray:
@@ -42,9 +43,80 @@ def project(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
 
 
 @dataclass
+class Placing:
+    """How the run lies on the H&E: homographies (3 x 3) from um of the run to px of the H&E."""
+
+    to_slide: np.ndarray
+    inverted: np.ndarray  # the same, had the alignment been given the other way round
+
+    @staticmethod
+    def pixel_size(um_to_slide: np.ndarray) -> float:
+        """um per px of the H&E, by area."""
+        return float(1 / np.sqrt(abs(np.linalg.det(um_to_slide[:2, :2] / um_to_slide[2, 2]))))
+
+
+def read_placing(
+    alignment: Path | None, run_um: float, slide: slides.Slide, given_um: float | None
+) -> Placing:
+    """By the alignment to a run of ``run_um`` per px; without one, the image lies in the frame of
+    the run, corner on corner."""
+    if alignment is not None:
+        matrix = read_alignment(alignment)
+        run_px = np.diag([1 / run_um, 1 / run_um, 1.0])
+        return Placing(np.linalg.inv(matrix) @ run_px, matrix @ run_px)
+    size = given_um or slide.pixel_size_um
+    if size is None:
+        raise utils.StageError(
+            f"{slide.path} does not say its pixel size, and there is no --alignment.",
+            "Give --pixel-size UM, um per pixel of the image.",
+        )
+    return Placing(np.diag([1 / size, 1 / size, 1.0]), np.diag([size, size, 1.0]))
+
+
+def check_pixel_size(placing: Placing, slide: slides.Slide, given: float | None) -> None:
+    """Stop if the alignment belongs to another copy of the image, larger or smaller."""
+    size, said = placing.pixel_size(placing.to_slide), given or slide.pixel_size_um
+    if said is None or abs(said / size - 1) <= common.MAX_PIXEL_SIZE_ERROR:
+        return
+    remedy = f"Give the image that was aligned; or --pixel-size {size:.4g}, if its metadata err."
+    if abs(said / placing.pixel_size(placing.inverted) - 1) <= common.MAX_PIXEL_SIZE_ERROR:
+        remedy = INVERTED
+    raise utils.StageError(
+        f"{slide.path} has {said:.4g} um per pixel, but by the alignment it has {size:.4g}: "
+        f"the alignment is that of another copy of the image.",
+        remedy,
+    )
+
+
+def check_alignment(xy: np.ndarray, slide: slides.Slide, placing: Placing) -> None:
+    """Stop if the tissue (N, 2), in um, does not lie on the H&E; say what would have fitted."""
+    share = share_on(slide, placing.to_slide, xy)
+    if share >= common.MIN_INSIDE:
+        return
+    remedy = (
+        "Give the alignment that belongs to this very image, at its full resolution. If the image "
+        "shows a part of the section only, name that: --region X Y WIDTH HEIGHT."
+    )
+    if share_on(slide, placing.inverted, xy) >= common.MIN_INSIDE:
+        remedy = INVERTED
+    raise utils.StageError(
+        f"Only {share:.1%} of the tissue falls on {slide.path} ({slide.size[0]} x {slide.size[1]} "
+        f"px), expected {common.MIN_INSIDE:.0%}: image and alignment do not belong together.",
+        remedy,
+    )
+
+
+def share_on(slide: slides.Slide, um_to_slide: np.ndarray, xy: np.ndarray) -> float:
+    return common.share_inside(project(um_to_slide, xy), slide.size[::-1])
+
+
+@dataclass
 class Aligned(common.Region):
-    """A part of a slide as seen from another frame: see common.Region, whose sides are in px of
-    the image written; ``to_slide`` maps those px (continuous) to px of the slide."""
+    """A part of a slide as seen from another frame, warped tile by tile.
+
+    See common.Region, whose sides are in px of the image written here; ``to_slide`` maps those px
+    (continuous) to px of the slide.
+    """
 
     to_slide: np.ndarray = field(default_factory=lambda: np.eye(3))
 

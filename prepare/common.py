@@ -1,9 +1,6 @@
-"""What the prepare scripts share: 10x matrices, spot lattices, grids, and the sample they write.
+"""What the prepare scripts share: the section they fill in, images, genes, lattices, the check.
 
-A prepare script reads one vendor's files and fills a ``Section``; ``write_sample`` checks it and
-writes the user's files of a sample directory: he-raw.*, pixel-size-raw.txt, locs-raw.csv,
-cnts.csv.gz, radius-raw.txt; gene-names.txt if genes were listed; truth.npz if there is truth;
-check.png to look at; and prepare.json, the record, last.
+A prepare script reads one vendor's files and fills a ``Section``; sample.py checks and writes it.
 
 Frames and units. Arrays are (row, col); x (column) and y (row) are coordinates in continuous pixels
 from the left upper edge of the first pixel. ``locs`` refers to the image that is written.
@@ -13,17 +10,9 @@ Letters in shapes: N spots, G genes, h x w superpixels of he.jpg.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import errno
-import gzip
-import io
-import json
 import shutil
 import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,23 +21,19 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from scipy import sparse
-from scipy.io import mmread
 from scipy.spatial import cKDTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from image_calibration import calibrated_shape, padded_shape
 
-RECORD = "prepare.json"
-TRUTH, CHECK = "truth.npz", "check.png"
 COPIED = (".jpg", ".jpeg", ".png")  # image_calibration.py reads them as they are
-KEPT_TYPE = "Gene Expression"  # of 10x feature types; the others are controls and antibodies
-
 VISIUM_PITCH_UM, VISIUM_RADIUS_UM = 100.0, 27.5  # centre to centre; printed spots of 55 um
 LEGACY_PITCH_UM, LEGACY_RADIUS_UM = 200.0, 50.0
 MIN_INSIDE = 0.95  # share of the in-tissue spots that must fall on the image
 MAX_PITCH_ERROR = 0.05  # relative, between the measured and the expected pitch
 MAX_PIXEL_SIZE_ERROR = 0.05  # relative, between the metadata of an image and the spots
+N_TRUTH_GENES = 300  # 812 x 812 superpixels of 300 genes are 0.8 GB when they are scored
 STRIP_PX = 512  # side of a tile of he-raw.tif; so many rows are in memory while it is written
 CHUNK = 2_000_000  # molecules accumulated at a time
 THUMBNAIL_PX = 1200  # longer side of check.png
@@ -121,6 +106,7 @@ class Section:
     gene_names: list[str] | None = None  # for gene-names.txt
     sources: list[Path] = field(default_factory=list)  # files read, for the record
     scales: dict[str, float] = field(default_factory=dict)  # of smaller copies of the image
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)  # by file name, spot id as index
     facts: dict[str, Any] = field(default_factory=dict)  # numbers for the record
 
     def __post_init__(self) -> None:
@@ -135,17 +121,17 @@ class Section:
             ("locations", self.locs.index),
             ("genes", self.genes),
         ):
-            if repeated := utils._repeated(values):
+            if repeated := utils.duplicates(values):
                 raise utils.StageError(
-                    f"The {name} {utils._some(repeated)} occur more than once.",
+                    f"The {name} {utils.some(repeated)} occur more than once.",
                     "Mend the source files: ids must be unique.",
                 )
         order = rows.get_indexer(self.locs.index)
         if (order < 0).any():
             raise utils.StageError(
                 f"{(order < 0).sum()} of {len(order)} spots that have a location have no counts: "
-                f"{utils._some(self.locs.index[order < 0])}; the counts are of "
-                f"{utils._some(rows)}.",
+                f"{utils.some(self.locs.index[order < 0])}; the counts are of "
+                f"{utils.some(rows)}.",
                 "Give the counts and the positions of one and the same section.",
             )
         if len(rows) > len(order):
@@ -162,6 +148,12 @@ class Section:
     @property
     def xy(self) -> np.ndarray:
         return self.locs[["x", "y"]].to_numpy(float)
+
+
+def broken(path: Path, problem: str) -> utils.StageError:
+    return utils.StageError(
+        f"{path} {problem}", "Copy or download it again, then run the same command."
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -205,27 +197,39 @@ def place_image(
 ) -> tuple[Path | Region, pd.DataFrame, float]:
     """(image, locs, pixel size) as they are written: the whole file, or a part of a slide.
 
-    With ``margin_um`` the image is cut to the spots and a margin. ``downsample`` is a whole factor,
-    by default the one that brings the image near to 0.5 um per px. JPEG and PNG files that are
-    taken whole are copied as they are.
+    JPEG and PNG files that are taken whole are copied as they are; else see place_slide.
     """
-    from prepare import slides
-
     if margin_um is None and downsample in (None, 1) and path.suffix.lower() in COPIED:
         return path, locs, pixel_size_um
     slide = open_image(path)  # stays open: write_sample reads it
-    width, height = slide.size
-    left = top = 0
-    downsample = downsample or slides.whole_factor(pixel_size_um)
-    if margin_um is not None:
+    region = place_slide(slide, locs, pixel_size_um, margin_um, downsample)
+    return region, move(locs, region), pixel_size_um * region.downsample
+
+
+def place_slide(
+    slide: Any,
+    locs: pd.DataFrame,
+    pixel_size_um: float,
+    margin_um: float | None = None,
+    downsample: int | None = None,
+) -> Region:
+    """The part of an open slide that is written.
+
+    With ``margin_um`` it is cut to the spots and a margin, unless the spots miss the image: then
+    ``check`` is to see the whole of it. ``downsample`` is a whole factor, by default the one that
+    brings the image near to 0.5 um per px.
+    """
+    from prepare import slides
+
+    step = downsample or slides.whole_factor(pixel_size_um)
+    low, high = np.zeros(2, int), np.array(slide.size)
+    xy = locs[["x", "y"]].to_numpy()
+    if margin_um is not None and share_inside(xy, slide.size[::-1]) >= MIN_INSIDE:
         margin = margin_um / pixel_size_um
-        xy = locs[["x", "y"]].to_numpy()
-        left, top = np.clip(np.floor(xy.min(0) - margin), 0, (width - 1, height - 1)).astype(int)
-        right, bottom = np.clip(np.ceil(xy.max(0) + margin), (left, top), (width, height))
-        width, height = int(right - left), int(bottom - top)
-    width, height = (side // downsample * downsample for side in (width, height))
-    region = Region(slide, int(left), int(top), width, height, downsample)
-    return region, move(locs, region), pixel_size_um * downsample
+        low = np.clip(np.floor(xy.min(0) - margin), 0, high - 1).astype(int)
+        high = np.clip(np.ceil(xy.max(0) + margin), low, high).astype(int)
+    width, height = ((high - low) // step * step).tolist()
+    return Region(slide, *low.tolist(), width, height, step)
 
 
 def move(locs: pd.DataFrame, image: Path | Region) -> pd.DataFrame:
@@ -237,22 +241,40 @@ def move(locs: pd.DataFrame, image: Path | Region) -> pd.DataFrame:
     )
 
 
-def metadata_note(path: Path, pixel_size_um: float) -> list[str]:
-    """A note if the pixel size in the image's metadata is not that of the spots."""
+def check_metadata(path: Path, pixel_size_um: float, trusted: bool, option: str) -> list[str]:
+    """Stop if the image's own metadata say another pixel size than the spots' pitch.
+
+    Spots of a smaller copy all fall on a larger one: then nothing else tells. A ``trusted`` image
+    only gets a note; ``option`` is how the user says so.
+    """
     with open_image(path) as slide:
         said = slide.pixel_size_um
     if said is None or abs(said / pixel_size_um - 1) <= MAX_PIXEL_SIZE_ERROR:
         return []
-    return [
-        f"{path.name} says {said:.4g} um per pixel, the spots say {pixel_size_um:.4g}: a factor of "
-        f"{pixel_size_um / said:.3g}. The spots are believed"
-    ]
+    problem = (
+        f"{path} says in its metadata that it has {said:.4g} um per pixel, but by the spots it has "
+        f"{pixel_size_um:.4g}, a factor of {pixel_size_um / said:.3g}"
+    )
+    if trusted:
+        return [f"{problem}. The spots are believed"]
+    raise utils.StageError(
+        f"{problem}: the coordinates may refer to a smaller or larger copy of it.",
+        f"Give the image to which they refer. If its metadata err, add {option}.",
+    )
+
+
+def micrometres(text: str) -> float:
+    """argparse type: a length in um, above zero."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no length in um above zero")
+    return value
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crop-um",
-        type=float,
+        type=micrometres,
         metavar="MARGIN",
         help="Cut the image to the spots and a margin of so many um; default: the whole image.",
     )
@@ -309,145 +331,8 @@ def thumbnail(image: Path | np.ndarray | Region) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------------
-# 10x matrices
+# genes
 # -------------------------------------------------------------------------------------------------
-def broken(path: Path, problem: str) -> utils.StageError:
-    return utils.StageError(
-        f"{path} {problem}", "Copy or download it again, then run the same command."
-    )
-
-
-def read_10x_h5(path: Path) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
-    """Counts (barcodes, genes), barcodes, and features (id, name, type) of a 10x .h5 matrix.
-
-    Space Ranger 1 to 4, Xenium, and Cell Ranger 2 (a group per genome). Features other than genes
-    are dropped; ``features.attrs["dropped"]`` counts them: type -> (features, molecules).
-    """
-    with open_h5(path) as group:
-        shape = tuple(int(n) for n in group["shape"][:])
-        parts = (group[key][:] for key in ("data", "indices", "indptr"))
-        data, indices, indptr = (np.asarray(part) for part in parts)
-        check_columns(path, data, indices, indptr, shape)
-        counts = sparse.csr_array((data, indices, indptr), shape=shape[::-1])
-        barcodes = decode(group["barcodes"][:])
-        features = read_h5_features(group)
-    return keep_genes(counts, barcodes, features, path)
-
-
-@contextlib.contextmanager
-def open_h5(path: Path) -> Iterator[Any]:
-    """The group of a 10x .h5 file that holds the matrix."""
-    import h5py
-
-    if not path.is_file():
-        raise utils.StageError(f"{path} is missing.", "Give the folder that Space Ranger wrote.")
-    try:
-        with h5py.File(path) as file:
-            groups = [g for g in file.values() if isinstance(g, h5py.Group) and "indptr" in g]
-            if len(groups) != 1:
-                raise broken(path, f"holds {len(groups)} 10x matrices; expected one.")
-            yield groups[0]
-    except (OSError, KeyError, RuntimeError) as error:
-        raise broken(path, f"is no whole 10x matrix in HDF5: {error}") from error
-
-
-def read_h5_features(group: Any) -> pd.DataFrame:
-    if "features" in group:
-        names = {"id": "id", "name": "name", "type": "feature_type"}
-        return pd.DataFrame({key: decode(group["features"][n][:]) for key, n in names.items()})
-    table = pd.DataFrame({"id": decode(group["genes"][:]), "name": decode(group["gene_names"][:])})
-    return table.assign(type=KEPT_TYPE)
-
-
-def decode(values: np.ndarray) -> list[str]:
-    return [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values.tolist()]
-
-
-def check_columns(
-    path: Path, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape: tuple[int, ...]
-) -> None:
-    """Check a compressed matrix of (features, barcodes) before anything trusts its indices."""
-    whole = (
-        len(indptr) == shape[1] + 1
-        and indptr[0] == 0
-        and (np.diff(indptr) >= 0).all()
-        and indptr[-1] == len(data) == len(indices)
-        and (len(indices) == 0 or (indices.min() >= 0 and indices.max() < shape[0]))
-    )
-    if not whole:
-        raise broken(path, f"is damaged: its indices do not fit a matrix of {shape}.")
-
-
-def read_10x_mtx(folder: Path) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
-    """The same from a folder of matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), .gz or
-    not."""
-    matrix = find_one(folder, "matrix.mtx")
-    barcodes_path = find_one(folder, "barcodes.tsv")
-    features_path = find_one(folder, "features.tsv", "genes.tsv")
-    try:
-        counts = sparse.csr_array(mmread(matrix).T)
-        barcodes = read_tsv(barcodes_path)[0].tolist()
-        table = read_tsv(features_path)
-    except (ValueError, OSError, EOFError, StopIteration) as error:
-        raise broken(folder, f"is no whole 10x matrix: {error}") from error
-    if table.shape[1] == 1:
-        raise broken(features_path, "has one column only; expected gene id, symbol and type.")
-    types = table[2] if table.shape[1] > 2 else KEPT_TYPE
-    features = pd.DataFrame({"id": table[0], "name": table[1]}).assign(type=types)
-    return keep_genes(counts, barcodes, features, matrix)
-
-
-def find_one(folder: Path, *names: str) -> Path:
-    """The file of one of these names, plain or gzipped."""
-    for name in names:
-        for path in (folder / f"{name}.gz", folder / name):
-            if path.is_file():
-                return path
-    raise utils.StageError(
-        f"{folder} has no {' or '.join(names)} (plain or .gz).",
-        "Give the folder as Space Ranger wrote it.",
-    )
-
-
-def read_tsv(path: Path) -> pd.DataFrame:
-    return pd.read_csv(
-        path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE
-    )
-
-
-def keep_genes(
-    counts: sparse.csr_array, barcodes: list[str], features: pd.DataFrame, path: Path
-) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
-    """Leave out controls and antibodies, and count them in ``features.attrs["dropped"]``."""
-    if counts.shape != (len(barcodes), len(features)):
-        raise broken(
-            path,
-            f"has {counts.shape[0]} columns and {counts.shape[1]} rows for {len(barcodes)} "
-            f"barcodes and {len(features)} features.",
-        )
-    keep = (features["type"] == KEPT_TYPE).to_numpy()
-    if not keep.any():
-        raise broken(path, f"has no {KEPT_TYPE} but {utils._some(features['type'].unique())}.")
-    molecules = np.asarray(counts.sum(axis=0)).ravel()
-    dropped = {
-        kind: (
-            (features["type"] == kind).sum().item(),
-            float(molecules[features["type"] == kind].sum()),
-        )
-        for kind in features["type"][~keep].unique()
-    }
-    kept = features[keep].reset_index(drop=True)
-    kept.attrs["dropped"] = dropped
-    return counts[:, np.flatnonzero(keep)], barcodes, kept
-
-
-def dropped_notes(features: pd.DataFrame) -> list[str]:
-    return [
-        f"{n} features of type {kind} with {molecules:,.0f} molecules are left out"
-        for kind, (n, molecules) in features.attrs.get("dropped", {}).items()
-    ]
-
-
 def unique_symbols(symbols: list[str], ids: list[str]) -> list[str]:
     """Gene symbols made unique, in their order: no counts are merged.
 
@@ -462,12 +347,59 @@ def unique_symbols(symbols: list[str], ids: list[str]) -> list[str]:
             name = f"{name}.{gene}"
         names.append(name)
         taken.add(name)
-    if repeated := utils._repeated(names):
+    if repeated := utils.duplicates(names):
         raise utils.StageError(
-            f"The gene ids {utils._some(repeated)} occur more than once.",
+            f"The gene ids {utils.some(repeated)} occur more than once.",
             "Mend the features of the matrix: gene ids must be unique.",
         )
     return names
+
+
+def repeated_note(path: Path, separator: str) -> list[str]:
+    """A note if the header of a table has names more than once, to which pandas adds .1, .2, ..."""
+    header = pd.read_csv(
+        path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False,
+        encoding="utf-8-sig",
+    )  # fmt: skip
+    repeated = utils.duplicates(header.iloc[0])
+    if not repeated:
+        return []
+    return [
+        f"{len(repeated)} gene names occur more than once ({utils.some(repeated)}): the second is "
+        f"called {repeated[0]}.1, and so on"
+    ]
+
+
+def most_variable(counts: sparse.csr_array, n: int) -> np.ndarray:
+    """The n genes whose counts vary most between spots, in the order of the matrix.
+
+    That is the rule by which get_HR.py chooses the genes to predict.
+    """
+    mean = np.asarray(counts.mean(axis=0)).ravel()
+    variance = np.asarray(counts.power(2).mean(axis=0)).ravel() - mean**2
+    return np.sort(np.argsort(-variance, kind="stable")[:n])
+
+
+def choose_truth_genes(
+    listed: list[str] | None, genes: list[str], spots: sparse.csr_array, n: int
+) -> np.ndarray:
+    """Positions of the genes of truth.npz: the listed ones, or the n most variable; none if 0."""
+    if n == 0:
+        return np.empty(0, np.int64)
+    if listed is not None:
+        place = {gene: i for i, gene in enumerate(genes)}
+        return np.array([place[gene] for gene in listed])
+    return most_variable(spots, n)
+
+
+def add_truth_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--truth-genes",
+        type=utils.not_negative,
+        default=N_TRUTH_GENES,
+        help=f"Genes in truth.npz: so many of the most variable (default {N_TRUTH_GENES}), or all "
+        "of --genes; 0 for no truth.npz.",
+    )
 
 
 def read_gene_list(path: Path | None, genes: list[str]) -> list[str] | None:
@@ -482,10 +414,10 @@ def read_gene_list(path: Path | None, genes: list[str]) -> list[str] | None:
     unknown = [name for name in names if name not in set(genes)]
     if unknown or not names:
         found = (
-            f"names {utils._some(unknown)}, which the counts do not have" if names else "is empty"
+            f"names {utils.some(unknown)}, which the counts do not have" if names else "is empty"
         )
         raise utils.StageError(
-            f"{path} {found}; their genes are like {utils._some(genes)}.",
+            f"{path} {found}; their genes are like {utils.some(genes)}.",
             "Mend the list, one gene a line, then run the same command.",
         )
     return names
@@ -626,10 +558,14 @@ class Report:
 
 
 def spot_pitch(xy: np.ndarray) -> float:
-    """Median distance of the spots (N, 2) to their nearest neighbours; nan for a single spot."""
+    """Median distance of the spots (N, 2) to their second nearest neighbours; nan for one spot.
+
+    On a lattice the nearest is no nearer; where spots are off it by some um, as in legacy ST, the
+    nearest would be nearer than the pitch by several per cent.
+    """
     if len(xy) < 2:
         return float("nan")
-    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
+    return float(np.median(cKDTree(xy).query(xy, k=min(3, len(xy)))[0][:, -1]))
 
 
 def share_inside(xy: np.ndarray, shape: tuple[int, int]) -> float:
@@ -664,27 +600,35 @@ def check(section: Section) -> Report:
         raise utils.StageError(
             f"The spots are {pitch:.2f} px x {section.pixel_size_um:.5g} um = "
             f"{report.pitch_um:.1f} um apart; expected {section.pitch_um:g} um within "
-            f"{MAX_PITCH_ERROR:.0%}, found {error:+.1%}.",
+            f"{MAX_PITCH_ERROR:.0%}, found {error:+.1%}.{other_platform(report.pitch_um)}",
             f"The pixel size would have to be {section.pitch_um / pitch:.5g} um. Give the image to "
             f"which the coordinates refer, at full resolution, and its own pixel size.",
         )
     return report
 
 
+def other_platform(pitch_um: float) -> str:
+    """A hint if the spots have the pitch of a platform, which may not be the one expected."""
+    for name, pitch in (("Visium", VISIUM_PITCH_UM), ("legacy ST", LEGACY_PITCH_UM)):
+        if abs(pitch_um / pitch - 1) <= MAX_PITCH_ERROR:
+            return f" It is the pitch of {name}: is it that platform?"
+    return ""
+
+
 def likely_cause(xy: np.ndarray, shape: tuple[int, int], scales: dict[str, float]) -> str:
     """Why spots miss the image, found by trying: a smaller copy, x and y swapped, another image."""
-    for name, scale in scales.items():
+    if share_inside(xy[:, ::-1], shape) >= MIN_INSIDE:  # first: a small scale fits on any image
+        return (
+            "With x and y swapped they do fit: the image is turned or mirrored, or the columns of "
+            "the positions are exchanged. Give the image as it was given to the vendor's software."
+        )
+    for name, scale in sorted(scales.items(), key=lambda item: -item[1]):
         if scale < 1 and share_inside(xy * scale, shape) >= MIN_INSIDE:
             reach = (xy * scale).max(axis=0)
             return (
                 f"Times {name} = {scale:.5g} they do fit (x to {reach[0]:.0f}, y to "
                 f"{reach[1]:.0f}), so this is that smaller copy. Give the full-resolution image."
             )
-    if share_inside(xy[:, ::-1], shape) >= MIN_INSIDE:
-        return (
-            "With x and y swapped they do fit: the image is turned or mirrored, or the columns of "
-            "the positions are exchanged. Give the image as it was given to the vendor's software."
-        )
     factor = float((xy.max(axis=0) / shape[::-1]).max())
     if factor > 1.05:
         return (
@@ -743,247 +687,3 @@ def check_lines(section: Section, report: Report) -> list[tuple[str, tuple[int, 
         ("Do the circles cover the tissue, and nothing else? If not, stop.", OUTSIDE_COLOUR),
     ]  # fmt: skip
     return lines
-
-
-# -------------------------------------------------------------------------------------------------
-# the sample directory
-# -------------------------------------------------------------------------------------------------
-WRITTEN = (utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW, utils.CNTS, utils.RADIUS_RAW)
-
-
-def read_own_record(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """Fingerprints by name of the files that runs here wrote.
-
-    A run that was cut off while it put its files in place left some old ones and some new ones.
-    """
-    path = directory / RECORD
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        known = {name: list(files) for name, files in record.get("previous", {}).items()}
-        for name, file in record["outputs"].items():
-            known.setdefault(name, []).append(file)
-        if not all(utils._is_fingerprint(file) for files in known.values() for file in files):
-            raise TypeError("a file without fingerprint")
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise utils.StageError(
-            f"{path} is no readable record: {error!r:.200}",
-            "Remove it, then run the same command with --force.",
-        ) from error
-    return known
-
-
-def is_mine(path: Path, own: dict[str, list[dict[str, Any]]]) -> bool:
-    """True if a file is there as a run here wrote it."""
-    return path.exists() and any(utils.same_as(path, file) for file in own.get(path.name, []))
-
-
-def guard(directory: Path, force: bool = False, gene_names: bool = False) -> None:
-    """Refuse to replace files that were not written here or were edited since, unless ``force``.
-
-    Call it before the first expensive step; write_sample calls it again.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise utils.StageError(
-            f"--directory {directory} is a file; it must be a folder.", "Choose another name."
-        )
-    own = read_own_record(directory)
-    names = [name for artifact in WRITTEN for name in artifact.names]
-    names += [TRUTH, CHECK, *([utils.GENE_NAMES.name] if gene_names else [])]
-    for name in names:
-        path = directory / name
-        if path.exists() and not is_mine(path, own) and not force:
-            state = "was edited since it was prepared" if name in own else "was not made here"
-            raise utils.StageError(
-                f"{path} {state}; it would be overwritten.",
-                "Choose another --directory, or replace it: run the same command with --force.",
-            )
-
-
-def write_sample(
-    directory: Path,
-    section: Section,
-    force: bool = False,
-    arguments: dict[str, Any] | None = None,
-) -> Report:
-    """Check the section, then write all files of the sample: all of them, or none."""
-    report = check(section)
-    directory.mkdir(parents=True, exist_ok=True)
-    guard(directory, force, section.gene_names is not None)
-    before = read_own_record(directory)
-    suffix = section.image.suffix.lower() if isinstance(section.image, Path) else ".tif"
-    writers: dict[str, Callable[[Path], None]] = {
-        f"he-raw{suffix}": lambda path: write_image(section.image, path),
-        utils.PIXEL_SIZE_RAW.name: lambda path: write_text(path, f"{section.pixel_size_um:.8g}\n"),
-        utils.RADIUS_RAW.name: lambda path: write_text(path, f"{section.radius_px:.6g}\n"),
-        utils.LOCS_RAW.name: lambda path: write_locs(section.locs, path),
-        "cnts.csv.gz": lambda path: write_counts(section, path),
-        CHECK: lambda path: draw_check(section, report, path),
-    }
-    if section.gene_names is not None:
-        text = "".join(f"{gene}\n" for gene in section.gene_names)
-        writers[utils.GENE_NAMES.name] = lambda path: write_text(path, text)
-    if section.truth is not None:
-        writers[TRUTH] = lambda path: write_truth(section.truth, path)
-    with contextlib.ExitStack() as stack:
-        outputs = {}
-        for name, write in writers.items():
-            partial = stack.enter_context(utils.atomic(directory / name))
-            write(partial)
-            outputs[name] = utils.fingerprint(partial)
-        unfinished = {"finished": False, "outputs": outputs, "previous": before}
-        write_json(directory / RECORD, unfinished)  # what a run cut off right here has written
-    if isinstance(section.image, Region):
-        section.image.slide.close()
-    remove_superseded(directory, writers.keys(), before)
-    for name in writers:
-        print(f"wrote {name}: {outputs[name]['bytes'] / 1e6:,.2f} MB")
-    record = {
-        "finished": True,
-        "script": Path(sys.argv[0]).name,
-        "arguments": {key: str(value) for key, value in (arguments or {}).items()},
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "sources": {str(path): utils.fingerprint(path) for path in section.sources},
-        "spots": report.spots,
-        "spots_on_image": report.spots_on_image,
-        "spots_off_tissue": 0 if section.off_tissue is None else len(section.off_tissue),
-        "genes": len(section.genes),
-        "molecules": float(section.counts.sum()),
-        "pixel_size_um": section.pixel_size_um,
-        "radius_px": section.radius_px,
-        "pitch_um": report.pitch_um,
-        **section.facts,
-        "notes": section.notes,
-        "outputs": outputs,
-    }
-    write_json(directory / RECORD, record)
-    print(report.words())
-    for note in section.notes:
-        print(f"note: {note}")
-    print(
-        f"Look at {directory / CHECK}, then run: python {utils.CALIBRATION} --directory {directory}"
-    )
-    return report
-
-
-def remove_superseded(directory: Path, written: Any, own: dict[str, list[dict[str, Any]]]) -> None:
-    """Remove he-raw and cnts under their other names, and what an earlier run alone wrote."""
-    for artifact in WRITTEN:
-        for name in set(artifact.names) - set(written):
-            (directory / name).unlink(missing_ok=True)
-    for name in {TRUTH, utils.GENE_NAMES.name} - set(written):
-        if is_mine(directory / name, own):
-            (directory / name).unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with utils.atomic(path) as partial:
-        write_text(partial, json.dumps(content, indent=1) + "\n")
-
-
-def write_locs(locs: pd.DataFrame, path: Path) -> None:
-    locs[["x", "y"]].to_csv(path, float_format="%.3f", index_label="", lineterminator="\n")
-
-
-def write_counts(section: Section, path: Path) -> None:
-    """cnts.csv.gz, a row at a time: the table is mostly zeros, and never whole in memory."""
-    counts = sparse.csr_array(section.counts)
-    whole = bool((counts.data == np.floor(counts.data)).all())
-    with (
-        path.open("wb") as raw,
-        gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,  # same counts, same bytes
-        io.TextIOWrapper(packed, encoding="utf-8", newline="") as file,
-    ):
-        line = csv.writer(file, lineterminator="\n")
-        line.writerow(["", *section.genes])
-        for i, spot in enumerate(section.locs.index):
-            part = slice(counts.indptr[i], counts.indptr[i + 1])
-            row = np.zeros(counts.shape[1])
-            np.add.at(row, counts.indices[part], counts.data[part])
-            cells = ["0"] * len(row)
-            for j in np.flatnonzero(row):
-                cells[j] = str(int(row[j])) if whole else f"{row[j]:.7g}"
-            line.writerow([spot, *cells])
-
-
-def write_truth(truth: Truth, path: Path) -> None:
-    """truth.npz: counts (h, w, G), tissue (h, w), genes (G,); written a row at a time.
-
-    Whole counts become uint16 or uint32, fractions float32.
-    """
-    h, w = truth.tissue.shape
-    n_genes = len(truth.genes)
-    is_sparse = sparse.issparse(truth.counts)
-    values = [sparse.csr_array(truth.counts).data] if is_sparse else truth.counts
-    whole = all((part == np.floor(part)).all() for part in values)
-    top = max((part.max(initial=0) for part in values), default=0)
-    dtype = np.dtype(np.float32 if not whole else np.uint16 if top < 2**16 else np.uint32)
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (h, w, n_genes)}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
-        with archive.open("counts.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for row in range(h):
-                part = np.s_[row * w : (row + 1) * w]
-                block = truth.counts[part].toarray() if is_sparse else truth.counts[row]
-                file.write(np.ascontiguousarray(block, dtype).tobytes())
-        for name, array in (("tissue", truth.tissue), ("genes", np.array(truth.genes))):
-            with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-
-
-# -------------------------------------------------------------------------------------------------
-# arguments and entry point
-# -------------------------------------------------------------------------------------------------
-def build_parser(doc: str) -> argparse.ArgumentParser:
-    """Parser with what all prepare scripts share, described by the first paragraph of ``doc``."""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
-    parser.add_argument(
-        "--directory",
-        type=utils.sample_directory,
-        required=True,
-        help="Sample folder to write; made if it does not exist.",
-    )
-    parser.add_argument(
-        "--genes",
-        type=Path,
-        metavar="FILE",
-        help="Genes to predict, one a line; becomes gene-names.txt.",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="Replace files that were not prepared here or edited."
-    )
-    return parser
-
-
-def run(
-    prepare: Callable[[argparse.Namespace], Section],
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None = None,
-) -> int:
-    """Parse, read the section by ``prepare(args)``, check and write it; 2 if a user can mend it."""
-    args = parser.parse_args(argv)
-    Image.MAX_IMAGE_PIXELS = utils.MAX_HE_PIXELS
-    try:
-        guard(args.directory, args.force, args.genes is not None)
-        write_sample(args.directory, prepare(args), args.force, vars(args))
-    except utils.StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        print(
-            f"error: {error.filename2 or error.filename or args.directory}: {error.strerror}.\n"
-            f"Make room or give access to it, then run the same command.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the sample is as it was", file=sys.stderr)
-        return 130
-    return 0

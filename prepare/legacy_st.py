@@ -7,7 +7,7 @@ Reads   counts   spots x genes; the id of a spot is its place on the array, "10x
         spots    x, y (place on the array), new_x, new_y (the same, adjusted), pixel_x, pixel_y
                  (px of the image) and, if it is there, selected (1 in tissue)
         labels   a pathologist's: x, y (which are new_x, new_y), label
-Writes  the files of a sample, see common.py; labels.csv (spot id, label) if labels were given.
+Writes  the files of a sample, see sample.py; labels.csv (spot id, label) if labels were given.
         Look at check.png before you go on.
 
 The array is square: spots of 100 um, 200 um apart. Spots were placed by hand or by detection and
@@ -27,12 +27,13 @@ from scipy.spatial import cKDTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common, slides
+from prepare import common, sample, slides
 
 LABELS = "labels.csv"
 SPOT_COLUMNS = ["x", "y", "pixel_x", "pixel_y"]
 LABEL_COLUMNS = ["x", "y", "label"]
 MAX_RESIDUAL_UM = 50.0  # of a spot from the fitted array, root mean square: half a spot
+MAX_MISSING = 0.2  # share of the selected spots without counts: else of another section
 MAX_SKEW = 0.1  # of the fitted array: relative difference of its scales, cosine of its angle
 SAME_SPOT = 0.02  # array units; labels give their coordinates rounded
 DAMAGED = (ValueError, OSError, EOFError, KeyError)  # what damaged tables raise
@@ -45,7 +46,7 @@ def read_tsv(path: Path, columns: list[str]) -> pd.DataFrame:
         missing = [name for name in columns if name not in table.columns]
         if missing:
             raise common.broken(
-                path, f"has the columns {utils._some(table.columns)}; {missing[0]} is missing."
+                path, f"has the columns {utils.some(table.columns)}; {missing[0]} is missing."
             )
         numbers = [name for name in columns if name != "label"]
         table[numbers] = table[numbers].apply(pd.to_numeric).astype(float)
@@ -65,8 +66,8 @@ def read_spots(path: Path) -> pd.DataFrame:
     if (place != place.round()).to_numpy().any():
         raise common.broken(path, "has fractions in x or y; expected whole places on the array.")
     ids = [f"{x:.0f}x{y:.0f}" for x, y in place.to_numpy()]
-    if repeated := utils._repeated(ids):
-        raise common.broken(path, f"lists the spots {utils._some(repeated)} more than once.")
+    if repeated := utils.duplicates(ids):
+        raise common.broken(path, f"lists the spots {utils.some(repeated)} more than once.")
     spots = pd.DataFrame(
         {
             "column": place["x"].to_numpy(), "row": place["y"].to_numpy(),
@@ -135,8 +136,8 @@ def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str
         {"label": table["label"].astype(str).str.strip()[found].to_numpy()},
         index=spots.index[nearest[found]],
     )
-    if repeated := utils._repeated(labels.index):
-        raise common.broken(path, f"labels the spots {utils._some(repeated)} more than once.")
+    if repeated := utils.duplicates(labels.index):
+        raise common.broken(path, f"labels the spots {utils.some(repeated)} more than once.")
     labels = labels.reindex(spots.index.intersection(labels.index, sort=False))
     notes = [f"{len(labels)} of {len(spots)} spots have a label"]
     if (~found).any():
@@ -152,17 +153,32 @@ def prepare(args: argparse.Namespace) -> common.Section:
     chosen = [spot for spot in counts.index if spot in selected.index]
     if not chosen:
         raise utils.StageError(
-            f"{args.counts} and {args.spots} have no spot in common: {utils._some(counts.index)}; "
-            f"{utils._some(selected.index)}.",
+            f"{args.counts} and {args.spots} have no spot in common: {utils.some(counts.index)}; "
+            f"{utils.some(selected.index)}.",
+            "Give the counts and the spots of one and the same section.",
+        )
+    missing = len(selected) - len(chosen)
+    if missing > MAX_MISSING * len(selected):
+        raise utils.StageError(
+            f"{args.counts} has no counts for {missing} of the {len(selected)} spots that "
+            f"{args.spots} selects: they are of two sections.",
             "Give the counts and the spots of one and the same section.",
         )
     image, locs, out_size = common.place_image(
         args.image, selected.loc[chosen], size, args.crop_um, args.downsample
     )
-    notes = common.metadata_note(args.image, size)
-    if missing := len(selected) - len(chosen):
+    notes = common.check_metadata(
+        args.image, size, args.pixel_size is not None, f"--pixel-size {size:.4g}"
+    )
+    notes += common.repeated_note(args.counts, "\t")
+    if missing:
         notes.append(f"{missing} selected spots without counts are left out")
     others = spots.drop(chosen)[["x", "y"]]
+    tables = {}
+    if args.labels:
+        labels, joined = join_labels(args.labels, spots)
+        tables[LABELS] = labels.loc[[spot for spot in chosen if spot in labels.index]]
+        notes += [*joined, f"{LABELS} holds {len(tables[LABELS])} of the {len(chosen)} spots"]
     return common.Section(
         image=image,
         pixel_size_um=out_size,
@@ -175,27 +191,13 @@ def prepare(args: argparse.Namespace) -> common.Section:
         pitch_um=common.LEGACY_PITCH_UM,
         gene_names=common.read_gene_list(args.genes, list(counts.columns)),
         notes=notes,
+        tables=tables,
         sources=[p for p in (args.counts, args.spots, args.image, args.labels) if p],
     )
 
 
-def labels_text(args: argparse.Namespace, section: common.Section) -> str:
-    """labels.csv of the section's spots; StageError if it would replace other labels."""
-    spots = read_spots(args.spots).loc[section.locs.index]
-    labels, notes = join_labels(args.labels, spots)
-    section.notes += notes
-    text = labels.to_csv(index_label="", lineterminator="\n")
-    path = args.directory / LABELS
-    if path.exists() and not args.force and path.read_bytes() != text.encode():
-        raise utils.StageError(
-            f"{path} holds other labels; it would be overwritten.",
-            "Choose another --directory, or run the same command with --force.",
-        )
-    return text
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.build_parser(__doc__)
+    parser = sample.build_parser(__doc__)
     parser.add_argument("--counts", type=Path, required=True, help="Table of counts, .tsv(.gz).")
     parser.add_argument("--spots", type=Path, required=True, help="Spot selection, .tsv.")
     parser.add_argument("--image", type=Path, required=True, help="H&E that pixel_x, _y refer to.")
@@ -211,20 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    texts = {}  # of the labels, written when the sample is
-
-    def prepare_all(args: argparse.Namespace) -> common.Section:
-        section = prepare(args)
-        if args.labels:
-            texts[args.directory / LABELS] = labels_text(args, section)
-        return section
-
-    code = common.run(prepare_all, build_parser(), argv)
-    for path, text in texts.items() if code == 0 else ():
-        with utils.atomic(path) as partial:
-            common.write_text(partial, text)
-        print(f"wrote {path.name}")
-    return code
+    return sample.run(prepare, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Reads   .h5ad   counts; obsm["spatial"] = x, y in px of the full-resolution imag
         tables  cnts.csv or .tsv, locs-raw.csv or .tsv, he-raw.*, pixel-size-raw.txt, and
                 radius-raw.txt if it is there, in a folder or after a prefix (data/P1- reads
                 data/P1-cnts.tsv), as the tools of this family have them
-Writes  the files of a sample, see common.py; look at check.png before you go on.
+Writes  the files of a sample, see sample.py; look at check.png before you go on.
 
 Raw counts are taken from X, else from a layer, else from raw: from the first that holds nothing but
 whole numbers. Normalised or log-transformed values are refused: counts cannot be got back.
@@ -37,7 +37,7 @@ from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common, slides, visium
+from prepare import common, sample, slides, tenx, visium
 
 LAYERS = ("counts", "raw_counts", "raw", "count", "umi")  # names of raw counts, looked at first
 SYMBOLS = ("gene_symbols", "gene_symbol", "feature_name", "gene_name", "symbol", "SYMBOL")  # in var
@@ -64,6 +64,7 @@ class Spots:
     scales: dict[str, float] = field(default_factory=dict)  # of the hires and lowres copies
     pixel_size_um: float | None = None
     radius_um: float | None = None
+    hires_size: tuple[int, int] | None = None  # width, height of the hires copy
 
 
 # -------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class Annotated:
     def columns(self, table: str, wanted: tuple[str, ...]) -> pd.DataFrame:
         """Those of the wanted columns that obs, var or raw/var has, as text."""
         group = self.root[table]
-        found = {name: text(read_array(group[name])) for name in wanted if name in group}
+        found = {name: text(read_column(group, name)) for name in wanted if name in group}
         return pd.DataFrame(found, index=self.names(table), dtype=object)
 
     def matrices(self) -> dict[str, tuple[str, str]]:
@@ -133,6 +134,14 @@ def read_array(node: Any) -> Any:
     raise ValueError(f"an element encoded as {kind!r}")
 
 
+def read_column(group: Any, name: str) -> Any:
+    """A column of obs or var; anndata 0.7 kept the categories of all columns in a group beside."""
+    if name not in keys_of(group, "__categories"):
+        return read_array(group[name])
+    categories = np.array([*text(read_array(group["__categories"][name])), ""], object)
+    return categories[np.asarray(group[name][()])]  # code -1: no value
+
+
 def text(values: np.ndarray) -> list[str]:
     return [v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(values).tolist()]
 
@@ -152,6 +161,12 @@ def open_anndata(path: Path) -> Iterator[Annotated]:
                 root = stack.enter_context(h5py.File(path))
             if not {"obs", "var"} <= set(root):
                 raise common.broken(path, "holds no obs and var: it is no AnnData.")
+            if not hasattr(root["obs"], "keys"):
+                raise utils.StageError(
+                    f"{path} was written by anndata before 0.7, of 2020, in another layout.",
+                    "Read it and write it again with a current anndata: "
+                    "anndata.read_h5ad(old).write_h5ad(new).",
+                )
             yield Annotated(path, root)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
         if isinstance(error, utils.StageError):
@@ -178,7 +193,7 @@ def find_counts(data: Annotated, layer: str | None) -> tuple[sparse.csr_array, s
     if layer is not None:
         name = f"layer {layer!r}"
         if name not in places:
-            known = utils._some(keys_of(data.root, "layers")) or "none"
+            known = utils.some(keys_of(data.root, "layers")) or "none"
             raise utils.StageError(
                 f"{data.path} has no layer {layer!r}, but {known}.",
                 "Name one of its layers by --layer.",
@@ -191,7 +206,7 @@ def find_counts(data: Annotated, layer: str | None) -> tuple[sparse.csr_array, s
             return sparse.csr_array(values), var, name
         seen = seen or describe(values, name)
     raise utils.StageError(
-        f"{data.path} holds no raw counts: {utils._some(places)} hold fractions or negative "
+        f"{data.path} holds no raw counts: {utils.some(places)} hold fractions or negative "
         f"numbers, or nothing{seen}.",
         "Give the object before it was normalised, or keep its counts in layers['counts'].",
     )
@@ -217,12 +232,12 @@ def gene_names(data: Annotated, var: str) -> tuple[list[str], np.ndarray, list[s
     if names and np.mean([name.startswith("ENS") for name in names]) > 0.5:
         ids = names
         names = next((table[c].tolist() for c in SYMBOLS if c in table), names)
-    if utils._repeated(ids):  # then ids tell no more than their places
+    if utils.duplicates(ids):  # then ids tell no more than their places
         ids = [str(i + 1) for i in range(len(names))]
     keep = np.ones(len(names), bool)
     notes = []
-    if "feature_types" in table and (table["feature_types"] == common.KEPT_TYPE).any():
-        keep = (table["feature_types"] == common.KEPT_TYPE).to_numpy()
+    if "feature_types" in table and (table["feature_types"] == tenx.KEPT_TYPE).any():
+        keep = (table["feature_types"] == tenx.KEPT_TYPE).to_numpy()
         if not keep.all():
             notes.append(f"{(~keep).sum()} features that are no genes are left out")
     kept = np.flatnonzero(keep)
@@ -235,7 +250,7 @@ def choose_library(data: Annotated, library: str | None) -> tuple[np.ndarray, st
     libraries = keys_of(data.root, "uns/spatial")
     if library is None and len(libraries) > 1:
         raise utils.StageError(
-            f"{data.path} holds the sections {utils._some(libraries)}.",
+            f"{data.path} holds the sections {utils.some(libraries)}.",
             "Choose one: run the same command with --library NAME.",
         )
     if library is None:
@@ -248,7 +263,7 @@ def choose_library(data: Annotated, library: str | None) -> tuple[np.ndarray, st
         return rows, library
     known = {column: sorted(obs[column].unique()) for column in obs}
     raise utils.StageError(
-        f"{data.path} has no section {library!r}, but {known or utils._some(libraries) or 'one'}.",
+        f"{data.path} has no section {library!r}, but {known or utils.some(libraries) or 'one'}.",
         f"Give one that a column of obs ({', '.join(LIBRARIES)}) names.",
     )
 
@@ -275,7 +290,7 @@ def read_h5ad(args: argparse.Namespace) -> Spots:
         known = keys_of(data.root, "obsm")
         if "spatial" not in known:
             raise utils.StageError(
-                f"{data.path} has no obsm['spatial'], only {utils._some(known) or 'nothing'}.",
+                f"{data.path} has no obsm['spatial'], only {utils.some(known) or 'nothing'}.",
                 "Keep the spots' x and y (px of the full-resolution image) in obsm['spatial'].",
             )
         xy = read_array(data.root["obsm/spatial"])[rows]
@@ -289,7 +304,36 @@ def read_h5ad(args: argparse.Namespace) -> Spots:
         for name in visium.SCALES if library is not None else ():
             if name in keys_of(data.root, factors):
                 spots.scales[name] = float(read_array(data.root[f"{factors}/{name}"]))
+        images = f"uns/spatial/{library}/images"
+        if library is not None and "hires" in keys_of(data.root, images):
+            spots.hires_size = data.root[f"{images}/hires"].shape[1::-1]
     return spots
+
+
+def check_size(path: Path, spots: Spots, trusted: bool) -> list[str]:
+    """Stop unless the image has the size that the hires copy in the object says.
+
+    A ``trusted`` image only gets a note.
+    """
+    scale = spots.scales.get("tissue_hires_scalef")
+    if not scale or spots.hires_size is None:
+        return []
+    size, hires = np.array(common.image_size(path)), np.array(spots.hires_size)
+    if np.abs(size * scale - hires).max() <= visium.SIZE_TOLERANCE_PX:
+        return []
+    width, height = hires / scale
+    problem = (
+        f"{path} is {size[0]} x {size[1]} px, but the coordinates refer to an image of about "
+        f"{width:.0f} x {height:.0f} px: its hires copy in the object has {hires[0]} x {hires[1]} "
+        f"px at tissue_hires_scalef {scale:.6g}"
+    )
+    if trusted:
+        return [f"{problem}; it is taken all the same, since --pixel-size is given"]
+    raise utils.StageError(
+        f"{problem}.",
+        "Give the full-resolution image that Space Ranger was given. If you know that the "
+        "coordinates refer to your image, add its --pixel-size.",
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -390,7 +434,7 @@ def choose_element(store: Path, kind: str, name: str | None, option: str) -> Pat
         return store / kind / there[0]
     if name in there:
         return store / kind / name
-    found = f"has no {kind}" if not there else f"has the {kind} {utils._some(there)}"
+    found = f"has no {kind}" if not there else f"has the {kind} {utils.some(there)}"
     raise utils.StageError(
         f"{store} {found}; wanted {'one' if name is None else repr(name)}.",
         f"Choose by {option} NAME." if there else "Give the store of a Visium section.",
@@ -447,7 +491,7 @@ def read_store(args: argparse.Namespace, data: Annotated) -> tuple[Spots, ZarrSl
         there = [r for r in elements(store, "shapes") if r in set(regions)]
         if len(there) != 1:
             raise utils.StageError(
-                f"{table_path} is of the shapes {utils._some(regions.unique())}.",
+                f"{table_path} is of the shapes {utils.some(regions.unique())}.",
                 "Choose one by --shapes NAME.",
             )
         chosen = there[0]
@@ -459,7 +503,7 @@ def read_store(args: argparse.Namespace, data: Annotated) -> tuple[Spots, ZarrSl
     if missing or not len(wanted):
         raise common.broken(
             path,
-            f"lacks {len(missing)} of {len(wanted)} spots of the table: {utils._some(missing)}.",
+            f"lacks {len(missing)} of {len(wanted)} spots of the table: {utils.some(missing)}.",
         )
     xy = circles.loc[wanted].to_numpy(float)
     slide = None
@@ -475,7 +519,7 @@ def move_to_image(xy: np.ndarray, into: dict[str, np.ndarray], slide: ZarrSlide)
     both = [name for name in ("global", *out) if name in out and name in into]
     if not both:
         raise utils.StageError(
-            f"{slide.path} is in {utils._some(out)}, the spots are in {utils._some(into)}: no "
+            f"{slide.path} is in {utils.some(out)}, the spots are in {utils.some(into)}: no "
             f"coordinate system in common.",
             WHOLE_IMAGE,
         )
@@ -492,7 +536,7 @@ def find_plain(prefix: str, names: tuple[str, ...], what: str) -> Path | None:
     there = [Path(start + name) for name in names if Path(start + name).is_file()]
     if len(there) > 1:
         raise utils.StageError(
-            f"There are {utils._some(there)}: which is the {what}?", "Move the others away."
+            f"There are {utils.some(there)}: which is the {what}?", "Move the others away."
         )
     return there[0] if there else None
 
@@ -508,13 +552,18 @@ def need_plain(prefix: str, names: tuple[str, ...], what: str) -> Path:
     return path
 
 
+def separator(path: Path) -> str:
+    """Tab or comma, whichever the header of a table has more of."""
+    first = pd.read_csv(path, header=None, nrows=1, sep="\0", engine="c", encoding="utf-8-sig")
+    header = str(first.iat[0, 0])
+    return "\t" if header.count("\t") >= max(1, header.count(",")) else ","
+
+
 def read_plain(path: Path, columns: list[str] | None) -> pd.DataFrame:
     """A table whose first column is the spot id; commas or tabs, as its header has them."""
     try:
-        first = pd.read_csv(path, header=None, nrows=1, sep="\0", engine="c", encoding="utf-8-sig")
-        tabs = str(first.iat[0, 0]).count("\t") >= max(1, str(first.iat[0, 0]).count(","))
         table = pd.read_csv(
-            path, sep="\t" if tabs else ",", dtype={0: str}, index_col=0, keep_default_na=False,
+            path, sep=separator(path), dtype={0: str}, index_col=0, keep_default_na=False,
             encoding="utf-8-sig",
         )  # fmt: skip
         table = table[columns] if columns else table
@@ -532,7 +581,7 @@ def read_plain(path: Path, columns: list[str] | None) -> pd.DataFrame:
 
 def read_one_number(path: Path) -> float:
     text = path.read_text(encoding="utf-8-sig").strip()
-    if not utils._is_number(text) or not float(text) > 0:
+    if not utils.is_number(text) or not float(text) > 0:
         raise common.broken(path, f"holds {text[:40]!r}; expected one number above zero.")
     return float(text)
 
@@ -552,18 +601,19 @@ def read_tables(args: argparse.Namespace) -> Spots:
     shared = [spot for spot in counts.index if spot in locs.index]
     if not shared:
         raise utils.StageError(
-            f"{counts_path} and {locs_path} have no spot in common: {utils._some(counts.index)}; "
-            f"{utils._some(locs.index)}.",
+            f"{counts_path} and {locs_path} have no spot in common: {utils.some(counts.index)}; "
+            f"{utils.some(locs.index)}.",
             "Give the tables of one and the same section.",
         )
     size_path = find_plain(prefix, utils.PIXEL_SIZE_RAW.names, "pixel size")
     radius_path = find_plain(prefix, utils.RADIUS_RAW.names, "radius")
     size = args.pixel_size or (read_one_number(size_path) if size_path else None)
-    notes = [f"{len(counts) + len(locs) - 2 * len(shared)} spots are in one table only, left out"]
+    notes = common.repeated_note(counts_path, separator(counts_path))
+    if alone := len(counts) + len(locs) - 2 * len(shared):
+        notes.append(f"{alone} spots are in one table only and are left out")
     spots = Spots(
         sparse.csr_array(counts.loc[shared].to_numpy()), shared, [str(g) for g in counts.columns],
-        locs.loc[shared], np.ones(len(shared), bool), notes if notes[0][0] != "0" else [],
-        pixel_size_um=size,
+        locs.loc[shared], np.ones(len(shared), bool), notes, pixel_size_um=size,
     )  # fmt: skip
     if radius_path and size:
         spots.radius_um = read_one_number(radius_path) * size
@@ -580,20 +630,6 @@ def pixel_size(args: argparse.Namespace, spots: Spots, path: Path) -> float:
     if "array_row" in spots.places and args.pitch_um == common.VISIUM_PITCH_UM:
         return visium.fit_pixel_size(spots.places, path)[0]
     return args.pitch_um / common.spot_pitch(spots.places[["x", "y"]].to_numpy())
-
-
-def place_slide(
-    slide: slides.Slide, locs: pd.DataFrame, size: float, args: argparse.Namespace
-) -> common.Region:
-    """The part of an open slide that is written: see common.place_image."""
-    step = args.downsample or slides.whole_factor(size)
-    low, high = np.zeros(2, int), np.array(slide.size)
-    if args.crop_um is not None:
-        xy, margin = locs[["x", "y"]].to_numpy(), args.crop_um / size
-        low = np.clip(np.floor(xy.min(0) - margin), 0, high - 1).astype(int)
-        high = np.clip(np.ceil(xy.max(0) + margin), low, high).astype(int)
-    width, height = ((high - low) // step * step).tolist()
-    return common.Region(slide, *low.tolist(), width, height, step)
 
 
 def prepare(args: argparse.Namespace) -> common.Section:
@@ -615,11 +651,13 @@ def prepare(args: argparse.Namespace) -> common.Section:
     places = spots.places[["x", "y"]]
     inside = places[spots.in_tissue]
     if slide is not None:
-        image = place_slide(slide, inside, size, args)
+        image = common.place_slide(slide, inside, size, args.crop_um, args.downsample)
         locs, size = common.move(inside, image), size * image.downsample
         notes = []
     else:
-        notes = common.metadata_note(args.image, size)
+        trusted = args.pixel_size is not None
+        notes = check_size(args.image, spots, trusted)
+        notes += common.check_metadata(args.image, size, trusted, f"--pixel-size {size:.4g}")
         image, locs, size = common.place_image(
             args.image, inside, size, args.crop_um, args.downsample
         )
@@ -644,7 +682,7 @@ def prepare(args: argparse.Namespace) -> common.Section:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.build_parser(__doc__)
+    parser = sample.build_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--h5ad", type=Path, help="AnnData with obsm['spatial'].")
     source.add_argument("--spatialdata", type=Path, metavar="ZARR", help="SpatialData store.")
@@ -663,17 +701,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--pitch-um",
-        type=float,
+        type=common.micrometres,
         default=common.VISIUM_PITCH_UM,
-        help="Distance between neighbouring spots; default 100 (Visium).",
+        help="Distance between neighbouring spots; default 100 (Visium); 200 for legacy ST.",
     )
-    parser.add_argument("--radius-um", type=float, help="Radius of a spot; default 27.5 (Visium).")
+    parser.add_argument(
+        "--radius-um",
+        type=common.micrometres,
+        help="Radius of a spot; default 27.5 (Visium); 50 for legacy ST.",
+    )
     common.add_image_options(parser)
     return parser
 
 
 def run(argv: list[str] | None = None) -> int:
-    return common.run(prepare, build_parser(), argv)
+    return sample.run(prepare, build_parser(), argv)
 
 
 if __name__ == "__main__":

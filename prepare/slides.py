@@ -34,7 +34,7 @@ from PIL import ExifTags, Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from image_calibration import FORMATS, misfit, to_rgb
-from prepare import common
+from prepare import common, sample
 
 OPENSLIDE_SUFFIXES = (
     ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm",
@@ -421,7 +421,7 @@ def ome_pixel_size(xml: str, width: int) -> float | None:
         for axis in "XY":
             unit = MICROMETRES.get(node.get(f"PhysicalSize{axis}Unit", "um"))
             value = node.get(f"PhysicalSize{axis}")
-            known = unit is not None and value is not None and utils._is_number(value)
+            known = unit is not None and value is not None and utils.is_number(value)
             sides.append(float(value) * unit if known else None)
         return sane_pixel_size(*sides)
     return None
@@ -494,7 +494,7 @@ def cut(args: argparse.Namespace) -> None:
             utils.atomic(args.directory / utils.PIXEL_SIZE_RAW.name) as text,
         ):
             common.write_image(region, partial)
-            common.write_text(text, f"{pixel_size * region.downsample:.8g}\n")
+            sample.write_text(text, f"{pixel_size * region.downsample:.8g}\n")
         for path in there:
             if path.name in utils.HE_RAW.names and path != target:
                 path.unlink()
@@ -543,13 +543,7 @@ def pixel_size(text: str) -> float:
 
 
 def run(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    try:
-        cut(args)
-    except utils.StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return sample.exit_code(cut, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

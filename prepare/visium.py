@@ -6,7 +6,7 @@ Reads   OUTS/filtered_feature_bc_matrix.h5, or the folder of that name (matrix.m
         OUTS/spatial/tissue_positions*.csv or .parquet, of Space Ranger 1 to 4
         OUTS/spatial/scalefactors_json.json, tissue_hires_image.png   to recognise the image
         FULLRES   the microscope image that Space Ranger was given: all coordinates refer to it
-Writes  the files of a sample, see common.py; look at check.png before you go on.
+Writes  the files of a sample, see sample.py; look at check.png before you go on.
 
 The pixel size is fitted to the array: neighbours are 100 um apart, rows 86.6 um. Space Ranger's
 spot_diameter_fullres is not used: it stands for 65 um, while the printed spots measure 55 um.
@@ -33,7 +33,7 @@ from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common
+from prepare import common, sample, tenx
 
 MATRIX = "filtered_feature_bc_matrix"
 POSITIONS = (  # the newest layout first
@@ -109,14 +109,14 @@ def find_matrix(outs: Path) -> Path:
     plain = [path for path in found if path.suffix == ".h5"] or found
     if len(plain) > 1:
         raise utils.StageError(
-            f"{outs} has {len(plain)} matrices: {utils._some([p.name for p in plain])}.",
+            f"{outs} has {len(plain)} matrices: {utils.some([p.name for p in plain])}.",
             "Leave the one of this section there.",
         )
     return plain[0]
 
 
 def read_matrix(path: Path) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
-    return common.read_10x_mtx(path) if path.is_dir() else common.read_10x_h5(path)
+    return tenx.read_10x_mtx(path) if path.is_dir() else tenx.read_10x_h5(path)
 
 
 def find_positions(folder: Path) -> Path:
@@ -133,14 +133,14 @@ def read_positions(path: Path) -> pd.DataFrame:
         numbers = table[list(COLUMNS[1:])].apply(pd.to_numeric).astype(float)
     except KeyError as error:
         raise common.broken(
-            path, f"has the columns {utils._some(table.columns)}; expected {', '.join(COLUMNS)}."
+            path, f"has the columns {utils.some(table.columns)}; expected {', '.join(COLUMNS)}."
         ) from error
     except (ValueError, OSError, EOFError, TypeError) as error:
         raise common.broken(path, f"is no whole table of positions: {error}") from error
     if not np.isfinite(numbers.to_numpy()).all() or table.empty:
         raise common.broken(path, "holds empty cells or no spot at all.")
-    if repeated := utils._repeated(table["barcode"]):
-        raise common.broken(path, f"lists the barcodes {utils._some(repeated)} more than once.")
+    if repeated := utils.duplicates(table["barcode"]):
+        raise common.broken(path, f"lists the barcodes {utils.some(repeated)} more than once.")
     positions = numbers.set_axis(pd.Index(table["barcode"].astype(str), name=None))
     positions = positions.rename(columns={COLUMNS[4]: "y", COLUMNS[5]: "x"})
     return positions.assign(in_tissue=positions["in_tissue"] > 0)
@@ -156,7 +156,7 @@ def read_table(path: Path) -> pd.DataFrame:
     if "in_tissue" in first.tolist():
         table = pd.read_csv(path, **options)
         return table.rename(columns=str.strip)
-    if len(first) != len(COLUMNS) or not first.iloc[1:].map(utils._is_number).all():
+    if len(first) != len(COLUMNS) or not first.iloc[1:].map(utils.is_number).all():
         raise ValueError(
             f"its first line is {','.join(first)[:80]!r}; expected {','.join(COLUMNS)}"
         )
@@ -188,8 +188,9 @@ def picture_size(path: Path) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------------------
 # pixel size and image
 # -------------------------------------------------------------------------------------------------
-def fit_pixel_size(positions: pd.DataFrame, path: Path) -> tuple[float, float]:
-    """(um per px, degrees by which the array is turned), from all positions of the array."""
+def fit_pixel_size(positions: pd.DataFrame, path: Path) -> tuple[float, float, bool]:
+    """(um per px, degrees by which the array is turned, whether it is mirrored), from all
+    positions of the array."""
     lattice = positions[["array_col", "array_row"]].to_numpy() * (COLUMN_UM, ROW_UM)
     xy = positions[["x", "y"]].to_numpy()
     origin, axes = common.fit_affine(lattice, xy)
@@ -208,7 +209,8 @@ def fit_pixel_size(positions: pd.DataFrame, path: Path) -> tuple[float, float]:
             "See that its columns are " + ", ".join(COLUMNS) + " (row before column), and that it "
             "is of Visium with 100 um pitch.",
         )
-    return pixel_size, float(np.degrees(np.arctan2(axes[0, 1], axes[0, 0])))
+    degrees = float(np.degrees(np.arctan2(axes[0, 1], axes[0, 0])))
+    return pixel_size, degrees, bool(np.linalg.det(axes) < 0)
 
 
 def check_full_resolution(
@@ -291,7 +293,8 @@ def place(
             )
         return place_hires(args.image, pixel_size, spatial)
     notes = check_full_resolution(args.image, size, spatial, args.image_is == "fullres")
-    notes += common.metadata_note(args.image, pixel_size)
+    trusted = spatial.full_size is not None or args.image_is == "fullres"  # else never compared
+    notes += common.check_metadata(args.image, pixel_size, trusted, "--image-is fullres")
     image, _, written_um = common.place_image(
         args.image, spots, pixel_size, args.crop_um, args.downsample
     )
@@ -355,7 +358,7 @@ def join_tissue(
     if len(strangers) > MAX_STRANGERS * len(barcodes):
         raise utils.StageError(
             f"{path} says that {len(strangers)} of the {len(barcodes)} barcodes of the matrix are "
-            f"not in tissue ({utils._some(strangers)}).",
+            f"not in tissue ({utils.some(strangers)}).",
             "Matrix and positions are of two sections, or ids differ; give those of one run.",
         )
     spots = in_tissue[in_tissue.isin(barcodes)]
@@ -368,11 +371,16 @@ def prepare(args: argparse.Namespace) -> common.Section:
     spatial = read_spatial(outs / "spatial")
     positions_path, matrix_path = find_positions(spatial.folder), find_matrix(outs)
     positions = read_positions(positions_path)
-    pixel_size, degrees = fit_pixel_size(positions, positions_path)
+    pixel_size, degrees, mirrored = fit_pixel_size(positions, positions_path)
     places, in_tissue = positions[["x", "y"]], positions["in_tissue"]
     placed, notes = place(args, places[in_tissue], pixel_size, spatial)
     if (spatial.folder / CYTASSIST_IMAGE).is_file():
         notes.append("CytAssist run: coordinates refer to the microscope image, not to its own")
+    elif mirrored:  # with CytAssist it is the rule
+        notes.append(
+            "the array is mirrored in the image: if the image was not, x and y of the positions "
+            "are exchanged"
+        )
     counts, barcodes, features = read_matrix(matrix_path)
     spots, joined = join_tissue(positions, barcodes, positions_path)
     genes = common.unique_symbols(features["name"].tolist(), features["id"].tolist())
@@ -389,9 +397,13 @@ def prepare(args: argparse.Namespace) -> common.Section:
         off_tissue=placed.move(places[~in_tissue]),
         array=placed.move(places),
         scales=spatial.scales,
-        sources=[args.image, positions_path, *spatial.files(), *utils._files(matrix_path)],
-        facts={"full_resolution_um_per_px": pixel_size, "array_turned_degrees": round(degrees, 3)},
-        notes=[*notes, *joined, *common.dropped_notes(features)],
+        sources=[args.image, positions_path, *spatial.files(), *utils.files_in(matrix_path)],
+        facts={
+            "full_resolution_um_per_px": pixel_size,
+            "array_turned_degrees": round(degrees, 3),
+            "array_mirrored": mirrored,
+        },
+        notes=[*notes, *joined, *tenx.dropped_notes(features)],
     )
 
 
@@ -409,14 +421,14 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.build_parser(__doc__)
+    parser = sample.build_parser(__doc__)
     parser.add_argument("--outs", type=Path, required=True, help="Folder outs of Space Ranger.")
     add_image_arguments(parser)
     return parser
 
 
 def run(argv: list[str] | None = None) -> int:
-    return common.run(prepare, build_parser(), argv)
+    return sample.run(prepare, build_parser(), argv)
 
 
 if __name__ == "__main__":

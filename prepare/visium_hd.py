@@ -6,7 +6,7 @@ the bins themselves as truth.
 Reads   OUTS/binned_outputs/square_002um/ (or 008um, 016um: the finest there, or --bin)
             filtered_feature_bc_matrix.h5, spatial/tissue_positions.parquet
         FULLRES   the microscope image that Space Ranger was given
-Writes  the files of a sample, see common.py, with truth.npz for analysis/evaluate.py.
+Writes  the files of a sample, see sample.py, with truth.npz for analysis/evaluate.py.
 
 Pseudo-spots. Visium's lattice, 100 um apart in rows of 86.6 um, lies along the axes of the bins as
 a slide's does, however the section is turned or mirrored in the image. A spot is the sum of the
@@ -39,7 +39,7 @@ from scipy import sparse
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from image_calibration import machine_memory
-from prepare import common, visium
+from prepare import common, sample, tenx, visium
 
 BIN_FOLDERS = ("square_002um", "square_008um", "square_016um")
 POSITIONS = "tissue_positions.parquet"
@@ -50,7 +50,6 @@ MIN_COVER = 0.5  # share of a spot or superpixel that bins in tissue must cover
 FITTED_BINS = 250_000  # enough to fit the lattice to
 MAX_RESIDUAL_UM = 20.0  # root mean square; a lens may bend the lattice by a few um
 BINS_PER_BLOCK, VALUES_PER_BLOCK = 200_000, 4_000_000  # read at a time, whichever comes first
-N_TRUTH_GENES = 300  # 812 x 812 superpixels of 300 genes are 0.8 GB when they are scored
 
 
 @dataclass
@@ -189,7 +188,7 @@ def bin_places(barcodes: np.ndarray, size_um: float, path: Path) -> tuple[np.nda
                 return row, col
     raise common.broken(
         path,
-        f"has barcodes such as {common.decode(text[:1])[0]!r}; expected {size_um:g} um bins like "
+        f"has barcodes such as {tenx.decode(text[:1])[0]!r}; expected {size_um:g} um bins like "
         f"s_{size_um:03.0f}um_00012_00345-1.",
     )
 
@@ -207,7 +206,7 @@ class Matrix:
 
     def blocks(self, bins: Bins) -> Iterator[tuple[np.ndarray, sparse.csr_array]]:
         """(number in ``bins`` or -1 (n,), counts (n, genes)) of every bin of the file, once."""
-        with common.open_h5(self.path) as group:
+        with tenx.open_h5(self.path) as group:
             n_features, n_bins = (int(n) for n in group["shape"][:])
             indptr = group["indptr"][:].astype(np.int64)
             start = 0
@@ -218,7 +217,7 @@ class Matrix:
                 data, indices = group["data"][first:last], group["indices"][first:last]
                 pointers = (indptr[start : stop + 1] - first).astype(np.int32)
                 shape = (n_features, stop - start)
-                common.check_columns(self.path, data, indices, pointers, shape)
+                tenx.check_columns(self.path, data, indices, pointers, shape)
                 block = sparse.csr_array(
                     (data.astype(np.float64), indices.astype(np.int32), pointers), shape=shape[::-1]
                 )
@@ -239,14 +238,14 @@ def open_matrix(path: Path) -> Matrix:
             f"{path} is a folder of tables; bins of HD are read from {path.name}.h5.",
             "Put that file beside it: Space Ranger writes both.",
         )
-    with common.open_h5(path) as group:
+    with tenx.open_h5(path) as group:
         shape = tuple(int(n) for n in group["shape"][:])
-        features = common.read_h5_features(group)
+        features = tenx.read_h5_features(group)
         indptr = group["indptr"]
         whole = len(indptr) == shape[1] + 1 and indptr[-1] == len(group["data"])
         if not whole or len(features) != shape[0] or len(group["barcodes"]) != shape[1]:
             raise common.broken(path, f"is damaged: its parts do not fit a matrix of {shape}.")
-    keep = np.flatnonzero(features["type"] == common.KEPT_TYPE)
+    keep = np.flatnonzero(features["type"] == tenx.KEPT_TYPE)
     kept = features.iloc[keep].reset_index(drop=True)
     kept.attrs["n_dropped"] = len(features) - len(keep)
     return Matrix(path, keep, kept)
@@ -295,16 +294,6 @@ def sum_spots(
         total = total + common.sum_rows(target, block, n_spots)
         molecules += float(block.sum())
     return total, molecules
-
-
-def most_variable(counts: sparse.csr_array, n: int) -> np.ndarray:
-    """The n genes whose counts vary most between spots, in the order of the matrix.
-
-    That is the rule by which get_HR.py chooses the genes to predict.
-    """
-    mean = np.asarray(counts.mean(axis=0)).ravel()
-    variance = np.asarray(counts.power(2).mean(axis=0)).ravel() - mean**2
-    return np.sort(np.argsort(-variance, kind="stable")[:n])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -407,12 +396,19 @@ def prepare(args: argparse.Namespace) -> common.Section:
     symbols, ids = matrix.features["name"].tolist(), matrix.features["id"].tolist()
     genes = common.unique_symbols(symbols, ids)
     listed = common.read_gene_list(args.genes, genes)
-    chosen = choose_truth_genes(listed, genes, spots[np.flatnonzero(in_tissue)], args.truth_genes)
+    in_spots = spots[np.flatnonzero(in_tissue)]
+    chosen = common.choose_truth_genes(listed, genes, in_spots, args.truth_genes)
     truth = None
     if len(chosen):
         grid = make_grid(bins, placed)
         check_memory(grid, len(chosen))
-        counts, facts["molecules_of_truth_genes"] = sum_superpixels(matrix, bins, grid, chosen)
+        counts, where = sum_superpixels(matrix, bins, grid, chosen)
+        facts["molecules_of_truth_genes"] = where
+        notes.append(
+            f"truth.npz holds {len(chosen)} of {len(genes)} genes: {where['in truth']:,.0f} of "
+            f"{where['all']:,.0f} molecules; {where['bins not in tissue']:,.0f} are of bins off "
+            f"the tissue, {where['off the image']:,.0f} off the image"
+        )
         truth = common.Truth(counts, cover(bins, grid) >= MIN_COVER, [genes[i] for i in chosen])
     if size_um > 2:
         notes.append(f"bins of {size_um:g} um: pseudo-spots are coarser than from {BIN_FOLDERS[0]}")
@@ -422,7 +418,7 @@ def prepare(args: argparse.Namespace) -> common.Section:
         image=placed.image,
         pixel_size_um=placed.pixel_size_um,
         locs=placed.move(places[in_tissue]),
-        counts=spots[np.flatnonzero(in_tissue)],
+        counts=in_spots,
         genes=genes,
         gene_names=listed,
         radius_px=common.VISIUM_RADIUS_UM / placed.pixel_size_um,
@@ -444,37 +440,19 @@ def prepare(args: argparse.Namespace) -> common.Section:
     )
 
 
-def choose_truth_genes(
-    listed: list[str] | None, genes: list[str], spots: sparse.csr_array, n: int
-) -> np.ndarray:
-    """Positions of the genes of truth.npz: the listed ones, or the n most variable."""
-    if n == 0:
-        return np.empty(0, np.int64)
-    if listed is not None:
-        place = {gene: i for i, gene in enumerate(genes)}
-        return np.array([place[gene] for gene in listed])
-    return most_variable(spots, n)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.build_parser(__doc__)
+    parser = sample.build_parser(__doc__)
     parser.add_argument("--outs", type=Path, required=True, help="Folder outs of Space Ranger.")
     parser.add_argument(
         "--bin", choices=("002", "008", "016"), help="Bins to read, in um; default: the finest."
     )
-    parser.add_argument(
-        "--truth-genes",
-        type=utils.not_negative,
-        default=N_TRUTH_GENES,
-        help="Genes in truth.npz: so many of the most variable (default 300), or all of --genes; "
-        "0 for no truth.npz.",
-    )
+    common.add_truth_option(parser)
     visium.add_image_arguments(parser)
     return parser
 
 
 def run(argv: list[str] | None = None) -> int:
-    return common.run(prepare, build_parser(), argv)
+    return sample.run(prepare, build_parser(), argv)
 
 
 if __name__ == "__main__":

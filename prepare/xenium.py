@@ -9,8 +9,8 @@ Reads   OUTS, a folder or the .zip or .tar.gz of it:
           cell_boundaries.parquet or .csv.gz                 the same by area: --counts polygons
         HE.ome.tif      H&E of the same section, or any slide that slides.py reads
         CSV             3 x 3 matrix from pixels of the H&E to pixels of the run (Xenium Explorer);
-                        without it the image must lie in the frame of the run already
-Writes  the files of a sample, see common.py, and truth.npz; look at check.png before you go on.
+                        --aligned instead of it: the image lies in the frame of the run already
+Writes  the files of a sample, see sample.py, and truth.npz; look at check.png before you go on.
 
 The image is warped into the frame of the run, tile by tile, at 0.5 um per pixel, so that all
 molecules keep their places. Pseudo-Visium spots, discs of 55 um on the hexagonal lattice of 100 um,
@@ -19,7 +19,9 @@ add up what lies in them; truth.npz counts what lies in each superpixel of 8 um:
 * cells: all molecules of a cell at its centroid;
 * polygons: the molecules of a cell over the superpixels in proportion to the area that its outline
   shares with them; a spot then adds up the superpixels whose centres it covers.
-Negative controls, blank and unassigned codewords are left out, and counted in prepare.json.
+Negative controls, blank and unassigned codewords are left out, and counted in prepare.json. Of a
+large panel truth.npz holds the genes that vary most between spots (--truth-genes), counted in a
+pass of their own: the grid in memory grows with them, not with the panel.
 
 Frames. "um" is the frame of the run, from its upper left corner; "px" the image that is written.
 Letters in shapes: M molecules, C cells, N spots, G genes, h x w superpixels.
@@ -36,7 +38,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -47,8 +49,8 @@ from scipy.ndimage import uniform_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common, slides
-from prepare.aligned import Aligned, project, read_alignment
+from prepare import common, sample, slides, tenx
+from prepare.aligned import Aligned, check_alignment, check_pixel_size, project, read_placing
 from prepare.outlines import outline_shares
 
 EXPERIMENT, MOLECULES, MATRIX = "experiment.xenium", "transcripts.parquet", "cell_feature_matrix.h5"
@@ -66,7 +68,6 @@ BATCH = 1_000_000  # molecules in memory at a time
 MARGIN_UM = 50.0  # around the molecules
 TISSUE_WINDOW = 5  # superpixels, 40 um: local density
 TISSUE_SHARE = 0.1  # of the median density; diffused molecules off the tissue are far below
-INVERTED = "Inverted, the matrix fits: it must lead from pixels of the H&E to those of the run."
 OUTS_HELP = "Give --outs the output folder of a Xenium run, or the .zip or .tar.gz of it."
 
 
@@ -211,25 +212,6 @@ def make_frame(low: np.ndarray, high: np.ndarray, region: list[float] | None) ->
     return Frame(origin, (int(size[0]), int(size[1])))
 
 
-def check_alignment(xy: np.ndarray, slide: slides.Slide, placing: Placing) -> None:
-    """Stop if the tissue (N, 2), in um, does not lie on the H&E; say what would have fitted."""
-    share = share_on(slide, placing.to_slide, xy)
-    if share >= common.MIN_INSIDE:
-        return
-    remedy = "Give the alignment that belongs to this very image, at its full resolution."
-    if share_on(slide, placing.inverted, xy) >= common.MIN_INSIDE:
-        remedy = INVERTED
-    raise utils.StageError(
-        f"Only {share:.1%} of the tissue falls on {slide.path} ({slide.size[0]} x {slide.size[1]} "
-        f"px), expected {common.MIN_INSIDE:.0%}: image and alignment do not belong together.",
-        remedy,
-    )
-
-
-def share_on(slide: slides.Slide, um_to_slide: np.ndarray, xy: np.ndarray) -> float:
-    return common.share_inside(project(um_to_slide, xy), slide.size[::-1])
-
-
 # -------------------------------------------------------------------------------------------------
 # molecules
 # -------------------------------------------------------------------------------------------------
@@ -289,7 +271,7 @@ def read_panel(outs: Path) -> set[str] | None:
     """Gene symbols of the cell matrix, if there is one."""
     if not (outs / MATRIX).is_file():
         return None
-    return set(common.read_10x_h5(outs / MATRIX)[2]["name"])
+    return set(tenx.read_10x_h5(outs / MATRIX)[2]["name"])
 
 
 def survey(path: Path, panel: set[str] | None, quality: float) -> Survey:
@@ -336,34 +318,60 @@ class Total:
 
 @dataclass
 class Counts:
-    """Counts in the frame of the image: per superpixel (h * w, G) and per spot (N, G)."""
+    """Counts in the frame of the image."""
 
-    grid: sparse.csr_array
-    spots: sparse.csr_array
+    molecules: np.ndarray  # of all genes, per superpixel (h, w)
+    spots: sparse.csr_array  # (N, G)
     genes: list[str]
     outside: float  # molecules off the image
+    grid_of: Callable[[np.ndarray], sparse.csr_array]  # some genes per superpixel (h * w, genes)
 
 
-def count_molecules(
-    path: Path, found: Survey, panel: set[str] | None, quality: float, frame: Frame, xy: np.ndarray
-) -> Counts:
-    """Every molecule in its superpixel and, if one covers it, in its spot; xy (N, 2) in px."""
-    grid, spots, outside = Total(), Total(), 0.0
-    shape, index = (*frame.grid, len(found.genes)), pd.Index(found.genes)
-    for table in batches(path):
-        table = table[(table["qv"] >= quality).to_numpy() & genes_of(table, panel)]
-        codes = index.get_indexer(table["feature_name"].cat.categories)
-        gene = codes[table["feature_name"].cat.codes]
-        px = frame.to_px(table[["x_location", "y_location"]].to_numpy(float))
-        within = (px < frame.size).all(1)  # the padding of he.jpg is no part of the image
-        outside += int((~within).sum())
-        px, gene = px[within], gene[within]
-        row, col = px[:, 1] / utils.TOKEN_PX, px[:, 0] / utils.TOKEN_PX
-        counted, missed = common.accumulate(row, col, gene, None, shape)
-        outside += missed
-        grid.add(counted.astype(np.int32))
-        spots.add(common.pseudo_spots(px, gene, xy, spot_radius(), len(index)))
-    return Counts(grid.sum(), spots.sum(), found.genes, outside)
+@dataclass
+class Molecules:
+    """The file of molecules, read again for every pass."""
+
+    path: Path
+    panel: set[str] | None
+    quality: float
+    genes: list[str]
+    frame: Frame
+
+    def on_image(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """px (M, 2), gene (M,) of those that count and lie on the image, and how many lie off it,
+        a batch at a time."""
+        index = pd.Index(self.genes)
+        for table in batches(self.path):
+            table = table[(table["qv"] >= self.quality).to_numpy() & genes_of(table, self.panel)]
+            codes = index.get_indexer(table["feature_name"].cat.categories)
+            gene = codes[table["feature_name"].cat.codes]
+            px = self.frame.to_px(table[["x_location", "y_location"]].to_numpy(float))
+            # the padding of he.jpg is no part of the image
+            within = ((px >= 0) & (px < self.frame.size)).all(1)
+            yield px[within], gene[within], int((~within).sum())
+
+    def grid_of(self, chosen: np.ndarray) -> sparse.csr_array:
+        """Counts (h * w, chosen genes): every molecule in its superpixel."""
+        place = np.full(len(self.genes), -1)
+        place[chosen] = np.arange(len(chosen))
+        grid, shape = Total(), (*self.frame.grid, len(chosen))
+        for px, gene, _ in self.on_image():
+            gene, px = place[gene], px[place[gene] >= 0] / utils.TOKEN_PX
+            counted, _ = common.accumulate(px[:, 1], px[:, 0], gene[gene >= 0], None, shape)
+            grid.add(counted.astype(np.int32))
+        return grid.sum()
+
+    def count(self, xy: np.ndarray) -> Counts:
+        """Every molecule in its superpixel and, if one covers it, in its spot; xy (N, 2) in px."""
+        spots, outside = Total(), 0.0
+        h, w = self.frame.grid
+        molecules = np.zeros(h * w, np.int64)
+        for px, gene, off in self.on_image():
+            col, row = (px / utils.TOKEN_PX).astype(np.int64).T
+            molecules += np.bincount(row * w + col, minlength=h * w)
+            spots.add(common.pseudo_spots(px, gene, xy, spot_radius(), len(self.genes)))
+            outside += off
+        return Counts(molecules.reshape(h, w), spots.sum(), self.genes, outside, self.grid_of)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -380,20 +388,20 @@ class Cells:
 
 def read_cells(outs: Path) -> Cells:
     """Cells of the matrix, joined with their centroids on cell_id, never by position."""
-    counts, barcodes, features = common.read_10x_h5(outs / MATRIX)
+    counts, barcodes, features = tenx.read_10x_h5(outs / MATRIX)
     path = find_first(outs, CELLS)
     table = read_table(path, ["cell_id", "x_centroid", "y_centroid"]).set_index("cell_id")
-    if repeated := utils._repeated(table.index):
-        raise common.broken(path, f"lists the cells {utils._some(repeated)} more than once.")
+    if repeated := utils.duplicates(table.index):
+        raise common.broken(path, f"lists the cells {utils.some(repeated)} more than once.")
     missing = [cell for cell in barcodes if cell not in table.index]
     if missing:
         raise common.broken(
             path,
-            f"has no place for {len(missing)} of {len(barcodes)} cells: {utils._some(missing)}.",
+            f"has no place for {len(missing)} of {len(barcodes)} cells: {utils.some(missing)}.",
         )
     genes = common.unique_symbols(features["name"].tolist(), features["id"].tolist())
     xy = table.loc[barcodes].to_numpy(float)
-    return Cells(counts, genes, xy, pd.Index(barcodes), common.dropped_notes(features))
+    return Cells(counts, genes, xy, pd.Index(barcodes), tenx.dropped_notes(features))
 
 
 def count_at_centroids(cells: Cells, frame: Frame, xy: np.ndarray) -> Counts:
@@ -402,10 +410,23 @@ def count_at_centroids(cells: Cells, frame: Frame, xy: np.ndarray) -> Counts:
     h, w = frame.grid
     column, row = np.floor(px / utils.TOKEN_PX).astype(np.int64).T
     within = ((px >= 0) & (px < frame.size)).all(1)
-    grid = common.sum_rows(np.where(within, row * w + column, -1), cells.counts, h * w)
+    used = np.flatnonzero(within)
+    entries = (np.ones(len(used)), ((row * w + column)[used], used))
+    spread = sparse.csr_array(sparse.coo_array(entries, shape=(h * w, len(cells.ids))))
     disc = np.where(within, common.disc_of(px, xy, spot_radius()), -1)
-    spots = common.sum_rows(disc, cells.counts, len(xy))
-    return Counts(grid, spots, cells.genes, float(cells.counts[~within].sum()))
+    return spread_cells(cells, spread, common.sum_rows(disc, cells.counts, len(xy)), frame)
+
+
+def spread_cells(
+    cells: Cells, spread: sparse.csr_array, spots: sparse.csr_array, frame: Frame
+) -> Counts:
+    """Counts by the shares (h * w, C) of the cells in superpixels."""
+    molecules = spread @ cells.counts.sum(axis=1)
+    outside = max(float(cells.counts.sum() - molecules.sum()), 0.0)
+    return Counts(
+        molecules.reshape(frame.grid), spots, cells.genes, outside,
+        lambda chosen: spread @ cells.counts[:, chosen],
+    )  # fmt: skip
 
 
 def count_by_area(cells: Cells, outs: Path, frame: Frame, xy: np.ndarray) -> tuple[Counts, int]:
@@ -428,12 +449,10 @@ def count_by_area(cells: Cells, outs: Path, frame: Frame, xy: np.ndarray) -> tup
     spread = sparse.csr_array(
         sparse.coo_array((weight[within], (place, owner[within])), shape=(h * w, len(cells.ids)))
     )
-    grid = spread @ cells.counts
     centre = np.column_stack([np.tile(np.arange(w), h), np.repeat(np.arange(h), w)]) + 0.5
     disc = common.disc_of(centre * utils.TOKEN_PX, xy, spot_radius())
-    spots = common.sum_rows(disc, grid, len(xy))
-    outside = float(cells.counts.sum() - grid.sum())
-    return Counts(grid, spots, cells.genes, max(outside, 0.0)), len(bare)
+    spots = common.sum_rows(disc, spread, len(xy)) @ cells.counts
+    return spread_cells(cells, spread, spots, frame), len(bare)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -453,9 +472,8 @@ def lattice(frame: Frame) -> np.ndarray:
 def find_tissue(counts: Counts, frame: Frame) -> np.ndarray:
     """Superpixels (h, w) around which molecules are not far rarer than in most of the section."""
     h, w = frame.grid
-    molecules = np.asarray(counts.grid.sum(axis=1), float).reshape(h, w)
-    density = uniform_filter(molecules, TISSUE_WINDOW, mode="constant")
-    dense = density > TISSUE_SHARE * np.median(density[molecules > 0])
+    density = uniform_filter(counts.molecules.astype(float), TISSUE_WINDOW, mode="constant")
+    dense = density > TISSUE_SHARE * np.median(density[counts.molecules > 0])
     centre = (np.arange(max(h, w)) + 0.5) * utils.TOKEN_PX
     dense[centre[:h] > frame.size[1]] = False  # of the padding of he.jpg
     dense[:, centre[:w] > frame.size[0]] = False
@@ -467,18 +485,35 @@ def superpixel_centres(frame: Frame, chosen: np.ndarray) -> np.ndarray:
     return (np.argwhere(chosen)[:, ::-1] + 0.5) * utils.TOKEN_PX
 
 
+def on_image(
+    chosen: np.ndarray, frame: Frame, slide: slides.Slide, to_slide_px: np.ndarray
+) -> np.ndarray:
+    """Which of the chosen superpixels (h, w) have their centre on the slide."""
+    xy = project(to_slide_px, superpixel_centres(frame, chosen))
+    on_slide = np.zeros_like(chosen)
+    on_slide[chosen] = ((xy >= 0) & (xy < slide.size)).all(1)
+    return on_slide
+
+
 # -------------------------------------------------------------------------------------------------
 # command line
 # -------------------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.build_parser(__doc__)
+    parser = sample.build_parser(__doc__)
     parser.add_argument("--outs", type=Path, required=True, help="Folder, .zip or .tar.gz.")
     parser.add_argument("--image", type=Path, required=True, help="H&E image of the section.")
-    parser.add_argument(
+    alignment = parser.add_mutually_exclusive_group(required=True)
+    alignment.add_argument(
         "--alignment",
         type=Path,
         metavar="CSV",
         help="3 x 3 matrix from pixels of the H&E to pixels of the run.",
+    )
+    alignment.add_argument(
+        "--aligned",
+        action="store_true",
+        help="The image lies in the frame of the run already, corner on corner. An H&E as it "
+        "comes from the microscope does not.",
     )
     parser.add_argument(
         "--pixel-size",
@@ -498,6 +533,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="Q",
         help=f"Least quality of a molecule that counts; default {MIN_QUALITY:g}.",
     )
+    common.add_truth_option(parser)
     parser.add_argument(
         "--region",
         type=float,
@@ -506,49 +542,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="Part of the section in um; default: all molecules and a margin.",
     )
     return parser
-
-
-@dataclass
-class Placing:
-    """How the run lies on the H&E: homographies (3 x 3) from um of the run to px of the H&E."""
-
-    to_slide: np.ndarray
-    inverted: np.ndarray  # the same, had the alignment been given the other way round
-
-    @staticmethod
-    def pixel_size(um_to_slide: np.ndarray) -> float:
-        """um per px of the H&E, by area."""
-        return float(1 / np.sqrt(abs(np.linalg.det(um_to_slide[:2, :2] / um_to_slide[2, 2]))))
-
-
-def read_placing(args: argparse.Namespace, outs: Path, slide: slides.Slide) -> Placing:
-    """By the alignment; without one, the image lies in the frame of the run, corner on corner."""
-    if args.alignment is not None:
-        matrix = read_alignment(args.alignment)
-        run_px = np.diag([1 / run_pixel_size(outs)] * 2 + [1.0])
-        return Placing(np.linalg.inv(matrix) @ run_px, matrix @ run_px)
-    size = args.pixel_size or slide.pixel_size_um
-    if size is None:
-        raise utils.StageError(
-            f"There is no --alignment, and {args.image} does not say its pixel size.",
-            "Give --alignment CSV; or, if the image lies in the frame of the run, --pixel-size UM.",
-        )
-    return Placing(np.diag([1 / size, 1 / size, 1.0]), np.diag([size, size, 1.0]))
-
-
-def check_pixel_size(placing: Placing, slide: slides.Slide, given: float | None) -> None:
-    """Stop if the alignment belongs to another copy of the image, larger or smaller."""
-    size, said = placing.pixel_size(placing.to_slide), given or slide.pixel_size_um
-    if said is None or abs(said / size - 1) <= common.MAX_PIXEL_SIZE_ERROR:
-        return
-    remedy = f"Give the image that was aligned; or --pixel-size {size:.4g}, if its metadata err."
-    if abs(said / placing.pixel_size(placing.inverted) - 1) <= common.MAX_PIXEL_SIZE_ERROR:
-        remedy = INVERTED
-    raise utils.StageError(
-        f"{slide.path} has {said:.4g} um per pixel, but by the alignment it has {size:.4g}: "
-        f"the alignment is that of another copy of the image.",
-        remedy,
-    )
 
 
 def count(
@@ -562,7 +555,7 @@ def count(
         found = survey(path, panel, args.min_quality)
         frame = make_frame(found.low, found.high, args.region)
         xy = lattice(frame)
-        counts = count_molecules(path, found, panel, args.min_quality, frame, xy)
+        counts = Molecules(path, panel, args.min_quality, found.genes, frame).count(xy)
         controls = sum(found.controls.values())
         facts = {
             "counts_of": kind, "molecules_read": found.read, "below_quality": found.poor,
@@ -588,64 +581,72 @@ def count(
 def prepare(args: argparse.Namespace) -> common.Section:
     with open_outs(args.outs) as outs:
         slide = common.open_image(args.image)
-        placing = read_placing(args, outs, slide)
+        run_um = run_pixel_size(outs) if args.alignment else utils.PIXEL_SIZE_UM
+        placing = read_placing(args.alignment, run_um, slide, args.pixel_size)
         check_pixel_size(placing, slide, args.pixel_size)
         counts, frame, xy, notes, facts = count(args, outs)
-    to_slide_px = placing.to_slide @ frame.to_um
-    dense = find_tissue(counts, frame)
-    check_alignment(project(frame.to_um, superpixel_centres(frame, dense)), slide, placing)
-    tissue = on_image(dense, frame, slide, to_slide_px)
-    column, row = np.floor(xy / utils.TOKEN_PX).astype(int).T
-    in_tissue = tissue[row, column] & (np.asarray(counts.spots.sum(axis=1)).ravel() > 0)
-    if not in_tissue.any():
-        raise utils.StageError(
-            f"None of the {len(xy)} pseudo-spots lies in tissue.", "Choose a larger --region."
-        )
-    names = [f"spot{i:05d}" for i in range(len(xy))]
-    locs = pd.DataFrame(xy, index=names, columns=["x", "y"])
-    inside = float(counts.grid.sum())
+        listed = common.read_gene_list(args.genes, counts.genes)
+        to_slide_px = placing.to_slide @ frame.to_um
+        dense = find_tissue(counts, frame)
+        check_alignment(project(frame.to_um, superpixel_centres(frame, dense)), slide, placing)
+        tissue = on_image(dense, frame, slide, to_slide_px)
+        column, row = np.floor(xy / utils.TOKEN_PX).astype(int).T
+        in_tissue = tissue[row, column] & (np.asarray(counts.spots.sum(axis=1)).ravel() > 0)
+        if not in_tissue.any():
+            raise utils.StageError(
+                f"None of the {len(xy)} pseudo-spots lies in tissue.", "Choose a larger --region."
+            )
+        spots = counts.spots[np.flatnonzero(in_tissue)]
+        truth = make_truth(counts, spots, tissue, listed, args.truth_genes)
+    inside, in_truth = float(counts.molecules.sum()), 0.0 if truth is None else truth.counts.sum()
     facts |= {
         "molecules_in_grid": round(inside, 3),
         "molecules_outside": round(counts.outside, 3),
+        "molecules_in_truth": round(float(in_truth), 3),
         "frame_origin_um": frame.origin.tolist(),
         "tissue_superpixels": int(tissue.sum()),
     }
-    notes.append(
-        f"{inside:,.0f} molecules are in truth.npz, {counts.outside:,.0f} lie off the image"
-    )
+    notes.append(f"{inside:,.0f} molecules lie on the image, {counts.outside:,.0f} off it")
+    if truth is not None:
+        notes.append(
+            f"truth.npz holds {len(truth.genes)} of {len(counts.genes)} genes: {in_truth:,.0f} "
+            f"molecules"
+        )
     if args.alignment is None:
-        notes.append("no alignment: the image is taken to lie in the frame of the run")
+        notes.append("by --aligned, the image is taken to lie in the frame of the run")
     sources = [args.image, *([args.alignment] if args.alignment else [])]
     sources += [args.outs] if args.outs.is_file() else [outs / name for name in used_files(outs)]
+    names = [f"spot{i:05d}" for i in range(len(xy))]
+    locs = pd.DataFrame(xy, index=names, columns=["x", "y"])
     return common.Section(
         image=Aligned(slide, 0, 0, *frame.size, to_slide=to_slide_px),
         pixel_size_um=utils.PIXEL_SIZE_UM,
         locs=locs[in_tissue],
         off_tissue=locs[~in_tissue],
-        counts=counts.spots[np.flatnonzero(in_tissue)],
+        counts=spots,
         genes=counts.genes,
         radius_px=spot_radius(),
         pitch_um=common.VISIUM_PITCH_UM,
-        truth=common.Truth(counts.grid, tissue, counts.genes),
-        gene_names=common.read_gene_list(args.genes, counts.genes),
+        truth=truth,
+        gene_names=listed,
         notes=notes,
         facts=facts,
         sources=sources,
     )
 
 
-def on_image(
-    chosen: np.ndarray, frame: Frame, slide: slides.Slide, to_slide_px: np.ndarray
-) -> np.ndarray:
-    """Which of the chosen superpixels (h, w) have their centre on the slide."""
-    xy = project(to_slide_px, superpixel_centres(frame, chosen))
-    on_slide = np.zeros_like(chosen)
-    on_slide[chosen] = ((xy >= 0) & (xy < slide.size)).all(1)
-    return on_slide
+def make_truth(
+    counts: Counts, spots: sparse.csr_array, tissue: np.ndarray, listed: list[str] | None, n: int
+) -> common.Truth | None:
+    """Truth of the listed genes or the n most variable ones between the spots in tissue."""
+    chosen = common.choose_truth_genes(listed, counts.genes, spots, n)
+    if len(chosen) == 0:
+        return None
+    return common.Truth(counts.grid_of(chosen), tissue, [counts.genes[i] for i in chosen])
 
 
 def run(argv: list[str] | None = None) -> int:
-    return common.run(prepare, build_parser(), argv)
+    return sample.run(prepare, build_parser(), argv)
 
 
 if __name__ == "__main__":

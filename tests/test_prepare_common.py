@@ -1,4 +1,4 @@
-"""What the prepare scripts share: 10x files, lattices, sums, the check, and the sample."""
+"""What the prepare scripts share, in common.py, tenx.py and sample.py."""
 
 import csv
 import functools
@@ -18,7 +18,7 @@ from scipy import sparse
 from scipy.io import mmwrite
 
 import utils
-from prepare import common
+from prepare import common, sample, tenx
 
 PITCH, UM = 80.0, 1.25  # px and um per px: 100 um
 GENES = ["ACTB", "MARCH1", "NA", "gene, with comma"]
@@ -93,18 +93,18 @@ def assert_same_matrix(read, matrix):
 @pytest.mark.parametrize("index_type", [np.int32, np.int64, np.float64])
 def test_h5_is_read_and_antibodies_are_counted(tmp_path, matrix, index_type):
     path = write_h5(tmp_path / "m.h5", *matrix, index_type=index_type)
-    assert_same_matrix(common.read_10x_h5(path), matrix)
+    assert_same_matrix(tenx.read_10x_h5(path), matrix)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_mtx_folder_is_read_packed_or_not(tmp_path, matrix, packed):
     folder = write_mtx(tmp_path / "m", *matrix, packed=packed)
-    assert_same_matrix(common.read_10x_mtx(folder), matrix)
+    assert_same_matrix(tenx.read_10x_mtx(folder), matrix)
 
 
 def test_old_layouts_without_feature_types_are_read_whole(tmp_path, matrix):
     counts, barcodes, ids, names, _ = matrix
-    old = common.read_10x_mtx(write_mtx(tmp_path / "m", counts, barcodes, ids, names))
+    old = tenx.read_10x_mtx(write_mtx(tmp_path / "m", counts, barcodes, ids, names))
     path = tmp_path / "v2.h5"
     with h5py.File(path, "w") as file:
         group, csr = file.create_group("GRCh38"), sparse.csr_array(counts)
@@ -112,7 +112,7 @@ def test_old_layouts_without_feature_types_are_read_whole(tmp_path, matrix):
         group["data"], group["indices"], group["indptr"] = csr.data, csr.indices, csr.indptr
         group["barcodes"] = np.array(barcodes, "S")
         group["genes"], group["gene_names"] = np.array(ids, "S"), np.array(names, "S")
-    for read, found_barcodes, features in (old, common.read_10x_h5(path)):
+    for read, found_barcodes, features in (old, tenx.read_10x_h5(path)):
         np.testing.assert_array_equal(read.toarray(), counts)
         assert found_barcodes == barcodes
         assert features["id"].tolist() == ids
@@ -136,15 +136,20 @@ def break_features(file):
     del file["matrix/features"]
 
 
+def break_names(file):
+    del file["matrix/features/name"]
+    file["matrix/features/name"] = np.array([b"A", b"\xff", b"B", b"C"])
+
+
 @pytest.mark.parametrize(
-    "damage", [break_indices, break_shape, break_barcodes, break_features]
+    "damage", [break_indices, break_shape, break_barcodes, break_features, break_names]
 )  # fmt: skip
 def test_damaged_h5_is_named(tmp_path, matrix, damage):
     path = write_h5(tmp_path / "m.h5", *matrix)
     with h5py.File(path, "r+") as file:
         damage(file)
     with pytest.raises(utils.StageError, match=r"m\.h5.*(damaged|whole|rows)"):
-        common.read_10x_h5(path)
+        tenx.read_10x_h5(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not HDF5", None])
@@ -152,14 +157,14 @@ def test_truncated_h5_is_named(tmp_path, matrix, content):
     path = write_h5(tmp_path / "m.h5", *matrix)
     path.write_bytes(path.read_bytes()[:1500] if content is None else content)
     with pytest.raises(utils.StageError, match=r"m\.h5 is no whole 10x matrix"):
-        common.read_10x_h5(path)
+        tenx.read_10x_h5(path)
 
 
 def test_missing_parts_of_a_folder_are_named(tmp_path, matrix):
     folder = write_mtx(tmp_path / "m", *matrix)
     (folder / "features.tsv.gz").unlink()
     with pytest.raises(utils.StageError, match=r"no features\.tsv or genes\.tsv"):
-        common.read_10x_mtx(folder)
+        tenx.read_10x_mtx(folder)
 
 
 # ----- gene symbols -----
@@ -366,10 +371,40 @@ def test_swapped_axes_are_recognised(tmp_path):
         common.check(make_section(tmp_path, locs=swapped)[0])
 
 
+def test_swapped_axes_are_told_from_a_smaller_copy(tmp_path):
+    """Times a small scale, the swapped spots would fit on any image."""
+    section, _ = make_section(tmp_path)
+    swapped = section.locs.rename(columns={"x": "y", "y": "x"})
+    scales = {"tissue_hires_scalef": 0.16, "tissue_lowres_scalef": 0.05}
+    with pytest.raises(utils.StageError, match="With x and y swapped they do fit"):
+        common.check(make_section(tmp_path, locs=swapped, scales=scales)[0])
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_the_pitch_holds_where_spots_are_off_their_places(square):
+    rng = np.random.default_rng(3)
+    xy = common.hexagonal_lattice((0, 0, 1500, 1500), 100.0)
+    if square:
+        xy = np.stack(np.meshgrid(np.arange(15), np.arange(15)), -1).reshape(-1, 2) * 100.0
+    assert common.spot_pitch(xy) == pytest.approx(100)
+    assert common.spot_pitch(xy[rng.random(len(xy)) < 0.7]) == pytest.approx(100)
+    if square:  # legacy ST: 5 % of 200 um
+        assert common.spot_pitch(xy + rng.normal(0, 5, xy.shape)) == pytest.approx(100, rel=0.02)
+    assert common.spot_pitch(np.arange(8.0)[:, None] * [1, 0]) == 1  # in one line
+    assert common.spot_pitch(xy[:2]) == 100
+    assert np.isnan(common.spot_pitch(xy[:1]))
+
+
+def test_the_pitch_of_another_platform_is_recognised(tmp_path):
+    section, _ = make_section(tmp_path, pitch_um=200.0)
+    with pytest.raises(utils.StageError, match=r"found -50\.0%\. It is the pitch of Visium"):
+        common.check(section)
+
+
 def test_a_smaller_copy_is_recognised_by_its_scale_factor(tmp_path):
     section, _ = make_section(tmp_path)
     for scales, words in (
-        ({"tissue_lowres_scalef": 0.05, "tissue_hires_scalef": 0.16}, "lowres_scalef = 0.05"),
+        ({"tissue_lowres_scalef": 0.05, "tissue_hires_scalef": 0.16}, "hires_scalef = 0.16"),
         ({"tissue_hires_scalef": 0.16}, "tissue_hires_scalef = 0.16 they do fit"),
         ({}, r"reach \d\.\d\d times as far"),
     ):
@@ -380,13 +415,13 @@ def test_a_smaller_copy_is_recognised_by_its_scale_factor(tmp_path):
 
 # ----- the sample -----
 def read_files(directory):
-    return {f.name: f.read_bytes() for f in directory.iterdir() if f.name != common.RECORD}
+    return {f.name: f.read_bytes() for f in directory.iterdir() if f.name != sample.RECORD}
 
 
 def test_the_sample_is_what_the_next_stages_read(tmp_path):
     section, counts = make_section(tmp_path)
     directory = tmp_path / "new" / "section A"
-    common.write_sample(directory, section)
+    sample.write_sample(directory, section)
     names = {"he-raw.png", "pixel-size-raw.txt", "locs-raw.csv", "cnts.csv.gz", "radius-raw.txt"}
     assert {f.name for f in directory.iterdir()} == names | {"check.png", "prepare.json"}
     assert (directory / "he-raw.png").read_bytes() == section.image.read_bytes()
@@ -411,22 +446,22 @@ def test_the_sample_is_what_the_next_stages_read(tmp_path):
 
 def test_same_section_same_bytes_and_it_may_be_written_again(tmp_path):
     for _ in range(2):
-        common.write_sample(tmp_path / "a", make_section(tmp_path)[0])
-        common.write_sample(tmp_path / "b", make_section(tmp_path)[0])
+        sample.write_sample(tmp_path / "a", make_section(tmp_path)[0])
+        sample.write_sample(tmp_path / "b", make_section(tmp_path)[0])
         assert read_files(tmp_path / "a") == read_files(tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["locs-raw.csv", "he-raw.png", "cnts.csv.gz", "check.png"])
 def test_edited_files_are_kept_unless_forced(tmp_path, name):
     directory = tmp_path / "a"
-    common.write_sample(directory, make_section(tmp_path)[0])
+    sample.write_sample(directory, make_section(tmp_path)[0])
     (directory / name).write_bytes(b"my own")
     before = read_files(directory)
     with pytest.raises(utils.StageError, match=f"{name} was edited") as error:
-        common.write_sample(directory, make_section(tmp_path)[0])
+        sample.write_sample(directory, make_section(tmp_path)[0])
     assert "--force" in str(error.value)
     assert read_files(directory) == before
-    common.write_sample(directory, make_section(tmp_path)[0], force=True)
+    sample.write_sample(directory, make_section(tmp_path)[0], force=True)
     assert (directory / name).read_bytes() != b"my own"
 
 
@@ -436,9 +471,9 @@ def test_files_of_others_are_kept_unless_forced(tmp_path, name):
     directory.mkdir()
     (directory / name).write_bytes(b"of somebody else")
     with pytest.raises(utils.StageError, match=f"{name} was not made here"):
-        common.write_sample(directory, make_section(tmp_path)[0])
+        sample.write_sample(directory, make_section(tmp_path)[0])
     assert [f.name for f in directory.iterdir()] == [name]
-    common.write_sample(directory, make_section(tmp_path)[0], force=True)
+    sample.write_sample(directory, make_section(tmp_path)[0], force=True)
     present = {f.name for f in directory.iterdir()}
     assert len([n for n in utils.HE_RAW.names if n in present]) == 1
     assert len([n for n in utils.CNTS.names if n in present]) == 1
@@ -449,19 +484,19 @@ def test_a_gene_list_of_the_user_is_neither_replaced_nor_removed(tmp_path):
     directory = tmp_path / "a"
     directory.mkdir()
     (directory / "gene-names.txt").write_text("ACTB\n")
-    common.write_sample(directory, make_section(tmp_path)[0], force=True)
+    sample.write_sample(directory, make_section(tmp_path)[0], force=True)
     assert (directory / "gene-names.txt").read_text() == "ACTB\n"
     with pytest.raises(utils.StageError, match=r"gene-names\.txt was not made here"):
-        common.write_sample(directory, make_section(tmp_path, gene_names=["NA"])[0])
+        sample.write_sample(directory, make_section(tmp_path, gene_names=["NA"])[0])
 
 
 def test_what_an_earlier_run_wrote_does_not_outlive_the_next(tmp_path):
     truth = common.Truth(np.ones((2, 3, 1)), np.ones((2, 3), bool), ["NA"])
     first, _ = make_section(tmp_path, truth=truth, gene_names=["NA"])
-    common.write_sample(tmp_path / "a", first)
+    sample.write_sample(tmp_path / "a", first)
     assert (tmp_path / "a" / "gene-names.txt").read_text() == "NA\n"
     image = section_picture((500, 640))
-    common.write_sample(tmp_path / "a", make_section(tmp_path, image=image)[0])
+    sample.write_sample(tmp_path / "a", make_section(tmp_path, image=image)[0])
     names = {f.name for f in (tmp_path / "a").iterdir()}
     assert names.isdisjoint({"truth.npz", "gene-names.txt", "he-raw.png"})
     with Image.open(tmp_path / "a" / "he-raw.tif") as written:
@@ -470,7 +505,7 @@ def test_what_an_earlier_run_wrote_does_not_outlive_the_next(tmp_path):
 
 def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     directory = tmp_path / "a"
-    common.write_sample(directory, make_section(tmp_path)[0])
+    sample.write_sample(directory, make_section(tmp_path)[0])
     before = {f.name: f.read_bytes() for f in directory.iterdir()}
 
     def fail(*_):
@@ -478,17 +513,17 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(common, "draw_check", fail)  # the last file
     with pytest.raises(OSError, match="No space"):
-        common.write_sample(directory, make_section(tmp_path, genes=GENES[::-1])[0])
+        sample.write_sample(directory, make_section(tmp_path, genes=GENES[::-1])[0])
     assert {f.name: f.read_bytes() for f in directory.iterdir()} == before
 
 
 def test_a_run_cut_off_between_two_files_is_done_again(tmp_path, monkeypatch):
     directory = tmp_path / "a"
-    common.write_sample(directory, make_section(tmp_path)[0])
+    sample.write_sample(directory, make_section(tmp_path)[0])
     put, left = utils._put, iter(range(4))
 
     def put_some(partial, path):
-        if path.name != common.RECORD and next(left, None) is None:
+        if path.name != sample.RECORD and next(left, None) is None:
             raise KeyboardInterrupt
         put(partial, path)
 
@@ -497,12 +532,12 @@ def test_a_run_cut_off_between_two_files_is_done_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(utils, "_put", put_some)
         with pytest.raises(KeyboardInterrupt):
-            common.write_sample(directory, make_section(tmp_path, **changes)[0])
-    assert not json.loads((directory / common.RECORD).read_text())["finished"]
+            sample.write_sample(directory, make_section(tmp_path, **changes)[0])
+    assert not json.loads((directory / sample.RECORD).read_text())["finished"]
     assert not list(directory.glob(".*partial*"))
     for _ in range(2):  # neither the old nor the new files are taken for edited ones
-        common.write_sample(directory, make_section(tmp_path, **changes)[0])
-    common.write_sample(tmp_path / "b", make_section(tmp_path, **changes)[0])
+        sample.write_sample(directory, make_section(tmp_path, **changes)[0])
+    sample.write_sample(tmp_path / "b", make_section(tmp_path, **changes)[0])
     assert read_files(directory) == read_files(tmp_path / "b")
 
 
@@ -510,9 +545,9 @@ def test_a_run_cut_off_between_two_files_is_done_again(tmp_path, monkeypatch):
 def test_a_damaged_record_is_named(tmp_path, text):
     directory = tmp_path / "a"
     directory.mkdir()
-    (directory / common.RECORD).write_text(text)
+    (directory / sample.RECORD).write_text(text)
     with pytest.raises(utils.StageError, match=r"prepare\.json is no readable record"):
-        common.guard(directory)
+        sample.guard(directory)
 
 
 def test_a_file_as_directory_and_a_full_disk_end_with_2(tmp_path, monkeypatch, capsys):
@@ -520,15 +555,15 @@ def test_a_file_as_directory_and_a_full_disk_end_with_2(tmp_path, monkeypatch, c
         return make_section(tmp_path)[0]
 
     (tmp_path / "file").touch()
-    parser = common.build_parser("Test.")
-    assert common.run(prepare, parser, ["--directory", str(tmp_path / "file")]) == 2
+    parser = sample.build_parser("Test.")
+    assert sample.run(prepare, parser, ["--directory", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err
 
     def fail(*_):
         raise OSError(28, "No space left on device", str(tmp_path))
 
     monkeypatch.setattr(common, "write_image", fail)
-    assert common.run(prepare, parser, ["--directory", str(tmp_path / "new")]) == 2
+    assert sample.run(prepare, parser, ["--directory", str(tmp_path / "new")]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -536,14 +571,41 @@ def test_a_file_as_directory_and_a_full_disk_end_with_2(tmp_path, monkeypatch, c
 def test_the_record_tells_sources_and_numbers(tmp_path):
     section, counts = make_section(tmp_path, notes=["a note"], facts={"bins": 7})
     section.sources = [section.image]
-    common.write_sample(tmp_path / "a", section, arguments={"image": section.image})
-    record = json.loads((tmp_path / "a" / common.RECORD).read_text())
+    sample.write_sample(tmp_path / "a", section, arguments={"image": section.image})
+    record = json.loads((tmp_path / "a" / sample.RECORD).read_text())
     assert record["finished"]
     assert record["sources"][str(section.image)]["sha256"] == utils.sha256(section.image)
     assert (record["spots"], record["molecules"]) == (len(counts), counts.sum())
     assert (record["notes"], record["bins"]) == (["a note"], 7)
     for name, known in record["outputs"].items():
         assert utils.fingerprint(tmp_path / "a" / name) == known
+
+
+def test_tables_are_written_recorded_and_guarded(tmp_path):
+    section, _ = make_section(tmp_path)
+    section.tables["labels.csv"] = pd.DataFrame({"label": "tumour, left"}, section.locs.index[:3])
+    directory = tmp_path / "a"
+    sample.write_sample(directory, section)
+    expected = "".join(f'{spot},"tumour, left"\n' for spot in section.locs.index[:3])
+    assert (directory / "labels.csv").read_text() == f",label\n{expected}"
+    outputs = json.loads((directory / sample.RECORD).read_text())["outputs"]
+    assert outputs["labels.csv"] == utils.fingerprint(directory / "labels.csv")
+    (directory / "labels.csv").write_text("mine")
+    before = read_files(directory)
+    with pytest.raises(utils.StageError, match=r"labels\.csv was edited"):
+        sample.write_sample(directory, section)
+    assert read_files(directory) == before
+
+
+def test_most_variable_genes_in_the_order_of_the_matrix():
+    rng = np.random.default_rng(0)
+    counts = rng.poisson([1, 20, 0.1, 9, 5], (200, 5))
+    expected = np.sort(np.argsort(-counts.var(axis=0))[:3])
+    found = common.choose_truth_genes(None, list("abcde"), sparse.csr_array(counts), 3)
+    np.testing.assert_array_equal(found, expected)
+    listed = common.choose_truth_genes(["e", "a"], list("abcde"), sparse.csr_array(counts), 3)
+    assert listed.tolist() == [4, 0]
+    assert len(common.choose_truth_genes(["e"], list("abcde"), sparse.csr_array(counts), 0)) == 0
 
 
 def test_truth_is_written_and_read_back(tmp_path):
@@ -556,7 +618,7 @@ def test_truth_is_written_and_read_back(tmp_path):
     ):
         for form in (counts, sparse.csr_array(counts.reshape(20, 3))):
             path = tmp_path / "truth.npz"
-            common.write_truth(common.Truth(form, whole[..., 0] > 0, ["A", "NA", "µ"]), path)
+            sample.write_truth(common.Truth(form, whole[..., 0] > 0, ["A", "NA", "µ"]), path)
             with np.load(path, allow_pickle=False) as saved:
                 assert saved["counts"].dtype == dtype
                 np.testing.assert_array_equal(saved["counts"], counts)
@@ -591,6 +653,19 @@ def test_a_cut_stays_on_the_image(tmp_path):
     image, moved, _ = common.place_image(path, locs, 1.0, margin_um=50, downsample=1)
     assert (image.x, image.y, image.shape) == (0, 0, (300, 400))
     np.testing.assert_array_equal(moved, locs)
+    image.slide.close()
+
+
+def test_spots_that_miss_the_image_are_judged_by_the_whole_of_it(tmp_path):
+    """Cut to such spots, the image would be a strip at its edge."""
+    section, _ = make_section(tmp_path)
+    swapped = section.locs.rename(columns={"x": "y", "y": "x"})
+    image, locs, _ = common.place_image(section.image, swapped, UM, margin_um=50)
+    assert image.shape == (500, 640)
+    wrong, _ = make_section(tmp_path, image=image, locs=locs)
+    with pytest.raises(utils.StageError, match="640 columns and 500 rows") as error:
+        common.check(wrong)
+    assert "swapped" in str(error.value)
     image.slide.close()
 
 

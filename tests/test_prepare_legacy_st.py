@@ -6,9 +6,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from conftest import REAL_DATA
 from PIL import Image
 
+import utils
 from prepare import legacy_st
 
 GENES = ["ACTB", "MARCH1", "NA", "ERBB2"]
@@ -140,6 +142,9 @@ def test_labels_are_joined_by_the_adjusted_coordinates(tables, tmp_path):
     assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 0
     labels = read(tmp_path / "s" / "labels.csv")
     assert labels.index.tolist() == read(tmp_path / "s" / "locs-raw.csv").index.tolist()
+    record = json.loads((tmp_path / "s" / "prepare.json").read_text())
+    assert utils.fingerprint(tmp_path / "s" / "labels.csv") == record["outputs"]["labels.csv"]
+    assert "labels.csv holds 40 of the 40 spots" in record["notes"]
     for spot, label in labels["label"].items():
         assert label == ("invasive cancer" if int(spot.split("x")[0]) < 7 else "adipose tissue")
     old = (tmp_path / "s" / "labels.csv").read_bytes()
@@ -151,13 +156,15 @@ def test_labels_are_joined_by_the_adjusted_coordinates(tables, tmp_path):
     options = ("--labels", str(tables / "C1_labels.tsv"), "--force")
     assert prepare(tables, tmp_path / "s", *options) == 0
     assert (tmp_path / "s" / "labels.csv").read_bytes() == old
+    assert prepare(tables, tmp_path / "s") == 0  # without labels, those of before are outdated
+    assert not (tmp_path / "s" / "labels.csv").exists()
 
 
 def test_labels_of_others_are_not_overwritten(tables, tmp_path, capsys):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "labels.csv").write_text("mine")
     assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 2
-    assert "labels.csv holds other labels" in capsys.readouterr().err
+    assert "labels.csv was not made here" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["labels.csv"]
 
 
@@ -182,6 +189,27 @@ def test_a_given_pixel_size_is_checked_against_the_pitch(tables, tmp_path, capsy
     assert not (tmp_path / "t").exists()
 
 
+def test_metadata_must_agree_with_the_array(tables, tmp_path, capsys):
+    with Image.open(tables / "C1.png") as image:
+        metadata = {"axes": "YXS", "PhysicalSizeX": 1.0, "PhysicalSizeY": 1.0}
+        tifffile.imwrite(tables / "C1.ome.tif", np.asarray(image), metadata=metadata)
+    options = ("--image", str(tables / "C1.ome.tif"))  # the last one counts
+    assert prepare(tables, tmp_path / "s", *options) == 2
+    message = capsys.readouterr().err
+    assert "has 1 um per pixel, but by the spots it has" in message
+    assert not (tmp_path / "s").exists()
+    assert prepare(tables, tmp_path / "s", *options, "--pixel-size", "2.0") == 0
+
+
+def test_repeated_genes_are_noted(tables, tmp_path):
+    text = (tables / "C1.tsv").read_text()
+    (tables / "C1.tsv").write_text(text.replace("MARCH1", "ACTB", 1))
+    assert prepare(tables, tmp_path / "s") == 0
+    assert read(tmp_path / "s" / "cnts.csv.gz").columns.tolist() == ["ACTB", "ACTB.1", *GENES[2:]]
+    record = json.loads((tmp_path / "s" / "prepare.json").read_text())
+    assert any("gene names occur more than once (ACTB)" in note for note in record["notes"])
+
+
 def edit(name, change, sep="\t"):
     def spoil(folder):
         table = pd.read_csv(folder / name, sep="\t", keep_default_na=False)
@@ -201,6 +229,7 @@ def swap_axes(table):
     ("spoil", "words"),
     [
         (lambda f: (f / "C1.tsv").unlink(), "C1.tsv"),
+        (edit("C1.tsv", lambda t: t[:20]), "they are of two sections"),
         (lambda f: (f / "C1.tsv").write_text("a,b\n1,2\n"), "one column only"),
         (edit("C1.tsv", lambda t: t.replace({"ACTB": {t["ACTB"][0]: 0.5}})), "fractions"),
         (edit("C1.tsv", lambda t: t.assign(ACTB="x")), "something else than numbers"),

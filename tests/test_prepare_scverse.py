@@ -43,9 +43,9 @@ def image(tmp_path_factory):
     return path
 
 
-def prepare(name, image, tmp_path, *options) -> int:
+def prepare(name, image, tmp_path, *options, archive="anndata.zip") -> int:
     """Prepare one of the objects that anndata wrote."""
-    with zipfile.ZipFile(FORMATS / "anndata.zip") as packed:
+    with zipfile.ZipFile(FORMATS / archive) as packed:
         packed.extract(f"{name}.h5ad", tmp_path)
     path = tmp_path / f"{name}.h5ad"
     target = tmp_path / "s"
@@ -135,6 +135,54 @@ def test_whole_counts_are_whole_and_not_negative(values, packed):
     matrix = np.array([values], np.float64)
     expected = all(v >= 0 and v == int(v) for v in values) and any(values)
     assert scverse.whole_counts(sparse.csr_array(matrix) if packed else matrix) == expected
+
+
+@pytest.mark.parametrize("archive", ["anndata.zip", "anndata-0.7.zip"])
+def test_categories_are_read_as_such_also_of_anndata_0_7(archive, image, tmp_path, capsys):
+    """Their codes would put every spot but the first four off the tissue."""
+    assert prepare("categories", image, tmp_path, "--library", "P1", archive=archive) == 0
+    assert check_sample(tmp_path / "s")["spots_off_tissue"] == 4
+    assert prepare("categories", image, tmp_path, "--library", "P2", archive=archive) == 2
+    assert "{'sample': ['P1']}" in capsys.readouterr().err
+
+
+def test_objects_before_anndata_0_7_are_refused(image, tmp_path, capsys):
+    with zipfile.ZipFile(FORMATS / "anndata.zip") as packed:
+        packed.extract("float.h5ad", tmp_path)
+    with h5py.File(tmp_path / "float.h5ad", "r+") as file:
+        del file["obs"]  # it was one table of records
+        file["obs"] = np.array([(b"AAAC-1", 1)], [("index", "S9"), ("in_tissue", "i8")])
+    options = ["--h5ad", str(tmp_path / "float.h5ad"), "--directory", str(tmp_path / "s")]
+    assert scverse.run([*options, "--image", str(image)]) == 2
+    assert "written by anndata before 0.7" in capsys.readouterr().err
+
+
+def test_spots_of_a_smaller_copy_are_not_laid_on_a_larger_image(image, tmp_path, capsys):
+    """All of them fall on it, and the array fits: only the sizes tell, or the metadata."""
+    with Image.open(image) as picture:
+        large = np.asarray(picture).repeat(2, 0).repeat(2, 1)
+    Image.fromarray(large).save(tmp_path / "large.png", compress_level=1)
+    assert prepare("float", tmp_path / "large.png", tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "is 1640 x 1400 px, but the coordinates refer to an image of about 820 x 700" in message
+    assert not (tmp_path / "s").exists()
+    size = ("--pixel-size", str(PIXEL_UM))
+    assert prepare("float", tmp_path / "large.png", tmp_path, *size) == 0
+    assert any("taken all the same" in note for note in read(tmp_path / "s")[2]["notes"])
+
+
+def test_metadata_must_agree_with_the_spots(image, tmp_path, capsys):
+    with Image.open(image) as picture:
+        pixels = np.asarray(picture)
+    metadata = {"axes": "YXS", "PhysicalSizeX": PIXEL_UM / 2, "PhysicalSizeY": PIXEL_UM / 2}
+    path = tmp_path / "full.ome.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(256, 256), metadata=metadata)
+    assert prepare("float", path, tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "has 0.625 um per pixel, but by the spots it has 1.25, a factor of 2" in message
+    assert "add --pixel-size 1.25" in message
+    assert prepare("float", path, tmp_path, "--pixel-size", "1.25") == 0
+    assert any("The spots are believed" in note for note in read(tmp_path / "s")[2]["notes"])
 
 
 def test_ensembl_ids_become_unique_symbols(image, tmp_path):
@@ -376,6 +424,41 @@ def test_plain_tables_in_a_folder_or_after_a_prefix(image, tmp_path, tabs, start
     assert float((tmp_path / "s" / "radius-raw.txt").read_text()) == pytest.approx(22)
     assert image_calibration.run(["--directory", str(tmp_path / "s")]) == 0
     assert float((tmp_path / "s" / "pixel-size.txt").read_text()) == utils.PIXEL_SIZE_UM
+
+
+def test_plain_tables_of_legacy_st_with_repeated_genes(image, tmp_path, capsys):
+    """Spots 200 um apart, placed by hand: told what platform it may be, and then taken."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_plain(f"{folder}/", image)
+    column, row = np.meshgrid(np.arange(7), np.arange(6))
+    rng = np.random.default_rng(1)
+    xy = np.column_stack([column.ravel(), row.ravel()]) * 100 + 60 + rng.normal(0, 4, (42, 2))
+    ids = [f"{c}x{r}" for c, r in zip(column.ravel(), row.ravel(), strict=True)]
+    pd.DataFrame(xy, ids, ["x", "y"]).to_csv(folder / "locs-raw.csv")
+    pd.DataFrame(counts()[:42], ids, ["A", "B", "A", "NA"]).to_csv(folder / "cnts.csv")
+    (folder / "pixel-size-raw.txt").write_text("2")
+    options = ["--tables", str(folder), "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == 2
+    assert "the pitch of legacy ST" in capsys.readouterr().err
+    assert scverse.run([*options, "--pitch-um", "200", "--radius-um", "50"]) == 0
+    locs, found, record = read(tmp_path / "s")
+    np.testing.assert_allclose(locs, xy, atol=6e-4)
+    assert found.columns.tolist() == ["A", "B", "A.1", "NA"]
+    np.testing.assert_array_equal(found, counts()[:42])
+    assert record["notes"] == [
+        "1 gene names occur more than once (A): the second is called A.1, and so on"
+    ]
+    assert float((tmp_path / "s" / "radius-raw.txt").read_text()) == 25
+
+
+@pytest.mark.parametrize("option", ["--pitch-um", "--radius-um", "--crop-um"])
+@pytest.mark.parametrize("value", ["0", "-5", "nan", "wide"])
+def test_lengths_are_above_zero(image, tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit) as stop:
+        prepare("float", image, tmp_path, f"{option}={value}")
+    assert stop.value.code == 2
+    assert option in capsys.readouterr().err
 
 
 def test_a_radius_file_is_used(image, tmp_path):

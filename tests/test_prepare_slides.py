@@ -420,6 +420,18 @@ def test_the_command_refuses_and_writes_nothing(picture, tmp_path, capsys, optio
     assert not target.exists()
 
 
+def test_a_full_disk_ends_with_2_and_leaves_nothing(picture, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    tifffile.imwrite(tmp_path / "a.tif", picture, photometric="rgb")
+    monkeypatch.setattr(slides.common, "write_image", fail)
+    options = ["--image", str(tmp_path / "a.tif"), "--directory", str(tmp_path / "s")]
+    assert slides.run([*options, "--pixel-size", "0.5"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "s").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("pixel_size", "factor"),
     [(0.5, 1), (0.25, 2), (0.2527, 2), (0.2628, 1), (0.125, 4), (0.0883, 5), (0.9, 1), (0.2125, 2)],

@@ -9,11 +9,12 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from conftest import REAL_DATA, run, run_process
 from PIL import Image
 from test_prepare_common import write_h5, write_mtx
 
-from prepare import common, visium
+from prepare import sample, visium
 
 REAL = REAL_DATA / "formats" / "visium_spaceranger1"
 UM = 0.8  # um per px of the full-resolution image: 125 px from spot to spot
@@ -165,6 +166,31 @@ def test_pixel_size_holds_at_any_rotation_and_flip(tmp_path, degrees, flip):
     assert prepare(tmp_path, outs) == 0
     assert_sample(tmp_path / "sample", table, known)
     assert read_sample(tmp_path / "sample")[2] == pytest.approx(UM, rel=1e-6)  # unrounded positions
+
+
+@pytest.mark.parametrize(("flip", "cytassist"), [(True, False), (True, True), (False, False)])
+def test_a_mirrored_array_is_noted_where_it_is_not_the_rule(tmp_path, flip, cytassist):
+    """x and y exchanged look like a mirrored image, and may fall on a square one."""
+    outs, _, _ = write_outs(tmp_path, flip=flip, cytassist=cytassist)
+    assert prepare(tmp_path, outs) == 0
+    record = json.loads((tmp_path / "sample" / "prepare.json").read_text())
+    assert record["array_mirrored"] is flip
+    assert any("is mirrored" in note for note in record["notes"]) == (flip and not cytassist)
+
+
+def test_without_the_hires_copy_the_metadata_must_agree(tmp_path, capsys):
+    """An image of twice the size: the spots fall on its left upper quarter."""
+    outs, _, _ = write_outs(tmp_path)
+    (outs / "spatial" / "tissue_hires_image.png").unlink()
+    large = picture(SIZE).repeat(2, 0).repeat(2, 1)
+    metadata = {"axes": "YXS", "PhysicalSizeX": UM / 2, "PhysicalSizeY": UM / 2}
+    tifffile.imwrite(tmp_path / "scan.ome.tif", large, photometric="rgb", metadata=metadata)
+    assert prepare(tmp_path, outs, image="scan.ome.tif") == 2
+    message = capsys.readouterr().err
+    assert "has 0.4 um per pixel, but by the spots it has 0.7999, a factor of 2" in message
+    assert "--image-is fullres" in message
+    assert not (tmp_path / "sample").exists()
+    assert prepare(tmp_path, outs, "--image-is", "fullres", image="scan.ome.tif") == 0
 
 
 def test_the_folder_of_the_run_will_do(tmp_path):
@@ -412,7 +438,7 @@ def test_from_the_shell(tmp_path):
     process = run_process("prepare/visium.py", tmp_path / "sample", *options)
     assert process.returncode == 0, process.stderr
     assert_sample(tmp_path / "sample", table, known)
-    assert "124.53 px x 0.79993 um = 99.6 um apart" in process.stdout
+    assert " px x 0.79993 um = 100.0 um apart" in process.stdout
     process = run_process("prepare/visium.py", tmp_path / "other", "--outs", str(tmp_path))
     assert process.returncode == 2
     assert process.stderr.startswith("error: ")
@@ -448,5 +474,5 @@ def test_real_files_of_space_ranger_1(tmp_path):
     np.testing.assert_allclose(
         locs, raw.loc[locs.index, [5, 4]] * 0.150015 * 2, atol=1e-3
     )  # column, then row
-    report = json.loads((tmp_path / "sample" / common.RECORD).read_text())
+    report = json.loads((tmp_path / "sample" / sample.RECORD).read_text())
     assert report["spots_on_image"] == 100

@@ -213,6 +213,35 @@ def test_every_molecule_is_counted_once_and_spots_equal_brute_force(shared, tmp_
     assert (tmp_path / "s" / "check.png").is_file()
 
 
+@pytest.mark.parametrize("kind", ["transcripts", "cells", "polygons"])
+def test_truth_holds_the_most_variable_genes_or_the_listed_ones(shared, tmp_path, kind):
+    assert prepare(shared, tmp_path / "all", "--counts", kind) == 0
+    whole, truth, tissue, genes, _, counts = read_sample(tmp_path / "all")
+    assert whole["molecules_in_truth"] == pytest.approx(whole["molecules_in_grid"])
+    assert prepare(shared, tmp_path / "two", "--counts", kind, "--truth-genes", "2") == 0
+    record, part, same_tissue, two, _, same_counts = read_sample(tmp_path / "two")
+    best = counts.var(ddof=0).sort_values(ascending=False).index[:2]
+    assert two == sorted(best, key=genes.index)
+    np.testing.assert_array_equal(part, truth[..., [genes.index(gene) for gene in two]])
+    np.testing.assert_array_equal(same_tissue, tissue)
+    pd.testing.assert_frame_equal(same_counts, counts)
+    assert record["molecules_in_grid"] == whole["molecules_in_grid"]
+    assert record["molecules_in_truth"] == pytest.approx(part.sum(dtype=float), rel=1e-6)
+    (tmp_path / "genes.txt").write_text("NA\nACTB\n")
+    listed = ("--counts", kind, "--genes", str(tmp_path / "genes.txt"), "--truth-genes", "1")
+    assert prepare(shared, tmp_path / "listed", *listed) == 0
+    _, part, _, two, _, _ = read_sample(tmp_path / "listed")
+    assert two == ["NA", "ACTB"]
+    np.testing.assert_array_equal(part, truth[..., [genes.index(gene) for gene in two]])
+
+
+def test_no_truth_when_not_asked_for(shared, tmp_path):
+    assert prepare(shared, tmp_path / "s", "--truth-genes", "0") == 0
+    assert not (tmp_path / "s" / "truth.npz").exists()
+    record = json.loads((tmp_path / "s" / "prepare.json").read_text())
+    assert record["molecules_in_truth"] == 0 < record["molecules_in_grid"]
+
+
 def test_spots_lie_on_the_hexagonal_lattice(shared, tmp_path):
     assert prepare(shared, tmp_path / "s") == 0
     record, _, tissue, _, locs, _ = read_sample(tmp_path / "s")
@@ -333,7 +362,7 @@ def test_an_image_already_in_the_frame_keeps_its_pixels(shared, tmp_path):
     matrix, size = np.diag([0.5 / RUN_UM] * 2 + [1.0]), (1300, 1000)
     h_and_e(tmp_path / "he.ome.tif", matrix, size)
     options = ["--outs", str(shared / "outs"), "--image", str(tmp_path / "he.ome.tif")]
-    assert xenium.run([*options, "--directory", str(tmp_path / "s")]) == 0
+    assert xenium.run([*options, "--aligned", "--directory", str(tmp_path / "s")]) == 0
     record = read_sample(tmp_path / "s")[0]
     left, top = np.array(record["frame_origin_um"]) * 2
     found = tifffile.imread(tmp_path / "s" / "he-raw.tif")
@@ -341,7 +370,7 @@ def test_an_image_already_in_the_frame_keeps_its_pixels(shared, tmp_path):
     top, left = int(top), int(left)
     expected = source[top : top + len(found), left : left + found.shape[1]]
     np.testing.assert_array_equal(found[: len(expected), : expected.shape[1]], expected)
-    assert any("no alignment" in note for note in record["notes"])
+    assert any("by --aligned" in note for note in record["notes"])
 
 
 def test_tissue_ends_where_the_slide_ends(shared, tmp_path):
@@ -349,7 +378,7 @@ def test_tissue_ends_where_the_slide_ends(shared, tmp_path):
     matrix, size = np.diag([0.5 / RUN_UM] * 2 + [1.0]), (875, 1000)  # ends at 437.5 um
     h_and_e(tmp_path / "he.ome.tif", matrix, size)
     options = ["--outs", str(shared / "outs"), "--image", str(tmp_path / "he.ome.tif")]
-    assert xenium.run([*options, "--directory", str(tmp_path / "s")]) == 0
+    assert xenium.run([*options, "--aligned", "--directory", str(tmp_path / "s")]) == 0
     record, _, tissue, _, _, _ = read_sample(tmp_path / "s")
     ends = record["frame_origin_um"][0] + 8 * (np.flatnonzero(tissue.any(0)).max() + 0.5)
     assert ends < 437.5 <= ends + 8
@@ -671,10 +700,19 @@ def test_bad_input_is_named_and_nothing_is_written(
     assert [p.name for p in target.iterdir()] == ["notes.txt"]
 
 
+def test_the_alignment_cannot_be_forgotten(shared, tmp_path, capsys):
+    """The tissue may fall on the H&E even so, in the wrong place."""
+    options = ["--outs", str(shared / "outs"), "--image", str(shared / "he.ome.tif")]
+    with pytest.raises(SystemExit) as stop:
+        xenium.run([*options, "--directory", str(tmp_path / "s")])
+    assert stop.value.code == 2
+    assert "one of the arguments --alignment --aligned is required" in capsys.readouterr().err
+
+
 def test_image_without_alignment_or_pixel_size_is_refused(shared, tmp_path, capsys):
     tifffile.imwrite(tmp_path / "he.tif", np.zeros((999, 999, 3), np.uint8), photometric="rgb")
     options = ["--outs", str(shared / "outs"), "--image", str(tmp_path / "he.tif")]
-    assert xenium.run([*options, "--directory", str(tmp_path / "s")]) == 2
+    assert xenium.run([*options, "--aligned", "--directory", str(tmp_path / "s")]) == 2
     assert "--pixel-size" in capsys.readouterr().err
 
 

@@ -3,6 +3,9 @@
     python -m pip install anndata==0.12.19
     python tests/formats/make_anndata.py
 
+With anndata 0.7.8 (and "pandas<2" "numpy<1.24") it writes anndata-0.7.zip instead, with the object
+whose columns that version kept in another way.
+
 anndata allows a few versions of pandas only, so that the tests read what it wrote instead of
 installing it. Every object has the spots of array() and, somewhere, counts(); see OBJECTS.
 """
@@ -62,7 +65,7 @@ def make(x=None, genes=GENES, **layers):
     data = anndata.AnnData(x, obs=obs, var=pd.DataFrame(index=list(genes)))
     data.obsm["spatial"] = table[["x", "y"]].to_numpy()
     factors = {"tissue_hires_scalef": 0.2, "spot_diameter_fullres": 52.0}
-    images = {"hires": np.zeros((7, 8, 3), np.float32)}
+    images = {"hires": np.zeros((140, 164, 3), np.float32)}
     data.uns["spatial"] = {"P1": {"scalefactors": factors, "images": images}}
     for name, values in layers.items():
         data.layers[name] = values
@@ -105,6 +108,15 @@ def no_array():
 def text_in_tissue():
     data = make()
     data.obs["in_tissue"] = (data.obs["in_tissue"] == 1).astype("boolean")
+    return data
+
+
+def categories():
+    """Columns of categories, which anndata 0.7 kept apart from their codes."""
+    data = make()
+    data.obs["in_tissue"] = pd.Categorical(data.obs["in_tissue"].astype(str))
+    data.obs["sample"] = pd.Categorical(["P1"] * 64)
+    data.var["feature_types"] = pd.Categorical(["Gene Expression"] * 4)
     return data
 
 
@@ -162,6 +174,7 @@ OBJECTS = {
     "repeated": repeated,
     "no_array": no_array,
     "two_sections": two_sections,
+    "categories": categories,
     "swapped": lambda: placed(XY[:, ::-1] + (0, 100)),
     "five_times": lambda: placed(XY * 5),
     "three_times": lambda: placed(XY * 3),
@@ -171,10 +184,16 @@ OBJECTS = {
 
 
 def main() -> None:
+    import anndata
+
+    old = anndata.__version__.startswith("0.7.")
+    archive, objects = "anndata.zip", OBJECTS
+    if old:
+        archive, objects = "anndata-0.7.zip", {"categories": categories}
     with tempfile.TemporaryDirectory() as name:
-        target = Path(__file__).with_name("anndata.zip")
+        target = Path(__file__).with_name(archive)
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as packed:
-            for key, build in OBJECTS.items():
+            for key, build in objects.items():
                 file = Path(name) / f"{key}.h5ad"
                 build().write_h5ad(file)
                 packed.write(file, file.name)
