@@ -108,9 +108,7 @@ PREDICT_BATCH = 64
 DROPOUT_PASSES = 4  # of each state, for the uncertainty of the maps
 HELD_OUT_REPEATS = 8  # times as many for the held-out spots, which only one state has not seen
 COVERAGE, COVERED_SD = 0.9, 1.645  # share of the counts in an interval; its half width
-GENE_FACTOR = (
-    3.0  # a gene's uncertainty may differ so much from the middle one's for the same spread
-)
+GENE_FACTOR = 3.0  # a gene's own scaling lies within a third and three times the middle one's
 MIN_CALIBRATION_COUNTS = 50
 ANCHORS = 8  # spots around a superpixel that its map is anchored to
 ANCHOR_PRIOR = 2.0  # counts
@@ -888,9 +886,11 @@ def relative_spread(networks, predict) -> Tensor:
     with torch.inference_mode():
         for network in networks:
             network.train()  # dropout is all that training changes in the forward pass
-            for _ in range(DROPOUT_PASSES):
-                spread.see(predict(network))
-            network.eval()
+            try:
+                for _ in range(DROPOUT_PASSES):
+                    spread.see(predict(network))
+            finally:  # also where memory runs out, for then the maps are predicted once more
+                network.eval()
     return spread.relative()
 
 
@@ -928,8 +928,9 @@ def fit_spread(measured, predicted, spread) -> np.ndarray:
     """Factors (G,) that turn a relative spread into a relative standard deviation.
 
     By held-out spots, all (M, G): the mean square of a gene's errors becomes what it should be, and
-    90 % of the counts of all genes lie in their intervals. Only counts of which at least 1 is
-    expected teach anything.
+    90 % of the counts of all genes lie in their intervals. Poor counts may do so by their noise
+    alone, which does not make the maps certain: the second step divides by GENE_FACTOR at most.
+    Only counts of which at least 1 is expected teach anything.
     """
     seen = (predicted >= 1) & (spread > 0)
     if seen.sum() < MIN_CALIBRATION_COUNTS:
@@ -944,7 +945,8 @@ def fit_spread(measured, predicted, spread) -> np.ndarray:
     factors = np.full(measured.shape[1], middle)
     factors[known] = factor.clip(middle / GENE_FACTOR, middle * GENE_FACTOR)
     needed = needed_scale(measured[seen], predicted[seen], (factors * spread * predicted)[seen])
-    return (factors * np.quantile(needed, COVERAGE)).astype(np.float32)
+    scale = max(np.quantile(needed, COVERAGE), 1 / GENE_FACTOR)
+    return (factors * scale).astype(np.float32)
 
 
 def calibrate_spread(measured, predicted, spread) -> tuple[np.ndarray, float | None]:
@@ -1283,6 +1285,11 @@ def write_results(stage, section, genes, networks, held_out, predicted, device) 
             counts = section.counts[held_out]
             factors, covered = calibrate_spread(counts, predicted, share)
             facts = {"coverage_of_90": covered}
+            if covered is None:
+                stage.warn(
+                    f"{utils.SPREAD.name} is not calibrated: in held-out spots hardly any gene is "
+                    f"expected to have a count"
+                )
             for sd, expected, factor in zip(*spread, maps, factors, strict=True):
                 sd *= factor * expected
             with stage.writing(utils.SPREAD) as folder:

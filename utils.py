@@ -470,7 +470,10 @@ class Stage:
             _put(partial, path)  # keeps size and mtime, so that the fingerprint holds
             print(f"wrote {path.name}: {outputs[path.name]['bytes'] / 1e6:,.2f} MB")
         for path in self.outdated:
-            _remove(path)
+            aside = partial_name(path)  # half a folder would be taken for the user's own
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(aside)
+            _remove(aside)
             print(f"removed {path.name}, which belonged to an earlier run")
         hidden = ("login", "options")
         arguments = {key: str(value) for key, value in vars(self.args).items() if key not in hidden}

@@ -729,6 +729,26 @@ def test_the_spread_is_over_networks_and_dropouts():
     assert HISTEX.relative_spread([other], lambda network: network(x)).max() == 0
 
 
+def test_memory_running_out_in_a_dropout_pass_leaves_no_dropout_in_the_maps(monkeypatch):
+    section = make_section()
+    networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2)]
+    wanted, maps, spread = (np.empty((G, *SHAPE), np.float32) for _ in range(3))
+    HISTEX.predict_maps(networks, section, arguments(), wanted, "cpu")
+    original, calls = HISTEX.predict_strip, []
+
+    def predict_strip(some, *others):
+        calls.append(len(some))
+        if len(calls) == 3:  # the maps, one pass, and no more
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(some, *others)
+
+    monkeypatch.setattr(HISTEX, "predict_strip", predict_strip)
+    HISTEX.predict_maps(networks, section, arguments(), maps, "cpu", spread)
+    assert calls == [2, 1, 1, 2] + [1] * 2 * HISTEX.DROPOUT_PASSES
+    np.testing.assert_allclose(maps, wanted, rtol=1e-4)
+    assert (spread > 0).all()
+
+
 def test_a_count_far_off_needs_a_wide_interval():
     predicted = np.array([100 - 0.375] * 3)
     measured = np.array([100 - 0.375, 100, 144 - 0.375])
@@ -748,6 +768,16 @@ def test_calibrated_intervals_hold_nine_tenths_of_the_counts():
     fitted, covered = HISTEX.calibrate_spread(measured, expected, spread)
     np.testing.assert_allclose(fitted, factors, rtol=0.2)
     assert covered == pytest.approx(0.9, abs=0.03)
+
+
+def test_poor_counts_do_not_make_the_maps_certain():
+    """Around one expected count, its noise alone covers more than nine tenths of the counts."""
+    rng = np.random.default_rng(0)
+    expected = rng.uniform(1, 1.5, (300, 8))
+    measured = rng.poisson(expected * np.exp(0.3 * rng.normal(size=expected.shape) - 0.045))
+    fitted, covered = HISTEX.calibrate_spread(measured, expected, np.full(expected.shape, 0.1))
+    assert (fitted > 0).all()
+    assert 0.9 < covered <= 1
 
 
 def test_without_counts_to_calibrate_by_the_spread_stays():
@@ -779,6 +809,26 @@ def test_uncertainty_on_request(finished_sample, finished, capsys):
 def trained_options(directory: Path) -> list[str]:
     """The options that the sample's states were trained with."""
     return json.loads((directory / "HISTEX.json").read_text(encoding="utf-8"))["options"]
+
+
+def test_what_is_outdated_goes_with_the_end_of_a_run_and_as_a_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "cnts-super-sd"
+    folder.mkdir()
+    for name in ("a.npy", "b.npy"):
+        (folder / name).write_bytes(b"old")
+    stage = utils.Stage(utils.HISTEX, argparse.Namespace(directory=tmp_path))
+    stage.retire(utils.SPREAD)
+    stage.discard()  # a run that failed
+    assert len(list(folder.iterdir())) == 2
+
+    def cut_off(path, **_):
+        (path / "a.npy").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils.shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        stage.finish()
+    assert not folder.exists()  # half of it would be taken for the user's own
 
 
 def test_an_edited_standard_deviation_is_not_replaced(finished, capsys):
