@@ -349,7 +349,7 @@ def test_another_seed_gives_another_network(finished_sample, finished):
 
 
 # ----- killed -------------------------------------------------------------------------------------
-TRAINING = ("--epochs", "12", "--n-states", "3", "--n-plots", "1", "--device", "cpu")
+TRAINING = ("--epochs", "12", "--n-states", "8", "--n-plots", "1", "--device", "cpu")
 RESULTS = ("cnts-super", "states", "embeddings-gene.pickle", "held-out-r.csv")
 
 
