@@ -1011,37 +1011,6 @@ def correlations(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 # reading
 # ------------------------------------------------------------------------------------------------
-def read_mask(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray:
-    """Tissue (h, w) bool from mask.png: whatever is not black or transparent, in any image mode.
-
-    The picture has a pixel a superpixel, or a whole multiple of that.
-    """
-    path = stage.path(utils.MASK)
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGBA"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise stage.error(path, f"is not a readable image: {error}") from error
-    painted = (pixels[..., :3] > 0).any(axis=-1) & (pixels[..., 3] > 0)
-    times = max(1, painted.shape[0] // shape[0])
-    if painted.shape != (shape[0] * times, shape[1] * times):
-        raise stage.error(
-            path,
-            f"is {painted.shape[1]} x {painted.shape[0]} px; expected {shape[1]} x {shape[0]} px, "
-            f"one a superpixel (or a whole multiple of that).",
-        )
-    tissue = painted.reshape(shape[0], times, shape[1], times).mean(axis=(1, 3)) >= 0.5
-    if not tissue.any():
-        raise stage.error(
-            path,
-            "is all black, which leaves no tissue.",
-            f"Paint the tissue white, or remove the file and run: {stage.command(utils.MASKING)}",
-        )
-    if tissue.all():
-        print(f"warning: by {path.name} the whole image is tissue")
-    return tissue
-
-
 def read_hr_points(stage: utils.Stage, spots: pd.Index) -> tuple[np.ndarray, np.ndarray]:
     """Places (P, 2) as (row, col) in px of he.jpg, and parents (P, 2) as indices of ``spots``."""
     path = stage.path(utils.HR_LOCS)
@@ -1067,7 +1036,7 @@ def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
     """All inputs, checked against each other; the ids of the spots and the names of the genes."""
     default = stage.args.preset == "default"
     grid = utils.grid_shape(stage)
-    tissue = read_mask(stage, grid)
+    tissue = utils.read_mask(stage, grid)
     longest = utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
     radius = utils.read_number(
         stage, stage.path(utils.RADIUS), utils.TOKEN_PX, longest, "px of he.jpg"

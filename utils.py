@@ -650,17 +650,28 @@ def run_stage(
     main: Callable[[Stage], None], script: str, parser: argparse.ArgumentParser, argv=None
 ) -> int:
     """Run ``main(stage)`` and return the exit code: 0 done, 2 the user can mend it, 130 Ctrl-C."""
+    args = parser.parse_args(argv)
+    args.options = given_options(parser, args)
+
+    def work() -> None:
+        stage = Stage(script, args)
+        try:
+            main(stage)
+        finally:
+            stage.discard()
+
+    return exit_code(work, args.directory, "files already finished are kept")
+
+
+def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) -> int:
+    """0 if ``work()`` ends well, 2 with a message if the user can mend it, 130 on Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(
                 errors="replace"
             )  # a console that cannot show a gene name must not stop us
-    args = parser.parse_args(argv)
-    args.options = given_options(parser, args)
-    stage = None
     try:
-        stage = Stage(script, args)
-        main(stage)
+        work()
     except StageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -668,17 +679,14 @@ def run_stage(
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         print(
-            f"error: {error.filename2 or error.filename or args.directory}: {error.strerror}.\n"
+            f"error: {error.filename2 or error.filename or directory}: {error.strerror}.\n"
             f"Make room, give access to it or close it elsewhere, then run the same command.",
             file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; files already finished are kept", file=sys.stderr)
+        print(f"\ninterrupted; {when_interrupted}", file=sys.stderr)
         return 130
-    finally:
-        if stage is not None:
-            stage.discard()
     return 0
 
 
@@ -928,6 +936,37 @@ def grid_shape(stage: Stage) -> tuple[int, int]:
             path, f"is {width} x {height} px; both sides must be multiples of {TILE_PX} px."
         )
     return height // TOKEN_PX, width // TOKEN_PX
+
+
+def read_mask(stage: Stage, shape: tuple[int, int]) -> np.ndarray:
+    """Tissue (h, w) bool from mask.png: whatever is not black or transparent, in any image mode.
+
+    The picture has a pixel a superpixel, or a whole multiple of that.
+    """
+    path = stage.path(MASK)
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGBA"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise stage.error(path, f"is not a readable image: {error}") from error
+    painted = (pixels[..., :3] > 0).any(axis=-1) & (pixels[..., 3] > 0)
+    times = max(1, painted.shape[0] // shape[0])
+    if painted.shape != (shape[0] * times, shape[1] * times):
+        raise stage.error(
+            path,
+            f"is {painted.shape[1]} x {painted.shape[0]} px; expected {shape[1]} x {shape[0]} px, "
+            f"one a superpixel (or a whole multiple of that).",
+        )
+    tissue = painted.reshape(shape[0], times, shape[1], times).mean(axis=(1, 3)) >= 0.5
+    if not tissue.any():
+        raise stage.error(
+            path,
+            "is all black, which leaves no tissue.",
+            f"Paint the tissue white, or remove the file and run: {stage.command(MASKING)}",
+        )
+    if tissue.all():
+        print(f"warning: by {path.name} the whole image is tissue")
+    return tissue
 
 
 class _Dtype:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
@@ -129,18 +128,12 @@ def read_gene_names(directory: Path) -> list[str]:
 
 
 def read_mask(directory: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Tissue (rows, columns) bool of mask.png, one pixel a superpixel or a whole multiple."""
+    """Tissue (rows, columns) bool of mask.png, as HISTEX.py reads it, cut to ``shape``."""
     stage = open_sample(directory)
-    path, (rows, cols) = directory / utils.MASK.name, utils.grid_shape(stage)
-    try:
-        with Image.open(path) as image:
-            painted = np.asarray(image.convert("L")) > 0
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise stage.error(path, f"is missing or not an image: {error}") from error
-    times = max(1, painted.shape[0] // rows)
-    if painted.shape != (rows * times, cols * times):
-        raise stage.error(path, f"has the shape {painted.shape}; expected {(rows, cols)}.")
-    tissue = painted.reshape(rows, times, cols, times).mean((1, 3)) >= 0.5
+    path = directory / utils.MASK.name
+    if not path.is_file():
+        raise stage.error(path, "is missing.")
+    tissue = utils.read_mask(stage, utils.grid_shape(stage))
     if any(have < want for have, want in zip(tissue.shape, shape, strict=True)):
         raise stage.error(path, f"is {tissue.shape}, smaller than the truth {shape}.")
     return tissue[: shape[0], : shape[1]]

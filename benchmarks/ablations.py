@@ -20,7 +20,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -146,10 +145,10 @@ def run_variant(sample: Path, truth, variant: str, args: argparse.Namespace) -> 
     return {"held-out r": float(np.nanmedian(r)), "seconds": seconds, **scores}
 
 
-def prepared(source: Path, work: Path) -> tuple[Path, reading.Truth]:
+def prepared(code: Path, source: Path, work: Path) -> tuple[Path, reading.Truth]:
     """The sample after its first four stages, and the truth of the genes that it predicts."""
     work.mkdir(parents=True, exist_ok=True)
-    sample, _ = accuracy.prepare_section(accuracy.copy_code(work.parent), source, work)
+    sample, _ = accuracy.prepare_section(code, source, work)
     truth = reading.read_truth(source)
     chosen = set((sample / utils.GENE_NAMES.name).read_text(encoding="utf-8").split())
     return sample, reading.select_genes(truth, [g for g in truth.genes if g in chosen])
@@ -174,10 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    accuracy.add_sections(parser)
     option = parser.add_argument
-    option("--directory", type=utils.sample_directory, nargs="*", default=[], metavar="DIR",
-           help="Samples with a truth.npz; nothing is written there.")  # fmt: skip
-    option("--simulated", type=utils.not_negative, default=0, help="Sections to simulate.")
     option("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
            help=f"Rows of the table, of: {', '.join(VARIANTS)}.")  # fmt: skip
     option("--states", type=utils.positive, default=1, help="Networks a variant.")
@@ -188,18 +185,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    sources: dict[str, Callable[[], Path]] = {
-        directory.resolve().name: (lambda d=directory: d) for directory in args.directory
-    }
-    for seed in range(args.simulated):
-        sources[f"simulated-{seed}"] = lambda s=seed: accuracy.simulated_section(s, args.keep)
     rows: dict[str, dict[str, dict]] = {variant: {} for variant in args.variants}
     version = accuracy.digest(Path(HISTEX.__file__), Path(__file__))
     try:
+        accuracy.check(args)
+        code = accuracy.copy_code(args.keep)
+        sources = accuracy.sections_of(args, args.keep)
         for name, source in sources.items():
-            sample, truth = prepared(source(), args.keep / name)
+            sample, truth = prepared(code, source, args.keep / name)
             for variant in args.variants:
-                key = accuracy.digest(version, sample.name, variant, args.states, args.seed)
+                made = accuracy.digest(version, sample.name, variant, args.states, args.seed)
+                key = accuracy.score_key(code, made, source / reading.TRUTH)
                 run = lambda s=sample, t=truth, v=variant: run_variant(s, t, v, args)  # noqa: E731
                 result = accuracy.cached(args.keep / name / f"ablation-{key}.json", run)
                 rows[variant][name] = result

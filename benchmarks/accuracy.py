@@ -382,10 +382,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_sections(parser)
     option = parser.add_argument
-    option("--directory", type=utils.sample_directory, nargs="*", default=[], metavar="DIR",
-           help="Samples with a truth.npz; nothing is written there.")  # fmt: skip
-    option("--simulated", type=utils.not_negative, default=0, help="Sections to simulate.")
     option("--seeds", type=utils.positive, default=3, help="Runs of each method that has a seed.")
     option("--methods", nargs="+", choices=list(METHODS), default=list(METHODS),
            help="Rows of the table.")  # fmt: skip
@@ -398,6 +396,22 @@ def build_parser() -> argparse.ArgumentParser:
     option("--output", type=Path, default=ROOT / "benchmarks" / "RESULTS.md",
            help="The table, in Markdown.")  # fmt: skip
     return parser
+
+
+def add_sections(parser: argparse.ArgumentParser) -> None:
+    """Options that say which sections a benchmark runs on."""
+    option = parser.add_argument
+    option("--directory", type=utils.sample_directory, nargs="*", default=[], metavar="DIR",
+           help="Samples with a truth.npz; nothing is written there.")  # fmt: skip
+    option("--simulated", type=utils.not_negative, default=0, help="Sections to simulate.")
+
+
+def sections_of(args: argparse.Namespace, work: Path) -> dict[str, Path]:
+    """Folder of each section by its name; simulated ones are made in ``work``."""
+    named = {directory.resolve().name: directory for directory in args.directory}
+    return named | {
+        f"simulated-{seed}": simulated_section(seed, work) for seed in range(args.simulated)
+    }
 
 
 def check(args: argparse.Namespace) -> None:
@@ -423,10 +437,7 @@ def check(args: argparse.Namespace) -> None:
 def benchmark(args: argparse.Namespace, work: Path, command: str) -> None:
     args.methods = [method for method in METHODS if method in args.methods]
     code = copy_code(work)
-    sources = {directory.resolve().name: directory for directory in args.directory}
-    sources |= {
-        f"simulated-{seed}": simulated_section(seed, work) for seed in range(args.simulated)
-    }
+    sources = sections_of(args, work)
     results = [run_section(code, source, work / name, args) for name, source in sources.items()]
     with utils.atomic(args.output) as partial:
         partial.write_text(report(results, args, command), encoding="utf-8")

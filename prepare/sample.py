@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import errno
 import gzip
 import io
 import json
@@ -273,23 +272,6 @@ def run(
 
 
 def exit_code(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """0 if ``work(args)`` ends well, 2 with a message if a user can mend it, 130 on Ctrl-C."""
+    """The exit code of ``work(args)``, see utils.exit_code."""
     Image.MAX_IMAGE_PIXELS = utils.MAX_HE_PIXELS
-    try:
-        work(args)
-    except utils.StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        print(
-            f"error: {error.filename2 or error.filename or args.directory}: {error.strerror}.\n"
-            f"Make room or give access to it, then run the same command.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the sample is as it was", file=sys.stderr)
-        return 130
-    return 0
+    return utils.exit_code(lambda: work(args), args.directory, "the sample is as it was")

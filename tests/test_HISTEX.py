@@ -614,7 +614,7 @@ def test_a_mask_edited_in_any_program_is_read(sample, mode):
     grey.save(sample / "mask.png")
     args = argparse.Namespace(directory=sample, force=False, allow_stale=False)
     stage = utils.Stage(HISTEX.SCRIPT, args)
-    np.testing.assert_array_equal(HISTEX.read_mask(stage, (28, 42)), tissue)
+    np.testing.assert_array_equal(utils.read_mask(stage, (28, 42)), tissue)
 
 
 def test_the_picture_of_a_map_shows_its_values():

@@ -52,6 +52,16 @@ def test_a_variant_gives_other_maps(scored):
     assert scored("Poisson loss")["r 4x"] != scored("no anchoring")["r 4x"]
 
 
+@pytest.mark.parametrize(
+    ("folders", "said"), [([], "no section to work on"), (["a/x", "b/x"], "of the same name")]
+)
+def test_sections_are_checked_before_anything_runs(tmp_path, capsys, folders, said):
+    options = ["--directory", *(str(tmp_path / folder) for folder in folders)]
+    assert ablations.main([*options, "--keep", str(tmp_path / "keep")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "keep").exists()
+
+
 def test_the_table():
     result = {"r 1x": 0.1, "r 4x": 0.25, "held-out r": 0.5, "seconds": 10}
     rows = {"default": {"a": result, "b": result | {"r 4x": 0.3}}}

@@ -872,6 +872,19 @@ def test_holdout_takes_the_options_of_the_last_run(finished):
     assert holdout.recorded_options(stage) == []
 
 
+def test_an_edited_mask_is_read_as_histex_reads_it(finished):
+    """Dark blue is a colour, and what is transparent is no tissue."""
+    shape = np.asarray(Image.open(finished / "mask.png")).shape
+    painted = np.zeros((*shape, 4), np.uint8)
+    painted[..., 3] = 255
+    painted[3:10, 5:20, 2] = 1
+    painted[12:, :] = (255, 255, 255, 0)
+    Image.fromarray(painted).save(finished / "mask.png")
+    tissue = reading.read_mask(finished, shape)
+    assert tissue[3:10, 5:20].all()
+    assert tissue.sum() == 7 * 15
+
+
 def test_a_mask_of_ones_hand_will_do_for_holdout(finished, tmp_path):
     image = np.asarray(Image.open(finished / "mask.png")).copy()
     image[:4] = 255
