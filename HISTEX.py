@@ -1,6 +1,7 @@
 """Train HISTEX on the spots of one section and write a super-resolved map of every gene.
 
     python HISTEX.py --directory data/section --epochs 500 --n-states 5
+    torchrun --nproc-per-node 2 HISTEX.py --directory data/section     # states on two cards at once
 
 In    HRlocs.csv, HRcnts.npy, gene-names.txt (get_HR.py), Histology_feature_map.npy
       (Histology_Extractor.py), mask.png (masking_non_tissue.py, or your own), and he.jpg, locs.csv,
@@ -31,8 +32,9 @@ for comparison; ``default`` departs from it:
 * Few spots must not be learned by heart: tokens and context are hidden in part (dropout), weights
   decay, and what is kept is the moving average of the weights over the last steps.
 * Discs are weighted by area and tissue. Training stops when held-out spots stop improving.
-* Patches overlap and are blended in prediction, so that no seam shows. Afterwards the maps are
-  anchored: scaled so that the discs of the spots sum to about what was measured.
+* Patches overlap and are blended in prediction (the logarithms of the factor), so that no seam
+  shows. Afterwards the maps are anchored: scaled so that the discs of the spots sum to about what
+  was measured.
 
 Both pair a spot with the HR points around its own place (the published code mixes up indices),
 shuffle the spots, and show the tissue only.
@@ -45,18 +47,23 @@ continuous.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import math
 import pickle
+import shutil
 import sys
 import tempfile
 import time
 import urllib.parse
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -79,6 +86,7 @@ INPUTS = (
     utils.FEATURES, utils.MASK,
 )  # fmt: skip
 
+ALL = slice(None)  # genes
 WIDTH = 128  # D, as published
 HEADS = 8  # as published
 PUBLISHED_CONTEXT = 5  # HR points a patch sees
@@ -103,17 +111,19 @@ PATIENCE_EPOCHS = 12  # stop after so many
 FOLDS = 10  # every state holds out another tenth of the spots
 MIN_SPOTS = 4
 CHECKPOINT_SECONDS = 30.0
-STRIP_BYTES = 1_000_000_000  # memory for the predictions of all states that are merged at a time
-PREDICT_BATCH = 64
+GENES_BYTES = 1_000_000_000  # memory for the maps of the genes that are decoded at a time
+PREDICT_BATCH = 64  # patches
+DECODE_COUNTS = 500_000  # superpixels times genes decoded at a time; they stay in a CPU's cache
+POINTS_AT_A_TIME, PLACES_AT_A_TIME = 4096, 200_000  # HR points embedded; superpixels looked up
 DROPOUT_PASSES = 4  # of each state, for the uncertainty of the maps
-HELD_OUT_REPEATS = 8  # times as many for the held-out spots, which only one state has not seen
+HELD_OUT_PASSES = 32  # more in the held-out spots, which only one state has not seen
 COVERAGE, COVERED_SD = 0.9, 1.645  # share of the counts in an interval; its half width
 GENE_FACTOR = 3.0  # a gene's own scaling lies within a third and three times the middle one's
 MIN_CALIBRATION_COUNTS = 50
 ANCHORS = 8  # spots around a superpixel that its map is anchored to
 ANCHOR_PRIOR = 2.0  # counts
 PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90
-CODE_VERSION = 2  # raise it when the same input gives other weights; saved states then do not count
+CODE_VERSION = 3  # raise it when the same input gives other results; saved ones then do not count
 WINDOWS_DEVICES = ["con", "prn", "aux", "nul"]  # with com1..9 and lpt1..9: no file can be called so
 WINDOWS_DEVICES += [f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10)]
 
@@ -169,12 +179,15 @@ class PublishedAffine(nn.Module):
 
 
 class PublishedNetwork(nn.Module):
-    """The published arithmetic: tokens (B, T, F), HR counts (B, K, G) to scaled counts (B, T, G).
+    """The published arithmetic: tokens and HR counts (B, K, G) to scaled counts (B, T, G).
 
-    Its attention divides by the square root of the number of heads, and its head is one affine map.
+    In the steps of ``Network``, of which the first does nothing. Its attention divides by the
+    square root of the number of heads, and its head is one affine map.
     """
 
     halo = 0  # superpixels around the patch that it looks at
+    latent_size = WIDTH + PUBLISHED_HEAD[-1]
+    interpolates = False
 
     def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__()
@@ -193,15 +206,29 @@ class PublishedNetwork(nn.Module):
             self.register_buffer(f"{name}_range", torch.from_numpy(high - low))
         self.register_buffer("disc_size", torch.tensor(section.areas[0].sum()))
 
-    def forward(self, tokens: Tensor, expression: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        span = torch.where(self.hr_range > 0, self.hr_range, 1)
-        expression = (expression - self.hr_min) / span
-        x = self.block1(tokens, expression)
+    def forward(self, tokens: Tensor, expression: Tensor, offsets: Tensor) -> Tensor:
+        context = self.embed_expression(expression)
+        return self.decode(self.fuse(tokens.flatten(1, 2), context, None), None)
+
+    def see(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def embed(self, views: Tensor) -> Tensor:
+        return views
+
+    def embed_expression(self, expression: Tensor) -> Tensor:
+        return (expression - self.hr_min) / torch.where(self.hr_range > 0, self.hr_range, 1)
+
+    def fuse(self, tokens: Tensor, context: Tensor, offsets: Tensor | None) -> Tensor:
+        x = self.block1(tokens, context)
         x = self.affine1(x) + x
-        x = self.block2(x, expression)
+        x = self.block2(x, context)
         x = self.affine2(x) + x
-        hidden = self.head(torch.cat([x, tokens], dim=-1)) @ self.out.weight
-        return nnf.elu(hidden, alpha=PUBLISHED_ALPHA) + PUBLISHED_BETA, x
+        return torch.cat([x, self.head(torch.cat([x, tokens], dim=-1))], dim=-1)
+
+    def decode(self, latent: Tensor, interpolated: None, genes: slice = ALL) -> Tensor:
+        hidden = latent[..., WIDTH:] @ self.out.weight[:, genes]
+        return nnf.elu(hidden, alpha=PUBLISHED_ALPHA) + PUBLISHED_BETA
 
     def loss(self, scaled: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
         """Squared error of the mean over the disc against the scaled counts, (B, G)."""
@@ -209,12 +236,13 @@ class PublishedNetwork(nn.Module):
         span = torch.where(self.spot_range > 0, self.spot_range, 1)
         return (mean - (counts - self.spot_min) / span).square()
 
-    def to_counts(self, scaled: Tensor) -> Tensor:
-        return scaled * (self.spot_range / self.disc_size) + self.spot_min / self.disc_size
+    def to_counts(self, scaled: Tensor, genes: slice = ALL) -> Tensor:
+        low, span = self.spot_min[genes], self.spot_range[genes]
+        return scaled * (span / self.disc_size) + low / self.disc_size
 
 
 class FeatureDropout(nn.Module):
-    """Hides a share of the features of each patch (B, T, F), the same in all superpixels of it."""
+    """Hides a share of the features of a patch (B, ..., F), the same in all superpixels of it."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -223,19 +251,34 @@ class FeatureDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        kept = torch.rand(len(x), 1, x.shape[-1], device=x.device) >= self.share
+        shape = (len(x), *[1] * (x.ndim - 2), x.shape[-1])
+        kept = torch.rand(shape, device=x.device) >= self.share
         return x * (kept / (1 - self.share))
+
+
+def sliding_mean(x: Tensor, size: int, dim: int) -> Tensor:
+    """Means of every ``size`` neighbours along an axis. Twice as fast as torch's pooling here."""
+    n = x.shape[dim] - size + 1
+    total = x.narrow(dim, 0, n)
+    for start in range(1, size):
+        following = x.narrow(dim, start, n)
+        total = total + following if start == 1 else total.add_(following)
+    return total if size == 1 else total.div_(size)
 
 
 class Network(nn.Module):
     """The default network: tokens and HR expression around a patch to counts per superpixel.
 
-    ``forward`` takes tokens (B, T', F) of the patch with its halo, HR counts of a full disc
-    (B, K, G), and offsets (B, T, K, 2) from HR points to superpixels. It returns counts per
-    superpixel (B, T, G) and the fused embedding (B, T, D).
+    ``forward`` takes tokens (B, rows, columns, F) of the patch with its halo, HR counts of a full
+    disc (B, K, G), and offsets (B, T, K, 2) from HR points to superpixels; it returns counts per
+    superpixel (B, T, G). It goes in steps, which the prediction of a map takes one by one: ``see``
+    and ``embed`` the histology and ``embed_expression``, for which patches do not matter; ``fuse``
+    a patch with its context into latent values of its superpixels; ``decode`` these into genes.
     """
 
     halo = max(SCALES) // 2
+    latent_size = 2 * WIDTH  # L
+    interpolates = True
 
     def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__()
@@ -247,23 +290,17 @@ class Network(nn.Module):
             nn.LeakyReLU(0.1),
             nn.LayerNorm(WIDTH),
         )
-        self.embed_expression = nn.Sequential(
-            nn.Dropout(CONTEXT_DROPOUT), nn.Linear(n_genes, WIDTH)
-        )
+        self.embed_roots = nn.Sequential(nn.Dropout(CONTEXT_DROPOUT), nn.Linear(n_genes, WIDTH))
         self.embed_place = nn.Sequential(nn.Linear(3, 32), nn.LeakyReLU(0.1), nn.Linear(32, WIDTH))
         self.blocks = nn.ModuleList(BidirectionalAttention(WIDTH, WIDTH, scale) for _ in range(2))
         self.token_norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         self.expression_norm = nn.LayerNorm(WIDTH)
-        self.histology_factor = nn.Sequential(
-            nn.Linear(WIDTH, WIDTH),
-            nn.LeakyReLU(0.1),
-            nn.Dropout(DROPOUT),
-            nn.Linear(WIDTH, n_genes),
+        self.from_histology = nn.Sequential(
+            nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(0.1), nn.Dropout(DROPOUT)
         )
-        self.fused_factor = nn.Sequential(nn.LeakyReLU(0.1), nn.Linear(WIDTH, n_genes))
-        for last in (self.histology_factor[-1], self.fused_factor[-1]):  # start from interpolation
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        self.log_factor = nn.Linear(self.latent_size, n_genes)
+        nn.init.zeros_(self.log_factor.weight)  # start from interpolation
+        nn.init.zeros_(self.log_factor.bias)
         self.log_power = nn.Parameter(torch.tensor(math.log(1.5)))  # of the inverse distance
         for name, values in zip(("token_mean", "token_std"), section.token_statistics, strict=True):
             self.register_buffer(name, torch.from_numpy(values))
@@ -272,45 +309,69 @@ class Network(nn.Module):
         self.register_buffer("disc_area", torch.tensor(math.pi * section.radius**2))
         self.register_buffer("spacing", torch.tensor(section.spacing))
 
+    def forward(self, tokens: Tensor, expression: Tensor, offsets: Tensor) -> Tensor:
+        histology = self.embed(self.see(tokens)).flatten(1, 2)
+        latent = self.fuse(histology, self.embed_expression(expression), offsets.mean(dim=1))
+        shares = self.interpolation(offsets.square().sum(dim=-1))  # (B, T, K)
+        return self.decode(latent, shares @ expression)
+
     def see(self, tokens: Tensor) -> Tensor:
-        """Standardised tokens and the means of their neighbourhoods, (B, T', F) -> (B, T, 3 F)."""
-        side = math.isqrt(tokens.shape[1])
-        x = (
-            ((tokens - self.token_mean) / self.token_std)
-            .unflatten(1, (side, side))
-            .permute(0, 3, 1, 2)
-        )
+        """Standardised tokens and the means of their neighbourhoods: (B, rows, columns, 3 F).
+
+        Without the halo, that is, with 2 * halo rows and columns less than ``tokens``.
+        """
+        x = (tokens - self.token_mean) / self.token_std
         views = []
         for size in (1, *SCALES):
-            cut = self.halo - size // 2  # so that all scales end up on the superpixels of the patch
-            views.append(nnf.avg_pool2d(x[..., cut : side - cut, cut : side - cut], size, stride=1))
-        return torch.cat(views, dim=1).flatten(2).transpose(1, 2)
+            cut = self.halo - size // 2  # so that all scales end up on the same superpixels
+            part = x[:, cut : x.shape[1] - cut, cut : x.shape[2] - cut]
+            views.append(sliding_mean(sliding_mean(part, size, 1), size, 2))
+        return torch.cat(views, dim=-1)
 
-    def forward(self, tokens: Tensor, expression: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        # Interpolation by inverse distance, softened by one superpixel. It has no scale, so that it
-        # works alike between dense HR points and across the hole of a left-out spot.
-        logits = -self.log_power.exp() * torch.log(offsets.square().sum(dim=-1) + 1)  # (B, T, K)
-        interpolated = logits.softmax(dim=-1) @ expression / self.disc_area
+    def embed(self, views: Tensor) -> Tensor:
+        """(..., 3 F) -> (..., D)."""
+        return self.embed_tokens(views)
 
-        histology = self.embed_tokens(self.see(tokens))
-        centre = offsets.mean(dim=1) / self.spacing  # (B, K, 2), from the HR points to the patch
-        place = torch.cat([centre, centre.norm(dim=-1, keepdim=True)], dim=-1)
-        context = self.embed_expression(expression.sqrt() * self.root_scale) + self.embed_place(
-            place
-        )
-        context = self.expression_norm(context)
+    def embed_expression(self, expression: Tensor) -> Tensor:
+        """(..., G) -> (..., D)."""
+        return self.embed_roots(expression.sqrt() * self.root_scale)
+
+    def fuse(self, histology: Tensor, context: Tensor, offsets: Tensor) -> Tensor:
+        """Latent values (B, T, L), of which the first D are the embedding of the maps.
+
+        From histology (B, T, D), the embedded expression of the context (B, K, D), and offsets
+        (B, K, 2) from its HR points to the middle of the patch.
+        """
+        offsets = offsets / self.spacing
+        place = torch.cat([offsets, offsets.norm(dim=-1, keepdim=True)], dim=-1)
+        context = self.expression_norm(context + self.embed_place(place))
         x = histology
         for norm, block in zip(self.token_norms, self.blocks, strict=True):
             x = x + block(norm(x), context)
-        factor = self.histology_factor(histology) + self.fused_factor(x)
-        return interpolated * factor.clamp(-MAX_LOG_FACTOR, MAX_LOG_FACTOR).exp(), x
+        return torch.cat([x, self.from_histology(histology)], dim=-1)
+
+    def interpolation(self, distance2: Tensor) -> Tensor:
+        """Shares (..., K) of a superpixel in the counts of HR points at these squared distances.
+
+        By inverse distance, softened by one superpixel. It has no scale, so that it works alike
+        between dense HR points and across the hole of a left-out spot.
+        """
+        logits = -self.log_power.exp() * torch.log(distance2 + 1)
+        return logits.softmax(dim=-1) / self.disc_area
+
+    def decode(self, latent: Tensor, interpolated: Tensor, genes: slice = ALL) -> Tensor:
+        """Counts per superpixel (..., G): a factor on the interpolated ones."""
+        x, from_histology = latent.split(WIDTH, dim=-1)
+        known = torch.cat([nnf.leaky_relu(x, 0.1), from_histology], dim=-1)
+        factor = nnf.linear(known, self.log_factor.weight[genes], self.log_factor.bias[genes])
+        return interpolated * factor.clamp(-MAX_LOG_FACTOR, MAX_LOG_FACTOR).exp()
 
     def loss(self, maps: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
         """Squared error of the square roots of the disc's sum and the counts, (B, G)."""
         total = torch.einsum("btg,bt->bg", maps, areas)
         return ((total + ANSCOMBE).sqrt() - (counts + ANSCOMBE).sqrt()).square()
 
-    def to_counts(self, maps: Tensor) -> Tensor:
+    def to_counts(self, maps: Tensor, genes: slice = ALL) -> Tensor:
         return maps
 
 
@@ -376,17 +437,20 @@ class Section:
         return on_map(row, col, h, w) & self.tissue[row.clip(0, h - 1), col.clip(0, w - 1)]
 
     def inputs(self, centres: np.ndarray, near: np.ndarray, halo: int, device) -> list[Tensor]:
-        """What a network takes: tokens (B, T', F), expression (B, K, G), offsets (B, T, K, 2).
+        """What a network takes: tokens (B, side, side, F) of the patch and its halo, expression
+        (B, K, G), offsets (B, T, K, 2).
 
         For patches at ``centres`` (B, 2) int that see the HR points ``near`` (B, K).
         """
         h, w = self.tissue.shape
         row, col = self.patches(centres, halo)
         tokens = self.tokens[row.clip(0, h - 1), col.clip(0, w - 1)]  # the border's, beyond it
+        side = math.isqrt(tokens.shape[1])
+        tokens = tokens.reshape(len(tokens), side, side, -1)
         middles = np.stack(self.patches(centres), axis=-1) + 0.5  # (B, T, 2)
         offsets = middles[:, :, None] - self.points[near][:, None]
         arrays = (tokens, self.expression[near], offsets.astype(np.float32))
-        return [torch.from_numpy(array).to(device).float() for array in arrays]
+        return [to_device(array, device).float() for array in arrays]
 
     def context_of_spots(self, held_out: np.ndarray, leave_out: bool) -> np.ndarray:
         """Indices (N, K) of the HR points nearest to every spot.
@@ -409,6 +473,14 @@ class Section:
             order = np.argsort(is_own, axis=1, kind="stable")  # its own last, the others as before
             near = np.take_along_axis(near, order, axis=1)
         return near[:, :k]
+
+
+def to_device(array: np.ndarray, device) -> Tensor:
+    """The array as a tensor there; a graphics card gets it while the CPU goes on."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def on_map(row: np.ndarray, col: np.ndarray, h: int, w: int) -> np.ndarray:
@@ -434,8 +506,8 @@ def disc_areas(places: np.ndarray, row: np.ndarray, col: np.ndarray, radius: flo
 def token_statistics(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (F,) of the tokens of the tissue, read row by row."""
     total, squares = 0.0, 0.0
-    for row, inside in zip(tokens, tissue, strict=True):
-        x = row[inside].astype(np.float64)
+    for row, inside in enumerate(tissue):
+        x = utils.some_rows(tokens, row, row + 1)[0, inside].astype(np.float64)
         total, squares = total + x.sum(axis=0), squares + (x * x).sum(axis=0)
     mean = total / tissue.sum()
     std = np.sqrt(np.maximum(squares / tissue.sum() - mean**2, 0))
@@ -469,10 +541,14 @@ def split_spots(section: Section, preset: str, seed: int, index: int) -> Split:
 def run_batch(network, section: Section, split: Split, batch: np.ndarray, device):
     """Output (B, T, G), areas (B, T) and counts (B, G) of a batch of spots."""
     centres = np.floor(section.spots[batch]).astype(int)
-    output, _ = network(*section.inputs(centres, split.near[batch], network.halo, device))
-    areas = torch.from_numpy(section.areas[batch]).to(device)
-    counts = torch.from_numpy(section.counts[batch]).to(device)
+    output = network(*section.inputs(centres, split.near[batch], network.halo, device))
+    areas = to_device(section.areas[batch], device)
+    counts = to_device(section.counts[batch], device)
     return output, areas, counts
+
+
+def seed_torch(*numbers: int) -> None:
+    torch.manual_seed(int(np.random.default_rng(numbers).integers(2**63)))
 
 
 def make_average(network: nn.Module) -> AveragedModel:
@@ -590,9 +666,8 @@ def train_state(
     while len(history) < args.epochs and not should_stop(selection, len(history), split):
         epoch = len(history) + 1
         # Seeded by the epoch, not by what came before: a resumed run draws the same numbers.
-        seed = [args.seed + index, epoch]
-        torch.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
-        order = np.random.default_rng(seed).permutation(split.train)
+        seed_torch(args.seed + index, epoch)
+        order = np.random.default_rng([args.seed + index, epoch]).permutation(split.train)
         rate = optimizer.param_groups[0]["lr"]
         loss = train_epoch(network, average, optimizer, section, split, order, batch_size, device)
         row = {"epoch": epoch, "train_loss": loss, "learning_rate": rate}
@@ -632,17 +707,26 @@ def train_state(
     return network, split.held_out, predicted
 
 
-def train_states(stage: utils.Stage, section: Section, device):
+def train_states(stage: utils.Stage, section: Section, ranks: utils.Ranks, device):
     """All states: their networks, the held-out spots (M,), and predicted counts of these (M, G).
 
-    A spot that two states hold out, as happens with more states than folds, is scored by the first.
+    Of several processes, each trains its share; the first gets those of the others from the disk,
+    and the others get nothing. A spot that two states hold out, as happens with more states than
+    folds, is scored by the first.
     """
-    key = training_key(stage, device)
-    trained = []
-    for index in range(stage.args.n_states):
+    key, states = training_key(stage, device), range(stage.args.n_states)
+
+    def train(index: int):
         folder = stage.directory / utils.STATES.name / f"{index:02d}"
-        trained.append(train_state(section, folder, stage.args, key, index, device))
-    networks, held_out, predicted = zip(*trained, strict=True)
+        return train_state(section, folder, stage.args, key, index, device)
+
+    trained = {index: train(index) for index in ranks.share(states)}
+    ranks.barrier()
+    if ranks.rank > 0:
+        return None
+    networks, held_out, predicted = zip(
+        *(trained[index] if index in trained else train(index) for index in states), strict=True
+    )
     held_out, first = np.unique(np.concatenate(held_out), return_index=True)
     return networks, held_out, np.concatenate(predicted)[first]
 
@@ -673,7 +757,7 @@ def training_key(stage: utils.Stage, device) -> str:
     inputs = {name: known["sha256"] for name, known in stage.inputs.items()}
     names = ("preset", "epochs", "seed", "batch_size", "learning_rate")
     settings = {name: getattr(args, name) for name in names}
-    content = [CODE_VERSION, inputs, settings, str(device), torch.__version__]
+    content = [CODE_VERSION, inputs, settings, torch.device(device).type, torch.__version__]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -746,54 +830,262 @@ def blending(side: int, preset: str) -> tuple[int, np.ndarray]:
     return (side + 1) // 2, np.outer(hill, hill).ravel().astype(np.float32)
 
 
+def patch_middles(half: int, stride: int, extent: int) -> np.ndarray:
+    """Middles of the patches along one side of the map."""
+    first = half if stride > half + 1 else 0  # blocks begin in the corner
+    return np.arange(first, extent + stride - 1, stride)
+
+
 def patch_centres(section: Section, stride: int, shown: np.ndarray) -> np.ndarray:
     """Centres (B, 2), row by row, of the patches that cover what is shown of the map (h, w)."""
     h, w = shown.shape
-    first = section.half if stride > section.half + 1 else 0  # blocks begin in the corner
-    rows, cols = (np.arange(first, n + stride - 1, stride) for n in (h, w))
+    rows, cols = (patch_middles(section.half, stride, extent) for extent in (h, w))
     centres = np.stack(np.meshgrid(rows, cols, indexing="ij"), axis=-1).reshape(-1, 2)
     row, col = section.patches(centres)
     reached = on_map(row, col, h, w) & shown[row.clip(0, h - 1), col.clip(0, w - 1)]
     return centres[reached.any(axis=1)]
 
 
-def predict_strip(networks, section, centres, near, weights, rows: slice, batch: int, device):
-    """Counts (states, rows, w, G) and embedding of the first state (rows, w, D) in some rows.
+class Batches:
+    """Goes through n items in batches that fit the memory of the device."""
 
-    ``centres`` (B, 2) are those of ``patch_centres``, ``near`` (B, K) the HR points around them.
-    Superpixels that no patch reaches are NaN.
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def over(self, n: int, compute: Callable[[slice], Any]) -> Iterator[tuple[slice, Any]]:
+        """Yield every part of 0..n with ``compute(part)``; halves the batch if memory runs out."""
+        done = 0
+        while done < n:
+            part = slice(done, min(done + self.size, n))
+            try:
+                result = compute(part)
+            except RuntimeError as error:
+                if not utils.is_out_of_memory(error) or self.size == 1:
+                    raise
+                self.size //= 2  # the maps do not depend on it
+                continue
+            yield part, result
+            done = part.stop
+
+
+@dataclass
+class Run:
+    """A network as it is, or (from 1 on) with one of several random dropouts."""
+
+    network: nn.Module
+    dropout: int = 0
+
+    def enter(self, *seed: int) -> nn.Module:
+        self.network.train(self.dropout > 0)
+        if self.dropout:
+            seed_torch(self.dropout, *seed)
+        return self.network
+
+
+class HistologyRows:
+    """Histology of the rows that a row of patches covers, embedded by each of R runs.
+
+    Rows that the next row of patches covers too are kept, so that each is embedded once. On the
+    left and on the right is a margin, as wide as a patch may reach out of the map; there, the
+    border's tokens are repeated.
     """
-    w, n_genes = section.tissue.shape[1], section.counts.shape[1]
-    top, bottom = rows.start, rows.stop
-    reaches = (centres[:, 0] + section.half >= top) & (centres[:, 0] - section.half < bottom)
-    centres, near = centres[reaches], near[reaches]
-    weights = torch.from_numpy(weights).to(device)
-    total = torch.zeros((bottom - top) * w, 1, device=device)
-    maps = torch.zeros(len(networks), len(total), n_genes, device=device)
-    latent = torch.zeros(len(total), WIDTH, device=device)
-    for start in range(0, len(centres), batch):
-        part = centres[start : start + batch]
-        row, col = section.patches(part)
-        row -= top
-        inside = on_map(row, col, bottom - top, w)
-        cell = torch.from_numpy((row * w + col)[inside]).to(device)
-        inside = torch.from_numpy(inside).to(device)
-        share = weights.expand(inside.shape)[inside][:, None]
-        total.index_add_(0, cell, share)
-        context = near[start : start + batch]
-        inputs = section.inputs(part, context, networks[0].halo, device)
-        for state, network in enumerate(networks):
-            output, embedding = network(*inputs)
-            maps[state].index_add_(0, cell, network.to_counts(output)[inside] * share)
-            if state == 0:
-                latent.index_add_(0, cell, embedding[inside] * share)
-    maps /= total  # 0 / 0 is the NaN
-    latent /= total
-    return maps.unflatten(1, (-1, w)), latent.unflatten(0, (-1, w))
+
+    def __init__(self, runs: list[Run], section: Section, centres: np.ndarray, device) -> None:
+        self.runs, self.section, self.device = runs, section, device
+        self.top, self.rows = -sys.maxsize, [torch.empty(0)] * len(runs)
+        self.margin = margin = 2 * section.half
+        self.reached = np.pad(np.zeros_like(section.tissue), margin)  # by any patch
+        for row, col in zip(*(x.T for x in section.patches(centres)), strict=True):
+            self.reached[row + margin, col + margin] = True
+
+    def tokens(self, top: int, bottom: int, margin: int) -> Tensor:
+        """(1, bottom - top, w + 2 margin, F)."""
+        h, w = self.section.tissue.shape
+        rows = np.arange(top, bottom).clip(0, h - 1)
+        columns = np.arange(-margin, w + margin).clip(0, w - 1)
+        block = utils.some_rows(self.section.tokens, rows[0], rows[-1] + 1)
+        block = block[rows - rows[0]][:, columns]
+        return to_device(block, self.device).float()[None]
+
+    def at(self, top: int, seed: int) -> list[Tensor]:
+        """The rows from ``top`` on, (2 half + 1, w + 2 margins, D) of each run."""
+        network, margin, side = self.runs[0].network, self.margin, 2 * self.section.half + 1
+        halo, kept = network.halo, max(self.top + side - top, 0)
+        fresh, bottom = top + kept, top + side
+        # All networks see alike, for tokens are standardised by the section
+        views = network.see(self.tokens(fresh - halo, bottom + halo, margin + halo))[0]
+        inside = to_device(self.reached[fresh + margin : bottom + margin], self.device)
+        views = views[inside][None]
+        for number, run in enumerate(self.runs):
+            embedded = run.enter(seed, number).embed(views)[0]
+            rows = embedded.new_zeros(*inside.shape, embedded.shape[-1])
+            rows[inside] = embedded
+            if kept:
+                rows = torch.cat([self.rows[number][-kept:], rows])
+            self.rows[number] = rows
+        self.top = top
+        return self.rows
 
 
-def middle(maps: Tensor) -> Tensor:
-    """Median over the first axis, as numpy's: the mean of the two middle ones of an even number.
+def embed_points(runs: list[Run], section: Section, seed: int, device) -> list[Tensor]:
+    """The embedded expression of all HR points, (P, D), by each run."""
+    contexts: list[list[Tensor]] = [[] for _ in runs]
+    for start in range(0, len(section.points), POINTS_AT_A_TIME):
+        expression = to_device(section.expression[start : start + POINTS_AT_A_TIME], device)
+        for number, run in enumerate(runs):
+            embedded = run.enter(seed, number, start).embed_expression(expression)
+            contexts[number].append(embedded)
+    return [torch.cat(parts) for parts in contexts]
+
+
+def latent_rows(runs: list[Run], section: Section, shown: np.ndarray, args, device):
+    """Go down the map and yield (rows, latent values (R, rows, w, L)); R runs.
+
+    Patches overlap and are blended by their weights. Memory holds only the open rows: those that
+    the present row of patches covers. What no patch reaches is NaN.
+    """
+    half, (h, w) = section.half, section.tissue.shape
+    side = 2 * half + 1
+    stride, hill = blending(side, args.preset)
+    hill = to_device(hill[:, None], device)
+    centres = patch_centres(section, stride, shown)
+    near = nearest(section.points, centres + 0.5, min(section.context, len(section.points)))
+    histology = HistologyRows(runs, section, centres, device)
+    expression = embed_points(runs, section, args.seed, device)
+    size = runs[0].network.latent_size
+    margin, width = histology.margin, w + 2 * histology.margin
+    # The open rows, each where its number modulo the side tells
+    total = torch.zeros(len(runs), side, width, size, device=device)
+    weight = torch.zeros(side, width, 1, device=device)
+    steps = torch.arange(side, device=device)
+
+    batches = Batches(PREDICT_BATCH)
+    middles = patch_middles(half, stride, h)
+    for row in tqdm(middles, desc="histology", disable=None):
+        top, lines = row - half, (row - half + steps) % side
+        here = np.flatnonzero(centres[:, 0] == row)
+        left = to_device(centres[here, 1] - half + margin, device)
+        rows = histology.at(top, args.seed) if len(here) else []
+
+        def fuse(part: slice, here=here, left=left, rows=rows, row=row) -> list[Tensor]:
+            points = near[here[part]]
+            offsets = centres[here[part]][:, None] + 0.5 - section.points[points]
+            offsets = to_device(offsets.astype(np.float32), device)
+            points, fused = to_device(points, device), []
+            for number, run in enumerate(runs):
+                patches = rows[number].unfold(1, side, 1)[:, left[part]]  # (side, B, D, side)
+                patches = patches.permute(1, 0, 3, 2).flatten(1, 2)
+                network = run.enter(args.seed, number, row, part.start)
+                fused.append(network.fuse(patches, expression[number][points], offsets))
+            return fused
+
+        for part, fused in batches.over(len(here), fuse):
+            where = (lines[:, None] * width + left[part, None, None] + steps).flatten()
+            weight.view(-1, 1).index_add_(0, where, hill.repeat(len(fused[0]), 1))
+            for sums, values in zip(total, fused, strict=True):
+                sums.view(-1, size).index_add_(0, where, (values * hill).flatten(0, 1))
+        finished = slice(top, top + stride) if row != middles[-1] else slice(top, h)
+        done = slice(max(finished.start, 0), min(finished.stop, h))
+        if done.start < done.stop:
+            part = lines[done.start - top : done.stop - top], slice(margin, margin + w)
+            yield done, total[:, *part] / weight[part]
+        for sums in (*total, weight):
+            sums[lines[: finished.stop - top]] = 0
+
+
+class Prediction:
+    """Maps of all genes for the M superpixels that are shown.
+
+    First come the latent values of all superpixels, which wait in ``file``; from them the maps are
+    decoded some genes at a time. So neither grows the memory with the number of genes, nor does a
+    run that was cut off lose more than the genes it was at.
+    """
+
+    def __init__(self, networks, section: Section, args, file: BinaryIO, device) -> None:
+        shown = np.ones_like(section.tissue) if args.keep_background else section.tissue
+        passes = range(1 + DROPOUT_PASSES * args.uncertainty)
+        self.runs = [Run(network, dropout) for dropout in passes for network in networks]
+        self.section, self.file, self.device = section, file, device
+        self.size = networks[0].latent_size
+        self.embedding = np.full((WIDTH, *shown.shape), np.nan, np.float32)  # of the first state
+        with torch.inference_mode():
+            for rows, values in latent_rows(self.runs, section, shown, args, device):
+                values = values.cpu()[:, torch.from_numpy(shown[rows])]
+                self.embedding[:, rows][:, shown[rows]] = values[0, :, :WIDTH].T
+                file.write(values.transpose(0, 1).contiguous().numpy())  # float32 (M, R, L)
+        self.shown, self.places = shown, np.argwhere(shown)
+        if networks[0].interpolates:
+            self.near, self.distance2 = nearest_points(section.points, self.places, section.context)
+        self.anchors = find_anchors(section, self.places) if args.preset == "default" else None
+
+    def blocks(self) -> list[slice]:
+        """The genes in parts whose maps fit the memory, all about equal."""
+        n_genes = self.section.counts.shape[1]
+        bytes_a_gene = 4 * len(self.places) * (2 if self.runs[-1].dropout else 1)
+        n_blocks = -(-n_genes // max(1, GENES_BYTES // bytes_a_gene))
+        edges = np.linspace(0, n_genes, n_blocks + 1).astype(int).tolist()
+        return [slice(*pair) for pair in itertools.pairwise(edges)]
+
+    def maps(self, genes: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        """Median of the networks, anchored, (M, G'), and its relative spread (M, G') or None."""
+        n, n_genes = len(self.places), genes.stop - genes.start
+        maps = np.empty((n, n_genes), np.float32)
+        spread = np.empty_like(maps) if self.runs[-1].dropout else None
+        expression = np.ascontiguousarray(self.section.expression[:, genes])
+        expression = to_device(expression, self.device)
+        batches = Batches(max(1, DECODE_COUNTS // n_genes))
+        with torch.inference_mode():
+            for part, (middles, shares) in batches.over(
+                n, lambda part: self.decode(part, genes, expression)
+            ):
+                maps[part] = middles.cpu()
+                if shares is not None:
+                    spread[part] = shares.cpu()
+        if self.anchors is not None:
+            anchor_to_spots(maps, self.section.counts[self.section.usable, genes], self.anchors)
+        return maps, spread
+
+    def decode(self, part: slice, genes: slice, expression: Tensor):
+        """Median (M', G') and relative spread of some superpixels and genes."""
+        latent = np.empty((part.stop - part.start, len(self.runs), self.size), np.float32)
+        self.file.seek(part.start * latent[:1].nbytes)
+        self.file.readinto(latent)
+        latent = to_device(latent, self.device)
+        maps, spread, interpolated = [], Spread(), {}
+        for number, run in enumerate(self.runs):
+            network = run.network
+            if network.interpolates and network not in interpolated:
+                near = to_device(self.near[part], self.device)
+                shares = network.interpolation(to_device(self.distance2[part], self.device))
+                interpolated[network] = weighted_sums(near, shares, expression)
+            counts = network.decode(latent[:, number], interpolated.get(network), genes)
+            counts = network.to_counts(counts, genes)
+            if run.dropout:
+                spread.see(counts)
+            else:
+                maps.append(counts)
+        return middle(maps), spread.relative() if spread.n else None
+
+
+def nearest_points(points: np.ndarray, places: np.ndarray, k: int):
+    """The HR points nearest to the superpixels (M, 2): indices int32 (M, K), squared distances."""
+    k = min(k, len(points))
+    near, distance2 = (np.empty((len(places), k), dtype) for dtype in (np.int32, np.float32))
+    tree = cKDTree(points)
+    for start in range(0, len(places), PLACES_AT_A_TIME):
+        part = slice(start, start + PLACES_AT_A_TIME)
+        distance, near[part] = tree.query(places[part] + 0.5, np.arange(1, k + 1), workers=-1)
+        distance2[part] = distance**2
+    return near, distance2
+
+
+def weighted_sums(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """Sums (M, G) of some rows (M, K) of a table (P, G), with weights (M, K)."""
+    return nnf.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+
+
+def middle(maps: list[Tensor]) -> Tensor:
+    """Median of tensors, as numpy's: the mean of the two middle ones of an even number.
 
     Sorts by exchanging neighbours, all superpixels at once; for few states that is five times as
     fast as np.median, and torch.median takes the lower of the two.
@@ -804,56 +1096,6 @@ def middle(maps: Tensor) -> Tensor:
             a, b = states[j], states[j + 1]
             states[j], states[j + 1] = torch.minimum(a, b), torch.maximum(a, b)
     return (states[(len(states) - 1) // 2] + states[len(states) // 2]) / 2
-
-
-def predict_maps(
-    networks, section: Section, args: argparse.Namespace, out: np.ndarray, device, spread=None
-):
-    """Fill ``out`` (G, h, w) with the median of the states; return the embedding (D, h, w).
-
-    ``spread`` (G, h, w), where it is given, receives the relative spread over states and dropouts.
-    Goes down the map in strips, so that only one strip of all states is in memory.
-    """
-    h, w = section.tissue.shape
-    shown = np.ones((h, w), bool) if args.keep_background else section.tissue
-    stride, weights = blending(2 * section.half + 1, args.preset)
-    centres = patch_centres(section, stride, shown)
-    k = min(section.context, len(section.points))
-    near = nearest(section.points, centres + 0.5, k)
-    row_bytes = 4 * w * (section.counts.shape[1] * (2 * len(networks) + 1) + 2 * WIDTH)
-    strip = max(1, min(h, STRIP_BYTES // row_bytes))
-    batch = PREDICT_BATCH
-    embedding = np.empty((WIDTH, h, w), np.float32)
-    for network in networks:
-        network.eval()
-    with torch.inference_mode():
-        for top in tqdm(range(0, h, strip), desc="maps", disable=None):
-            rows = slice(top, min(h, top + strip))
-            if not shown[rows].any():
-                out[:, rows], embedding[:, rows] = np.nan, np.nan
-                if spread is not None:
-                    spread[:, rows] = np.nan
-                continue
-            while True:
-                others = (section, centres, near, weights, rows, batch, device)
-                try:
-                    maps, latent = predict_strip(networks, *others)
-                    if spread is not None:
-                        torch.manual_seed(args.seed)
-                        share = relative_spread(
-                            networks, lambda network, o=others: predict_strip([network], *o)[0][0]
-                        )
-                        spread[:, rows] = share.cpu().numpy().transpose(2, 0, 1)
-                    break
-                except RuntimeError as error:
-                    if not utils.is_out_of_memory(error) or batch == 1:
-                        raise
-                    batch //= 2  # the maps do not depend on it
-            median, latent = middle(maps).cpu().numpy(), latent.cpu().numpy()
-            median[~shown[rows]] = np.nan
-            latent[~shown[rows]] = np.nan
-            out[:, rows], embedding[:, rows] = median.transpose(2, 0, 1), latent.transpose(2, 0, 1)
-    return embedding
 
 
 # ------------------------------------------------------------------------------------------------
@@ -880,20 +1122,6 @@ class Spread:
         return torch.where(self.mean > 0, sd / self.mean, 0)
 
 
-def relative_spread(networks, predict) -> Tensor:
-    """Spread of ``predict(network)`` over all networks and random dropouts, as a share."""
-    spread = Spread()
-    with torch.inference_mode():
-        for network in networks:
-            network.train()  # dropout is all that training changes in the forward pass
-            try:
-                for _ in range(DROPOUT_PASSES):
-                    spread.see(predict(network))
-            finally:  # also where memory runs out, for then the maps are predicted once more
-                network.eval()
-    return spread.relative()
-
-
 def held_out_spread(networks, section, args: argparse.Namespace, held_out: np.ndarray, device):
     """Relative spread (M, G) of the counts predicted in the held-out spots (M,).
 
@@ -901,15 +1129,14 @@ def held_out_spread(networks, section, args: argparse.Namespace, held_out: np.nd
     """
     out = np.empty((len(held_out), section.counts.shape[1]), np.float32)
     for index in reversed(range(len(networks))):  # the first state that holds a spot out scores it
-        split = split_spots(section, args.preset, args.seed, index)
-
-        def total(network, split=split) -> Tensor:
-            batches = np.array_split(split.held_out, -(-len(split.held_out) // BATCH))
-            parts = (run_batch(network, section, split, batch, device)[:2] for batch in batches)
-            return torch.cat([torch.einsum("btg,bt->bg", *part) for part in parts])
-
-        spread = relative_spread([networks[index]] * HELD_OUT_REPEATS, total)
-        out[np.searchsorted(held_out, split.held_out)] = spread.cpu().numpy()
+        split, spread = split_spots(section, args.preset, args.seed, index), Spread()
+        batches = np.array_split(split.held_out, -(-len(split.held_out) // BATCH))
+        with torch.inference_mode():
+            for dropout in range(1, 1 + HELD_OUT_PASSES):
+                network = Run(networks[index], dropout).enter(args.seed, index)
+                parts = (run_batch(network, section, split, batch, device)[:2] for batch in batches)
+                spread.see(torch.cat([torch.einsum("btg,bt->bg", *part) for part in parts]))
+        out[np.searchsorted(held_out, split.held_out)] = spread.relative().cpu().numpy()
     return out
 
 
@@ -965,38 +1192,45 @@ def calibrate_spread(measured, predicted, spread) -> tuple[np.ndarray, float | N
     return fit_spread(measured, predicted, spread), covered
 
 
-def anchor_to_spots(maps: np.ndarray, section: Section) -> None:
-    """Scale the maps (G, h, w) in place, so that the discs of the spots sum to what was measured.
+@dataclass
+class Anchors:
+    """How M superpixels hang together with the N spots that have tissue."""
+
+    discs: csr_array  # (N, M), area of the spot's disc in a superpixel
+    near: Tensor  # int32 (M, K), spots around a superpixel
+    shares: Tensor  # float32 (M, K), by inverse squared distance
+
+
+def find_anchors(section: Section, places: np.ndarray) -> Anchors:
+    spots, areas = section.spots[section.usable], section.areas[section.usable]
+    h, w = section.tissue.shape
+    number = np.full((h, w), -1, np.int32)  # of the superpixel, if it is one of the places
+    number[tuple(places.T)] = np.arange(len(places))
+    row, col = section.patches(np.floor(spots).astype(int))
+    number = np.where(areas > 0, number[row.clip(0, h - 1), col.clip(0, w - 1)], -1)
+    first = np.concatenate([[0], (number >= 0).sum(axis=1).cumsum()])
+    discs = csr_array((areas[number >= 0], number[number >= 0], first), (len(spots), len(places)))
+    near, distance2 = map(torch.from_numpy, nearest_points(spots, places, ANCHORS))
+    shares = 1 / (distance2 + 1)
+    return Anchors(discs, near, shares / shares.sum(dim=1, keepdim=True))
+
+
+def anchor_to_spots(maps: np.ndarray, measured: np.ndarray, anchors: Anchors) -> None:
+    """Scale maps (M, G) in place, so that discs sum to what the spots measured, (N, G).
 
     At every spot the logarithm of measured over predicted counts tells what the network missed; it
     is interpolated between the spots by inverse squared distance. The prior keeps the ratio of few
     counts near 1, for they are mostly chance. Last, the whole map is scaled to the total of the
     spots: what is fitted on square roots comes out some percent too low on average.
     """
-    h, w = section.tissue.shape
-    usable = section.usable
-    spots, areas = section.spots[usable], section.areas[usable]
-    row, col = section.patches(np.floor(spots).astype(int))
-    row, col = row.clip(0, h - 1), col.clip(0, w - 1)  # beyond the border, areas are 0
-    places = np.argwhere(~np.isnan(maps[0]))  # (M, 2)
-    k = min(ANCHORS, len(spots))
-    distance, near = cKDTree(spots).query(places + 0.5, k=np.arange(1, k + 1))
-    share = 1 / (distance**2 + 1)
-    share /= share.sum(axis=1, keepdims=True)
-    first = np.arange(0, len(places) * k + 1, k)
-    share = csr_array(
-        (share.ravel().astype(np.float32), near.ravel().astype(np.int32), first),
-        (len(places), len(spots)),
-    )
-
-    def disc_sums(values: np.ndarray) -> np.ndarray:
-        return (np.nan_to_num(values[row, col]) * areas).sum(axis=1)
-
-    for values, measured in zip(maps, section.counts[usable].T, strict=True):
-        missed = np.log((measured + ANCHOR_PRIOR) / (disc_sums(values) + ANCHOR_PRIOR))
-        values[tuple(places.T)] *= np.exp(share @ missed)
-        if (total := disc_sums(values).sum()) > 0:
-            values *= measured.sum() / total
+    missed = np.log((measured + ANCHOR_PRIOR) / (anchors.discs @ maps + ANCHOR_PRIOR))
+    missed, values = torch.from_numpy(missed), torch.from_numpy(maps)
+    step = max(1, DECODE_COUNTS // maps.shape[1])
+    for start in range(0, len(maps), step):
+        part = slice(start, start + step)
+        values[part] *= weighted_sums(anchors.near[part], anchors.shares[part], missed).exp_()
+    total, wanted = ((anchors.discs @ maps).sum(axis=0), measured.sum(axis=0))
+    maps *= np.divide(wanted, total, out=np.ones_like(wanted), where=total > 0)
 
 
 def correlations(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
@@ -1067,7 +1301,7 @@ def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
         spots=locs[["y", "x"]].to_numpy() / utils.TOKEN_PX,
         counts=counts,
         points=points / utils.TOKEN_PX,
-        expression=np.asarray(expression),
+        expression=np.array(expression),
         parents=parents,
         radius=radius / utils.TOKEN_PX,
         context=DEFAULT_CONTEXT if default else PUBLISHED_CONTEXT,
@@ -1111,16 +1345,15 @@ def file_names(genes: list[str], suffix: str) -> dict[str, str]:
     return names
 
 
-def write_maps(folder: Path, maps: np.ndarray, genes: list[str], kind: str) -> None:
-    """One file a gene (``kind`` is pickle or npy), and index.csv with columns gene, file."""
-    folder.mkdir()
-    names = file_names(genes, f".{kind}")
-    for gene, values in zip(genes, tqdm(maps, desc="files", disable=None), strict=True):
-        with (folder / names[gene]).open("wb") as file:
-            if kind == "pickle":  # a plain array, as the tools of this family read it
-                pickle.dump(np.array(values), file, protocol=4)
-            else:
-                np.save(file, values)
+def write_map(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:
+        if path.suffix == ".pickle":  # a plain array, as the tools of this family read it
+            pickle.dump(values, file, protocol=4)
+        else:
+            np.save(file, values)
+
+
+def write_index(folder: Path, names: dict[str, str]) -> None:
     index = pd.DataFrame(names.items(), columns=["gene", "file"])
     index.to_csv(folder / "index.csv", index=False, encoding="utf-8", lineterminator="\n")
 
@@ -1157,14 +1390,47 @@ def draw_map(values: np.ndarray, title: str) -> np.ndarray:
     return canvas[..., ::-1]  # cv2 draws in BGR
 
 
-def draw_plots(folder: Path, maps: np.ndarray, genes: list[str], r: np.ndarray, n: int) -> None:
-    """Pictures of the ``n`` genes with the highest held-out r; without any r, of the first."""
-    folder.mkdir()
-    order = np.argsort(-np.nan_to_num(r, nan=-2), kind="stable")[:n]
-    names = file_names([genes[i] for i in order], ".png")
-    for i in order:
-        title = genes[i] if np.isnan(r[i]) else f"{genes[i]} (held-out r {r[i]:.2f})"
-        Image.fromarray(draw_map(np.array(maps[i]), title)).save(folder / names[genes[i]])
+def write_genes(stage, genes: list[str], prediction: Prediction, r, factors) -> None:
+    """Write the maps, their standard deviations and pictures, some genes at a time.
+
+    What is finished also gets a name in a hidden folder, from which a run that was cut off goes on.
+    """
+    args = stage.args
+    options = ("n_states", "keep_background", "map_format", "dtype", "uncertainty", "n_plots")
+    decisive = [training_key(stage, prediction.device), *(getattr(args, name) for name in options)]
+    work = utils.work_folder(stage.directory, utils.MAPS.name, decisive)
+    names = file_names(genes, f".{args.map_format}")
+    best = np.argsort(-np.nan_to_num(r, nan=-2), kind="stable")[: args.n_plots].tolist()
+    pictures = file_names([genes[i] for i in best], ".png")
+    folders = {}
+    for artifact in (utils.MAPS, utils.PLOTS, *[utils.SPREAD] * args.uncertainty):
+        with stage.writing(artifact) as folders[artifact]:
+            folders[artifact].mkdir()
+    for block in tqdm(prediction.blocks(), desc="genes", disable=None):
+        numbers = range(len(genes))[block]
+        files = [(utils.PLOTS, pictures[genes[i]]) for i in numbers if i in best]
+        for artifact in folders.keys() - {utils.PLOTS}:
+            files += [(artifact, names[genes[i]]) for i in numbers]
+        if utils.take_finished(work, folders, files):
+            continue
+        maps, spread = prediction.maps(block)
+        for column, i in enumerate(numbers):
+            values = np.full(prediction.shown.shape, np.nan, np.float32)
+            if spread is not None:
+                values[prediction.shown] = maps[:, column] * spread[:, column] * factors[i]
+                write_map(folders[utils.SPREAD] / names[genes[i]], values.astype(args.dtype))
+            values[prediction.shown] = maps[:, column]
+            write_map(folders[utils.MAPS] / names[genes[i]], values.astype(args.dtype))
+            if i in best:
+                title = genes[i] if np.isnan(r[i]) else f"{genes[i]} (held-out r {r[i]:.2f})"
+                picture = Image.fromarray(draw_map(values, title))
+                picture.save(folders[utils.PLOTS] / pictures[genes[i]])
+        utils.keep_finished(work, folders, files)
+    for artifact in folders.keys() - {utils.PLOTS}:
+        write_index(folders[artifact], names)
+    if not args.uncertainty:
+        stage.retire(utils.SPREAD)
+    shutil.rmtree(work, ignore_errors=True)  # a run beside this one may be at it
 
 
 def summarise(
@@ -1228,6 +1494,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     option("--map-format", choices=("pickle", "npy"), default="pickle", help="Kind of map files.")
     option(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="Numbers of the maps; float16 halves the space they take and keeps three digits.",
+    )
+    option(
         "--uncertainty",
         action="store_true",
         help="Also write the standard deviation of every map, over states and dropouts, calibrated "
@@ -1239,42 +1511,43 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def write_results(stage, section, genes, networks, held_out, predicted, device) -> dict:
-    """Predict, anchor and write everything that is as large as the map; facts for the record."""
-    args, (h, w), facts = stage.args, section.tissue.shape, {}
+    """Predict and write everything that is as large as the map; facts for the record."""
+    args, factors, facts = stage.args, None, {}
     r = correlations(predicted, section.counts[held_out])
-    # A file without a name, which is gone with the run: the maps of a slide outgrow the memory.
+    if args.uncertainty:
+        share = held_out_spread(networks, section, args, held_out, device)
+        factors, covered = calibrate_spread(section.counts[held_out], predicted, share)
+        facts["coverage_of_90"] = covered
+        if covered is None:
+            stage.warn(
+                f"{utils.SPREAD.name} is not calibrated: in held-out spots hardly any gene is "
+                f"expected to have a count"
+            )
+    # A file without a name, which is gone with the run
     with tempfile.TemporaryFile(dir=stage.directory) as file:
-        shape = (1 + args.uncertainty, len(genes), h, w)
-        maps, *spread = np.memmap(file, np.float32, "w+", shape=shape)
-        embedding = predict_maps(networks, section, args, maps, device, *spread)
-        if args.preset == "default":
-            anchor_to_spots(maps, section)
-        if args.uncertainty:
-            share = held_out_spread(networks, section, args, held_out, device)
-            counts = section.counts[held_out]
-            factors, covered = calibrate_spread(counts, predicted, share)
-            facts = {"coverage_of_90": covered}
-            if covered is None:
-                stage.warn(
-                    f"{utils.SPREAD.name} is not calibrated: in held-out spots hardly any gene is "
-                    f"expected to have a count"
-                )
-            for sd, expected, factor in zip(*spread, maps, factors, strict=True):
-                sd *= factor * expected
-            with stage.writing(utils.SPREAD) as folder:
-                write_maps(folder, *spread, genes, args.map_format)
-        else:
-            stage.retire(utils.SPREAD)
-        with stage.writing(utils.MAPS) as folder:
-            write_maps(folder, maps, genes, args.map_format)
-        with stage.writing(utils.PLOTS) as folder:
-            draw_plots(folder, maps, genes, r, args.n_plots)
+        prediction = Prediction(networks, section, args, file, device)
+        write_genes(stage, genes, prediction, r, factors)
     with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
-        pickle.dump({"cls": embedding}, file, protocol=5)
+        pickle.dump({"cls": prediction.embedding}, file, protocol=5)
     with stage.writing(utils.HELD_OUT) as partial:
         table = pd.DataFrame({"gene": genes, "held_out_r": r})
         table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
     return facts | {"held_out_r": r}
+
+
+def check_space(stage: utils.Stage, section: Section, n_genes: int) -> None:
+    """Say how much is going to be written, and stop if the disk cannot take it."""
+    args, (h, w) = stage.args, section.tissue.shape
+    maps = (1 + args.uncertainty) * n_genes * h * w * np.dtype(args.dtype).itemsize
+    embedding = 4 * WIDTH * h * w
+    shown = h * w if args.keep_background else int(section.tissue.sum())
+    runs = args.n_states * (1 + DROPOUT_PASSES * args.uncertainty)
+    latent = 4 * shown * runs * NETWORKS[args.preset].latent_size
+    print(
+        f"to be written: {maps / 1e9:.2f} GB of maps ({n_genes} genes, {h} x {w}, {args.dtype}), "
+        f"{embedding / 1e9:.2f} GB of embeddings, and for a while {latent / 1e9:.2f} GB more"
+    )
+    utils.check_disk(stage.directory, maps + embedding + latent, "the maps")
 
 
 def main(stage: utils.Stage) -> None:
@@ -1286,17 +1559,34 @@ def main(stage: utils.Stage) -> None:
             "--uncertainty is calibrated on held-out spots, and the published preset has none.",
             "Leave out --uncertainty or --preset published.",
         )
-    device = utils.resolve_device(args.device)
-    section, spots, genes = read_section(stage)
-    h, w = section.tissue.shape
-    need = 4 * h * w * (2 * (1 + args.uncertainty) * len(genes) + WIDTH)
-    utils.check_disk(stage.directory, need, "the maps")
-    print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
-    print(f"{h} x {w} superpixels, preset {args.preset}, {args.n_states} states, device {device}")
+    with utils.ranks() as ranks:
+        device = utils.resolve_device(args.device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # matrix products in TF32
+        section, spots, genes = read_section(stage)
+        h, w = section.tissue.shape
+        check_space(stage, section, len(genes))
+        print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
+        print(f"{h} x {w} superpixels, preset {args.preset}, {args.n_states} states on {device}")
 
+        started = time.monotonic()
+        with explained(device):
+            trained = train_states(stage, section, ranks, device)
+            if trained is None:
+                return
+            training = time.monotonic() - started
+            results = write_results(stage, section, genes, *trained, device)
+    facts = summarise(spots, genes, trained[1], **results)
+    facts["seconds_training"] = round(training, 2)
+    facts["seconds_prediction"] = round(time.monotonic() - started - training, 2)
+    stage.finish(seed=args.seed, device=str(device), **facts)
+
+
+@contextlib.contextmanager
+def explained(device) -> Iterator[None]:
+    """Turn the failure to get memory into a StageError."""
     try:
-        networks, held_out, predicted = train_states(stage, section, device)
-        results = write_results(stage, section, genes, networks, held_out, predicted, device)
+        yield
     except RuntimeError as error:
         if not utils.is_out_of_memory(error):
             raise
@@ -1304,8 +1594,6 @@ def main(stage: utils.Stage) -> None:
             f"The memory of {device} does not suffice: {str(error).splitlines()[0]:.200}",
             "Run the same command with a smaller --batch-size, such as 4, or with --device cpu.",
         ) from error
-    facts = summarise(spots, genes, held_out, **results)
-    stage.finish(seed=args.seed, device=str(device), **facts)
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -186,6 +186,8 @@ def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
         raise utils.StageError(f"{path} is not a whole map: {error}", again) from error
     if not isinstance(image, np.ndarray) or image.ndim != 2:
         raise utils.StageError(f"{path} is not a map of rows and columns.", again)
+    if image.dtype == np.float16:
+        image = image.astype(np.float32)  # sums of many would not fit
     if shape is None:
         return image
     if image.shape[0] < shape[0] or image.shape[1] < shape[1]:

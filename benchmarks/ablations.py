@@ -36,12 +36,19 @@ from benchmarks import accuracy
 BINS = ("r 1x", "r 4x")
 
 
+def keep(gradient: Tensor, columns: slice) -> Tensor:
+    """The gradient of some columns; the weights of the others start at zero and stay there."""
+    kept = torch.zeros_like(gradient)
+    kept[:, columns] = gradient[:, columns]
+    return kept
+
+
 class WithoutAttention(HISTEX.Network):
     """The context enters by interpolation only."""
 
     def __init__(self, section: HISTEX.Section, train: np.ndarray) -> None:
         super().__init__(section, train)
-        self.fused_factor.requires_grad_(False)  # it starts at zero and stays there
+        self.log_factor.weight.register_hook(lambda grad: keep(grad, slice(HISTEX.WIDTH, None)))
 
 
 class WithoutHistology(HISTEX.Network):
@@ -49,7 +56,7 @@ class WithoutHistology(HISTEX.Network):
 
     def __init__(self, section: HISTEX.Section, train: np.ndarray) -> None:
         super().__init__(section, train)
-        self.histology_factor.requires_grad_(False)
+        self.log_factor.weight.register_hook(lambda grad: keep(grad, slice(HISTEX.WIDTH)))
 
 
 class SingleTokenDropout(HISTEX.Network):
@@ -82,7 +89,7 @@ class PoissonLoss(HISTEX.Network):
 
 VARIANTS: dict[str, dict] = {  # names in HISTEX.py and what they become
     "default": {},
-    "no anchoring": {"anchor_to_spots": lambda maps, section: None},
+    "no anchoring": {"anchor_to_spots": lambda maps, measured, anchors: None},
     "no averaging of weights": {"AVERAGING_DECAY": 0.0},
     "dropout 0.1": {"DROPOUT": 0.1},
     "dropout 0.3": {"DROPOUT": 0.3},
@@ -134,9 +141,11 @@ def run_variant(sample: Path, truth, variant: str, args: argparse.Namespace) -> 
             strict=True,
         )
         seconds = time.perf_counter() - start
-        maps = np.empty((len(genes), *section.tissue.shape), np.float32)
-        HISTEX.predict_maps(networks, section, options, maps, "cpu")
-        HISTEX.anchor_to_spots(maps, section)
+        maps = np.full((len(genes), *section.tissue.shape), np.nan, np.float32)
+        with tempfile.TemporaryFile() as file:
+            prediction = HISTEX.Prediction(networks, section, options, file, "cpu")
+            for chosen in prediction.blocks():
+                maps[chosen, prediction.shown] = prediction.maps(chosen)[0].T
     held_out, predicted = np.concatenate(held_out), np.concatenate(predicted)
     r = HISTEX.correlations(predicted, section.counts[held_out])
     h, w = truth.tissue.shape

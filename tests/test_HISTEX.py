@@ -4,14 +4,19 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run
+from conftest import PIPELINE, ROOT, run, run_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -50,6 +55,19 @@ def make_section(by_area: bool = True, seed: int = 0, shape=SHAPE, **changes) ->
 def arguments(**changes) -> argparse.Namespace:
     args = vars(HISTEX.build_parser().parse_args(["--directory", "x", "--epochs", "3"]))
     return argparse.Namespace(**(args | changes))
+
+
+def predict(networks, section, device="cpu", **changes):
+    """Maps (G, h, w), the embedding (D, h, w), and the maps' relative spread (or None)."""
+    with tempfile.TemporaryFile() as file:
+        prediction = HISTEX.Prediction(networks, section, arguments(**changes), file, device)
+        maps, spread = (np.full((G, *section.tissue.shape), np.nan, np.float32) for _ in range(2))
+        for genes in prediction.blocks():
+            values, share = prediction.maps(genes)
+            maps[genes, prediction.shown] = values.T
+            if share is not None:
+                spread[genes, prediction.shown] = share.T
+    return maps, prediction.embedding, None if share is None else spread
 
 
 def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -110,9 +128,12 @@ def test_published_network_is_the_published_arithmetic():
     y = y @ w["out.weight"]
     y = np.where(y > 0, y, 0.01 * (np.exp(y) - 1)) + 0.01
 
-    got, latent = network(torch.from_numpy(tokens), torch.from_numpy(expression), None)
+    patches = torch.from_numpy(tokens.reshape(3, 7, 7, F))
+    got = network(patches, torch.from_numpy(expression), None)
     np.testing.assert_allclose(got.detach().numpy(), y, atol=1e-5)
-    np.testing.assert_allclose(latent.detach().numpy(), x, atol=1e-5)
+    context = network.embed_expression(torch.from_numpy(expression))
+    latent = network.fuse(torch.from_numpy(tokens), context, None)
+    np.testing.assert_allclose(latent[..., : HISTEX.WIDTH].detach().numpy(), x, atol=1e-5)
 
     # the loss is the squared error of the mean over 37 of 49 superpixels, in scaled counts
     counts = section.counts[:3]
@@ -156,8 +177,7 @@ def test_default_network_starts_as_interpolation_of_the_hr_points():
     network = HISTEX.Network(section, np.arange(16)).eval()
     near = section.context_of_spots(np.array([], int), leave_out=False)
     centres = np.floor(section.spots).astype(int)
-    maps, _ = network(*section.inputs(centres, near, network.halo, "cpu"))
-    maps = maps.detach().numpy()
+    maps = network(*section.inputs(centres, near, network.halo, "cpu")).detach().numpy()
     row, col = section.patches(centres)
     for spot, cell in [(0, 0), (5, 40), (15, 80)]:
         place = np.array([row[spot, cell], col[spot, cell]]) + 0.5
@@ -190,7 +210,7 @@ def test_tokens_are_seen_at_three_scales():
     rows = slice(20 - section.half, 20 + section.half + 1)
     cols = slice(21 - section.half, 21 + section.half + 1)
     wanted = [z] + [uniform_filter(z, (size, size, 1)) for size in HISTEX.SCALES]
-    wanted = np.concatenate([x[rows, cols].reshape(-1, F) for x in wanted], axis=1)
+    wanted = np.concatenate([x[rows, cols] for x in wanted], axis=-1)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
@@ -407,55 +427,104 @@ def test_published_maps_scale_with_the_counts(tmp_path):
     maps = []
     for number, one in enumerate((section, scaled)):
         network, *_ = train(one, tmp_path / str(number), preset="published")
-        out = np.empty((G, *SHAPE), np.float32)
-        HISTEX.predict_maps([network], one, arguments(preset="published"), out, "cpu")
-        maps.append(out)
+        maps.append(predict([network], one, preset="published")[0])
     np.testing.assert_allclose(maps[1], maps[0] * factor[:, None, None], rtol=2e-3, atol=1e-5)
 
 
 # ----- prediction -----
-class Constant(torch.nn.Module):
-    """A network that gives every superpixel its gene's number."""
+class Numbered(torch.nn.Module):
+    """A network that gives every superpixel its gene's number, times the place in the patch."""
 
-    halo = 0
+    halo, latent_size, interpolates = 0, HISTEX.WIDTH + 1, False
 
-    def forward(self, tokens, expression, offsets):
-        b, t = offsets.shape[:2]
-        return torch.arange(1.0, G + 1).expand(b, t, G), torch.ones(b, t, HISTEX.WIDTH)
+    def see(self, tokens):
+        return tokens
 
-    def to_counts(self, maps):
+    def embed(self, views):
+        return views
+
+    def embed_expression(self, expression):
+        return expression
+
+    def fuse(self, histology, context, offsets):
+        return torch.ones(*histology.shape[:2], self.latent_size)
+
+    def decode(self, latent, interpolated, genes):
+        return latent[..., -1:] * torch.arange(1.0, G + 1)[genes]
+
+    def to_counts(self, maps, genes):
         return maps
 
 
 @pytest.mark.parametrize("preset", ["default", "published"])
 @pytest.mark.parametrize("shape", [(40, 46), (21, 28), (11, 12)])
-def test_patches_cover_all_tissue_and_their_weights_cancel(preset, shape):
+def test_patches_cover_all_tissue_and_their_weights_cancel(preset, shape, monkeypatch):
+    monkeypatch.setattr(HISTEX, "find_anchors", lambda *_: None)
     rng = np.random.default_rng(0)
     tissue = rng.random(shape) < 0.5
     section = make_section(by_area=preset == "default", shape=shape, tissue=tissue)
-    out = np.empty((G, *shape), np.float32)
-    embedding = HISTEX.predict_maps([Constant()], section, arguments(preset=preset), out, "cpu")
-    assert (np.isnan(out) == ~tissue).all()
+    maps, embedding, _ = predict([Numbered()], section, preset=preset)
+    assert (np.isnan(maps) == ~tissue).all()
     for gene in range(G):
-        np.testing.assert_allclose(out[gene, tissue], gene + 1, rtol=1e-5)
+        np.testing.assert_allclose(maps[gene, tissue], gene + 1, rtol=1e-5)
     assert embedding.shape == (HISTEX.WIDTH, *shape)
+    assert (np.isnan(embedding) == ~tissue).all()
     np.testing.assert_allclose(embedding[:, tissue], 1, rtol=1e-5)
-    HISTEX.predict_maps(
-        [Constant()], section, arguments(preset=preset, keep_background=True), out, "cpu"
-    )
-    np.testing.assert_allclose(out[2], 3, rtol=1e-5)
+    maps, _, _ = predict([Numbered()], section, preset=preset, keep_background=True)
+    np.testing.assert_allclose(maps[2], 3, rtol=1e-5)
 
 
-def test_prediction_does_not_depend_on_strips_and_batches(monkeypatch):
-    section = make_section()
+def unanchored(network, section: HISTEX.Section, monkeypatch) -> np.ndarray:
+    """Maps (G, h, w) of the default network, patch by patch and superpixel by superpixel."""
+    h, w = section.tissue.shape
+    stride, hill = HISTEX.blending(2 * section.half + 1, "default")
+    latent, weight = np.zeros((h, w, network.latent_size)), np.zeros((h, w, 1))
+    middles = (range(0, extent + stride - 1, stride) for extent in (h, w))
+    for r, c in itertools.product(*middles):
+        distance = np.linalg.norm(section.points - (r + 0.5, c + 0.5), axis=1)
+        near = np.argsort(distance, kind="stable")[None, : section.context]
+        tokens, expression, offsets = section.inputs(np.array([[r, c]]), near, network.halo, "cpu")
+        histology = network.embed(network.see(tokens)).flatten(1, 2)
+        context = network.embed_expression(expression)
+        values = network.fuse(histology, context, offsets.mean(dim=1))[0].numpy()
+        row, col = section.patches(np.array([[r, c]]))
+        for i, (y, x) in enumerate(zip(row[0], col[0], strict=True)):
+            if 0 <= y < h and 0 <= x < w:
+                latent[y, x] += hill[i] * values[i]
+                weight[y, x] += hill[i]
+    latent = torch.from_numpy(latent / weight).float()
+    maps = np.empty((G, h, w), np.float32)
+    for y, x in np.ndindex(h, w):
+        squares = ((section.points - (y + 0.5, x + 0.5)) ** 2).sum(axis=1)
+        near = np.argsort(squares, kind="stable")[: section.context]
+        shares = network.interpolation(torch.from_numpy(squares[near]).float())
+        interpolated = shares @ torch.from_numpy(section.expression[near])
+        maps[:, y, x] = network.decode(latent[y, x], interpolated).numpy()
+    return maps
+
+
+@torch.inference_mode()
+def test_maps_are_blended_patches_decoded_superpixel_by_superpixel(monkeypatch):
+    monkeypatch.setattr(HISTEX, "find_anchors", lambda *_: None)
+    section = make_section(shape=(23, 31))
+    network = randomise(HISTEX.Network(section, np.arange(16)))
+    maps, _, _ = predict([network], section)
+    np.testing.assert_allclose(maps, unanchored(network, section, monkeypatch), rtol=1e-3)
+
+
+def test_prediction_does_not_depend_on_blocks_and_batches(monkeypatch):
+    tissue = np.ones(SHAPE, bool)
+    tissue[12:33] = False  # rows of patches without any tissue between two pieces
+    tissue[:, :3] = False
+    section = make_section(tissue=tissue)
     networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2, 3)]
     maps = []
-    for strip_bytes, batch in [(10**9, 64), (1, 64), (10**6, 7)]:
-        monkeypatch.setattr(HISTEX, "STRIP_BYTES", strip_bytes)
+    for genes_bytes, batch, counts in [(10**9, 64, 10**6), (1, 64, 50), (10**4, 7, 999)]:
+        monkeypatch.setattr(HISTEX, "GENES_BYTES", genes_bytes)
         monkeypatch.setattr(HISTEX, "PREDICT_BATCH", batch)
-        out = np.empty((G, *SHAPE), np.float32)
-        HISTEX.predict_maps(networks, section, arguments(), out, "cpu")
-        maps.append(out)
+        monkeypatch.setattr(HISTEX, "DECODE_COUNTS", counts)
+        maps.append(predict(networks, section)[0])
+    assert (np.isnan(maps[0]) == ~tissue).all()
     np.testing.assert_allclose(maps[1], maps[0], rtol=1e-4)
     np.testing.assert_allclose(maps[2], maps[0], rtol=1e-4)
 
@@ -463,80 +532,87 @@ def test_prediction_does_not_depend_on_strips_and_batches(monkeypatch):
 @pytest.mark.parametrize("n_states", [1, 2, 3, 4, 5, 8])
 def test_the_middle_of_the_states_is_the_median_of_numpy(n_states):
     maps = np.random.default_rng(0).normal(size=(n_states, 3, 4, 5)).astype(np.float32)
-    got = HISTEX.middle(torch.from_numpy(maps)).numpy()
+    got = HISTEX.middle(list(torch.from_numpy(maps))).numpy()
     np.testing.assert_allclose(got, np.median(maps, axis=0), rtol=1e-6)
 
 
-def test_strips_without_tissue_are_left_out_and_empty(monkeypatch):
+def test_rows_without_tissue_are_not_computed(monkeypatch):
     tissue = np.zeros(SHAPE, bool)
     tissue[12:30] = True
     section = make_section(tissue=tissue)
-    wanted, got = (np.zeros((G, *SHAPE), np.float32) for _ in range(2))
     network = randomise(HISTEX.Network(section, np.arange(16)))
-    HISTEX.predict_maps([network], section, arguments(), wanted, "cpu")
-    monkeypatch.setattr(HISTEX, "STRIP_BYTES", 1)  # a strip is one row
-    original, strips = HISTEX.predict_strip, []
+    original, embedded, read = HISTEX.Network.embed, [], []
     monkeypatch.setattr(
-        HISTEX, "predict_strip", lambda *args: strips.append(args[5]) or original(*args)
+        HISTEX.Network, "embed", lambda self, x: embedded.append(x.shape[1]) or original(self, x)
     )
-    embedding = HISTEX.predict_maps([network], section, arguments(), got, "cpu")
-    assert [rows.start for rows in strips] == list(range(12, 30))
-    np.testing.assert_allclose(got, wanted, rtol=1e-4)
-    assert (np.isnan(embedding[0]) == ~tissue).all()
+    some_rows = utils.some_rows
+    monkeypatch.setattr(
+        utils, "some_rows", lambda x, a, b: read.extend(range(a, b)) or some_rows(x, a, b)
+    )
+    predict([network], section)
+    # patches are 9 x 9, 5 apart: the middles at 10 to 30 (15 to 45 across) reach rows 12 to 29
+    assert sum(embedded) == (30 + 4 - (10 - 4) + 1) * (45 + 4 + 1 + 4)
+    assert min(read) == 10 - 4 - network.halo
+    assert max(read) == 30 + 4 + network.halo
 
 
-def test_maps_are_the_median_of_the_states():
+def test_maps_are_the_median_of_the_states(monkeypatch):
+    monkeypatch.setattr(HISTEX, "find_anchors", lambda *_: None)
     section = make_section()
     networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2, 3, 4)]
-    single = []
-    for network in [*networks, networks]:
-        out = np.empty((G, *SHAPE), np.float32)
-        some = network if isinstance(network, list) else [network]
-        HISTEX.predict_maps(some, section, arguments(), out, "cpu")
-        single.append(out)
-    np.testing.assert_allclose(single[-1], np.median(single[:-1], axis=0), rtol=1e-4)
+    single = [predict([network], section)[0] for network in networks]
+    together, embedding, _ = predict(networks, section)
+    np.testing.assert_allclose(together, np.median(single, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(embedding, predict(networks[:1], section)[1], rtol=1e-4, atol=1e-5)
 
 
 def test_published_blocks_are_predicted_whole_and_once():
     """Every 7 x 7 block by itself, with the five HR points nearest to its centre."""
     section = make_section(by_area=False, shape=(21, 28))
     network = randomise(HISTEX.PublishedNetwork(section, np.arange(16)))
-    out = np.empty((G, 21, 28), np.float32)
-    HISTEX.predict_maps([network], section, arguments(preset="published"), out, "cpu")
+    out, _, _ = predict([network], section, preset="published")
     for r, c in itertools.product(range(0, 21, 7), range(0, 28, 7)):
         distance = np.linalg.norm(section.points - (r + 3.5, c + 3.5), axis=1)
         near = np.argsort(distance, kind="stable")[:5]
-        tokens = section.tokens[r : r + 7, c : c + 7].reshape(1, 49, F).astype(np.float32)
+        tokens = section.tokens[r : r + 7, c : c + 7][None].astype(np.float32)
         expression = torch.from_numpy(section.expression[near][None])
         with torch.inference_mode():
-            y = network.to_counts(network(torch.from_numpy(tokens), expression, None)[0])
+            y = network.to_counts(network(torch.from_numpy(tokens), expression, None))
         wanted = y[0].numpy().reshape(7, 7, G).transpose(2, 0, 1)
-        np.testing.assert_allclose(out[:, r : r + 7, c : c + 7], wanted, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(out[:, r : r + 7, c : c + 7], wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_memory_running_out_halves_the_batch(monkeypatch):
     section = make_section()
     network = randomise(HISTEX.Network(section, np.arange(16)))
-    wanted, got = (np.empty((G, *SHAPE), np.float32) for _ in range(2))
-    HISTEX.predict_maps([network], section, arguments(), wanted, "cpu")
-    original, sizes = section.inputs, []
+    wanted, _, _ = predict([network], section)
+    fuse, decode, sizes = HISTEX.Network.fuse, HISTEX.Network.decode, []
 
-    def inputs(centres, *args):
-        sizes.append(len(centres))
-        if len(centres) > 10:
+    def fuse_few(self, histology, *others):
+        sizes.append(len(histology))
+        if len(histology) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(centres, *args)
+        return fuse(self, histology, *others)
 
-    section.inputs = inputs
-    HISTEX.predict_maps([network], section, arguments(), got, "cpu")
-    assert sizes[:4] == [64, 32, 16, 8]
+    def decode_few(self, latent, *others):
+        if len(latent) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(self, latent, *others)
+
+    monkeypatch.setattr(HISTEX.Network, "fuse", fuse_few)
+    monkeypatch.setattr(HISTEX.Network, "decode", decode_few)
+    monkeypatch.setattr(HISTEX, "PREDICT_BATCH", 10)
+    got, _, _ = predict([network], section)
+    assert sizes[:4] == [10, 5, 2, 2]
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
     monkeypatch.setattr(HISTEX, "PREDICT_BATCH", 1)
-    section.inputs = lambda *args: (_ for _ in ()).throw(
-        torch.OutOfMemoryError("CUDA out of memory")
-    )
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(HISTEX.Network, "fuse", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        HISTEX.predict_maps([network], section, arguments(), got, "cpu")
+        predict([network], section)
 
 
 @pytest.mark.gpu
@@ -546,9 +622,7 @@ def test_cuda_and_cpu_agree():
     network = randomise(HISTEX.Network(section, np.arange(16)))
     maps = []
     for device in ("cpu", "cuda"):
-        out = np.empty((G, *SHAPE), np.float32)
-        HISTEX.predict_maps([copy.deepcopy(network).to(device)], section, arguments(), out, device)
-        maps.append(out)
+        maps.append(predict([copy.deepcopy(network).to(device)], section, device)[0])
     np.testing.assert_allclose(maps[1], maps[0], rtol=1e-3)
 
 
@@ -574,19 +648,17 @@ def test_usual_gene_names_are_their_own_file_names():
                                     "%43ON.npy", "%2Ea.npy"]  # fmt: skip
 
 
-def test_maps_are_written_as_plain_arrays(tmp_path):
-    maps = np.random.default_rng(0).random((2, 4, 3)).astype(np.float32)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_maps_are_written_as_plain_arrays(tmp_path, dtype):
+    values = np.random.default_rng(0).random((4, 3)).astype(dtype)
     for kind in ("pickle", "npy"):
-        HISTEX.write_maps(tmp_path / kind, maps, ["a/b", "c"], kind)
-        index = pd.read_csv(tmp_path / kind / "index.csv")
-        assert list(index["gene"]) == ["a/b", "c"]
-        for file, wanted in zip(index["file"], maps, strict=True):
-            path = tmp_path / kind / file
-            got = utils.read_pickle(path) if kind == "pickle" else np.load(path)
-            assert got.dtype == np.float32
-            np.testing.assert_array_equal(got, wanted)
-    with (tmp_path / "pickle" / "c.pickle").open("rb") as file:
-        np.testing.assert_array_equal(pickle.load(file), maps[1])
+        path = tmp_path / f"a.{kind}"
+        HISTEX.write_map(path, values)
+        got = utils.read_pickle(path) if kind == "pickle" else np.load(path)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, values)
+    with (tmp_path / "a.pickle").open("rb") as file:
+        np.testing.assert_array_equal(pickle.load(file), values)
 
 
 def test_correlations_are_those_of_numpy():
@@ -633,32 +705,59 @@ def test_the_picture_of_a_map_shows_its_values():
     np.testing.assert_allclose(at["high"], [253, 231, 37], atol=3)
 
 
-def test_anchored_maps_sum_to_the_counts_of_the_spots():
-    section = make_section()
-    maps = np.full((G, *SHAPE), 0.2, np.float32)
-    maps[:, :3] = np.nan
-    before = maps.copy()
-    HISTEX.anchor_to_spots(maps, section)
-    assert (np.isnan(maps) == np.isnan(before)).all()
+def anchor(maps: np.ndarray, section: HISTEX.Section) -> np.ndarray:
+    """Maps (G, h, w), NaN where there is nothing to anchor, anchored."""
+    shown = ~np.isnan(maps[0])
+    values = np.ascontiguousarray(maps[:, shown].T)
+    anchors = HISTEX.find_anchors(section, np.argwhere(shown))
+    HISTEX.anchor_to_spots(values, section.counts[section.usable], anchors)
+    anchored = maps.copy()
+    anchored[:, shown] = values.T
+    return anchored
 
-    def disc_sums(maps: np.ndarray) -> np.ndarray:
-        row, col = section.patches(np.floor(section.spots).astype(int))
-        return np.einsum("gnt,nt->ng", np.nan_to_num(maps[:, row, col]), section.areas)
+
+def disc_sums(maps: np.ndarray, section: HISTEX.Section) -> np.ndarray:
+    row, col = section.patches(np.floor(section.spots).astype(int))
+    return np.einsum("gnt,nt->ng", np.nan_to_num(maps[:, row, col]), section.areas)
+
+
+def test_anchored_maps_sum_to_the_counts_of_the_spots(monkeypatch):
+    monkeypatch.setattr(HISTEX, "DECODE_COUNTS", 500)
+    section = make_section()
+    before = np.full((G, *SHAPE), 0.2, np.float32)
+    before[:, :3] = np.nan
+    maps = anchor(before, section)
+    assert (np.isnan(maps) == np.isnan(before)).all()
 
     def missed(maps: np.ndarray) -> np.ndarray:
         prior = HISTEX.ANCHOR_PRIOR
-        return np.log((disc_sums(maps) + prior) / (section.counts + prior))
+        return np.log((disc_sums(maps, section) + prior) / (section.counts + prior))
 
-    np.testing.assert_allclose(disc_sums(maps).sum(axis=0), section.counts.sum(axis=0), rtol=1e-4)
+    sums = disc_sums(maps, section).sum(axis=0)
+    np.testing.assert_allclose(sums, section.counts.sum(axis=0), rtol=1e-4)
     assert np.abs(missed(maps)).mean() < 0.35 * np.abs(missed(before)).mean()
     # at the middle of a spot, its own ratio: 25 counts measured where 7.4 were predicted
-    one = np.full((G, *SHAPE), 0.2, np.float32)
     section.counts[:, 0] = 0.2 * section.areas.sum(axis=1)
     section.counts[5, 0] = 25
-    HISTEX.anchor_to_spots(one, section)
+    one = anchor(np.full((G, *SHAPE), 0.2, np.float32), section)
     predicted = 0.2 * section.areas[5].sum()
     ratio = (25 + HISTEX.ANCHOR_PRIOR) / (predicted + HISTEX.ANCHOR_PRIOR)
     assert one[0, 15, 17] / one[0, 33, 38] == pytest.approx(ratio, rel=0.1)
+
+
+def test_anchoring_is_an_interpolation_by_inverse_squared_distance():
+    section = make_section()
+    before = np.random.default_rng(3).uniform(0.1, 0.4, (G, *SHAPE)).astype(np.float32)
+    prior = HISTEX.ANCHOR_PRIOR
+    missed = np.log((section.counts + prior) / (disc_sums(before, section) + prior))
+    wanted = np.empty_like(before)
+    for y, x in np.ndindex(SHAPE):
+        squares = ((section.spots - (y + 0.5, x + 0.5)) ** 2).sum(axis=1)
+        near = np.argsort(squares)[: HISTEX.ANCHORS]
+        share = 1 / (squares[near] + 1)
+        wanted[:, y, x] = before[:, y, x] * np.exp(share @ missed[near] / share.sum())
+    scale = section.counts.sum(axis=0) / disc_sums(wanted, section).sum(axis=0)
+    np.testing.assert_allclose(anchor(before, section), wanted * scale[:, None, None], rtol=1e-4)
 
 
 def test_anchoring_leaves_a_map_that_fits_as_it_is():
@@ -666,9 +765,17 @@ def test_anchoring_leaves_a_map_that_fits_as_it_is():
     flat = np.full((16, G), 0.5 * np.pi * RADIUS**2, np.float32)
     section = make_section(counts=flat, expression=flat[parents].mean(axis=1))
     section.counts = 0.5 * section.areas.sum(axis=1, keepdims=True).repeat(G, axis=1)
-    maps = np.full((G, *SHAPE), 0.5, np.float32)
-    HISTEX.anchor_to_spots(maps, section)
+    maps = anchor(np.full((G, *SHAPE), 0.5, np.float32), section)
     np.testing.assert_allclose(maps, 0.5, rtol=1e-5)
+
+
+def test_a_gene_that_no_spot_has_stays_without_counts():
+    section = make_section()
+    section.counts[:, 2] = 0
+    maps = anchor(np.full((G, *SHAPE), 0.5, np.float32), section)
+    assert (maps[2] == 0).all()
+    maps[1] = 0
+    assert (anchor(maps, section)[1] == 0).all()  # nothing to scale
 
 
 # ----- against learning by heart -----
@@ -680,6 +787,8 @@ def test_a_patch_hides_the_same_features_in_all_its_superpixels():
     assert set(seen.unique().tolist()) == {0.0, 2.0}  # what is kept makes up for what is hidden
     assert (seen == seen[:, :1]).all()
     assert (seen[0] != seen[1]).any()
+    grid = hide(torch.ones(3, 4, 5, 40))
+    assert (grid == grid[:, :1, :1]).all()
     assert float(seen.mean()) == pytest.approx(1, abs=0.03)
     assert torch.equal(hide.eval()(x), x)
 
@@ -718,35 +827,34 @@ def test_the_spread_of_samples_is_that_of_numpy():
     np.testing.assert_allclose(spread.relative().numpy(), wanted, rtol=1e-5)
 
 
-def test_the_spread_is_over_networks_and_dropouts():
-    one, other = (HISTEX.FeatureDropout(share) for share in (0.5, 0.0))
-    networks = [one.eval(), other.eval()]
-    x = torch.ones(3, 2, 400)
-    torch.manual_seed(0)
-    spread = HISTEX.relative_spread(networks, lambda network: network(x))
-    assert not one.training
-    assert 0.3 < float(spread.mean()) < 1.2
-    assert HISTEX.relative_spread([other], lambda network: network(x)).max() == 0
-
-
-def test_memory_running_out_in_a_dropout_pass_leaves_no_dropout_in_the_maps(monkeypatch):
+def test_the_spread_is_over_networks_and_dropouts(monkeypatch):
+    """As many maps of single dropouts, their standard deviation over their mean."""
+    monkeypatch.setattr(HISTEX, "find_anchors", lambda *_: None)
     section = make_section()
     networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2)]
-    wanted, maps, spread = (np.empty((G, *SHAPE), np.float32) for _ in range(3))
-    HISTEX.predict_maps(networks, section, arguments(), wanted, "cpu")
-    original, calls = HISTEX.predict_strip, []
+    alone, _, _ = predict(networks, section)
+    maps, _, spread = predict(networks, section, uncertainty=True)
+    np.testing.assert_allclose(maps, alone, rtol=1e-5)
+    samples, enter = [], HISTEX.Run.enter
+    for number in range(2 * HISTEX.DROPOUT_PASSES):
+        run = HISTEX.Run(networks[number % 2], 1 + number // 2)
+        monkeypatch.setattr(  # the number of the run among all of them decides the random numbers
+            HISTEX.Run,
+            "enter",
+            lambda _, seed, n, *others, run=run, k=2 + number: enter(run, seed, k, *others),
+        )
+        samples.append(predict([networks[number % 2]], section)[0])
+    wanted = np.std(samples, axis=0, ddof=1) / np.mean(samples, axis=0)
+    assert wanted.min() > 0
+    np.testing.assert_allclose(spread, wanted, rtol=1e-3)
 
-    def predict_strip(some, *others):
-        calls.append(len(some))
-        if len(calls) == 3:  # the maps, one pass, and no more
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(some, *others)
 
-    monkeypatch.setattr(HISTEX, "predict_strip", predict_strip)
-    HISTEX.predict_maps(networks, section, arguments(), maps, "cpu", spread)
-    assert calls == [2, 1, 1, 2] + [1] * 2 * HISTEX.DROPOUT_PASSES
-    np.testing.assert_allclose(maps, wanted, rtol=1e-4)
-    assert (spread > 0).all()
+def test_without_dropout_one_network_has_no_spread(monkeypatch):
+    monkeypatch.setattr(HISTEX, "DROPOUT", 0.0)
+    monkeypatch.setattr(HISTEX, "CONTEXT_DROPOUT", 0.0)
+    section = make_section()
+    network = randomise(HISTEX.Network(section, np.arange(16)))
+    assert predict([network], section, uncertainty=True)[2].max() < 1e-5
 
 
 def test_a_count_far_off_needs_a_wide_interval():
@@ -842,3 +950,124 @@ def test_an_edited_standard_deviation_is_not_replaced(finished, capsys):
 def test_the_published_preset_has_no_uncertainty(finished, capsys):
     assert run(utils.HISTEX, finished, "--preset", "published", "--uncertainty") == 2
     assert "published preset has none" in capsys.readouterr().err
+
+
+# ----- runs that are cut off, and several processes -----
+def test_finished_genes_are_not_predicted_again(finished, monkeypatch):
+    monkeypatch.setattr(HISTEX, "GENES_BYTES", 1)  # gene by gene
+    original, asked = HISTEX.Prediction.maps, []
+    assert run(utils.HISTEX, finished, *trained_options(finished)) == 0
+    wanted = {
+        path: path.read_bytes()
+        for name in ("cnts-super", "cnts-super-plots")
+        for path in (finished / name).iterdir()
+    }
+
+    def maps(self, genes):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(genes.start)
+        return original(self, genes)
+
+    options = trained_options(finished)
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr(HISTEX.Prediction, "maps", maps)
+        assert run(utils.HISTEX, finished, *options) == 130
+    assert not list(finished.glob(".cnts-super*partial*"))
+    (work,) = finished.glob(".cnts-super.*.work")
+    done = sorted((work / "cnts-super").iterdir())
+    assert [path.name for path in done] == ["GENE0.pickle", "GENE1.pickle", "GENE2.pickle"]
+
+    asked.clear()
+    asked.extend([-1] * 3)
+    monkeypatch.setattr(
+        HISTEX.Prediction, "maps", lambda self, g: asked.append(g.start) or original(self, g)
+    )
+    assert run(utils.HISTEX, finished, *options) == 0
+    assert asked[3:] == [3, 4, 5, 6, 7]
+    assert not list(finished.glob(".cnts-super.*.work"))
+    assert {path: path.read_bytes() for path in wanted} == wanted
+    # other options: nothing of what was left counts
+    (finished / work.name / "cnts-super").mkdir(parents=True)
+    (finished / work.name / "cnts-super" / "GENE0.npy").write_bytes(b"no map")
+    assert run(utils.HISTEX, finished, *options, "--map-format", "npy") == 0
+    assert np.load(finished / "cnts-super" / "GENE0.npy").shape == (28, 42)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_two_runs_at_once_both_write_whole_maps(finished_sample, finished, monkeypatch, links):
+    """The other run ends, and takes what both share, while this one is amid its genes."""
+    monkeypatch.setattr(HISTEX, "GENES_BYTES", 1)
+    if not links:  # as on a disk that knows no second names
+        monkeypatch.setattr(
+            os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links"))
+        )
+    original, calls = HISTEX.Prediction.maps, []
+    options = trained_options(finished)
+
+    def maps(self, genes):
+        calls.append(genes.start)
+        if len(calls) == 3:  # by now, two genes wait in the folder that the other run finds
+            assert run(utils.HISTEX, finished, *options, "--force") == 0
+            assert calls == [0, 1, 2, 2, 3, 4, 5, 6, 7]
+        return original(self, genes)
+
+    monkeypatch.setattr(HISTEX.Prediction, "maps", maps)
+    assert run(utils.HISTEX, finished, *options) == 0
+    assert calls[9:] == [3, 4, 5, 6, 7]
+    index = pd.read_csv(finished / "cnts-super" / "index.csv")
+    assert len(index) == 8
+    for file in index["file"]:
+        got, wanted = (
+            utils.read_pickle(d / "cnts-super" / file) for d in (finished, finished_sample)
+        )
+        np.testing.assert_allclose(got, wanted, rtol=1e-3)
+    assert not list(finished.glob(".cnts-super*"))
+
+
+def test_maps_of_half_the_size_on_request(finished_sample, finished, capsys):
+    assert run(utils.HISTEX, finished, *trained_options(finished), "--dtype", "float16") == 0
+    assert "8 genes, 28 x 42, float16" in capsys.readouterr().out
+    for path in (finished_sample / "cnts-super").glob("*.pickle"):
+        got = utils.read_pickle(finished / "cnts-super" / path.name)
+        wanted = utils.read_pickle(path)
+        assert got.dtype == np.float16
+        np.testing.assert_array_equal(got, wanted.astype(np.float16))
+
+
+def test_a_disk_that_cannot_take_the_maps_is_named_before_any_work(finished, monkeypatch, capsys):
+    usage = shutil.disk_usage(finished)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+    assert run(utils.HISTEX, finished, *trained_options(finished), "--seed", "7") == 2
+    captured = capsys.readouterr()
+    assert "only 0.00 GB are free" in captured.err
+    assert "state 0" not in captured.out
+
+
+def test_the_published_preset_runs_whole(finished):
+    options = ("--preset", "published", "--epochs", "2", "--n-states", "2", "--n-plots", "1")
+    assert run(utils.HISTEX, finished, *options) == 0
+    values = utils.read_pickle(finished / "cnts-super" / "GENE0.pickle")
+    tissue = np.asarray(Image.open(finished / "mask.png")) > 0
+    assert (np.isnan(values) == ~tissue).all()
+    assert pd.read_csv(finished / "held-out-r.csv")["held_out_r"].isna().all()
+
+
+def test_two_processes_share_the_states(finished_sample, tmp_path):
+    """By torchrun, to the same bytes as one process with as many threads each."""
+    options = [*PIPELINE[-1][1:], "--n-states", "3"]
+    one, two = (Path(shutil.copytree(finished_sample, tmp_path / name)) for name in ("one", "two"))
+    for directory in (one, two):
+        shutil.rmtree(directory / "states")
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    alone = run_process(utils.HISTEX, one, *options, env=environment)
+    assert alone.returncode == 0, alone.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / utils.HISTEX), "--directory", str(two), *options]
+    together = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("wrote cnts-super:") == 1
+    names = ["held-out-r.csv", *(f"states/{i:02d}/model.safetensors" for i in range(3))]
+    names += [f"cnts-super/{path.name}" for path in (one / "cnts-super").iterdir()]
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
