@@ -9,10 +9,12 @@ import math
 
 import numpy as np
 
-# Tiles as Histology_Extractor.py lays them out: side and least overlap, in tokens.
-TILINGS = {"ViT tiles": (14, 2), "CNN tiles": (42, 10)}
+# Tiles as Histology_Extractor.py lays them out: side and least overlap, in tokens, and whether the
+# side is as short as the number of tiles allows.
+TILINGS = {"ViT tiles of 14": (14, 1, False), "CNN tiles": (128, 10, True)}
 TILE_PERIOD = 14  # tokens of 224 px
 CONTROL_PERIODS = (8, 16)  # of which nothing is known that could leave a seam
+MOST_OFFSETS = 32  # beyond that far from a line, the tissue is another
 
 
 def known_periods(radius: float) -> dict[int, str]:
@@ -44,10 +46,12 @@ def grid_lines(extent: int, period: int) -> np.ndarray:
     return np.arange(period, extent, period) - 1
 
 
-def tile_lines(extent: int, tile: int, overlap: int) -> np.ndarray:
+def tile_lines(extent: int, tile: int, overlap: int, shorten: bool) -> np.ndarray:
     """Lines in the middle of the overlaps of tiles that are spread evenly over the extent."""
+    steps = max(-(-(extent - tile) // (tile - overlap)), 0)
+    if shorten and steps:
+        tile = -(-(extent + steps * overlap) // (steps + 1))
     reach = max(extent - tile, 0)
-    steps = -(-reach // (tile - overlap))
     starts = np.array([round(i * reach / max(steps, 1)) for i in range(steps + 1)])
     return (starts[1:] + starts[:-1] + tile) // 2 - 1
 
@@ -92,9 +96,9 @@ def score_seams(
         f"every {period}, {what}": ([grid_lines(n, period) for n in shape], period)
         for period, what in known_periods(radius).items()
     }
-    for what, (tile, overlap) in TILINGS.items():
-        lines = [tile_lines(n, tile, overlap) for n in shape]
-        grids[f"{what} of {tile}"] = (lines, tile - overlap)
+    for what, (tile, overlap, shorten) in TILINGS.items():
+        lines = [tile_lines(n, tile, overlap, shorten) for n in shape]
+        grids[what] = (lines, min(tile - overlap, MOST_OFFSETS))
     together, by_gene = {}, {}
     for name, (lines, offsets) in grids.items():
         profile = offset_gradients(gradients, lines, offsets)

@@ -842,7 +842,7 @@ def test_29_30_a_fault_at_any_write(finished_sample, tmp_path, monkeypatch, capf
         assert code == expected, moves[at]
         now = contents(directory)
         if script != MODEL:  # these write the same again, so a whole file is as it was
-            now = {name: digest for name, digest in now.items() if ".rows/" not in name}
+            now = {name: digest for name, digest in now.items() if ".work/" not in name}
             changed = {name for name in now if now[name] != old.get(name)}
             assert changed <= {utils.record_name(script)}, moves[at]
             record = directory / utils.record_name(script)

@@ -481,19 +481,20 @@ def test_without_a_seam_the_rank_is_random():
 
 def test_tile_borders_are_those_of_the_extractor():
     vit, cnn = Histology_Extractor.VIT_TILING, Histology_Extractor.CNN_TILING
-    assert list(seams.TILINGS.values()) == [(t.tile, t.overlap) for t in (vit, cnn)]
-    for tiling in (vit, cnn):
-        for extent in (14, 42, 98, 266, 294):
+    known = [(t.tile, t.overlap, not t.blend) for t in (vit, cnn)]
+    assert list(seams.TILINGS.values()) == known
+    for tiling, numbers in zip((vit, cnn), known, strict=True):
+        for extent in (14, 42, 98, 140, 266, 294, 1372):
             starts = np.array(tiling.starts(extent))
-            lines = seams.tile_lines(extent, tiling.tile, tiling.overlap)
+            lines = seams.tile_lines(extent, *numbers)
             assert len(lines) == len(starts) - 1
             assert (lines >= starts[1:] - 1).all()  # within the overlap of the two tiles
-            assert (lines <= starts[:-1] + tiling.tile - 1).all()
+            assert (lines <= starts[:-1] + tiling.side(extent) - 1).all()
     rng = np.random.default_rng(0)
-    lines = seams.tile_lines(266, 42, 10)
+    lines = seams.tile_lines(266, *known[1])
     maps = rng.normal(10, 1, (266, 266, 2))
     maps += (np.arange(266)[:, None] > lines).sum(1)[:, None, None] * 1.0  # a step at each border
-    assert seams_of(maps)[0]["CNN tiles of 42"]["rank"] == 1
+    assert seams_of(maps)[0]["CNN tiles"]["rank"] == 1
 
 
 def test_maps_without_gradients_or_too_small_for_a_grid_have_no_seam():

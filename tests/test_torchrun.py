@@ -1,0 +1,120 @@
+"""Several processes for one slide: same bytes as one, and none left waiting when another fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, draw_section, run, write_record
+from PIL import Image
+
+import Histology_Extractor as extractor
+import utils
+
+PATCHED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import Histology_Extractor as extractor
+extractor.CNN_TILING = extractor.Tiling(20, 4, False)
+genuine, computed = extractor.save_row, []
+def save_row(path, row):
+    genuine(path, row)
+    computed.append(path.name)
+    if {fails} and os.environ.get("RANK") == {failing!r}:
+        raise extractor.StageError("this process stops", "Do nothing.")
+extractor.save_row = save_row
+code = extractor.run(sys.argv[1:])
+print("computed", *computed, file=sys.stderr)
+sys.exit(code)
+"""
+OPTIONS = ("--backbone", "efficientnet_lite0", "--device", "cpu")
+MAPS = (utils.FEATURES.name, utils.RGB.name)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The extractor with small tiles, and, if asked, with a process that fails after a row."""
+
+    def write(failing: str | None = None) -> Path:
+        path = tmp_path / "patched.py"
+        text = PATCHED.format(root=str(ROOT), fails=failing is not None, failing=failing)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def section(directory: Path) -> Path:
+    directory.mkdir()
+    Image.fromarray(draw_section((1120, 224))).save(directory / "he.png")
+    write_record(directory, "image_calibration.py", inputs=[], outputs=["he.png"])
+    return directory
+
+
+def run_two(directory: Path, script: Path) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, str(script), "--directory", str(directory), *OPTIONS],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """The section after a run of one process, which has one thread as those of torchrun have."""
+    monkeypatch.setattr(extractor, "CNN_TILING", extractor.Tiling(20, 4, False))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    directory = section(tmp_path / "one")
+    assert run(utils.EXTRACTOR, directory, *OPTIONS) == 0
+    torch.set_num_threads(threads)
+    return directory
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_bytes_of_one(alone, tmp_path, script):
+    directory = section(tmp_path / "two")
+    done = run_two(directory, script())
+    assert done.returncode == 0, done.stderr
+    for name in MAPS:
+        assert (directory / name).read_bytes() == (alone / name).read_bytes()
+    assert np.load(directory / MAPS[0]).shape == (70, 14, 158)
+    shares = [line.split()[1:] for line in done.stderr.splitlines() if "computed" in line]
+    names = [f"row_{number:04d}.npy" for number in range(5)]
+    assert sorted(shares) == [names[0::2], names[1::2]]
+    assert done.stdout.count("finished in") == 1  # the other is silent
+    assert sorted(path.name for path in directory.iterdir()) == sorted(
+        [*MAPS, "Histology_Extractor.json", "he.png", "image_calibration.json"]
+    )
+
+
+@pytest.mark.slow
+def test_when_one_process_fails_all_end_and_no_map_is_left(tmp_path, script):
+    directory = section(tmp_path / "s")
+    done = run_two(directory, script("1"))
+    assert done.returncode == 1  # torchrun's own
+    assert "error: this process stops" in done.stderr
+    there = sorted(path.name for path in directory.iterdir() if not path.name.endswith(".work"))
+    assert there == ["he.png", "image_calibration.json"]
+    assert list(directory.glob(".*.work/row_0001.npy"))  # what was finished is not lost
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch, capsys):
+    for name in utils.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    with utils.ranks() as ranks:
+        assert (ranks.rank, ranks.world) == (0, 1)
+        assert list(ranks.share(range(5))) == [0, 1, 2, 3, 4]
+        ranks.barrier()
+        print("heard")
+    assert capsys.readouterr().out == "heard\n"
+    assert not torch.distributed.is_initialized()
+
+
+def test_every_item_belongs_to_one_process():
+    shares = [utils.Ranks(rank, 3).share(range(7)) for rank in range(3)]
+    assert [list(share) for share in shares] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert utils.Ranks(2, 3).share(["a"]) == []
