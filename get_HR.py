@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from scipy.spatial import Delaunay, cKDTree
 
 import utils
@@ -278,47 +279,48 @@ def listed_genes(stage: utils.Stage) -> list[str] | None:
     return genes
 
 
-def most_variable(counts: np.ndarray, names: list[str], n_genes: int) -> np.ndarray:
+def most_variable(counts: sparse.csr_array, names: list[str], n_genes: int) -> np.ndarray:
     """Columns of the ``n_genes`` largest variances, ascending. Equal variances go by gene name.
 
     Constant genes are never among them. Sums of whole numbers are exact, so the order of the spots
     cannot change the choice.
     """
-    total = counts.sum(axis=0, dtype=np.float64)
-    squares = np.einsum("sg,sg->g", counts, counts, dtype=np.float64)
-    variance = squares - total**2 / len(counts)
+    (n_spots, n), values = counts.shape, counts.data.astype(np.float64)
+    total = np.bincount(counts.indices, values, minlength=n)
+    squares = np.bincount(counts.indices, values**2, minlength=n)
+    variance = squares - total**2 / n_spots
     ranked = np.lexsort((np.array(names), -variance))
-    varies = counts.max(axis=0) > counts.min(axis=0)
+    varies = (counts.max(axis=0) > counts.min(axis=0)).toarray().ravel()
     return np.sort(ranked[varies[ranked]][:n_genes])
 
 
 def choose_genes(
-    stage: utils.Stage, counts: pd.DataFrame, listed: list[str] | None
-) -> pd.DataFrame:
+    stage: utils.Stage, counts: sparse.csr_array, genes: list[str], listed: list[str] | None
+) -> np.ndarray:
     """The columns of the listed genes, in that order, or else of the most variable ones."""
-    table = stage.path(utils.CNTS)
+    table, columns = stage.path(utils.CNTS), pd.Index(genes)
     if listed is not None:
-        unknown = [gene for gene in listed if gene not in counts.columns]
+        unknown = [gene for gene in listed if gene not in columns]
         if unknown:
             raise stage.error(
                 stage.path(utils.GENE_NAMES),
                 f"names {len(unknown)} of {len(listed)} genes that {table.name} does not have: "
-                f"{', '.join(unknown[:5])}; it has genes like {', '.join(counts.columns[:5])}.",
+                f"{', '.join(unknown[:5])}; it has genes like {', '.join(genes[:5])}.",
             )
-        return counts[listed]
+        return columns.get_indexer(listed)
     n_genes = stage.args.n_genes
-    chosen = most_variable(counts.to_numpy(), list(counts.columns), n_genes)
+    chosen = most_variable(counts, genes, n_genes)
     if not len(chosen):
         raise stage.error(
             table,
-            f"has no gene that varies between the {len(counts)} spots; expected some to select the "
-            f"{n_genes} most variable from.",
+            f"has no gene that varies between the {counts.shape[0]} spots; expected some to select "
+            f"the {n_genes} most variable from.",
             f"Add spots, or list your genes in {utils.GENE_NAMES.name}, then run: "
             f"{stage.command(SCRIPT)}",
         )
     short = f"; only these vary, --n-genes asks for {n_genes:,}" if len(chosen) < n_genes else ""
-    print(f"genes: the {len(chosen):,} most variable of {counts.shape[1]:,}{short}")
-    return counts.iloc[:, chosen]
+    print(f"genes: the {len(chosen):,} most variable of {len(genes):,}{short}")
+    return chosen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -348,11 +350,12 @@ def hr_locations(locs: pd.DataFrame, parents: np.ndarray) -> pd.DataFrame:
 def write_hr_counts(counts: np.ndarray, parents: np.ndarray, path: Path) -> None:
     """Write the mean counts of the parents, float32 (P, G), without holding them all in memory."""
     shape = (len(parents), counts.shape[1])
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    for start in range(0, len(parents), BLOCK):
-        first, second = parents[start : start + BLOCK].T
-        out[start : start + BLOCK] = (counts[first] + counts[second]) / 2
-    out.flush()
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(parents), BLOCK):
+            first, second = parents[start : start + BLOCK].T
+            file.write(((counts[first] + counts[second]) / 2).astype("<f4"))
 
 
 def describe(lattice: Lattice | None, xy: np.ndarray) -> dict[str, object]:
@@ -414,17 +417,18 @@ def main(stage: utils.Stage) -> None:
     facts = describe(lattice, xy)
     parents = hr_parents(len(xy), pairs)
 
-    counts = utils.read_counts(stage, stage.path(utils.CNTS), locs.index)
-    counts = choose_genes(stage, counts, listed)
+    counts, genes = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+    chosen = choose_genes(stage, counts, genes, listed)
+    counts = counts[:, chosen].toarray()
     print(f"HR points: {len(xy):,} spots and {len(pairs):,} midpoints, {counts.shape[1]:,} genes")
     utils.check_disk(stage.directory, 4 * len(parents) * counts.shape[1], utils.HR_CNTS.name)
     with stage.writing(utils.HR_LOCS) as partial:
         hr_locations(locs, parents).to_csv(partial, encoding="utf-8", lineterminator="\n")
     with stage.writing(utils.HR_CNTS) as partial:
-        write_hr_counts(counts.to_numpy(), parents, partial)
+        write_hr_counts(counts, parents, partial)
     if listed is None:
         with stage.writing(utils.GENE_NAMES) as partial:
-            lines = "".join(f"{gene}\n" for gene in counts.columns)
+            lines = "".join(f"{genes[column]}\n" for column in chosen)
             partial.write_text(lines, encoding="utf-8", newline="\n")
         # Also an input, so that a later edit of it makes HRcnts.npy, whose columns it names, stale.
         # Getting its real name changes neither size nor time, so the fingerprint stays true.

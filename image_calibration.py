@@ -12,8 +12,11 @@ Writes  he.jpg                     RGB, padded on the right and below with white
         pixel-size.txt             um per pixel of he.jpg: 0.5
 
 Departures from the published method, with the reason:
-* areas are averaged when shrinking and cubic splines used when enlarging, on bytes and in strips; a
-  float64 copy of the whole image, as scikit-image makes, takes eight times the memory;
+* areas are averaged when shrinking and cubic splines used when enlarging, on bytes and in bands of
+  rows; a float64 copy of the whole image, as scikit-image makes, takes eight times the memory;
+* a TIFF is decoded, resized and encoded band by band, so that a slide of any size fits the memory
+  (a JPEG, a PNG and a TIFF in one piece are decoded whole, at 4 bytes a pixel), and every row of
+  blocks of he.jpg stands alone, so that the next stages need not decode the whole;
 * coordinates are scaled by the exact ratio of the image sides, so that spots stay on their tissue
   even where the sides were rounded to whole pixels;
 * nothing is cropped, and coordinates that cannot belong to the image stop the run with the likely
@@ -26,13 +29,17 @@ pixel.
 from __future__ import annotations
 
 import argparse
+import io
 import mmap
 import os
 import struct
 import sys
 import warnings
-from itertools import pairwise
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -45,15 +52,28 @@ import utils
 SCRIPT = utils.CALIBRATION
 
 FORMATS = ("JPEG", "PNG", "TIFF")  # no other decoder ever sees the bytes of he-raw
-ORIENTATION, BITS = ExifTags.Base.Orientation, ExifTags.Base.BitsPerSample
+Tag = ExifTags.Base  # the names of a TIFF's tags
 CONVERTED = {"L": "grey", "LA": "grey + alpha", "P": "palette", "RGBA": "RGBA", "RGBX": "RGB + 1"}
 DECODER_ERRORS = (  # all that Pillow raises on damaged files
     OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError,
     RuntimeError, struct.error,
 )  # fmt: skip
+DECODING_TAGS = (  # of a TIFF, beside those that say where its strips or tiles lie
+    Tag.ImageWidth, Tag.BitsPerSample, Tag.Compression, Tag.PhotometricInterpretation,
+    Tag.FillOrder, Tag.SamplesPerPixel, Tag.PlanarConfiguration, Tag.Predictor, Tag.ColorMap,
+    Tag.TileWidth, Tag.TileLength, Tag.ExtraSamples, Tag.SampleFormat, Tag.JPEGTables,
+    Tag.YCbCrSubSampling,
+)  # fmt: skip
+UNCOMPRESSED, JPEG, YCBCR, SEPARATE = 1, 7, 6, 2  # of Compression, Photometric..., PlanarConf...
+HEADER_BYTES = 8  # of a TIFF
+JPEG_RESTART, JPEG_END = b"\xff\xd7", b"\xff\xd9"  # the eighth restart marker; the end marker
 WHITE = (255, 255, 255)
 SAME_SCALE = 1e-4  # a pixel size this close to 0.5 um, relatively, is 0.5 um: do not resample
-STRIP_PX = 1024  # rows or columns resized at a time; bounds what is in memory twice
+BAND_PX = 448  # rows at a time: whole tiles, and 8 k rows of blocks as restarts count up to 8
+BAND_BYTES = 24  # most that all steps together hold of a pixel of a band
+VALUES_AT_ONCE = 2**16  # summed at a time; more would not stay in the cache
+SLIVER = 1e-3  # share of a pixel that does not count when areas are averaged, as in OpenCV
+CUBIC = -0.75  # slope of the cubic splines at 1, as in OpenCV
 JPEG_MAX_SIDE_PX = 65_500  # libjpeg's limit (JPEG_MAX_DIMENSION)
 JPEG_QUALITY = 95  # with 4:4:4 subsampling; all features come from this re-encoded file
 PNG_LEVEL = 1  # fast; only images of gigapixels become PNG
@@ -72,8 +92,73 @@ FULL_RESOLUTION = (
 # -------------------------------------------------------------------------------------------------
 # he-raw: checks before its pixels are decoded
 # -------------------------------------------------------------------------------------------------
-def check_image(stage: utils.Stage, path: Path) -> tuple[int, int]:
-    """(rows, columns) of he-raw, after every check that its header and checksums allow."""
+class Pieces(NamedTuple):
+    """Where the strips or tiles (pieces, here) of a TIFF lie, so that it can be read in bands."""
+
+    height: int  # rows of pixels: of the image,
+    rows: int  # and of a piece
+    step: int  # rows of pieces to decode at once
+    offsets: np.ndarray  # bytes, int64 (planes, rows of pieces, pieces across)
+    counts: np.ndarray
+    places: tuple[int, int]  # the tags of offsets and counts
+    tags: dict[int, Any]  # the others that the decoder needs: bytes or tuples of whole numbers
+    prefix: bytes  # the order of bytes
+
+    @property
+    def down(self) -> int:
+        return self.offsets.shape[1]
+
+
+def find_pieces(image: Image.Image, file_bytes: int) -> Pieces | None:
+    """The strips or tiles of a TIFF; None where it has to be decoded whole, as other images have.
+
+    An uncompressed strip is cut into rows, so that even a single one can be read in bands.
+    """
+    if image.format != "TIFF":
+        return None
+    tags, (width, height) = image.tag_v2, image.size
+    compression, samples = tags.get(Tag.Compression, 1), tags.get(Tag.SamplesPerPixel, 1)
+    planes = samples if tags.get(Tag.PlanarConfiguration, 1) == SEPARATE else 1
+    tiled = Tag.TileOffsets in tags
+    if set(tags.get(Tag.BitsPerSample, ())) != {8} or tiled == (Tag.StripOffsets in tags):
+        return None
+    if tags.get(Tag.PhotometricInterpretation) == YCBCR and compression != JPEG:
+        return None
+    if tiled:
+        places, piece_width = (Tag.TileOffsets, Tag.TileByteCounts), tags[Tag.TileWidth]
+        rows = tags[Tag.TileLength]
+    else:
+        places, piece_width = (Tag.StripOffsets, Tag.StripByteCounts), width
+        rows = min(tags.get(Tag.RowsPerStrip, height), height)
+    grid = (planes, -(-height // rows), -(-width // piece_width))
+    offsets = np.array(tags[places[0]], np.int64)
+    if offsets.size != np.prod(grid):
+        return None
+    offsets = offsets.reshape(grid)
+    if compression == UNCOMPRESSED:
+        row_bytes = piece_width * samples // planes
+        if not tiled:
+            row = np.arange(height)
+            offsets = offsets[:, row // rows] + (row % rows * row_bytes)[:, None]
+            rows = 1
+        counts = np.full_like(offsets, rows * row_bytes)
+    else:
+        counts = np.array(tags[places[1]], np.int64).reshape(grid)
+    if (offsets < 0).any() or (counts < 0).any() or (offsets > file_bytes - counts).any():
+        raise OSError("image file is truncated")
+    step = max(1, BAND_PX // rows)
+    if step >= offsets.shape[1]:
+        return None
+    others = {tag: tags[tag] for tag in DECODING_TAGS if tag in tags}
+    others = {t: v if isinstance(v, (bytes, tuple)) else (v,) for t, v in others.items()}
+    if not tiled:
+        others[Tag.RowsPerStrip] = (rows,)
+    return Pieces(height, rows, step, offsets, counts, places, others, tags.prefix)
+
+
+def check_image(stage: utils.Stage, path: Path) -> tuple[tuple[int, int], Pieces | None]:
+    """(rows, columns) of he-raw and the pieces to read it by, after every check that its header
+    and checksums allow."""
     Image.MAX_IMAGE_PIXELS = stage.args.max_megapixels * 10**6  # Pillow compares the header with it
     try:
         with warnings.catch_warnings():
@@ -81,8 +166,9 @@ def check_image(stage: utils.Stage, path: Path) -> tuple[int, int]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 shape, kind = (image.height, image.width), image.format
-                # a PNG may keep it behind the pixels: there read_image looks
-                turned = 1 if kind == "PNG" else image.getexif().get(ORIENTATION, 1)
+                # a PNG may keep it behind the pixels: there load looks
+                turned = 1 if kind == "PNG" else image.getexif().get(Tag.Orientation, 1)
+                pieces = find_pieces(image, path.stat().st_size)
                 problem = misfit(image)
                 image.verify()  # the checksums of a PNG
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -94,7 +180,7 @@ def check_image(stage: utils.Stage, path: Path) -> tuple[int, int]:
     check_turned(stage, path, turned)
     if kind not in ("PNG", "TIFF") and not has_jpeg_end(path):
         raise broken(stage, path, "the end of the JPEG is missing")
-    return shape
+    return shape, pieces
 
 
 def check_turned(stage: utils.Stage, path: Path, turned: int) -> None:
@@ -110,7 +196,7 @@ def check_turned(stage: utils.Stage, path: Path, turned: int) -> None:
 
 def misfit(image: Image.Image) -> str | None:
     """Why an undamaged image is still not the 8-bit colour image that is needed."""
-    bits = getattr(image, "tag_v2", {}).get(BITS, (8,))
+    bits = getattr(image, "tag_v2", {}).get(Tag.BitsPerSample, (8,))
     if max(bits) > 8 or (image.format == "PNG" and "16" in str(image.tile[0].args)):
         return "has more than 8 bits per channel (Pillow would cut them off); save it as 8-bit RGB."
     if image.mode != "RGB" and image.mode not in CONVERTED:
@@ -138,7 +224,11 @@ def has_jpeg_end(path: Path) -> bool:
 
 
 def check_size(
-    stage: utils.Stage, path: Path, raw: tuple[int, int], shape: tuple[int, int]
+    stage: utils.Stage,
+    path: Path,
+    raw: tuple[int, int],
+    shape: tuple[int, int],
+    pieces: Pieces | None,
 ) -> None:
     """Stop if the calibrated image is less than a tile, or more than limit, RAM or disk hold."""
     (rows, columns), memory = shape, machine_memory()
@@ -147,8 +237,9 @@ def check_size(
         raise stage.error(path, f"is {sizes}; expected at least one tile of {utils.TILE_PX} px.")
     if rows * columns > stage.args.max_megapixels * 10**6:
         raise too_large(stage, path, sizes)
-    # Pillow holds RGB in 4 bytes a pixel, numpy in 3; see resize for the two moments
-    need = 3 * raw[0] * columns + 4 * max(raw[0] * raw[1], rows * columns)
+    decoded_rows = pieces.step * pieces.rows if pieces else raw[0]
+    need = 4 * decoded_rows * raw[1]  # Pillow holds RGB in 4 bytes a pixel
+    need += BAND_BYTES * BAND_PX * max(raw[1], columns)
     if memory is not None and need > memory:
         raise stage.error(
             path,
@@ -287,7 +378,7 @@ def scale_locs(locs: pd.DataFrame, raw: tuple[int, int], shape: tuple[int, int])
 
 
 # -------------------------------------------------------------------------------------------------
-# pixels
+# geometry
 # -------------------------------------------------------------------------------------------------
 def calibrated_shape(raw: tuple[int, int], pixel_size: float) -> tuple[int, int]:
     """(rows, columns) of an image brought to 0.5 um per pixel, before padding."""
@@ -322,21 +413,91 @@ def report(
     }
 
 
-def read_image(stage: utils.Stage, path: Path) -> Image.Image:
-    """he-raw as RGB. A file that ends early is an error, never grey rows."""
+def he_name(size: tuple[int, int]) -> str:
+    """he.jpg, or he.png where a side is longer than a JPEG can be."""
+    jpg, png = utils.HE.names
+    return jpg if max(size) <= JPEG_MAX_SIDE_PX else png
+
+
+# -------------------------------------------------------------------------------------------------
+# pixels: bands of rows, from top to bottom, are decoded, resized and encoded
+# -------------------------------------------------------------------------------------------------
+def read_bands(stage: utils.Stage, path: Path, pieces: Pieces | None) -> Iterator[np.ndarray]:
+    """he-raw as RGB, uint8 (n, columns, 3). A file that ends early is an error, never grey rows."""
+    for number, image in enumerate(pictures(stage, path, pieces)):
+        if number == 0 and image.mode != "RGB":
+            ground = " on white" if image.has_transparency_data else ""
+            print(f"{path.name}: {CONVERTED[image.mode]}, converted to RGB{ground}")
+        for top in range(0, image.height, BAND_PX):
+            box = (0, top, image.width, min(top + BAND_PX, image.height))
+            yield np.asarray(to_rgb(image.crop(box)))
+
+
+def ahead(bands: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same bands; the next one is decoded by a second thread while one is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, bands, None)
+        while (band := coming.result()) is not None:
+            coming = thread.submit(next, bands, None)
+            yield band
+
+
+def pictures(stage: utils.Stage, path: Path, pieces: Pieces | None) -> Iterator[Image.Image]:
+    """he-raw in one picture, or the bands of a TIFF."""
+    if pieces is None:
+        yield load(stage, path, path)
+        return
+    with path.open("rb") as file:
+        for top in range(0, pieces.down, pieces.step):
+            yield load(stage, path, tiff_band(file, pieces, top, top + pieces.step))
+
+
+def load(stage: utils.Stage, path: Path, source: Path | io.BytesIO) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                turned = image.getexif().get(ORIENTATION, 1)
+            with Image.open(source, formats=FORMATS) as image:
+                turned = image.getexif().get(Tag.Orientation, 1)
                 image.load()
     except DECODER_ERRORS as error:
         raise broken(stage, path, error) from error
     check_turned(stage, path, turned)
-    if image.mode != "RGB":
-        ground = " on white" if image.has_transparency_data else ""
-        print(f"{path.name}: {CONVERTED[image.mode]}, converted to RGB{ground}")
-    return to_rgb(image)
+    return image
+
+
+def tiff_band(file: BinaryIO, pieces: Pieces, top: int, bottom: int) -> io.BytesIO:
+    """A TIFF of its own that holds the rows of pieces top..bottom - 1.
+
+    So one decoder reads all kinds of TIFF, whole or in bands, and its pixels are the same.
+    """
+    offsets, counts = pieces.offsets[:, top:bottom].ravel(), pieces.counts[:, top:bottom].ravel()
+    starts = HEADER_BYTES + np.cumsum(counts) - counts
+    tags = {
+        **pieces.tags,
+        Tag.ImageLength: [min(bottom * pieces.rows, pieces.height) - top * pieces.rows],
+        pieces.places[0]: starts.tolist(),
+        pieces.places[1]: counts.tolist(),
+    }
+    order = "<" if pieces.prefix == b"II" else ">"
+    directory = HEADER_BYTES + int(counts.sum())
+    behind = directory + struct.calcsize("=H") + len(tags) * struct.calcsize("=HHLL") + 4
+    entries, values = struct.pack(order + "H", len(tags)), b""
+    for tag, value in sorted(tags.items()):
+        is_bytes = isinstance(value, bytes)
+        content = value if is_bytes else struct.pack(f"{order}{len(value)}L", *value)
+        entries += struct.pack(order + "HHL", tag, 7 if is_bytes else 4, len(value))
+        if len(content) <= 4:
+            entries += content.ljust(4, b"\0")
+        else:
+            entries += struct.pack(order + "L", behind + len(values))
+            values += content
+    band = io.BytesIO()
+    band.write(pieces.prefix + struct.pack(order + "HL", 42, directory))
+    for offset, count in zip(offsets.tolist(), counts.tolist(), strict=True):
+        file.seek(offset)
+        band.write(file.read(count))
+    band.write(entries + bytes(4) + values)
+    return band
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -348,60 +509,145 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return opaque
 
 
-def resize(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
-    """RGB image brought to (rows, columns), padded to whole tiles. Frees the pixels of ``image``.
+def resize(
+    bands: Iterator[np.ndarray], raw: tuple[int, int], shape: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """Bands of an image of ``raw`` (rows, columns) become bands of one of ``shape``.
 
-    Columns first, then rows: so no strip needs its neighbours, strips give exactly what the whole
-    gives, and at any time only one image and one half-resized array are in memory.
+    Columns first, then rows, rounded to bytes each time: so a band needs no more than a few rows
+    of its neighbours, and the result does not depend on where the bands begin.
     """
-    half = resize_columns(image, shape[1])
-    image.close()
-    return resize_rows(half, shape[0])
+    if raw[1] != shape[1]:
+        bands = resize_columns(bands, *mixture(raw[1], shape[1]))
+    if raw[0] != shape[0]:
+        bands = resize_rows(bands, *mixture(raw[0], shape[0]))
+    return bands
 
 
-def resize_columns(image: Image.Image, columns: int) -> np.ndarray:
-    """The image with another number of columns, uint8 (rows, columns, 3)."""
-    method = interpolation(image.width, columns)
-    result = np.empty((image.height, columns, 3), np.uint8)
-    for top, bottom in strips(image.height):
-        strip = np.asarray(image.crop((0, top, image.width, bottom)))
-        result[top:bottom] = cv2.resize(strip, (columns, bottom - top), interpolation=method)
-    return result
+def mixture(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the old lines make each new one, int (new, K), and with what weights, float32.
 
-
-def resize_rows(array: np.ndarray, rows: int) -> Image.Image:
-    """uint8 (any, columns, 3) brought to ``rows`` rows, padded with white to whole tiles."""
-    method = interpolation(len(array), rows)
-    height, width = padded_shape((rows, array.shape[1]))
-    result = Image.new("RGB", (width, height), WHITE)
-    for left, right in strips(array.shape[1]):
-        strip = np.ascontiguousarray(array[:, left:right])
-        strip = cv2.resize(strip, (right - left, rows), interpolation=method)
-        result.paste(Image.fromarray(strip), (left, 0))
-    return result
-
-
-def interpolation(old: int, new: int) -> int:
-    return cv2.INTER_AREA if new < old else cv2.INTER_CUBIC
-
-
-def strips(length: int) -> list[tuple[int, int]]:
-    """Near-equal ranges covering 0..length; none is thin, as OpenCV rounds thin ones otherwise."""
-    edges = np.linspace(0, length, max(1, length // STRIP_PX) + 1).astype(int).tolist()
-    return list(pairwise(edges))
-
-
-def he_name(size: tuple[int, int]) -> str:
-    """he.jpg, or he.png where a side is longer than a JPEG can be."""
-    jpg, png = utils.HE.names
-    return jpg if max(size) <= JPEG_MAX_SIDE_PX else png
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    if path.suffix == ".png":
-        image.save(path, compress_level=PNG_LEVEL)
+    As in OpenCV: averages of areas when shrinking, cubic splines when enlarging.
+    """
+    scale = old / new
+    if new < old:
+        start = np.arange(new)[:, None] * scale
+        lines = np.floor(start).astype(int) + np.arange(np.ceil(scale) + 1, dtype=int)
+        share = np.minimum(start + scale, lines + 1) - np.maximum(start, lines)
+        weights = np.where(share > SLIVER, share, 0) / scale
     else:
-        image.save(path, quality=JPEG_QUALITY, subsampling="4:4:4")
+        centre = (np.arange(new)[:, None] + 0.5) * scale - 0.5
+        lines = np.floor(centre).astype(int) + np.arange(-1, 3)
+        d = np.abs(lines - centre)
+        near = ((CUBIC + 2) * d - (CUBIC + 3)) * d * d + 1
+        far = ((CUBIC * d - 5 * CUBIC) * d + 8 * CUBIC) * d - 4 * CUBIC
+        weights = np.where(d < 1, near, far)
+    used = weights.any(axis=0)
+    return lines.clip(0, old - 1)[:, used], weights[:, used].astype(np.float32)
+
+
+def resize_columns(
+    bands: Iterator[np.ndarray], lines: np.ndarray, weights: np.ndarray
+) -> Iterator[np.ndarray]:
+    for band in bands:
+        yield cv2.transpose(mix(cv2.transpose(band), lines, weights))
+
+
+def resize_rows(
+    bands: Iterator[np.ndarray], lines: np.ndarray, weights: np.ndarray
+) -> Iterator[np.ndarray]:
+    done, first, held = 0, 0, None  # new rows; the old row that ``held`` starts with
+    for band in bands:
+        held = band if held is None else np.concatenate([held, band])
+        ready = int(np.searchsorted(lines[:, -1], first + len(held)))
+        for top in range(done, ready, BAND_PX):
+            part = slice(top, min(top + BAND_PX, ready))
+            yield mix(held, lines[part] - first, weights[part])
+        done = ready
+        needed = lines[done, 0] if done < len(lines) else first + len(held)
+        held, first = held[needed - first :], needed
+
+
+def mix(array: np.ndarray, lines: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted sums of lines: uint8 (any, m, 3) -> uint8 (new, m, 3).
+
+    In float32 and always in the same order, so that all machines give the same bytes.
+    """
+    result = np.empty((len(lines), *array.shape[1:]), np.uint8)
+    step = max(1, VALUES_AT_ONCE // array[0].size)
+    for top in range(0, len(lines), step):
+        part = slice(top, top + step)
+        total = np.zeros(result[part].shape, np.float32)
+        for line, weight in zip(lines[part].T, weights[part].T, strict=True):
+            total += array[line] * weight[:, None, None]
+        result[part] = total.round(out=total).clip(0, 255, out=total)
+    return result
+
+
+def pad(bands: Iterator[np.ndarray], shape: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Bands of an image of (rows, columns), padded with white to whole tiles."""
+    rows, columns = padded_shape(shape)
+    for band in bands:
+        yield np.pad(band, ((0, 0), (0, columns - shape[1]), (0, 0)), constant_values=255)
+    yield np.full((rows - shape[0], columns, 3), 255, np.uint8)
+
+
+def regroup(bands: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The same image in bands of exactly ``rows``, but for the last."""
+    held = None
+    for band in bands:
+        held = band if held is None else np.concatenate([held, band])
+        while len(held) >= rows:
+            yield held[:rows]
+            held = held[rows:]
+    if held is not None and len(held):
+        yield held
+
+
+def write_image(path: Path, shape: tuple[int, int], bands: Iterator[np.ndarray]) -> None:
+    """Bands of BAND_PX rows (the last may have less) as one image of (rows, columns)."""
+    write = write_png if path.suffix == ".png" else write_jpeg
+    with path.open("wb") as file:
+        write(file, shape, bands)
+
+
+def write_jpeg(file: BinaryIO, shape: tuple[int, int], bands: Iterator[np.ndarray]) -> None:
+    """Every band is a JPEG of its own, and their pixels follow each other behind one header.
+
+    A restart marker after each row of blocks makes that possible: there the encoder starts anew.
+    """
+    for number, band in enumerate(bands):
+        encoded = io.BytesIO()
+        Image.fromarray(band).save(
+            encoded, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4", restart_marker_rows=1
+        )
+        jpeg = encoded.getvalue()
+        header = utils.jpeg_header(jpeg)
+        if number == 0:
+            at = header.rows_at
+            file.write(jpeg[:at] + struct.pack(">H", shape[0]) + jpeg[at + 2 : header.length])
+        else:
+            file.write(JPEG_RESTART)
+        file.write(jpeg[header.length : -len(JPEG_END)])
+    file.write(JPEG_END)
+
+
+def write_png(file: BinaryIO, shape: tuple[int, int], bands: Iterator[np.ndarray]) -> None:
+    def chunk(kind: bytes, content: bytes) -> None:
+        file.write(struct.pack(">I", len(content)) + kind + content)
+        file.write(struct.pack(">I", zlib.crc32(kind + content)))
+
+    file.write(b"\x89PNG\r\n\x1a\n")
+    chunk(b"IHDR", struct.pack(">IIBBBBB", shape[1], shape[0], 8, 2, 0, 0, 0))  # 8 bits, RGB
+    packer = zlib.compressobj(PNG_LEVEL)
+    for band in bands:
+        rows = np.empty((len(band), 1 + 3 * shape[1]), np.uint8)
+        rows[:, 0] = 1  # what follows are differences to the pixel on the left
+        rows[:, 1:4] = band[:, 0]
+        rows[:, 4:] = (band[:, 1:] - band[:, :-1]).reshape(len(band), -1)
+        chunk(b"IDAT", packer.compress(rows.tobytes()))
+    chunk(b"IDAT", packer.flush())
+    chunk(b"IEND", b"")
 
 
 def remove_other(stage: utils.Stage, name: str) -> None:
@@ -443,18 +689,18 @@ def main(stage: utils.Stage) -> None:
         "um per pixel",
         FULL_RESOLUTION,
     )
-    raw = check_image(stage, path)
+    raw, pieces = check_image(stage, path)
     shape = calibrated_shape(raw, pixel_size)
-    check_size(stage, path, raw, shape)
+    check_size(stage, path, raw, shape, pieces)
     radius = read_radius(stage, pixel_size)
     locs = utils.read_locs(stage, stage.path(utils.LOCS_RAW))
     n_inside = check_spots(stage, locs.to_numpy(), raw, pixel_size)
     geometry = report(path, pixel_size, raw, shape)
 
-    image = resize(read_image(stage, path), shape)
-    name = he_name(image.size)
+    bands = pad(resize(ahead(read_bands(stage, path, pieces)), raw, shape), shape)
+    name = he_name(padded_shape(shape))
     with stage.writing(utils.HE, name) as partial:
-        save_image(image, partial)
+        write_image(partial, padded_shape(shape), regroup(bands, BAND_PX))
     with stage.writing(utils.LOCS) as partial:
         scale_locs(locs, raw, shape).to_csv(partial, float_format="%.4f", lineterminator="\n")
     with stage.writing(utils.RADIUS) as partial:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -47,7 +48,7 @@ WHITE_PERCENTILE = 99.0  # of the superpixels, per channel
 DARKEST_WHITE = 200  # a section without bare slide shows no white; no scanner's is darker
 RIDGE = 1e-2  # per seed, on standardised tokens: neighbouring features are nearly collinear
 MAX_SEEDS = 50_000  # a discriminant needs no more, and a slide has millions
-ROW_BLOCK = 64  # rows of superpixels classified at a time, which bounds the memory
+ROW_BLOCK = 8  # rows of superpixels classified at a time, which bounds the memory
 MIN_SPECK_MM2 = 0.02  # about 160 um across: ten cells wide, smaller than a core biopsy
 MIN_HOLE_MM2 = 0.01  # lumina of vessels and ducts above this are left out
 OVERLAY_PX = 1600  # longest side of the picture
@@ -95,13 +96,21 @@ def fit_discriminant(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray
     """
     scale = tokens.std(axis=0) + 1e-6
     means = np.stack([tokens[~tissue].mean(axis=0), tokens[tissue].mean(axis=0)])
-    centred = (tokens - means[tissue.astype(int)]) / scale
-    scatter = sum(
-        centred[of_class].T @ centred[of_class] / of_class.sum() for of_class in (tissue, ~tissue)
-    )
+    scatter = np.zeros((len(scale), len(scale)), np.float32)
+    for of_class, mean in ((tissue, means[1]), (~tissue, means[0])):
+        centred = tokens[of_class]
+        centred -= mean
+        centred /= scale
+        scatter += centred.T @ centred / len(centred)
     scatter[np.diag_indices_from(scatter)] += RIDGE
     weights = np.linalg.solve(scatter, (means[1] - means[0]) / scale) / scale
     return weights, float(means.mean(axis=0) @ weights)
+
+
+def blocks_of_rows(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The map in parts, each with the number of its first row: it may be larger than the memory."""
+    for start in range(0, len(tokens), ROW_BLOCK):
+        yield start, utils.some_rows(tokens, start, start + ROW_BLOCK)
 
 
 def classify(tokens: np.ndarray, rgb: np.ndarray, seed: int) -> np.ndarray:
@@ -110,18 +119,21 @@ def classify(tokens: np.ndarray, rgb: np.ndarray, seed: int) -> np.ndarray:
     if not tissue.any() or not bare.any():
         return ~bare  # nothing to compare with: all that is not surely bare slide
     rng = np.random.default_rng(seed)
-    drawn = []
-    for seeds in (tissue, bare):
-        rows, cols = np.nonzero(seeds)
-        chosen = rng.permutation(len(rows))[: MAX_SEEDS // 2]
-        chosen.sort()  # reads the memory map in its order
-        drawn.append(np.asarray(tokens[rows[chosen], cols[chosen]], np.float32))
-    labels = np.repeat([True, False], [len(part) for part in drawn])
-    weights, threshold = fit_discriminant(np.concatenate(drawn), labels)
+    drawn = np.zeros((2, *tissue.shape), bool)
+    for seeds, chosen in zip((tissue, bare), drawn, strict=True):
+        places = np.flatnonzero(seeds)
+        chosen.flat[rng.permutation(places)[: MAX_SEEDS // 2]] = True
+    seeds, labels = [], []
+    for start, block in blocks_of_rows(tokens):
+        for of_class, chosen in zip(
+            (True, False), drawn[:, start : start + len(block)], strict=True
+        ):
+            seeds.append(block[chosen].astype(np.float32))
+            labels.append(np.full(len(seeds[-1]), of_class))
+    weights, threshold = fit_discriminant(np.concatenate(seeds), np.concatenate(labels))
     found = np.empty(tissue.shape, bool)
-    for start in range(0, len(found), ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
-        found[rows] = tokens[rows].astype(np.float32) @ weights > threshold
+    for start, block in blocks_of_rows(tokens):
+        found[start : start + len(block)] = block.astype(np.float32) @ weights > threshold
     return (found | tissue) & ~bare
 
 

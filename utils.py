@@ -19,25 +19,32 @@ import errno
 import gzip
 import hashlib
 import importlib.metadata
+import io
+import itertools
 import json
+import math
 import os
 import pickle
 import platform
+import re
 import shutil
+import signal
 import sys
 import time
 import uuid
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy import sparse
 
 # ------------------------------------------------------------------------------------------------
 # geometry
@@ -242,6 +249,54 @@ def atomic(path: Path) -> Iterator[Path]:
         _put(partial, path)
     finally:
         _remove(partial)
+
+
+def work_folder(directory: Path, name: str, decisive: Any) -> Path:
+    """Hidden folder in which a computation gathers what it has finished, to outlive a killed run.
+
+    Its name is a hash of all that decides the results, so that those of two images, networks or
+    settings never meet. It lacks ".partial", since such files are swept away as left behind. Two
+    runs may share it, if each result appears whole. Folders of other settings go when an hour old.
+    """
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+    folder = directory / f".{name}.{key}.work"
+    for other in directory.glob(f".{name}.*.work"):
+        if other != folder and time.time() - other.stat().st_mtime > STALE_PARTIAL_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def keep_finished(work: Path, folders: dict[Artifact, Path], files: list) -> None:
+    """Give finished files, (artifact, name) in its folder, a second name in the work folder."""
+    with contextlib.suppress(FileNotFoundError):  # a run beside this one ended and took the folder
+        for artifact, name in files:
+            (work / artifact.name).mkdir(parents=True, exist_ok=True)
+            _link(folders[artifact] / name, work / artifact.name / name)
+
+
+def take_finished(work: Path, folders: dict[Artifact, Path], files: list) -> bool:
+    """Bring files of the work folder back: all, or none and False if not all of them are there."""
+    try:
+        for artifact, name in files:
+            _link(work / artifact.name / name, folders[artifact] / name)
+    except FileNotFoundError:
+        for artifact, name in files:
+            (folders[artifact] / name).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _link(path: Path, other: Path) -> None:
+    """A second name for a whole file; a copy, where the disk knows no second names."""
+    try:
+        os.link(path, other)
+    except FileExistsError:
+        pass  # by a run beside this one, with the same bytes
+    except FileNotFoundError:
+        raise
+    except OSError:
+        with atomic(other) as partial:
+            shutil.copyfile(path, partial)
 
 
 def check_disk(directory: Path, need: int, what: str) -> None:
@@ -690,6 +745,64 @@ def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) 
     return 0
 
 
+# ----- several processes (torchrun) -----
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # environment variables
+LONGEST_WAIT = timedelta(days=7)  # of one process for another; a dead one is noticed at once
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that torchrun started for one command: this one is ``rank`` of ``world``."""
+
+    rank: int
+    world: int
+
+    def share(self, items: Sequence) -> Sequence:
+        """Every world-th of the items: each belongs to exactly one process."""
+        return items[self.rank :: self.world]
+
+    def barrier(self) -> None:
+        """Wait until all processes have come here."""
+        if self.world == 1:
+            return
+        import torch.distributed
+
+        try:
+            torch.distributed.barrier()
+        except RuntimeError as error:
+            raise StageError(
+                f"Process {self.rank} of {self.world} cannot go on: another one has ended.",
+                "Mend what that one says, then run the same command.",
+            ) from error
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Join the processes of torchrun; without it, this one is alone.
+
+    They share their work by files in the sample directory, so that they only ever wait for each
+    other: gloo does that on any device. Each takes the card of its number for ``--device cuda``.
+    All but the first are silent on stdout. If one fails, torchrun ends the others by SIGTERM, which
+    is made a Ctrl-C here: it leaves no half files.
+    """
+    rank, world, local = (int(os.environ.get(name, "0")) for name in TORCHRUN)
+    if world <= 1:
+        yield Ranks(0, 1)
+        return
+    import torch.distributed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    with contextlib.ExitStack() as quiet:
+        if rank > 0:
+            nowhere = quiet.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+        yield Ranks(rank, world)
+    torch.distributed.destroy_process_group()
+
+
 # ------------------------------------------------------------------------------------------------
 # checked reads
 # ------------------------------------------------------------------------------------------------
@@ -735,6 +848,10 @@ def _read_text(stage: Stage, path: Path) -> str:
 
 
 UNREADABLE = (ValueError, EOFError, OSError, zlib.error, csv.Error)  # what damaged tables raise
+BLOCK_CELLS = 2**24  # of a table read at a time: about 0.5 GB by pandas
+MAX_DIGITS = 9  # of a number that is read without pandas; no count is longer
+ID = "\0id"  # the column of the ids; no header holds this
+BLOCK_BYTES = 2**23  # of a memory map read at a time: more than that leaves the processor's cache
 
 
 def _open_table(path: Path):
@@ -768,8 +885,94 @@ def _read_header(stage: Stage, path: Path) -> tuple[list[str], str, bool]:
     return [name.strip() for name in names], delimiter, bool(row)
 
 
-def _read_table(stage: Stage, path: Path, numeric: list[str] | None) -> pd.DataFrame:
-    """A table with a text id column and float32 or float64 columns (``numeric``, None for all)."""
+def _lines_below_header(stage: Stage, path: Path, size: int) -> Iterator[tuple[int, list[str]]]:
+    """The other lines of a table, ``size`` at a time, and how many lines came before them."""
+    before = 1
+    try:
+        with _open_table(path) as file:
+            file.readline()
+            while lines := list(itertools.islice(file, size)):
+                yield before, lines
+                before += len(lines)
+    except UNREADABLE as error:
+        raise stage.error(path, f"cannot be read: {error}") from error
+
+
+def _whole_numbers(lines: list[str], delimiter: str, n: int) -> tuple[list[str], np.ndarray] | None:
+    """Ids and numbers (rows, n) of lines of a table; None if some are not plain whole numbers.
+
+    Most tables of counts hold nothing else, and pandas takes five times as long for the same bits.
+    """
+    ids, values = [], np.empty((len(lines), n), np.float32)
+    for row, line in enumerate(lines):
+        name, _, cells = line.rstrip("\r\n").partition(delimiter)
+        if len(name) > 1 and name[0] == name[-1] == '"':
+            name = name[1:-1]
+        text = (cells + delimiter).replace(f".0{delimiter}", delimiter)
+        digits = np.frombuffer(text.encode(), np.uint8) - np.uint8(ord("0"))
+        ends = np.flatnonzero(digits > 9)  # what comes before 0 wraps around
+        lengths = np.diff(ends, prepend=-1) - 1
+        if '"' in name or "\0" in name or not len(ends) == text.count(delimiter) == n:
+            return None
+        if lengths.min() < 1 or lengths.max() > MAX_DIGITS:
+            return None
+        numbers = digits[ends - 1].astype(np.float64)
+        for place in range(1, lengths.max()):
+            longer = np.flatnonzero(lengths > place)
+            numbers[longer] += 10.0**place * digits[ends[longer] - 1 - place]
+        ids.append(name)
+        values[row] = numbers
+    return ids, values
+
+
+def _any_numbers(
+    stage: Stage, path: Path, text: str, n_before: int, options: dict[str, Any], columns: list[str]
+) -> tuple[list[str], np.ndarray]:
+    """Ids and numbers (rows, columns) of a part of a table, below its first ``n_before`` rows."""
+    try:
+        # A number beyond float32 becomes inf, which is refused later; a row with too many fields
+        # would lose the last ones with no more than a warning.
+        with np.errstate(over="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(io.StringIO(text), **options)
+    except pd.errors.ParserWarning as error:
+        n_fields = len(options["names"])
+        raise stage.error(
+            path, f"has rows with more fields than the {n_fields} columns of its header."
+        ) from error
+    except UNREADABLE as error:
+        problem = _where_not_numeric(text, n_before, options, columns)
+        raise stage.error(path, problem or f"cannot be read: {error}") from error
+    return list(table[ID]), table[columns].to_numpy()
+
+
+def _where_not_numeric(
+    text: str, n_before: int, options: dict[str, Any], columns: list[str]
+) -> str | None:
+    """Name the first cell that is no number, reading the table a second time as text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)
+            table = pd.read_csv(io.StringIO(text), **{**options, "dtype": str})
+    except UNREADABLE:
+        return None
+    for column in columns:
+        bad = np.flatnonzero(pd.to_numeric(table[column], errors="coerce").isna())
+        if len(bad):
+            rows = ", ".join(str(n_before + row + 1) for row in bad[:5])
+            found = table[column].iat[bad[0]]
+            return f"holds {found!r} in column {column}, data row {rows}; expected a number."
+    return None
+
+
+def _read_table(
+    stage: Stage, path: Path, numeric: list[str] | None, pack: Callable[[np.ndarray], Any]
+) -> tuple[pd.Index, list[str], list[Any]]:
+    """Ids of the rows (text), names of the columns, and blocks of rows (rows, columns), packed.
+
+    ``numeric`` are the columns to read, as float64; None is for all, as float32. Every block goes
+    through ``pack`` as soon as it is read, so that a large table is never held whole.
+    """
     names, delimiter, has_rows = _read_header(stage, path)
     if not has_rows:
         raise stage.error(path, "has a header but no spot.")
@@ -781,103 +984,90 @@ def _read_table(stage: Stage, path: Path, numeric: list[str] | None) -> pd.DataF
             path, f"has the columns {some(names)}; expected a column {' and '.join(missing)}."
         )
     columns = names if numeric is None else numeric
-    ids = "\0id"  # no header holds this
-    options: dict[str, Any] = {
-        "sep": delimiter, "header": None, "skiprows": 1, "names": [ids, *names],
-        "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False,
-    }  # fmt: skip
     others = np.float32 if numeric is None else str
-    types = defaultdict(lambda: others, {ids: str, **dict.fromkeys(numeric or [], np.float64)})
-    try:
-        # A number beyond float32 becomes inf, which is refused below; a row with too many fields
-        # would lose the last ones with no more than a warning.
-        with np.errstate(over="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(path, dtype=types, low_memory=False, **options)
-    except pd.errors.ParserWarning as error:
-        raise stage.error(
-            path, f"has rows with more fields than the {len(names) + 1} columns of its header."
-        ) from error
-    except UNREADABLE as error:
-        problem = _where_not_numeric(path, options, columns) or f"cannot be read: {error}"
-        raise stage.error(path, problem) from error
-    table[ids] = table[ids].str.strip()
-    table = table.set_index(ids)
-    table.index.name = None
-    table = table[columns]
-    finite = np.isfinite(table.to_numpy())
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        raise stage.error(
-            path,
-            f"holds {table.iat[row, column]} for spot {table.index[row]}, column {columns[column]} "
-            f"(data row {row + 1}); {(~finite).sum()} of its values are not finite numbers.",
-        )
-    if repeated := duplicates(table.index):
+    types = defaultdict(lambda: others, {ID: str, **dict.fromkeys(numeric or [], np.float64)})
+    options: dict[str, Any] = {
+        "sep": delimiter, "header": None, "names": [ID, *names], "dtype": types,
+        "keep_default_na": False, "index_col": False, "low_memory": False,
+    }  # fmt: skip
+    ids: list[str] = []
+    blocks, first, n_bad = [], "", 0
+    for before, lines in _lines_below_header(stage, path, max(1, BLOCK_CELLS // len(names))):
+        block = _whole_numbers(lines, delimiter, len(names)) if numeric is None else None
+        if block is None:
+            # Blank lines are skipped, but let the parser's messages count from the top of the file.
+            text = "\n" * before + "".join(lines)
+            block = _any_numbers(stage, path, text, len(ids), options, columns)
+        found, values = [name.strip() for name in block[0]], block[1]
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad) and not n_bad:
+            row, column = bad[0]
+            first = (
+                f"holds {values[row, column]} for spot {found[row]}, column {columns[column]} "
+                f"(data row {len(ids) + row + 1})"
+            )
+        n_bad += len(bad)
+        ids += found
+        blocks.append(pack(values))
+    if n_bad:
+        raise stage.error(path, f"{first}; {n_bad} of its values are not finite numbers.")
+    if repeated := duplicates(ids):
         raise stage.error(path, f"lists the spots {some(repeated)} more than once.")
-    return table
-
-
-def _where_not_numeric(path: Path, options: dict[str, Any], columns: list[str]) -> str | None:
-    """Name the first cell that is no number, reading the table a second time as text."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pd.errors.ParserWarning)
-            text = pd.read_csv(path, dtype=str, low_memory=False, **options)
-    except UNREADABLE:
-        return None
-    for column in columns:
-        bad = np.flatnonzero(pd.to_numeric(text[column], errors="coerce").isna())
-        if len(bad):
-            rows = ", ".join(str(row + 1) for row in bad[:5])
-            found = text[column].iat[bad[0]]
-            return f"holds {found!r} in column {column}, data row {rows}; expected a number."
-    return None
+    return pd.Index(ids, dtype=str), columns, blocks
 
 
 def read_locs(stage: Stage, path: Path) -> pd.DataFrame:
     """Spot centres: index = spot id (text), columns x, y (float64)."""
-    locs = _read_table(stage, path, ["x", "y"])
+    ids, columns, blocks = _read_table(stage, path, ["x", "y"], np.asarray)
+    locs = pd.DataFrame(np.concatenate(blocks), ids, columns)
     repeated = locs.index[locs.duplicated()]
     if len(repeated):
         raise stage.error(path, f"gives the spots {some(repeated)} the place of another spot.")
     return locs
 
 
-def read_counts(stage: Stage, path: Path, spots: pd.Index) -> pd.DataFrame:
-    """Counts (len(spots), genes) float32, rows put in the order of ``spots`` by spot id.
+def read_sparse_counts(
+    stage: Stage, path: Path, spots: pd.Index
+) -> tuple[sparse.csr_array, list[str]]:
+    """Counts (len(spots), genes) float32 without the zeros, in the order of ``spots``; the genes.
 
     Rows without a location are dropped with a note; a location without counts is an error.
     """
-    counts = _read_table(stage, path, None)
-    if all(is_number(name) for name in counts.columns):
-        raise stage.error(
-            path, f"has the gene names {some(counts.columns)}; the header line is missing."
-        )
-    missing = spots.difference(counts.index, sort=False)
+    ids, genes, blocks = _read_table(stage, path, None, sparse.csr_array)
+    if all(is_number(name) for name in genes):
+        raise stage.error(path, f"has the gene names {some(genes)}; the header line is missing.")
+    missing = spots.difference(ids, sort=False)
     if len(missing):
         raise stage.error(
             path,
             f"has no counts for {len(missing)} of the {len(spots)} spots that have a location: "
-            f"{some(missing)}; its own ids look like {some(counts.index)}.",
+            f"{some(missing)}; its own ids look like {some(ids)}.",
         )
-    extra = len(counts) - len(spots)
+    extra = len(ids) - len(spots)
     if extra:
-        print(f"{path.name}: {extra} of {len(counts)} rows have no location and are left out")
-    counts = counts.loc[spots]
-    values = counts.to_numpy()
-    if (values < 0).any():
-        row, column = np.argwhere(values < 0)[0]
+        print(f"{path.name}: {extra} of {len(ids)} rows have no location and are left out")
+    counts = sparse.vstack(blocks, format="csr")
+    del blocks
+    counts = counts[ids.get_indexer(spots)]
+    if (counts.data < 0).any():
+        at = int(np.argmax(counts.data < 0))
+        row = int(np.searchsorted(counts.indptr, at, side="right")) - 1
         raise stage.error(
             path,
-            f"holds {values[row, column]:g} for spot {counts.index[row]}, gene "
-            f"{counts.columns[column]}; counts cannot be negative.",
+            f"holds {counts.data[at]:g} for spot {spots[row]}, gene "
+            f"{genes[counts.indices[at]]}; counts cannot be negative.",
         )
-    if not values.any():
+    if not counts.nnz:
         raise stage.error(path, "holds nothing but zeros; expected raw counts.")
-    if (values != np.floor(values)).any():
+    if (counts.data != np.floor(counts.data)).any():
         stage.warn(f"{path.name} holds fractions; raw counts are expected, not normalised ones")
-    return counts
+    return counts, genes
+
+
+def read_counts(stage: Stage, path: Path, spots: pd.Index) -> pd.DataFrame:
+    """``read_sparse_counts`` as a table, zeros and all."""
+    counts, genes = read_sparse_counts(stage, path, spots)
+    return pd.DataFrame(counts.toarray(), spots, genes, copy=False)
 
 
 def read_array(
@@ -903,24 +1093,167 @@ def read_array(
             f"is {array.dtype} {array.shape}; expected {np.dtype(dtype)} {wanted}: "
             f"{artifact.what}.",
         )
-    if finite and not all(np.isfinite(block).all() for block in array):
+    step = max(1, BLOCK_BYTES // array[:1].nbytes)
+    blocks = (some_rows(array, start, start + step) for start in range(0, len(array), step))
+    if finite and not all(map(_is_finite, blocks)):
         raise stage.error(path, "holds values that are not finite.")
     return array
 
 
+def _is_finite(block: np.ndarray) -> bool:
+    if block.dtype != np.float16:
+        return bool(np.isfinite(block).all())
+    # Ten times as fast: without their signs, nan and inf are the largest numbers of 16 bits
+    return bool((block.view(np.uint16) & 0x7FFF).max() < np.float16(np.inf).view(np.uint16))
+
+
+def some_rows(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Rows of a whole memory-mapped array, read from its file.
+
+    What is read through the map counts as memory of the process for as long as the map is there.
+    """
+    if not isinstance(array, np.memmap):
+        return array[start:stop]
+    shape = (min(stop, len(array)) - start, *array.shape[1:])
+    offset = array.offset + start * array[:1].nbytes
+    values = np.fromfile(array.filename, array.dtype, math.prod(shape), offset=offset)
+    return values.reshape(shape)
+
+
+BLOCK_PX = 8  # side of a JPEG's blocks where the colours have full resolution
+RESTART, END = 0xD0, 0xD9  # second bytes of JPEG markers; restarts count from 0xD0 to 0xD7
+LONGEST_HEADER = 2**16  # bytes; what image_calibration.py writes has 600
+SEARCHED_AT_ONCE = 2**24  # bytes, for markers
+BAD_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class JpegHeader(NamedTuple):
+    """Of a JPEG whose rows of blocks can be decoded one by one."""
+
+    rows: int  # of pixels
+    columns: int
+    rows_at: int  # byte at which the header says how many rows there are, in two bytes
+    length: int  # bytes before the pixels
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """The header, if each row of blocks stands alone, as image_calibration.py writes them.
+
+    That is: one pass (baseline), colours at full resolution, a restart marker after every row.
+    None for any other JPEG, and for what is no JPEG.
+    """
+    content: dict[int, int] = {}  # first byte of what a segment holds, by the segment's marker
+    at = 2
+    while 0xDA not in content and data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        content[data[at + 1]] = at + 4
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    if data[:2] != b"\xff\xd8" or not content.keys() >= {0xC0, 0xDD, 0xDA} or at > len(data):
+        return None
+    frame, scan = data[content[0xC0] :][:15], data[content[0xDA] :][:1]
+    rows, columns = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
+    interval = int.from_bytes(data[content[0xDD] :][:2])
+    bits, colours, sampling = frame[:1], frame[5:6], frame[7::3]
+    if (bits, colours, sampling, scan) != (b"\x08", b"\x03", b"\x11\x11\x11", b"\x03"):
+        return None
+    if rows * columns == 0 or interval != -(-columns // BLOCK_PX):
+        return None
+    return JpegHeader(rows, columns, content[0xC0] + 1, at)
+
+
+def rows_of_blocks(file: BinaryIO, header: JpegHeader) -> list[int]:
+    """Byte at which each row of blocks starts, and that at which the last one ends."""
+    n = -(-header.rows // BLOCK_PX)
+    expected = bytes(RESTART + row % 8 for row in range(n - 1)) + bytes([END])
+    found, starts, tail = b"", [header.length], b""
+    at = file.seek(header.length)
+    while len(found) < n and (chunk := tail + file.read(SEARCHED_AT_ONCE)) != tail:
+        for match in re.finditer(rb"\xff([^\x00])", chunk):  # 255 in a pixel is followed by 0
+            found += match[1]
+            starts.append(at + match.end())
+        tail = b"\xff" if chunk.endswith(b"\xff") else b""
+        at += len(chunk) - len(tail)
+    for row in range(n):
+        if found[row : row + 1] != expected[row : row + 1]:
+            raise OSError(f"truncated or damaged near row {row * BLOCK_PX} of {header.rows}")
+    return starts[: n + 1]
+
+
+class ImageRows:
+    """An RGB image that is decoded where it is sliced: image[top:bottom] is uint8 (n, columns, 3).
+
+    Of he.jpg as image_calibration.py writes it, only the rows asked for are in memory. Any other
+    image is decoded when it is opened, and kept at 4 bytes a pixel. A truncated or damaged file is
+    an error, never grey rows. One thread may slice at a time.
+    """
+
+    def __init__(self, stage: Stage, path: Path) -> None:
+        self.stage, self.path = stage, path
+        with self.checked(), contextlib.ExitStack() as opened:
+            self.file = opened.enter_context(path.open("rb"))
+            head = self.file.read(LONGEST_HEADER)
+            self.header = jpeg_header(head)
+            if self.header is None:
+                with Image.open(path) as self.picture:
+                    self.picture.load()
+                rows, columns = self.picture.height, self.picture.width
+            else:
+                self.head = head[: self.header.length]
+                self.starts = rows_of_blocks(self.file, self.header)
+                rows, columns = self.header[:2]
+            self.shape = (rows, columns, 3)
+            opened.pop_all()
+
+    def __enter__(self) -> ImageRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        top, bottom, step = rows.indices(len(self))
+        if step != 1:
+            raise IndexError("an image is sliced as image[top:bottom]")
+        if bottom <= top:
+            return np.empty((0, *self.shape[1:]), np.uint8)
+        with self.checked():
+            if self.header is None:
+                box = (0, top, self.shape[1], bottom)
+                return np.asarray(self.picture.crop(box).convert("RGB"))
+            first = top // BLOCK_PX
+            decoded = self.decode(self.header, first, -(-bottom // BLOCK_PX))
+        return decoded[top - first * BLOCK_PX : bottom - first * BLOCK_PX]
+
+    def decode(self, header: JpegHeader, first: int, last: int) -> np.ndarray:
+        """Rows of blocks first..last - 1, as a JPEG of its own with markers that count anew."""
+        start, end = self.starts[first], self.starts[last]
+        self.file.seek(start)
+        jpeg = bytearray(self.head + self.file.read(end - start))
+        rows = min(last * BLOCK_PX, header.rows) - first * BLOCK_PX
+        jpeg[header.rows_at : header.rows_at + 2] = rows.to_bytes(2)
+        for row in range(first, last):
+            marker = self.starts[row + 1] - 1 - start + header.length
+            jpeg[marker] = END if row == last - 1 else RESTART + (row - first) % 8
+        with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
+            return np.asarray(image)
+
+    @contextlib.contextmanager
+    def checked(self) -> Iterator[None]:
+        try:
+            yield
+        except BAD_IMAGE as error:
+            raise self.stage.error(self.path, f"is not a whole image: {error}") from error
+
+
 def read_rgb(stage: Stage, path: Path) -> np.ndarray:
     """An RGB image as uint8 (rows, columns, 3); a truncated file is an error, never grey rows."""
-    try:
-        with Image.open(path) as image:
-            rgb = np.empty((image.height, image.width, 3), np.uint8)
-            image.load()
-            for top in range(0, image.height, TILE_PX):  # a whole copy at a time would be three
-                bottom = min(top + TILE_PX, image.height)
-                strip = image.crop((0, top, image.width, bottom))
-                rgb[top:bottom] = np.asarray(strip.convert("RGB"))
-            return rgb
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise stage.error(path, f"is not a whole image: {error}") from error
+    with ImageRows(stage, path) as image:
+        rgb = np.empty(image.shape, np.uint8)
+        for top in range(0, len(image), TILE_PX):  # a whole copy at a time would be three
+            rgb[top : top + TILE_PX] = image[top : top + TILE_PX]
+        return rgb
 
 
 def grid_shape(stage: Stage) -> tuple[int, int]:

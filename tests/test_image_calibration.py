@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -122,20 +123,33 @@ def test_shapes(raw, pixel_size, shape, padded):
     assert calibration.padded_shape(shape) == padded
 
 
-@pytest.mark.parametrize("length", [1, 5, 1023, 1024, 2047, 2048, 5000])
-def test_strips_cover_everything_once_and_none_is_thin(length):
-    ranges = calibration.strips(length)
-    assert [i for a, b in ranges for i in range(a, b)] == list(range(length))
-    assert all(b - a >= min(length, 1024) for a, b in ranges)
+def cut(array: np.ndarray, edges: list[int]):
+    """Bands of rows that end at ``edges`` and at the last row."""
+    return iter(np.split(array, sorted({e % len(array) for e in edges} - {0})))
 
 
-@pytest.mark.parametrize("shape", [(300, 410), (181, 260), (900, 1000), (613, 777), (1401, 2000)])
-def test_strips_give_what_the_whole_image_gives(shape, monkeypatch):
-    image = Image.fromarray(texture(613, 777))
-    whole = np.asarray(calibration.resize(image.copy(), shape))
-    monkeypatch.setattr(calibration, "STRIP_PX", 40)
-    assert len(calibration.strips(613)) == 15
-    np.testing.assert_array_equal(np.asarray(calibration.resize(image, shape)), whole)
+def resize(array: np.ndarray, shape: tuple[int, int], edges: list[int] = ()) -> np.ndarray:
+    """Resized and padded as a run does it."""
+    bands = calibration.resize(cut(array, edges), array.shape[:2], shape)
+    return np.concatenate(list(calibration.pad(bands, shape)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(30, 200),
+    shape=st.tuples(st.integers(20, 400), st.integers(20, 400)),
+    edges=st.lists(st.integers(1, 199), max_size=6),
+    band=st.integers(1, 60),
+)
+def test_bands_give_what_the_whole_image_gives(rows, shape, edges, band):
+    array = texture(rows, 77)
+    whole = resize(array, shape)
+    with mock.patch.object(calibration, "BAND_PX", band):
+        np.testing.assert_array_equal(resize(array, shape, edges), whole)
+        regrouped = list(calibration.regroup(cut(whole, edges), band))
+    np.testing.assert_array_equal(np.concatenate(regrouped), whole)
+    assert all(len(part) == band for part in regrouped[:-1])
+    assert 0 < len(regrouped[-1]) <= band
 
 
 @pytest.mark.parametrize(("shape", "levels"), [((300, 410), 1), ((301, 260), 1), ((900, 1000), 3)])
@@ -143,7 +157,7 @@ def test_close_to_one_resize_of_the_whole(shape, levels):
     array = texture(613, 777)
     method = cv2.INTER_AREA if shape[0] < 613 else cv2.INTER_CUBIC
     expected = cv2.resize(array, shape[::-1], interpolation=method).astype(int)
-    found = np.asarray(calibration.resize(Image.fromarray(array), shape))
+    found = resize(array, shape)
     assert np.abs(found[: shape[0], : shape[1]] - expected).max() <= levels
 
 
@@ -159,13 +173,13 @@ def test_shrinking_averages_areas():
     array = np.random.default_rng(3).integers(0, 256, (300, 401, 3), dtype=np.uint8)
     rows, columns = covered(300, 230), covered(401, 307)
     expected = np.stack([rows @ array[..., c] @ columns.T for c in range(3)], axis=2)
-    found = np.asarray(calibration.resize(Image.fromarray(array), (230, 307)))[:230, :307]
+    found = resize(array, (230, 307))[:230, :307]
     assert np.abs(found - expected).max() < 1.1  # rounded to bytes twice
 
 
 def test_the_same_size_keeps_every_byte_and_pads_with_white():
     array = texture(230, 460)
-    result = np.asarray(calibration.resize(Image.fromarray(array), (230, 460)))
+    result = resize(array, (230, 460))
     assert result.shape == (448, 672, 3)
     np.testing.assert_array_equal(result[:230, :460], array)
     assert (result[230:] == 255).all()
@@ -179,7 +193,7 @@ def test_sides_beyond_32767(shape, new, turned):
     array = np.repeat(np.repeat(ramp[None, :, None], shape[0], 0), 3, 2).round().astype(np.uint8)
     if turned:
         array, new = array.transpose(1, 0, 2), new[::-1]
-    found = np.asarray(calibration.resize(Image.fromarray(array), new))[: new[0], : new[1], 0]
+    found = resize(array, new)[: new[0], : new[1], 0]
     found = found.T if turned else found
     expected = np.linspace(0, 255, max(new))
     assert np.abs(found - expected).max() <= 1.5
@@ -196,9 +210,9 @@ def test_a_spot_stays_on_its_tissue(x, y, pixel_size):
     raw = (260, 361)
     row, col = np.mgrid[: raw[0], : raw[1]] + 0.5  # centres of the pixels
     blob = np.exp(-((row - y) ** 2 + (col - x) ** 2) / (2 * 6.0**2))
-    image = Image.fromarray(np.repeat((255 * (1 - blob))[..., None], 3, 2).round().astype(np.uint8))
+    image = np.repeat((255 * (1 - blob))[..., None], 3, 2).round().astype(np.uint8)
     shape = calibration.calibrated_shape(raw, pixel_size)
-    dark = 255.0 - np.asarray(calibration.resize(image, shape))[..., 0]
+    dark = 255.0 - resize(image, shape)[..., 0]
     row, col = np.mgrid[: dark.shape[0], : dark.shape[1]] + 0.5
     spot = calibration.scale_locs(pd.DataFrame({"x": [x], "y": [y]}), raw, shape)
     assert abs((dark * col).sum() / dark.sum() - spot.x[0]) < 0.15
@@ -345,22 +359,107 @@ def read(directory, name, content) -> np.ndarray:
     path = directory / name
     path.write_bytes(content)
     stage = make_stage(directory)
-    shape = calibration.check_image(stage, path)
-    array = np.asarray(calibration.read_image(stage, path))
+    shape, pieces = calibration.check_image(stage, path)
+    array = np.concatenate(list(calibration.read_bands(stage, path, pieces)))
     assert array.shape == (*shape, 3)
     return array
 
 
+@pytest.fixture(params=[448, 64])
+def band_px(request, monkeypatch):
+    """Whole tiles at once, and so few rows that a TIFF is read in several bands."""
+    monkeypatch.setattr(calibration, "BAND_PX", request.param)
+
+
+@pytest.mark.usefixtures("band_px")
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_lossless_formats(kind, tmp_path):
     found = read(tmp_path, f"he-raw.{kind[:3]}", LOSSLESS[kind]())
     np.testing.assert_array_equal(found, SECTION)
 
 
+@pytest.mark.usefixtures("band_px")
 @pytest.mark.parametrize("kind", LOSSY)
 def test_lossy_formats(kind, tmp_path):
     found = read(tmp_path, f"he-raw.{kind[:3]}", LOSSY[kind]())
     assert np.abs(found.astype(int) - SECTION).mean() < 2
+
+
+GREY, BLACK_AND_COLOURS = SECTION[..., 0], np.random.default_rng(0).integers(0, 65535, (3, 256))
+SOFT = {"photometric": "ycbcr", "compression": "jpeg", "compressionargs": {"level": 90}}
+IN_PIECES = {
+    "strips": lambda: tiff(SECTION, photometric="rgb", rowsperstrip=20),
+    "one strip": lambda: tiff(SECTION, photometric="rgb", rowsperstrip=300),
+    "one strip of zlib": lambda: tiff(
+        SECTION, photometric="rgb", rowsperstrip=300, compression="zlib"
+    ),
+    "big-endian": lambda: tiff(SECTION, **TILES, byteorder=">"),
+    "lzw with predictor": lambda: tiff(SECTION, **TILES, compression="lzw", predictor=True),
+    "jpeg tables, 4:2:0": lambda: tiff(SECTION, tile=(64, 64), subsampling=(2, 2), **SOFT),
+    "jpeg strips": lambda: tiff(SECTION, rowsperstrip=32, subsampling=(1, 1), **SOFT),
+    "planar tiles": lambda: tiff(PLANES, planarconfig="separate", compression="zlib", **TILES),
+    "grey": lambda: tiff(GREY, photometric="minisblack", tile=(64, 64)),
+    "white is zero": lambda: tiff(GREY, photometric="miniswhite", rowsperstrip=7),
+    "palette": lambda: tiff(
+        GREY, photometric="palette", colormap=BLACK_AND_COLOURS.astype(np.uint16), tile=(64, 64)
+    ),
+    "alpha": lambda: tiff(np.asarray(halves_transparent()), extrasamples=["unassalpha"], **TILES),
+    "big": lambda: tiff(SECTION, **TILES, bigtiff=True, compression="zlib"),
+}
+
+
+@pytest.mark.parametrize("kind", IN_PIECES)
+@pytest.mark.parametrize("band", [16, 64, 100])
+def test_a_tiff_in_bands_has_the_pixels_of_the_whole(kind, band, tmp_path, monkeypatch):
+    content = IN_PIECES[kind]()
+    whole = calibration.to_rgb(Image.open(io.BytesIO(content)))
+    monkeypatch.setattr(calibration, "BAND_PX", band)
+    loaded, load = [], calibration.load
+    monkeypatch.setattr(calibration, "load", lambda *args: loaded.append(1) or load(*args))
+    np.testing.assert_array_equal(read(tmp_path, "he-raw.tif", content), np.asarray(whole))
+    assert (len(loaded) > 1) == (kind != "one strip of zlib")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 70),
+    band=st.sampled_from([64, 128]),
+    asked=st.tuples(st.integers(0, 70), st.integers(0, 70)),
+)
+def test_he_jpg_in_bands_is_that_of_one_piece(rows, columns, band, asked, tmp_path_factory):
+    """Joined of bands, it decodes to the pixels of one encoded whole; so do any of its rows."""
+    rows, path = 8 * rows, tmp_path_factory.getbasetemp() / "he.jpg"
+    array = texture(rows, columns)
+    calibration.write_image(path, array.shape[:2], calibration.regroup(iter([array]), band))
+    whole = encode(Image.fromarray(array), "JPEG", quality=95, subsampling="4:4:4")
+    whole = np.asarray(Image.open(io.BytesIO(whole)))
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), whole)
+    part = slice(*asked)
+    with utils.ImageRows(make_stage(path.parent), path) as image:
+        assert image.header is not None  # it is not decoded whole
+        assert image.shape == whole.shape
+        np.testing.assert_array_equal(image[part], whole[part])
+    np.testing.assert_array_equal(utils.read_rgb(make_stage(path.parent), path), whole)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.999])
+def test_rows_of_a_damaged_he_jpg_are_an_error(share, tmp_path):
+    path, array = tmp_path / "he.jpg", texture(448, 448)
+    calibration.write_image(path, (448, 448), calibration.regroup(iter([array]), 448))
+    content, stage = path.read_bytes(), make_stage(tmp_path)
+    for damaged in (content[: int(len(content) * share)], zero_tail(content, share)):
+        path.write_bytes(damaged)
+        with pytest.raises(utils.StageError, match="not a whole image"):
+            utils.read_rgb(stage, path)
+
+
+def test_he_png_in_bands(tmp_path):
+    array, path = texture(100, 61), tmp_path / "he.png"
+    calibration.write_image(path, (100, 61), calibration.regroup(iter([array]), 33))
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), array)
+    with utils.ImageRows(make_stage(tmp_path), path) as image:
+        np.testing.assert_array_equal(image[13:57], array[13:57])
 
 
 def test_the_first_page_of_a_pyramid_is_taken(tmp_path):
@@ -572,8 +671,9 @@ def test_damaged_bytes_give_an_image_or_a_clear_error(data, tmp_path_factory):
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
     stage = make_stage(directory, "--max-megapixels", "1")
     try:
-        shape = calibration.check_image(stage, path)
-        array = np.asarray(calibration.read_image(stage, path))
+        shape, pieces = calibration.check_image(stage, path)
+        with mock.patch.object(calibration, "BAND_PX", data.draw(st.sampled_from([448, 16]))):
+            array = np.concatenate(list(calibration.read_bands(stage, path, pieces)))
     except utils.StageError as error:
         message, fits = str(error), True
     else:
