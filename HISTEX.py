@@ -111,7 +111,7 @@ PATIENCE_EPOCHS = 12  # stop after so many
 FOLDS = 10  # every state holds out another tenth of the spots
 MIN_SPOTS = 4
 CHECKPOINT_SECONDS = 30.0
-GENES_BYTES = 1_000_000_000  # memory for the maps of the genes that are decoded at a time
+GENES_BYTES = 700_000_000  # memory for the maps of the genes that are decoded at a time
 PREDICT_BATCH = 64  # patches
 DECODE_COUNTS = 500_000  # superpixels times genes decoded at a time; they stay in a CPU's cache
 POINTS_AT_A_TIME, PLACES_AT_A_TIME = 4096, 200_000  # HR points embedded; superpixels looked up
@@ -348,7 +348,7 @@ class Network(nn.Module):
         x = histology
         for norm, block in zip(self.token_norms, self.blocks, strict=True):
             x = x + block(norm(x), context)
-        return torch.cat([x, self.from_histology(histology)], dim=-1)
+        return torch.cat([nnf.leaky_relu(x, 0.1), self.from_histology(histology)], dim=-1)
 
     def interpolation(self, distance2: Tensor) -> Tensor:
         """Shares (..., K) of a superpixel in the counts of HR points at these squared distances.
@@ -361,9 +361,7 @@ class Network(nn.Module):
 
     def decode(self, latent: Tensor, interpolated: Tensor, genes: slice = ALL) -> Tensor:
         """Counts per superpixel (..., G): a factor on the interpolated ones."""
-        x, from_histology = latent.split(WIDTH, dim=-1)
-        known = torch.cat([nnf.leaky_relu(x, 0.1), from_histology], dim=-1)
-        factor = nnf.linear(known, self.log_factor.weight[genes], self.log_factor.bias[genes])
+        factor = nnf.linear(latent, self.log_factor.weight[genes], self.log_factor.bias[genes])
         return interpolated * factor.clamp(-MAX_LOG_FACTOR, MAX_LOG_FACTOR).exp()
 
     def loss(self, maps: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
@@ -1027,7 +1025,7 @@ class Prediction:
         return [slice(*pair) for pair in itertools.pairwise(edges)]
 
     def maps(self, genes: slice) -> tuple[np.ndarray, np.ndarray | None]:
-        """Median of the networks, anchored, (M, G'), and its relative spread (M, G') or None."""
+        """Median of the networks, anchored, (G', M), and its relative spread (G', M) or None."""
         n, n_genes = len(self.places), genes.stop - genes.start
         maps = np.empty((n, n_genes), np.float32)
         spread = np.empty_like(maps) if self.runs[-1].dropout else None
@@ -1043,7 +1041,7 @@ class Prediction:
                     spread[part] = shares.cpu()
         if self.anchors is not None:
             anchor_to_spots(maps, self.section.counts[self.section.usable, genes], self.anchors)
-        return maps, spread
+        return turn(maps), None if spread is None else turn(spread)
 
     def decode(self, part: slice, genes: slice, expression: Tensor):
         """Median (M', G') and relative spread of some superpixels and genes."""
@@ -1079,6 +1077,11 @@ def nearest_points(points: np.ndarray, places: np.ndarray, k: int):
     return near, distance2
 
 
+def turn(array: np.ndarray) -> np.ndarray:
+    """The transpose, in its own order in memory; far faster by torch than by numpy."""
+    return torch.from_numpy(array).T.contiguous().numpy()
+
+
 def weighted_sums(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     """Sums (M, G) of some rows (M, K) of a table (P, G), with weights (M, K)."""
     return nnf.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
@@ -1091,6 +1094,8 @@ def middle(maps: list[Tensor]) -> Tensor:
     fast as np.median, and torch.median takes the lower of the two.
     """
     states = list(maps)
+    if len(states) == 1:
+        return states[0]
     for i in range(len(states)):
         for j in range(i % 2, len(states) - 1, 2):
             a, b = states[j], states[j + 1]
@@ -1414,12 +1419,12 @@ def write_genes(stage, genes: list[str], prediction: Prediction, r, factors) -> 
         if utils.take_finished(work, folders, files):
             continue
         maps, spread = prediction.maps(block)
-        for column, i in enumerate(numbers):
+        for row, i in enumerate(numbers):
             values = np.full(prediction.shown.shape, np.nan, np.float32)
             if spread is not None:
-                values[prediction.shown] = maps[:, column] * spread[:, column] * factors[i]
+                values[prediction.shown] = maps[row] * spread[row] * factors[i]
                 write_map(folders[utils.SPREAD] / names[genes[i]], values.astype(args.dtype))
-            values[prediction.shown] = maps[:, column]
+            values[prediction.shown] = maps[row]
             write_map(folders[utils.MAPS] / names[genes[i]], values.astype(args.dtype))
             if i in best:
                 title = genes[i] if np.isnan(r[i]) else f"{genes[i]} (held-out r {r[i]:.2f})"

@@ -434,7 +434,7 @@ def read_bands(stage: utils.Stage, path: Path, pieces: Pieces | None) -> Iterato
 
 
 def ahead(bands: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same bands; the next one is decoded by a second thread while one is in use."""
+    """The same bands; a second thread makes the next one while one is in use."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, bands, None)
         while (band := coming.result()) is not None:
@@ -577,10 +577,11 @@ def mix(array: np.ndarray, lines: np.ndarray, weights: np.ndarray) -> np.ndarray
     step = max(1, VALUES_AT_ONCE // array[0].size)
     for top in range(0, len(lines), step):
         part = slice(top, top + step)
-        total = np.zeros(result[part].shape, np.float32)
-        for line, weight in zip(lines[part].T, weights[part].T, strict=True):
-            total += array[line] * weight[:, None, None]
-        result[part] = total.round(out=total).clip(0, 255, out=total)
+        shares = weights[part].T[..., None, None]
+        total = array[lines[part, 0]] * shares[0]
+        for line, share in zip(lines[part].T[1:], shares[1:], strict=True):
+            total += array[line] * share
+        result[part] = np.rint(total, out=total).clip(0, 255, out=total)
     return result
 
 
@@ -697,7 +698,8 @@ def main(stage: utils.Stage) -> None:
     n_inside = check_spots(stage, locs.to_numpy(), raw, pixel_size)
     geometry = report(path, pixel_size, raw, shape)
 
-    bands = pad(resize(ahead(read_bands(stage, path, pieces)), raw, shape), shape)
+    bands = ahead(resize(ahead(read_bands(stage, path, pieces)), raw, shape))
+    bands = pad(bands, shape)
     name = he_name(padded_shape(shape))
     with stage.writing(utils.HE, name) as partial:
         write_image(partial, padded_shape(shape), regroup(bands, BAND_PX))

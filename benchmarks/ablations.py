@@ -145,7 +145,7 @@ def run_variant(sample: Path, truth, variant: str, args: argparse.Namespace) -> 
         with tempfile.TemporaryFile() as file:
             prediction = HISTEX.Prediction(networks, section, options, file, "cpu")
             for chosen in prediction.blocks():
-                maps[chosen, prediction.shown] = prediction.maps(chosen)[0].T
+                maps[chosen, prediction.shown] = prediction.maps(chosen)[0]
     held_out, predicted = np.concatenate(held_out), np.concatenate(predicted)
     r = HISTEX.correlations(predicted, section.counts[held_out])
     h, w = truth.tissue.shape

@@ -64,9 +64,9 @@ def predict(networks, section, device="cpu", **changes):
         maps, spread = (np.full((G, *section.tissue.shape), np.nan, np.float32) for _ in range(2))
         for genes in prediction.blocks():
             values, share = prediction.maps(genes)
-            maps[genes, prediction.shown] = values.T
+            maps[genes, prediction.shown] = values
             if share is not None:
-                spread[genes, prediction.shown] = share.T
+                spread[genes, prediction.shown] = share
     return maps, prediction.embedding, None if share is None else spread
 
 

@@ -1,0 +1,111 @@
+"""benchmarks/scaling.py and kills.py: what they compute, and short runs of single stages."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import PIPELINE, run
+
+import utils
+from benchmarks import kills, scaling
+
+
+# ----- scaling -----
+def test_growth_exponents():
+    assert scaling.exponent([1, 10, 100], [3, 30, 300]) == pytest.approx(1)
+    assert scaling.exponent([1, 10, 100], [2, 200, 20_000]) == pytest.approx(2)
+    assert math.isnan(scaling.exponent([5], [1]))
+    assert scaling.exponent([1, 2, 4], [-1, 1, 2]) == pytest.approx(1)  # less than start-up: left
+
+
+def result(seconds: float, gb: float, size: int = 20_000) -> dict:
+    limit = {"seconds": 4.0, "cpu": 4.0, "gb": 1.0}
+    stage = {"seconds": seconds, "cpu": seconds, "gb": gb}
+    return {
+        "name": "image_calibration", "label": "image_calibration", "size": size,
+        "amount": size**2, "start_up": 0.5, "stage": stage, "limit": limit, "plain": None,
+    }  # fmt: skip
+
+
+def test_budgets_are_judged_from_their_size_on():
+    assert scaling.verdict(result(100, 9, size=10_000)) == ""
+    assert scaling.verdict(result(7, 1)).count(", met") == 2
+    assert "**missed**" in scaling.verdict(result(9, 1))
+    assert scaling.verdict(result(9, 2)).count("**missed**") == 2
+
+
+def test_the_table_tells_seconds_and_ratios():
+    rows = {"image_calibration": [result(2, 0.5, 5_000), result(8, 0.9)]}
+    text = "\n".join(scaling.table(rows))
+    assert "| 8.00 | 8.00 | 0.90 |" in text
+    assert "4.00 (0.5x)" in text
+    # pixels grow 16-fold, seconds 4-fold, and beyond the start-up 5-fold
+    slopes = scaling.exponents(rows)[-1]
+    assert f"| 0.50 | {math.log(5) / math.log(16):.2f} |" in slopes
+
+
+@pytest.mark.parametrize("name", ["get_HR", "masking_non_tissue"])
+def test_a_stage_is_measured_and_kept(name, tmp_path, capsys):
+    small = {"get_HR": "40", "masking_non_tissue": "28"}[name]
+    command = ["--keep", str(tmp_path), "--stages", name, "--sizes", small]
+    command += ["--output", str(tmp_path / "S.md")]
+    assert scaling.main(command) == 0
+    (path,) = (tmp_path / "results").glob(f"{name}-{small}-*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["stage"]["seconds"] > 0
+    assert 0.05 < found["stage"]["gb"] < 3
+    assert found["plain"]["seconds"] > 0
+    assert found["limit"]["seconds"] > 0
+    assert f"| {name} | {small} " in (tmp_path / "S.md").read_text(encoding="utf-8")
+    assert (tmp_path / "s.png").stat().st_size > 1000
+    path.write_text(json.dumps({**found, "start_up": 1234.0}), encoding="utf-8")
+    assert scaling.main(command) == 0  # taken as it was kept
+    assert "| 1234.0 |" in (tmp_path / "S.md").read_text(encoding="utf-8")
+
+
+# ----- kills -----
+def test_records_are_compared_without_their_times():
+    record = {"seconds": 3.1, "spots": 4, "inputs": {"a": {"mtime_ns": 5, "sha256": "x"}}}
+    assert kills.without_times(record) == {"spots": 4, "inputs": {"a": {"sha256": "x"}}}
+
+
+def test_differences_and_leftovers_are_found(finished, tmp_path):
+    wanted = kills.contents(finished)
+    assert {"he.jpg", "cnts-super/GENE0.pickle", "get_HR.json"} <= wanted.keys()
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / ".he.0123.partial.jpg").write_bytes(b"half")
+    assert kills.differences(kills.contents(copy), wanted) == []
+    assert kills.leftovers(copy) == []
+    (copy / ".cnts-super.0123.work").mkdir()
+    (copy / "cnts-super" / "GENE0.pickle").write_bytes(b"other")
+    (copy / "mask.png").unlink()
+    (copy / "new.txt").write_text("new", encoding="utf-8")
+    found = kills.differences(kills.contents(copy), wanted)
+    assert found == ["cnts-super/GENE0.pickle", "mask.png", "new.txt"]
+    assert kills.leftovers(copy) == [".cnts-super.0123.work"]
+
+
+def test_a_killed_stage_is_tried_again(sample, tmp_path, monkeypatch):
+    """Of real processes: killed in their imports, and once let go on to the end."""
+    (script, *_), stage = PIPELINE[0], kills.STAGES[1]
+    assert run(script, sample) == 0
+    after = tmp_path / "after"
+    shutil.copytree(sample, after)
+    kills.run(stage, after, tmp_path / "log")
+    moments = iter([0.05, 60.0, 0.05, 0.05])
+    draw = SimpleNamespace(uniform=lambda *_: next(moments))
+    args = SimpleNamespace(kills=3 * len(kills.STAGES), keep=tmp_path)
+    counts = kills.try_stage(stage, sample, after, 0, 1, args, draw)
+    assert counts["kills"] == counts["before"] == 3
+    assert counts["ended first"] == 1
+    assert counts["trials"] == counts["identical"] == 3
+    np.save(after / utils.HR_CNTS.name, np.zeros(3))  # as if an undisturbed run wrote this
+    moments = iter([0.05])
+    args.kills = len(kills.STAGES)
+    counts = kills.try_stage(stage, sample, after, 0, 1, args, draw)
+    assert counts["trials"] == 1
+    assert counts["identical"] == 0
