@@ -111,7 +111,7 @@ PATIENCE_EPOCHS = 12  # stop after so many
 FOLDS = 10  # every state holds out another tenth of the spots
 MIN_SPOTS = 4
 CHECKPOINT_SECONDS = 30.0
-GENES_BYTES = 700_000_000  # memory for the maps of the genes that are decoded at a time
+GENES_BYTES = 400_000_000  # memory for the maps of the genes that are decoded at a time
 PREDICT_BATCH = 64  # patches
 DECODE_COUNTS = 500_000  # superpixels times genes decoded at a time; they stay in a CPU's cache
 POINTS_AT_A_TIME, PLACES_AT_A_TIME = 4096, 200_000  # HR points embedded; superpixels looked up
@@ -320,7 +320,7 @@ class Network(nn.Module):
 
         Without the halo, that is, with 2 * halo rows and columns less than ``tokens``.
         """
-        x = (tokens - self.token_mean) / self.token_std
+        x = (tokens - self.token_mean).div_(self.token_std)
         views = []
         for size in (1, *SCALES):
             cut = self.halo - size // 2  # so that all scales end up on the same superpixels
