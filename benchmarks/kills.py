@@ -5,10 +5,11 @@
 A small simulated section goes once through all five stages, undisturbed: one thread, the CPU, the
 embedded backbone, a few epochs of two networks. Then every stage is run again and again from the
 state before it. SIGKILL ends it and its children at a random moment of its work, that is, after its
-imports; every third time the next run is killed as well. The same command is repeated until it ends
-by itself. Then all files of the folder must have the bytes of the undisturbed run, but for what the
-records hold of time, and nothing may be left of the killed runs but hidden partial files, which a
-later run sweeps away. Prints a table in Markdown; exits with 1 if anything differs.
+imports; a run that ended before its moment is tried again with an earlier one. Every third time the
+next run is killed as well. The same command is repeated until it ends by itself. Then all files of
+the folder must have the bytes of the undisturbed run, but for what the records hold of time, and
+nothing may be left of the killed runs but hidden partial files, which a later run sweeps away.
+Prints a table in Markdown; exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -38,6 +40,7 @@ STAGES = (
 )
 RESUMED = ("goes on after epoch", "taken from")  # what a run says that found finished work
 AGAIN = 3  # every so many kills, the next run is killed too
+TRIES = 10  # to kill a run before it ends
 RECORDS = {utils.record_name(script) for script, *_ in STAGES}
 TIMES = ("seconds", "ended", "mtime_ns", "seconds_training", "seconds_prediction")
 
@@ -129,14 +132,22 @@ def try_stage(
     log, directory = args.keep / "kills.log", args.keep / "killed"
     wanted, untouched = contents(after), contents(before)
     for number in range(args.kills // len(STAGES)):
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(before, directory)  # keeps times, so that the records stay valid
-        for _ in range(2 if number % AGAIN == AGAIN - 1 else 1):
-            if run_killed(stage, directory, log, draw.uniform(begin, end)):
-                counts["kills"] += 1
-                counts[moment(directory, untouched, stage[0])] += 1
-            else:
-                counts["ended first"] += 1
+        seconds = end
+        for _ in range(TRIES):
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.copytree(before, directory)  # keeps times, so that the records stay valid
+            seconds = draw.uniform(begin, seconds)
+            if run_killed(stage, directory, log, seconds):
+                break
+        else:
+            raise SystemExit(f"{stage[0]} ended {TRIES} times before it could be killed")
+        counts["kills"] += 1
+        counts[moment(directory, untouched, stage[0])] += 1
+        if number % AGAIN == AGAIN - 1 and run_killed(
+            stage, directory, log, draw.uniform(begin, end)
+        ):
+            counts["kills"] += 1
+            counts[moment(directory, untouched, stage[0])] += 1
         work = any(path.is_file() for path in directory.glob(".*.work/**/*"))
         run(stage, directory, log)
         said = log.read_text(encoding="utf-8")
@@ -184,6 +195,25 @@ def table(counts: dict[str, Counter]) -> str:
     return "\n".join(lines)
 
 
+def report(counts: dict[str, Counter], command: str) -> str:
+    from benchmarks.accuracy import commit
+
+    lines = [
+        "# Killed and run again",
+        "",
+        "Every stage, killed by SIGKILL at random moments and run again; identical: all files then",
+        "had the bytes of an undisturbed run. How it is done: the head of `benchmarks/kills.py`.",
+        "",
+        table(counts),
+        "",
+        f"* date: {time.strftime('%Y-%m-%d')}",
+        f"* commit: {commit()}",
+        f"* machine: {processor()}, {os.cpu_count()} cores; one thread",
+        f"* command: `{command}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -191,6 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("--kills", type=utils.positive, default=50, help="Trials, spread over the stages.")
+    option("--output", type=Path, help="Markdown file for the table; without it, only printed.")
     option("--keep", type=Path, required=True, help="Folder for the sections.")
     option("--seed", type=utils.not_negative, default=0, help="Seed of the moments.")
     option("--directory", type=Path, help="Section to use; without it, one is simulated.")
@@ -214,7 +245,11 @@ def main(argv: list[str] | None = None) -> int:
         begin = min(imports(stage[0], args.keep / "help.log"), end)
         counts[stage[0]] = try_stage(stage, before, after, begin, end, args, draw)
         print(f"{stage[0]}: {dict(counts[stage[0]])}", file=sys.stderr, flush=True)
-    print(f"{processor()}, {os.cpu_count()} cores\n\n{table(counts)}")
+    text = report(counts, shlex.join(["python", "benchmarks/kills.py", *(argv or sys.argv[1:])]))
+    print(text)
+    if args.output:
+        with utils.atomic(args.output) as partial:
+            partial.write_text(text, encoding="utf-8")
     return int(any(count["identical"] != count["trials"] for count in counts.values()))
 
 
