@@ -841,12 +841,13 @@ def compared(other: Facts | None, stage: Facts) -> str:
 
 
 def verdict(result: Facts) -> str:
+    """Of budgets for the same, the one for the largest size holds."""
+    budgets = {b.key: b for least, b in CASES[result["name"]].budgets if result["size"] >= least}
     cells = []
-    for least, budget in CASES[result["name"]].budgets:
-        if result["size"] >= least:
-            value = values(result)[budget.key]
-            met = "met" if budget.met(value) else "**missed**"
-            cells.append(f"{budget.text}: {value:.3g}, {met}")
+    for key, budget in budgets.items():
+        value = values(result)[key]
+        met = "met" if budget.met(value) else "**missed**"
+        cells.append(f"{budget.text}: {value:.3g}, {met}")
     return "<br>".join(cells)
 
 

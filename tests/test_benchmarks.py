@@ -35,6 +35,9 @@ def test_budgets_are_judged_from_their_size_on():
     assert scaling.verdict(result(7, 1)).count(", met") == 2
     assert "**missed**" in scaling.verdict(result(9, 1))
     assert scaling.verdict(result(9, 2)).count("**missed**") == 2
+    lattice = {**result(8, 0.5, size=14_000), "name": "get_HR"}
+    assert "9 s at most: 8, met" in scaling.verdict(lattice)
+    assert "3 s" not in scaling.verdict(lattice)
 
 
 def test_the_table_tells_seconds_and_ratios():
