@@ -42,6 +42,7 @@ from demo.stain import PIXEL_UM, stain_densities
 from demo.tissue import (
     BLOOD,
     CELL_TYPES,
+    COMPARTMENTS,
     FAT,
     GLAND,
     GLASS,
@@ -357,6 +358,8 @@ def simulate(directory: Path, design: Design, seed: int) -> None:
         counts=bin_molecules(xy, gene, grid, len(genes))[:rows, :cols],
         mean=expected_counts(cells, expected, ambient, share, grid)[:rows, :cols],
         tissue=share[:rows, :cols] >= 0.5,
+        regions=layout.main_compartments(grid)[:rows, :cols],
+        region_names=np.array(COMPARTMENTS),
         genes=genes.index.to_numpy(str),
         programs=genes.kind.to_numpy(str),
         kinds=genes.kind.to_numpy(str),

@@ -19,8 +19,8 @@ The section is an invented carcinoma, built in the order in which nature does it
 Files out: he-raw.jpg (0.4 um per pixel, so that calibration has work to do), pixel-size-raw.txt,
 radius-raw.txt, locs-raw.csv, cnts.csv, and truth.npz. The truth lies on the 8 um superpixels of
 he.jpg before its padding: counts uint16 (rows, columns, genes), all molecules; mean float32, their
-expectation given the cells; tissue bool; genes, programs, kinds; capture, the mean share of the
-molecules that a spot catches.
+expectation given the cells; tissue bool; regions uint8, the compartment of each, and region_names;
+genes, programs, kinds; capture, the mean share of the molecules that a spot catches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from scipy.special import ndtr
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from demo.stain import PIXEL_UM, render
-from demo.tissue import CELL_TYPES, GLASS, TYPES, Layout, make_layout, place_cells
+from demo.tissue import CELL_TYPES, COMPARTMENTS, GLASS, TYPES, Layout, make_layout, place_cells
 
 SIZE_UM = 1792.0  # side of the section's image: 224 superpixels
 SPOT_PITCH_UM, SPOT_RADIUS_UM = 100.0, 27.5  # Visium
@@ -215,6 +215,8 @@ def simulate(directory: Path, size_um: float, seed: int) -> None:
         counts=bin_molecules(xy, gene, grid, len(genes)),
         mean=expected_counts(cells, rates, ambient, tissue_share, grid),
         tissue=tissue_share >= 0.5,
+        regions=layout.main_compartments(grid),
+        region_names=np.array(COMPARTMENTS),
         genes=genes.index.to_numpy(str),
         programs=genes.program.to_numpy(str),
         kinds=genes.kind.to_numpy(str),

@@ -22,6 +22,7 @@ LLOYD_STEPS = 4
 
 # Compartments, and their cells per mm2.
 GLASS, STROMA, TUMOUR, GLAND, LUMEN, LYMPHOID, FAT, VESSEL, BLOOD = range(9)
+COMPARTMENTS = ("", "stroma", "tumour", "gland", "lumen", "lymphoid", "fat", "vessel", "blood")
 DENSITY = np.array([0, 1700, 5600, 8500, 0, 15500, 230, 8000, 6500], float)
 
 # Cell types: RNA relative to a tumour cell; nucleus (long and short axis in um, spread of both,
@@ -71,6 +72,13 @@ class Layout:
         grid = self.compartment if name == "compartment" else self.fields[name]
         col, row = xy.astype(int).clip(0, len(grid) - 1).T
         return grid[row, col]
+
+    def main_compartments(self, grid: int) -> np.ndarray:
+        """The compartment uint8 (grid, grid) that fills most of each superpixel."""
+        step = len(self.compartment) // grid
+        cells = self.compartment.reshape(grid, step, grid, step)
+        share = [(cells == c).mean((1, 3)) for c in range(len(COMPARTMENTS))]
+        return np.argmax(share, axis=0).astype(np.uint8)
 
 
 def smooth_field(side: int, scale_um: float, rng: np.random.Generator) -> np.ndarray:
