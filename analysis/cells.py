@@ -1,0 +1,642 @@
+"""Counts per cell: the maps of all genes, summed over masks or outlines of cells or nuclei.
+
+    python analysis/cells.py --directory data/section --masks cells.tif
+    python analysis/cells.py --directory data/section --masks cells.geojson --nuclei
+
+--masks is one of two, in pixels of he-raw (the full-resolution image) or, with --frame he, of
+he.jpg; pixel sizes and the padding of he.jpg are taken into account:
+
+* a label image, .tif, .png or .npy, as Cellpose, StarDist or QuPath write it: one whole number a
+  pixel, 0 for no cell. It is as large as he-raw or as he.jpg, which also tells its frame. A TIFF in
+  tiles or strips, or an .npy, is read in bands: its size does not matter. A PNG, or a TIFF that is
+  compressed in one piece, is decoded whole.
+* outlines, .geojson as QuPath writes it: Polygons and MultiPolygons, holes and all. If the file
+  holds cells or detections, annotations and tiles are left out. --nuclei takes the nucleus of every
+  cell (nucleusGeometry) in place of its border. An outline that crosses itself has no exact area.
+
+A cell gets, of every superpixel, the share of the counts that is its share of the area; areas are
+exact, those of pixels cut by the border of a superpixel too. **A superpixel of 64 um2 is about as
+large as a cell, and the maps know nothing finer**: cells in the same superpixel get the same
+expression, in proportion to their area, and what lies around a cell in its superpixels is in its
+counts. So look at groups of cells, such as a class or a neighbourhood, and not at single ones.
+
+* --share area, the default: what lies between cells belongs to none. Overlapping cells each get
+  what they share.
+* --share cells: all counts of a superpixel go to the cells in it, in proportion to their areas, so
+  that no molecule is lost where there are cells; good for nuclei, which fill part of their cells.
+
+Files in: cnts-super/, he.jpg, image_calibration.json, and mask.png if it is there. Files out:
+cells.csv.gz and cells.json. A row per cell, those of a label image by their label: cell (label or
+QuPath's id), x and y (centroid in pixels of he-raw), area_um2, share_on_tissue, class (of outlines,
+classification), then the counts of every gene, with four digits. Outside the tissue no gene is
+known: a cell gets what its part on the tissue tells, and nothing is added for the rest; a cell
+without such a part has empty counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import gzip
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy.sparse import csr_array
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from analysis import regions
+from analysis.reading import map_files, read_map
+from analysis.scores import rounded
+
+SCRIPT = "analysis/cells.py"
+RAW, CALIBRATED = "he-raw", "he"  # frames
+BAND_ROWS = 64  # of a label image at a time
+LARGEST_LABEL = 2**31 - 1
+OUTLINES_AT_ONCE = 4096
+TINY = 1e-9  # of a superpixel's area: what rounding leaves
+OUTLINE_SUFFIXES = (".geojson", ".json")
+CELLS, NO_CELLS = {"cell", "detection"}, {"annotation", "tile"}  # QuPath's kinds of object
+COMPRESSION = 1  # of gzip: higher levels save a tenth of the space and take several times longer
+ROWS_AT_ONCE = 1024  # of cells.csv.gz
+
+
+class Cells(NamedTuple):
+    """Cells and their area in each superpixel; places and areas in pixels of he.jpg."""
+
+    ids: list
+    centroids: np.ndarray  # (cells, 2), x and y
+    area: np.ndarray  # (cells,)
+    inside: csr_array  # (cells, superpixels): area in each, as a share of the superpixel's area
+    classes: list[str]
+
+
+class Frame(NamedTuple):
+    """An image of (rows, columns), whose pixels times ``scale`` are those of he.jpg."""
+
+    name: str
+    shape: tuple[int, int]
+    scale: tuple[float, float]  # of rows and of columns
+
+
+def read_frames(stage: utils.Stage) -> dict[str, Frame]:
+    """he-raw and he.jpg, by the record of image_calibration.py."""
+    record = utils.read_record(stage, utils.CALIBRATION) or {}
+    try:
+        raw, scaled, size = (tuple(record[k]) for k in ("raw_size", "scaled_size", "size"))
+        scale = scaled[0] / raw[0], scaled[1] / raw[1]
+    except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise stage.error(
+            stage.directory / utils.record_name(utils.CALIBRATION),
+            f"does not tell the sizes of the images: {error!r}.",
+            f"Run: {stage.command(utils.CALIBRATION)}",
+        ) from error
+    return {RAW: Frame(RAW, raw, scale), CALIBRATED: Frame(CALIBRATED, size, (1.0, 1.0))}
+
+
+def wrong(path: Path, problem: str, remedy: str) -> utils.StageError:
+    return utils.StageError(f"{path} {problem}", remedy)
+
+
+# --------------------------------------------------------------------------------------------------
+# label images
+# --------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # damaged bytes can raise nearly anything
+        raise wrong(
+            path,
+            f"is not a readable label image ({error!r:.200}).",
+            "Save it as a TIFF without compression or with deflate, as PNG or as .npy.",
+        ) from error
+
+
+def open_labels(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:
+    """Shape and type of a label image, and its bands of rows (n, columns) from top to bottom."""
+    with readable(path):
+        if path.suffix.lower() == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        elif path.suffix.lower() == ".png":
+            with Image.open(path, formats=("PNG",)) as image:
+                array = np.asarray(image)
+        else:
+            return open_tiff(path)
+    return array.shape, array.dtype, bands_of(array)
+
+
+def bands_of(array: np.ndarray) -> Iterator[np.ndarray]:
+    for top in range(0, len(array), BAND_ROWS):
+        rows = top, top + BAND_ROWS
+        yield utils.some_rows(array, *rows) if array.flags.c_contiguous else array[slice(*rows)]
+
+
+def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:
+    import tifffile
+
+    with tifffile.TiffFile(path) as tiff:
+        page, pages = tiff.pages[0], len(tiff.series[0].pages)
+        shape = page.shape if pages == 1 else (pages, *page.shape)
+        if page.is_memmappable:
+            array = tifffile.memmap(path, page=0, mode="r")
+            return shape, page.dtype, bands_of(array)
+        if len(shape) == 2:
+            next(page.segments(maxworkers=1), None)  # a compression that is unknown fails here
+    return shape, page.dtype, decoded_bands(path)
+
+
+def decoded_bands(path: Path) -> Iterator[np.ndarray]:
+    """Rows of strips or tiles, each decoded once: they are stored from left to right."""
+    import tifffile
+
+    with readable(path), tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        down, across = page.chunks[:2]
+        band, rows, columns = None, *page.shape
+        for number, (piece, _, shape) in enumerate(page.segments(maxworkers=1)):
+            row, column = divmod(number, -(-columns // across))
+            if column == 0:
+                if band is not None:
+                    yield from bands_of(band)
+                band = np.zeros((min(down, rows - row * down), columns), page.dtype)
+            if piece is not None:  # an empty tile is not stored
+                piece = piece.reshape(shape)[0, :, :, 0] if piece.ndim > 2 else piece
+                left = column * across
+                part = band[: piece.shape[0], left : left + piece.shape[1]]
+                part[:] = piece[: part.shape[0], : part.shape[1]]
+        if band is not None:
+            yield from bands_of(band)
+
+
+class Steps(NamedTuple):
+    """A side of the image, cut at the borders of pixels and of superpixels."""
+
+    edge: np.ndarray  # (n + 1,) px of he.jpg
+    pixel: np.ndarray  # (n,) in which each piece lies
+    superpixel: np.ndarray
+
+
+def cut_side(pixels: int, scale: float) -> Steps:
+    borders = np.arange(pixels + 1) * scale
+    lines = np.arange(utils.TOKEN_PX, borders[-1], utils.TOKEN_PX)
+    edge = np.union1d(borders, lines)
+    edge = edge[np.diff(edge, prepend=-1) > TINY]  # borders that coincide but for rounding
+    middle = (edge[1:] + edge[:-1]) / 2
+    pixel = np.minimum((middle / scale).astype(np.int64), pixels - 1)
+    return Steps(edge, pixel, (middle // utils.TOKEN_PX).astype(np.int64))
+
+
+def runs_of_labels(
+    labels: np.ndarray, top: int, rows: Steps, columns: Steps, width: int
+) -> tuple[np.ndarray, ...]:
+    """Label, superpixel, area, and area times x and y, of a band (n, columns) that starts at top.
+
+    ``width`` is the number of superpixels in a row of the map. Each superpixel of a label occurs
+    once. Sums are over runs of equal labels in a row, which are far fewer than pixels.
+    """
+    first, last = np.searchsorted(rows.pixel, [top, top + len(labels)])
+    down = np.arange(first, last)
+    cut = labels[:, columns.pixel]
+    starts = np.ones(cut.shape, bool)
+    starts[:, 1:] = cut[:, 1:] != cut[:, :-1]
+    starts[:, 1:] |= columns.superpixel[1:] != columns.superpixel[:-1]
+    start = np.flatnonzero(starts)
+    end = np.append(start[1:], starts.size)
+    label = cut.ravel()[start].astype(np.int64)
+    start, end, label = (a[label > 0] for a in (start, end, label))
+    row, column = np.divmod(start, cut.shape[1])
+    left, right = columns.edge[column], columns.edge[column + end - start]
+    of_row = np.searchsorted(row, np.arange(len(labels) + 1))
+    at = rows.pixel[down] - top  # the row of pixels of each piece of a row
+    n = of_row[at + 1] - of_row[at]
+    run = np.repeat(of_row[at] - np.cumsum(n) + n, n) + np.arange(n.sum())
+    down = np.repeat(down, n)
+    height, y = np.diff(rows.edge)[down], (rows.edge[down] + rows.edge[down + 1]) / 2
+    area = height * (right - left)[run]
+    superpixel = rows.superpixel[down] * width + columns.superpixel[column[run]]
+    return unite(label[run], superpixel, area, area * (left + right)[run] / 2, area * y)
+
+
+def unite(label: np.ndarray, superpixel: np.ndarray, *sums: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The same with every pair of label and superpixel once, in order."""
+    wide = int(superpixel.max(initial=0)) + 1
+    pair, where = np.unique(label * wide + superpixel, return_inverse=True)
+    return (*np.divmod(pair, wide), *(np.bincount(where, a, len(pair)) for a in sums))
+
+
+def cells_of_labels(
+    bands: Iterator[np.ndarray], frame: Frame, shape: tuple[int, int], path: Path
+) -> Cells:
+    """Cells of a label image of that frame, on a map of ``shape`` (rows, columns)."""
+    rows, columns = map(cut_side, frame.shape, frame.scale)
+    parts, top = [], 0
+    for band in bands:
+        low, high = int(band.min()), int(band.max())
+        if low < 0 or high > LARGEST_LABEL:
+            raise wrong(
+                path,
+                f"holds the label {low if low < 0 else high}; expected 0 for no cell, else "
+                f"1 to {LARGEST_LABEL}.",
+                "Number the cells anew.",
+            )
+        parts.append(runs_of_labels(band, top, rows, columns, shape[1]))
+        top += len(band)
+    if top != frame.shape[0]:
+        raise wrong(path, f"ends after {top} of {frame.shape[0]} rows.", "Make it anew.")
+    label, superpixel, area, x, y = unite(*map(np.concatenate, zip(*parts, strict=True)))
+    ids, cell = np.unique(label, return_inverse=True)
+    total, x, y = (np.bincount(cell, a, len(ids)) for a in (area, x, y))
+    size = (len(ids), shape[0] * shape[1])
+    inside = csr_array((area / utils.TOKEN_PX**2, (cell, superpixel)), size)
+    centroids = np.column_stack([x, y]) / np.maximum(total, TINY)[:, None]
+    return Cells(ids.tolist(), centroids, total, inside, [""] * len(ids))
+
+
+# --------------------------------------------------------------------------------------------------
+# outlines
+# --------------------------------------------------------------------------------------------------
+class Outline(NamedTuple):
+    id: str
+    of_class: str
+    rings: list[tuple[np.ndarray, bool]]  # points (n, 2), x and y, and whether it is a hole
+
+
+def read_outlines(stage: utils.Stage, path: Path, nuclei: bool) -> list[Outline]:
+    """The cells of a GeoJSON file in their own frame."""
+    remedy = "Export the cells from QuPath as GeoJSON (FeatureCollection) again."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise wrong(path, f"is not GeoJSON: {error!s:.200}.", remedy) from error
+    features = content.get("features") if isinstance(content, dict) else content
+    if not isinstance(features, list):
+        raise wrong(path, "holds no list of features.", remedy)
+    if not all(isinstance(f, dict) for f in features):
+        raise wrong(path, "holds features that are no objects.", remedy)
+    kinds = [kind_of(feature) for feature in features]
+    if CELLS & set(kinds):
+        kept = [f for f, kind in zip(features, kinds, strict=True) if kind not in NO_CELLS]
+        if len(kept) < len(features):
+            print(f"{path.name}: {len(features) - len(kept)} annotations and tiles are left out")
+        features = kept
+    outlines, others = [], 0
+    for number, feature in enumerate(features, start=1):
+        geometry = feature.get("nucleusGeometry" if nuclei else "geometry") or {}
+        try:
+            rings = rings_of(geometry)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise wrong(
+                path, f"has a damaged outline, number {number}: {error!s:.100}.", remedy
+            ) from error
+        if rings:
+            name = str(feature.get("id", number))
+            outlines.append(Outline(name, class_of(feature), rings))
+        else:
+            others += 1
+    if others:
+        lack = "have no nucleus" if nuclei else "are neither Polygon nor MultiPolygon"
+        stage.warn(f"{path.name}: {others} of {len(features)} objects {lack} and are left out")
+    return outlines
+
+
+def kind_of(feature: dict) -> str:
+    properties = feature.get("properties") or {}
+    return str(properties.get("objectType", "")) if isinstance(properties, dict) else ""
+
+
+def class_of(feature: dict) -> str:
+    """QuPath's class; of derived classes, all their names."""
+    properties = feature.get("properties")
+    found = properties.get("classification") if isinstance(properties, dict) else None
+    if isinstance(found, dict):
+        names = found.get("names")
+        return ": ".join(map(str, names)) if isinstance(names, list) else str(found.get("name", ""))
+    return "" if found is None else str(found)
+
+
+def rings_of(geometry: dict) -> list[tuple[np.ndarray, bool]]:
+    kind = geometry.get("type")
+    if kind not in ("Polygon", "MultiPolygon"):
+        return []
+    polygons = geometry["coordinates"] if kind == "MultiPolygon" else [geometry["coordinates"]]
+    rings = []
+    for polygon in polygons:
+        for number, ring in enumerate(polygon):
+            points = np.array(ring, np.float64)
+            if points.ndim != 2 or points.shape[0] < 3 or points.shape[1] < 2:
+                raise ValueError(f"a ring of shape {points.shape}")
+            if not np.isfinite(points).all():
+                raise ValueError("coordinates that are not finite")
+            rings.append((points[:, :2], number > 0))
+    return rings
+
+
+def edges_of(outlines: list[Outline], scale: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Outline (n,), start and end (n, 2), x and y, of all edges, in superpixels.
+
+    Every outer ring runs clockwise as seen on the image, and every hole the other way.
+    """
+    number, starts, ends = [], [], []
+    for i, outline in enumerate(outlines):
+        for points, hole in outline.rings:
+            start = points * scale
+            end = np.roll(start, -1, axis=0)
+            away = start - start[0]  # so that rounding does not depend on where the cell lies
+            turn = (
+                away[:, 0] * np.roll(away[:, 1], -1) - np.roll(away[:, 0], -1) * away[:, 1]
+            ).sum()
+            if (turn < 0) != hole:
+                start, end = end, start
+            number.append(np.full(len(start), i))
+            starts.append(start)
+            ends.append(end)
+    return tuple(map(np.concatenate, (number, starts, ends)))
+
+
+def moments(number: np.ndarray, start: np.ndarray, end: np.ndarray, n: int) -> tuple:
+    """Area (n,) and centroid (n, 2) of outlines from their edges."""
+    origin = np.zeros((n, 2))
+    origin[number] = start
+    a, b = start - origin[number], end - origin[number]
+    twice = a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]
+    area = np.bincount(number, twice, n) / 2
+    first = [np.bincount(number, twice * (a[:, k] + b[:, k]), n) / 6 for k in (0, 1)]
+    middle = np.column_stack(first) / np.where(area > TINY, area, np.inf)[:, None]
+    return area, origin + middle
+
+
+def coverage(
+    number: np.ndarray, start: np.ndarray, end: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Outline, row, column and covered area of all superpixels under n outlines, exactly.
+
+    Edges are cut at the lines of the grid. A piece that goes up by dy covers, on its right, dy of
+    every superpixel in its row, and of its own what lies right of the piece; one that goes down
+    takes it back. So one cumulative sum along the rows of each outline's box gives the areas.
+    """
+    low, high = np.minimum(start, end), np.maximum(start, end)
+    edges = np.arange(len(number))
+    cuts, owners = [np.zeros(len(number))], [edges]
+    for axis in (0, 1):
+        first = np.floor(low[:, axis]).astype(np.int64) + 1
+        times = (np.floor(high[:, axis]).astype(np.int64) - first + 1).clip(0)
+        owner = np.repeat(edges, times)
+        line = first[owner] + np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+        step = end[owner, axis] - start[owner, axis]
+        cuts.append((line - start[owner, axis]) / step)
+        owners.append(owner)
+    cut, owner = np.concatenate(cuts), np.concatenate(owners)
+    order = np.lexsort([cut, owner])
+    cut, owner = cut[order].clip(0, 1), owner[order]
+    until = np.append(cut[1:], 1.0)
+    until[np.append(owner[1:] != owner[:-1], True)] = 1.0
+    step = end[owner] - start[owner]
+    x, y = (start[owner] + step * ((cut + until) / 2)[:, None]).T
+    dy = step[:, 1] * (until - cut)
+    column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
+
+    outline = number[owner]
+    left, top = (np.full(n, np.iinfo(np.int64).max) for _ in range(2))
+    right, bottom = (np.full(n, np.iinfo(np.int64).min) for _ in range(2))
+    np.minimum.at(left, outline, column)
+    np.minimum.at(top, outline, row)
+    np.maximum.at(right, outline, column + 1)  # takes what lies right of a piece
+    np.maximum.at(bottom, outline, row)
+    width, height = right - left + 1, bottom - top + 1
+    offset = np.cumsum(width * height) - width * height
+    at = offset[outline] + (row - top[outline]) * width[outline] + column - left[outline]
+    beyond = x - column  # share of the own superpixel that lies left of the piece
+    covered = np.bincount(at, -dy * (1 - beyond), (width * height).sum())
+    covered += np.bincount(at + 1, -dy * beyond, len(covered))
+    covered = np.cumsum(covered).clip(0, 1)
+    found = np.flatnonzero(covered > TINY)
+    outline = np.repeat(np.arange(n), width * height)[found]
+    row, column = np.divmod(found - offset[outline], width[outline])
+    return outline, row + top[outline], column + left[outline], covered[found]
+
+
+def cells_of_outlines(
+    outlines: list[Outline], frame: Frame, shape: tuple[int, int], path: Path
+) -> Cells:
+    """Cells of outlines in that frame, on a map of ``shape`` (rows, columns)."""
+    side = np.array(frame.shape[::-1])
+    scale = np.array(frame.scale[::-1]) / utils.TOKEN_PX
+    parts, areas, centroids = [], [], []
+    for begin in range(0, len(outlines), OUTLINES_AT_ONCE):
+        some = outlines[begin : begin + OUTLINES_AT_ONCE]
+        for outline in some:
+            points = np.concatenate([ring for ring, _ in outline.rings])
+            if (points < -side).any() or (points > 2 * side).any():
+                raise wrong(
+                    path,
+                    f"has the cell {outline.id} at {points[0].tolist()}, far outside of the "
+                    f"image of {side[0]} x {side[1]} px.",
+                    "Coordinates must be pixels of he-raw, or of he.jpg with --frame he.",
+                )
+        edges = edges_of(some, scale)
+        cell, row, column, covered = coverage(*edges, len(some))
+        on_map = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
+        superpixel = row * shape[1] + column
+        parts.append([a[on_map] for a in (cell + begin, superpixel, covered)])
+        area, centroid = moments(*edges, len(some))
+        areas.append(area * utils.TOKEN_PX**2)
+        centroids.append(centroid * utils.TOKEN_PX)
+    cell, superpixel, covered = map(np.concatenate, zip(*parts, strict=True))
+    size = (len(outlines), shape[0] * shape[1])
+    return Cells(
+        [outline.id for outline in outlines],
+        np.concatenate(centroids),
+        np.concatenate(areas),
+        csr_array((covered, (cell, superpixel)), size),
+        [outline.of_class for outline in outlines],
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+# --------------------------------------------------------------------------------------------------
+def read_cells(stage: utils.Stage, shape: tuple[int, int]) -> tuple[Cells, Frame]:
+    path, args, frames = stage.args.masks, stage.args, read_frames(stage)
+    if not path.is_file():
+        raise wrong(path, "is missing.", "Give the file of cells by --masks.")
+    again = f"Run: {stage.command()}"
+    if path.suffix.lower() in OUTLINE_SUFFIXES:
+        frame, outlines = frames[args.frame or RAW], read_outlines(stage, path, args.nuclei)
+        if not outlines:
+            raise wrong(path, "holds no outline of a cell.", again)
+        return cells_of_outlines(outlines, frame, shape, path), frame
+    if args.nuclei:
+        raise wrong(path, "holds no outlines; --nuclei is for GeoJSON.", "Leave out --nuclei.")
+    found, dtype, bands = open_labels(path)
+    if dtype.kind not in "ui" or len(found) != 2:
+        raise wrong(
+            path,
+            f"is {dtype} {found}; expected one whole number a pixel (rows, columns).",
+            "Save the labels of the cells, not a picture of them.",
+        )
+    wanted = [frames[args.frame]] if args.frame else list(frames.values())
+    frame = next((f for f in wanted if f.shape == tuple(found)), None)
+    if frame is None:
+        sizes = " or ".join(f"{f.shape[1]} x {f.shape[0]} px ({f.name})" for f in wanted)
+        raise wrong(
+            path,
+            f"is {found[1]} x {found[0]} px; expected {sizes}.",
+            "Segment one of these images, without cropping or scaling it.",
+        )
+    cells = cells_of_labels(bands, frame, shape, path)
+    if not cells.ids:
+        raise wrong(path, "holds no cell: all labels are 0.", again)
+    return cells, frame
+
+
+def share_out(inside: csr_array) -> csr_array:
+    """Every superpixel's counts to the cells in it, in proportion to their areas in it."""
+    taken = inside.sum(axis=0)
+    return csr_array(inside.multiply(1 / np.where(taken > 0, taken, 1)))
+
+
+def sum_genes(
+    stage: utils.Stage, files: dict[str, Path], weights: csr_array, tissue: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Counts float32 (genes, cells), a map in memory at a time; the share of all counts in cells.
+
+    A column of ``weights`` (cells, superpixels of the tissue) is the cells' shares of it.
+    """
+    counts, total = np.empty((len(files), weights.shape[0]), np.float32), 0.0
+    for i, path in enumerate(files.values()):
+        image = read_map(path)
+        if image.shape != tissue.shape or not np.isfinite(image[tissue]).all():
+            raise stage.error(
+                path,
+                f"is {image.shape}; expected {tissue.shape}, with a count for every superpixel of "
+                f"the tissue.",
+                f"Run: {stage.command(utils.HISTEX)}",
+            )
+        inside = image[tissue].astype(np.float64)
+        counts[i] = weights @ inside
+        total += inside.sum()
+    return counts, float(counts.sum(dtype=np.float64) / total) if total else np.nan
+
+
+def write_cells(
+    path: Path,
+    cells: Cells,
+    xy: np.ndarray,
+    share: np.ndarray,
+    genes: list[str],
+    counts: np.ndarray,
+) -> None:
+    """cells.csv.gz; the same cells always give the same bytes."""
+    head = ["cell", "x", "y", "area_um2", "share_on_tissue", "class", *genes]
+    pixel_um2 = utils.PIXEL_SIZE_UM**2
+    pattern, empty = ",%.4g" * len(genes) + "\n", "," * len(genes) + "\n"
+    with (
+        path.open("wb") as file,
+        gzip.GzipFile("", "wb", COMPRESSION, file, mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
+    ):
+        csv.writer(text, lineterminator="\n").writerow(head)
+        for top in range(0, len(cells.ids), ROWS_AT_ONCE):
+            block = counts[:, top : top + ROWS_AT_ONCE].T.tolist()
+            for i, values in enumerate(block, start=top):
+                x, y = xy[i]
+                facts = (
+                    f"{x:.2f}",
+                    f"{y:.2f}",
+                    f"{cells.area[i] * pixel_um2:.2f}",
+                    f"{share[i]:.3f}",
+                )
+                cell = io.StringIO()
+                csv.writer(cell, lineterminator="").writerow(
+                    (cells.ids[i], *facts, cells.classes[i])
+                )
+                text.write(cell.getvalue())
+                text.write(pattern % tuple(values) if share[i] > 0 else empty)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = regions.parser_of(__doc__)
+    option = parser.add_argument
+    option("--masks", type=Path, required=True, help="Label image or GeoJSON of the cells.")
+    option(
+        "--frame",
+        choices=[RAW, CALIBRATED],
+        help="Image whose pixels --masks means; without it, he-raw for outlines, and for a label "
+        "image the one of its size.",
+    )
+    option("--nuclei", action="store_true", help="Sum over the nuclei that GeoJSON gives of cells.")
+    option(
+        "--share",
+        choices=["area", "cells"],
+        default="area",
+        help="By area, or all counts to the cells in a superpixel; without it, area.",
+    )
+    return parser
+
+
+def sum_cells(stage: utils.Stage) -> None:
+    args = stage.args
+    stage.require(utils.HE, utils.MAPS)
+    shape = utils.grid_shape(stage)
+    files = map_files(stage.directory)
+    first = read_map(next(iter(files.values())))
+    if first.shape != shape:
+        raise stage.error(
+            stage.path(utils.MAPS), f"holds maps of {first.shape}; {utils.HE.name} needs {shape}."
+        )
+    tissue = regions.tissue_of(stage, np.isfinite(first))
+    cells, frame = read_cells(stage, shape)
+    stage.inputs[args.masks.name] = utils.fingerprint(args.masks)
+    on_tissue = cells.inside[:, np.flatnonzero(tissue)]
+    share = on_tissue.sum(axis=1) * utils.TOKEN_PX**2 / np.maximum(cells.area, TINY)
+    off = int((share == 0).sum())
+    if off == len(share):
+        raise wrong(
+            args.masks,
+            f"has {off} cells, none of them on the tissue (frame {frame.name}).",
+            "Coordinates must be pixels of he-raw, or of he.jpg with --frame he.",
+        )
+    if off:
+        stage.warn(f"{off} of {len(share)} cells are not on the tissue: their counts are empty")
+    weights = on_tissue if args.share == "area" else share_out(on_tissue)
+    print(f"{len(share):,} cells, {len(files)} genes, pixels of {frame.name}")
+    counts, caught = sum_genes(stage, files, weights, tissue)
+    xy = cells.centroids / read_frames(stage)[RAW].scale[::-1]
+    area = cells.area * utils.PIXEL_SIZE_UM**2
+    facts = {
+        "cells": len(share),
+        "cells on tissue": len(share) - off,
+        "genes": len(files),
+        "frame": frame.name,
+        "share": args.share,
+        "median area um2": rounded(np.median(area)),
+        "superpixels per cell": rounded(weights.nnz / max(len(share) - off, 1)),
+        "tissue within cells": rounded(on_tissue.sum() / tissue.sum()),
+        "counts within cells": rounded(caught),
+    }
+    print(
+        f"median area {facts['median area um2']} um2; the cells hold "
+        f"{facts['tissue within cells']:.1%} of the tissue and {caught:.1%} of the counts"
+    )
+    folder = args.output or stage.directory
+    folder.mkdir(parents=True, exist_ok=True)
+    with utils.atomic(folder / "cells.csv.gz") as partial:
+        write_cells(partial, cells, xy, share, list(files), counts)
+    print(f"wrote cells.csv.gz: {(folder / 'cells.csv.gz').stat().st_size / 1e6:,.2f} MB")
+    regions.write(stage, "cells", facts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return utils.run_stage(sum_cells, SCRIPT, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""What segment.py, annotate.py and patterns.py share: labels on the grid, their spots and pictures.
+
+Labels (rows, columns) are whole numbers: 0 outside the tissue, else 1, 2, ... Places and lengths
+are in superpixels of 8 um, (row, column), unless they say um.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from scipy import ndimage
+from scipy.sparse import csr_array
+from scipy.special import comb
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from analysis.page import region_colours
+from analysis.reading import TRUTH, read_mask
+
+SUPERPIXEL_MM2 = (utils.SUPERPIXEL_UM / 1000) ** 2
+SCALE_BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
+LEGEND_ROWS = 24  # names in one column beside the picture
+
+
+# --------------------------------------------------------------------------------------------------
+# maps and tissue
+# --------------------------------------------------------------------------------------------------
+def tissue_of(stage: utils.Stage, known: np.ndarray) -> np.ndarray:
+    """Where a map is ``known`` (rows, columns) and mask.png, if there is one, says tissue."""
+    tissue = known
+    if (stage.directory / utils.MASK.name).is_file():
+        tissue = known & read_mask(stage.directory, known.shape)
+    if not tissue.any():
+        raise stage.error(
+            stage.directory / utils.MASK.name, "and the maps have no superpixel in common."
+        )
+    return tissue
+
+
+def smooth(image: np.ndarray, tissue: np.ndarray, sigma_um: float) -> np.ndarray:
+    """Gaussian mean (rows, columns) over the tissue alone; 0 outside of it."""
+    inside = np.where(tissue, image, 0).astype(np.float32)
+    if sigma_um == 0:
+        return inside
+    sigma, border = sigma_um / utils.SUPERPIXEL_UM, cv2.BORDER_CONSTANT
+    share = cv2.GaussianBlur(tissue.astype(np.float32), (0, 0), sigma, borderType=border)
+    blurred = cv2.GaussianBlur(inside, (0, 0), sigma, borderType=border)
+    return np.where(tissue, blurred / np.maximum(share, 1e-9), 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# labels
+# --------------------------------------------------------------------------------------------------
+def neighbour_pairs(tissue: np.ndarray) -> np.ndarray:
+    """Flat indices (pairs, 2) of superpixels of the tissue that share a side."""
+    index = np.arange(tissue.size).reshape(tissue.shape)
+    down, right = tissue[1:] & tissue[:-1], tissue[:, 1:] & tissue[:, :-1]
+    first = np.concatenate([index[:-1][down], index[:, :-1][right]])
+    second = np.concatenate([index[1:][down], index[:, 1:][right]])
+    return np.column_stack([first, second])
+
+
+def label_pieces(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Connected pieces (rows, columns), 0 outside the tissue; the label of each piece."""
+    pieces, of_piece = np.zeros(labels.shape, np.int64), [0]
+    for label in range(1, labels.max() + 1):
+        found, n = ndimage.label(labels == label)
+        pieces += np.where(found, found + len(of_piece) - 1, 0)
+        of_piece += [label] * n
+    return pieces, np.array(of_piece)
+
+
+def merge_small(labels: np.ndarray, min_superpixels: int) -> np.ndarray:
+    """Labels in which no piece is smaller, except where it has no neighbour on the tissue.
+
+    A small piece takes the label with which it shares the longest border, the smallest piece first.
+    """
+    pairs = neighbour_pairs(labels > 0)
+    while True:
+        pieces, of_piece = label_pieces(labels)
+        size = np.bincount(pieces.ravel())
+        a, b = pieces.ravel()[pairs[pieces.ravel()[pairs[:, 0]] != pieces.ravel()[pairs[:, 1]]]].T
+        a, b = np.concatenate([a, b]), np.concatenate([b, a])
+        border = np.zeros((len(size), labels.max() + 1), np.int64)
+        np.add.at(border, (a, of_piece[b]), 1)
+        movable = (size < min_superpixels) & border.any(1)
+        movable[0] = False
+        rank = np.empty(len(size), np.int64)
+        rank[np.argsort(size, kind="stable")] = np.arange(len(size))
+        moves = movable.copy()
+        moves[a[movable[a] & movable[b] & (rank[b] < rank[a])]] = False  # wait for the neighbour
+        if not moves.any():
+            return labels
+        of_piece[moves] = border[moves].argmax(1)
+        labels = of_piece[pieces]
+
+
+def by_size(labels: np.ndarray) -> np.ndarray:
+    """The labels anew, uint8 or uint16: 1 is the largest, and no number is left out."""
+    size = np.bincount(labels.ravel())
+    size[0] = 0
+    order = np.argsort(-size, kind="stable")[: np.count_nonzero(size)]
+    new = np.zeros(len(size), np.uint8 if len(order) < 256 else np.uint16)
+    new[order] = np.arange(1, len(order) + 1)
+    return new[labels]
+
+
+def spot_labels(labels: np.ndarray, discs: csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """The label under most of each disc (spots,), 0 for none; the share of the disc it covers.
+
+    ``discs`` (spots, rows * columns) is the area of each spot's disc in each superpixel.
+    """
+    every = np.column_stack(
+        [discs @ (labels == i).ravel().astype(float) for i in range(1, labels.max() + 1)]
+    )
+    most, whole = every.argmax(1), np.maximum(discs.sum(axis=1), 1e-9)
+    area = every[np.arange(len(every)), most]
+    return np.where(area > 0, most + 1, 0), area / whole
+
+
+def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
+    """Adjusted Rand index of two partitions (n,): 1 if they are the same, 0 as by chance."""
+    _, a = np.unique(a, return_inverse=True)
+    _, b = np.unique(b, return_inverse=True)
+    both = np.bincount(a * (b.max() + 1) + b)
+    pairs, first, second = (comb(n, 2).sum() for n in (both, np.bincount(a), np.bincount(b)))
+    expected, most = first * second / comb(len(a), 2), (first + second) / 2
+    return 1.0 if most == expected else float((pairs - expected) / (most - expected))
+
+
+def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    """``regions`` (rows, columns) of truth.npz, 0 for none, cut or padded; ``region_names``."""
+    path = stage.directory / TRUTH
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            found, names = saved["regions"], saved["region_names"].tolist()
+    except Exception as error:  # damaged bytes can raise nearly anything
+        raise utils.StageError(
+            f"{path} does not tell the true regions ({error!r:.200}).",
+            "--truth is for sections that hold regions (rows, columns), 0 for none, and "
+            "region_names, the name of every number.",
+        ) from error
+    if found.ndim != 2 or found.dtype.kind not in "ui" or found.max(initial=0) >= len(names):
+        raise utils.StageError(
+            f"{path}: regions are {found.dtype} {found.shape} for {len(names)} names.",
+            "Expected whole numbers (rows, columns), each with a name.",
+        )
+    regions = np.zeros(shape, np.int64)
+    rows, columns = (min(n) for n in zip(shape, found.shape, strict=True))
+    regions[:rows, :columns] = found[:rows, :columns]
+    return regions, names
+
+
+# --------------------------------------------------------------------------------------------------
+# pictures and files
+# --------------------------------------------------------------------------------------------------
+def check_matplotlib() -> None:
+    """Before any work, not after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise utils.StageError(
+            "The picture needs matplotlib, which is not installed.",
+            "Run: pip install -r analysis/requirements.txt, or add --no-plot",
+        ) from error
+
+
+def add_scale_bar(ax, shape: tuple[int, int]) -> None:
+    """A bar of about a fifth of the width, below the lower left corner of the map."""
+    wanted = shape[1] * utils.SUPERPIXEL_UM / 5
+    um = min(SCALE_BARS_UM, key=lambda length: abs(length - wanted))
+    y, width = shape[0] * 1.02, um / utils.SUPERPIXEL_UM
+    ax.plot([0, width], [y, y], color="black", lw=3, solid_capstyle="butt", clip_on=False)
+    text = f"{um} um" if um < 1000 else f"{um // 1000} mm"
+    ax.text(width / 2, shape[0] * 1.035, text, ha="center", va="top", fontsize=9)
+
+
+def bare(ax, title: str) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.set_title(title, fontsize=10)
+
+
+def innermost(region: np.ndarray) -> tuple[int, int]:
+    """Row and column of the place in a region (rows, columns) that is furthest from its border."""
+    depth = cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 3)
+    row, column = np.unravel_index(depth.argmax(), depth.shape)
+    return int(row) - 1, int(column) - 1
+
+
+def draw_labels(
+    labels: np.ndarray,
+    names: list[str],
+    title: str,
+    rgb: np.ndarray | None,
+    extra: tuple[np.ndarray, str] | None = None,
+    grey: int | None = None,
+):
+    """The H&E if there is one, the labels with their numbers and legend, and an ``extra`` map.
+
+    ``names`` are those of 1, 2, ...; the label ``grey`` has no colour: it stands for none.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.patheffects import withStroke
+
+    colours = ["#ffffff", *label_colours(len(names), grey)]
+    palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours], np.uint8)
+    panels = (rgb is not None) + 1 + (extra is not None)
+    height = 6.0 * labels.shape[0] / labels.shape[1] + 1.0  # inches
+    figure = Figure(figsize=(6.2 * panels + 2.2, max(height, 3.5)), layout="constrained", dpi=110)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    if rgb is not None:
+        ax = axes.pop(0)
+        ax.imshow(rgb, interpolation="nearest")
+        bare(ax, "H&E, mean colour of every superpixel")
+    ax = axes.pop(0)
+    ax.imshow(palette[labels], interpolation="nearest")
+    bare(ax, title)
+    add_scale_bar(ax, labels.shape)
+    handles, size = [], np.bincount(labels.ravel(), minlength=len(names) + 1)
+    for i, name in enumerate(names, start=1):
+        text = f"{i}  {name}: {size[i] * SUPERPIXEL_MM2:.3g} mm²"
+        handles.append(Patch(facecolor=colours[i], edgecolor="0.3", label=text))
+        if size[i]:
+            row, column = innermost(labels == i)
+            halo = [withStroke(linewidth=2.5, foreground="white")]
+            ax.text(column, row, str(i), ha="center", va="center", path_effects=halo)
+    columns = -(-len(names) // LEGEND_ROWS)
+    figure.legend(handles=handles, loc="outside right upper", ncols=columns, frameon=False)
+    if extra is not None:
+        image = axes[0].imshow(extra[0], cmap="cividis", vmin=0, interpolation="nearest")
+        bare(axes[0], extra[1])
+        figure.colorbar(image, ax=axes[0], shrink=0.6)
+    return figure
+
+
+def label_colours(n: int, grey: int | None = None) -> list[str]:
+    """A colour for each of 1..n that the colour-blind tell apart; ``grey`` is the label of none."""
+    if grey is None:
+        return region_colours(n)
+    colours = region_colours(n - 1)
+    return [*colours[: grey - 1], "#dddddd", *colours[grey - 1 :]]
+
+
+def read_colours(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | None:
+    """Mean colours uint8 (rows, columns, 3) of the H&E, if Histology_rgb.npy is there."""
+    if stage.find(utils.RGB) is None:
+        return None
+    return np.asarray(utils.read_array(stage, utils.RGB, np.uint8, (*shape, 3)))
+
+
+def write(
+    stage: utils.Stage,
+    stem: str,
+    facts: dict,
+    arrays: dict[str, np.ndarray] | None = None,
+    tables: dict[str, pd.DataFrame] | None = None,
+    figure=None,
+) -> None:
+    """Arrays by file stem, tables by file name, the picture; the record ``stem``.json last."""
+    folder = stage.args.output or stage.directory
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for name, array in (arrays or {}).items():
+        names.append(f"{name}.npy")
+        with utils.atomic(folder / names[-1]) as partial, partial.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+    for name, table in (tables or {}).items():
+        names.append(name)
+        with utils.atomic(folder / name) as partial:
+            table.to_csv(partial, index=False, lineterminator="\n", float_format="%.5g")
+    if figure is not None:
+        names.append(f"{stem}.png")
+        with utils.atomic(folder / names[-1]) as partial:
+            figure.savefig(partial)
+    record = {
+        "script": stage.script,
+        "options": stage.options,
+        **facts,
+        "warnings": stage.notes,
+        "inputs": stage.inputs,
+    }
+    names.append(f"{stem}.json")
+    with utils.atomic(folder / names[-1]) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {', '.join(names)} in {folder}")
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+# --------------------------------------------------------------------------------------------------
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """Parser with the arguments that these scripts share."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--directory", type=utils.sample_directory, required=True, help="Folder of the sample.")
+    option("--output", type=Path, help="Folder for the results; without it, the sample's own.")
+    option("--no-plot", action="store_true", help="No picture, which needs matplotlib.")
+    option(
+        "--allow-stale",
+        action="store_true",
+        help="Use inputs even if the stage that made them is out of date.",
+    )
+    return parser
+
+
+def not_below_zero(text: str) -> float:
+    """argparse type: a number of 0 or more."""
+    number = float(text)
+    if not 0 <= number < np.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return number

@@ -1,0 +1,536 @@
+"""analysis/cells.py: areas against loops over pixels, conservation, frames, and bad inputs."""
+
+import gzip
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from conftest import write_record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+from test_evaluate import write_maps
+
+import utils
+from analysis import cells
+from analysis.cells import Frame, Outline
+
+RAW, SCALED, SIZE = (150, 300), (208, 416), (224, 448)  # he-raw, he.jpg without and with padding
+GRID = (14, 28)
+SCALE = (SCALED[0] / RAW[0], SCALED[1] / RAW[1])
+GENES = ["A", "B,1", "NA"]
+HERE = Path("cells.tif")
+
+
+@pytest.fixture(scope="module")
+def _section(tmp_path_factory):
+    """A finished sample whose first three columns of superpixels are off the tissue."""
+    directory = tmp_path_factory.mktemp("cells") / "section C"
+    directory.mkdir()
+    Image.new("RGB", SIZE[::-1]).save(directory / "he.jpg")
+    maps = np.random.default_rng(0).gamma(0.5, 1, (*GRID, len(GENES)))
+    maps[:, :3] = np.nan
+    write_maps(directory, maps, GENES)
+    write_record(directory, utils.CALIBRATION, [], ["he.jpg"])
+    record = json.loads((directory / "image_calibration.json").read_text())
+    record |= {"raw_size": RAW, "scaled_size": SCALED, "size": SIZE}
+    (directory / "image_calibration.json").write_text(json.dumps(record))
+    write_record(directory, utils.HISTEX, ["he.jpg"], ["cnts-super"])
+    return directory
+
+
+@pytest.fixture
+def section(_section, tmp_path):
+    return shutil.copytree(_section, tmp_path / "section C")
+
+
+def read_maps(directory):
+    files = cells.map_files(directory)
+    return np.stack([cells.read_map(files[gene]) for gene in GENES], axis=2).astype(float)
+
+
+def run_cells(directory, masks, *options):
+    code = cells.main(["--directory", str(directory), "--masks", str(masks), *options])
+    if code:
+        return code, None
+    table = pd.read_csv(directory / "cells.csv.gz", keep_default_na=False, na_values={})
+    return code, table.set_index("cell")
+
+
+def values(table):
+    return table[GENES].apply(pd.to_numeric, errors="coerce").to_numpy()
+
+
+def areas_by_pixel(labels, scale, grid):
+    """Label -> (rows, columns), px of he.jpg: every pixel's overlap with every superpixel."""
+    found = {}
+    for row in range(labels.shape[0]):
+        for col in range(labels.shape[1]):
+            if labels[row, col] == 0:
+                continue
+            area = found.setdefault(int(labels[row, col]), np.zeros(grid))
+            top, bottom = row * scale[0], (row + 1) * scale[0]
+            left, right = col * scale[1], (col + 1) * scale[1]
+            for i in range(int(top // 16), min(int(bottom // 16), grid[0] - 1) + 1):
+                for j in range(int(left // 16), min(int(right // 16), grid[1] - 1) + 1):
+                    high = max(0, min(bottom, 16 * i + 16) - max(top, 16 * i))
+                    wide = max(0, min(right, 16 * j + 16) - max(left, 16 * j))
+                    area[i, j] += high * wide
+    return found
+
+
+def cells_of(labels, scale, grid, band=cells.BAND_ROWS):
+    parts = (labels[top : top + band] for top in range(0, len(labels), band))
+    return cells.cells_of_labels(parts, Frame("he-raw", labels.shape, scale), grid, HERE)
+
+
+# ----- label images -----
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=arrays(np.uint16, st.tuples(st.integers(1, 40), st.integers(1, 40)),
+                  elements=st.integers(0, 3)),
+    scale=st.tuples(st.floats(0.3, 3), st.floats(0.3, 3)),
+    band=st.integers(1, 50),
+)  # fmt: skip
+def test_areas_of_labels_are_those_of_their_pixels(labels, scale, band):
+    grid = tuple(int(n * f // 16) + 1 for n, f in zip(labels.shape, scale, strict=True))
+    expected = areas_by_pixel(labels, scale, grid)
+    found = cells_of(labels, scale, grid, band)
+    assert found.ids == sorted(expected)
+    for i, label in enumerate(found.ids):
+        area = found.inside[[i]].toarray().reshape(grid) * 256
+        np.testing.assert_allclose(area, expected[label], atol=1e-6)
+        assert found.area[i] == pytest.approx(expected[label].sum())
+        rows, columns = np.nonzero(labels == label)
+        middle = np.mean(columns + 0.5) * scale[1], np.mean(rows + 0.5) * scale[0]
+        assert found.centroids[i] == pytest.approx(middle)
+
+
+def test_a_label_by_hand():
+    labels = np.zeros((32, 48), np.uint8)
+    labels[0:16, 8:24] = 7  # half of two superpixels
+    labels[20:22, 40:44] = 200
+    found = cells_of(labels, (1.0, 1.0), (2, 3))
+    assert found.ids == [7, 200]
+    assert found.inside.toarray().tolist() == [[0.5, 0.5, 0, 0, 0, 0], [0] * 5 + [8 / 256]]
+    assert found.centroids.tolist() == [[16, 8], [42, 21]]
+    assert found.area.tolist() == [256, 8]
+
+
+def test_large_labels_do_not_cost_memory():
+    labels = np.zeros((64, 64), np.int64)
+    labels[10:20, 30:40] = cells.LARGEST_LABEL
+    tracemalloc.start()
+    found = cells_of(labels, (1.0, 1.0), (4, 4))
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+    assert found.ids == [cells.LARGEST_LABEL]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.uint32])
+@pytest.mark.parametrize(
+    "kind",
+    ["strips", "deflate", "one strip", "tiles", "deflated tiles", "big endian", "npy", "fortran",
+     "png"],
+)  # fmt: skip
+def test_all_kinds_of_label_image_read_the_same(tmp_path, kind, dtype):
+    if kind == "png" and dtype in (np.int32, np.uint32):
+        return  # PNG has 16 bits at most
+    labels = np.random.default_rng(0).integers(0, 200, (150, 300)).astype(dtype)
+    labels[:70, :70] = 0
+    path = tmp_path / ("cells.npy" if kind in ("npy", "fortran") else "cells.tif")
+    options = {
+        "strips": {"rowsperstrip": 40},
+        "deflate": {"rowsperstrip": 40, "compression": "zlib"},
+        "one strip": {"rowsperstrip": 150, "compression": "zlib", "predictor": True},
+        "tiles": {"tile": (64, 32)},
+        "deflated tiles": {"tile": (32, 64), "compression": "zlib"},
+        "big endian": {"byteorder": ">"},
+    }
+    if kind in options:
+        tifffile.imwrite(path, labels, **options[kind])
+    elif kind == "png":
+        path = tmp_path / "cells.PNG"
+        Image.fromarray(labels).save(path, "PNG")
+    else:
+        np.save(path, np.asfortranarray(labels) if kind == "fortran" else labels)
+    shape, found, bands = cells.open_labels(path)
+    bands = list(bands)
+    assert shape == labels.shape
+    assert found.kind in "ui"
+    assert max(map(len, bands)) <= cells.BAND_ROWS
+    assert (np.concatenate(bands) == labels).all()
+
+
+def test_a_pyramid_is_read_at_full_size(tmp_path):
+    labels = np.random.default_rng(0).integers(0, 9, (150, 300)).astype(np.uint16)
+    with tifffile.TiffWriter(tmp_path / "cells.tif") as tiff:
+        tiff.write(labels, tile=(64, 64), subifds=1)
+        tiff.write(labels[::2, ::2], tile=(64, 64), subfiletype=1)
+    _, _, bands = cells.open_labels(tmp_path / "cells.tif")
+    assert (np.concatenate(list(bands)) == labels).all()
+
+
+# ----- outlines -----
+def coverage_of(*rings, grid=GRID, scale=1.0):
+    """Areas (rows, columns) in superpixels; rings are lists of (x, y), a hole if marked so."""
+    rings = [(np.array(points, float), hole) for points, hole in rings]
+    edges = cells.edges_of([Outline("", "", rings)], np.array([scale, scale]))
+    _, row, column, area = cells.coverage(*edges, 1)
+    image = np.zeros(grid)
+    np.add.at(image, (row, column), area)
+    return image, cells.moments(*edges, 1)
+
+
+def test_coverage_by_hand():
+    image, (area, centroid) = coverage_of(([(0.5, 0.5), (2.5, 0.5), (2.5, 1.5), (0.5, 1.5)], False))
+    assert image[:2, :3].tolist() == [[0.25, 0.5, 0.25]] * 2
+    assert image.sum() == area[0] == 2
+    assert centroid.tolist() == [[1.5, 1]]
+    triangle, _ = coverage_of(([(0, 0), (2, 2), (0, 2)], False))
+    assert triangle[:2, :2].tolist() == [[0.5, 0], [1, 0.5]]
+
+
+def test_a_hole_counts_out_whichever_way_it_runs():
+    outer, hole = [(1, 1), (5, 1), (5, 5), (1, 5)], [(2, 2), (3, 2), (3, 4), (2, 4)]
+    for a in (outer, outer[::-1]):
+        for b in (hole, hole[::-1]):
+            image, (area, _) = coverage_of((a, False), (b, True))
+            assert area[0] == 14
+            assert image.sum() == pytest.approx(14)
+            assert image[2:4, 2].tolist() == [0, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    centre=st.tuples(st.floats(3, 9), st.floats(3, 9)),
+    radii=st.lists(st.floats(0.05, 2.9), min_size=3, max_size=12),
+    turn=st.floats(0, 6.3),
+    snap=st.booleans(),
+)
+def test_coverage_is_that_of_fine_sampling(centre, radii, turn, snap):
+    angle = turn + np.arange(len(radii)) * 2 * np.pi / len(radii)  # a star: never crosses itself
+    points = np.array(centre) + np.array(radii)[:, None] * np.column_stack(
+        [np.cos(angle), np.sin(angle)]
+    )
+    if snap:
+        points = np.round(points)  # edges along the lines of the grid
+    image, (area, _) = coverage_of((points, False), grid=(12, 12))
+    n = 32
+    x, y = (np.arange(12 * n) + 0.5) / n, ((np.arange(12 * n) + 0.5) / n)[:, None]
+    inside = np.zeros((12 * n, 12 * n), int)
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+        if y0 == y1:
+            continue
+        crosses = (
+            (y >= min(y0, y1)) & (y < max(y0, y1)) & (x >= x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+        )
+        inside += crosses * (1 if y1 < y0 else -1)
+    sampled = np.clip(np.abs(inside), 0, 1).reshape(12, n, 12, n).mean((1, 3))
+    if snap:  # what was a star may cross itself now
+        return np.testing.assert_array_less(image, 1 + 1e-9)
+    length = np.linalg.norm(points - np.roll(points, -1, axis=0), axis=1).sum()
+    assert np.abs(image - sampled).max() < 0.12
+    assert abs(image.sum() - sampled.sum()) < 0.5 * length / n + 1e-3
+    assert image.sum() == pytest.approx(area[0], abs=1e-6)
+
+
+def feature(rings, kind="Polygon", **more):
+    return {"type": "Feature", "geometry": {"type": kind, "coordinates": rings}, **more}
+
+
+def box(left, top, right, bottom):
+    return [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+
+
+def write_geojson(path, features):
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def test_outlines_of_pixels_are_label_images(section, tmp_path):
+    """Boxes, a hole, and a cell of two parts: the same numbers by either way, in both frames."""
+    labels = np.zeros(RAW, np.uint16)
+    labels[10:30, 20:45] = 1
+    labels[15:20, 25:40] = 0
+    labels[60:75, 100:130] = 2
+    labels[80:95, 110:115] = 2
+    labels[140:150, 280:300] = 3
+    features = [
+        feature([box(20, 10, 45, 30), box(25, 15, 40, 20)]),
+        feature([[box(100, 60, 130, 75)], [box(110, 80, 115, 95)]], "MultiPolygon"),
+        feature([box(280, 140, 300, 150)]),
+    ]
+    tifffile.imwrite(tmp_path / "cells.tif", labels)
+    _, of_labels = run_cells(section, tmp_path / "cells.tif")
+    _, of_outlines = run_cells(section, write_geojson(tmp_path / "cells.geojson", features))
+    numbers = ["x", "y", "area_um2", "share_on_tissue"]
+    np.testing.assert_allclose(of_labels[numbers].astype(float), of_outlines[numbers].astype(float))
+    np.testing.assert_allclose(values(of_labels), values(of_outlines), rtol=1e-3)
+    assert float(of_labels.loc[3, "area_um2"]) == pytest.approx(
+        200 * SCALE[0] * SCALE[1] / 4, abs=0.01
+    )
+
+    scaled = [
+        feature([[[x * SCALE[1], y * SCALE[0]] for x, y in ring] for ring in part])
+        for part in (features[0]["geometry"]["coordinates"], features[2]["geometry"]["coordinates"])
+    ]
+    write_geojson(tmp_path / "he.json", scaled)
+    _, in_he = run_cells(section, tmp_path / "he.json", "--frame", "he")
+    np.testing.assert_allclose(values(in_he), values(of_outlines)[[0, 2]], rtol=1e-3)
+    np.testing.assert_allclose(
+        in_he[numbers].astype(float), of_outlines.iloc[[0, 2]][numbers].astype(float)
+    )
+
+
+def test_a_label_image_of_he_has_its_own_frame(section, tmp_path, capsys):
+    labels = np.zeros(SIZE, np.int32)
+    labels[32:48, 160:176] = 9
+    np.save(tmp_path / "cells.npy", labels)
+    code, table = run_cells(section, tmp_path / "cells.npy")
+    assert code == 0
+    assert "pixels of he\n" in capsys.readouterr().out
+    assert float(table.loc[9, "x"]) == pytest.approx(168 / SCALE[1], abs=0.01)
+    np.testing.assert_allclose(values(table)[0], read_maps(section)[2, 10], rtol=1e-3)
+    assert run_cells(section, tmp_path / "cells.npy", "--frame", "he-raw")[0] == 2
+    assert "expected 300 x 150 px (he-raw)" in capsys.readouterr().err
+
+
+# ----- sums -----
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 40))
+def test_cells_that_cover_all_hold_all(seed, n):
+    """By area, cells over the whole image have the map's sum; by cells, wherever there is one."""
+    rng = np.random.default_rng(seed)
+    seeds = rng.uniform(0, 1, (n, 2)) * RAW
+    row, col = np.mgrid[: RAW[0], : RAW[1]]
+    labels = 1 + ((row[..., None] - seeds[:, 0]) ** 2 + (col[..., None] - seeds[:, 1]) ** 2).argmin(
+        -1
+    )
+    scale = SIZE[0] / RAW[0], SIZE[1] / RAW[1]
+    image = rng.gamma(1, 1, GRID)
+    found = cells_of(labels, scale, GRID)
+    np.testing.assert_allclose(found.inside.sum(axis=0), 1, atol=1e-9)
+    assert (found.inside @ image.ravel()).sum() == pytest.approx(image.sum())
+    labels[rng.uniform(size=RAW) < 0.3] = 0
+    holes = cells_of(labels, scale, GRID)
+    shared = cells.share_out(holes.inside)
+    some = holes.inside.sum(axis=0) > 0
+    np.testing.assert_allclose(shared.sum(axis=0), some, atol=1e-9)
+    assert (shared @ image.ravel()).sum() == pytest.approx(image.ravel()[some].sum())
+
+
+def test_values_are_those_of_loops_over_pixels(section, tmp_path):
+    labels = np.random.default_rng(3).integers(0, 30, (15, 30)).astype(np.uint8)
+    labels = np.kron(labels, np.ones((10, 10), np.uint8))
+    tifffile.imwrite(tmp_path / "cells.tif", labels)
+    maps, areas = read_maps(section), areas_by_pixel(labels, SCALE, GRID)
+    tissue = np.isfinite(maps[..., 0])
+    _, table = run_cells(section, tmp_path / "cells.tif")
+    assert table.index.tolist() == sorted(areas)
+    for label, area in areas.items():
+        expected = (np.nan_to_num(maps) * area[..., None] / 256).sum((0, 1))
+        np.testing.assert_allclose(table.loc[label, GENES].astype(float), expected, rtol=1e-3)
+        on_tissue = area[tissue].sum() / area.sum()
+        assert float(table.loc[label, "share_on_tissue"]) == pytest.approx(on_tissue, abs=6e-4)
+    _, table = run_cells(section, tmp_path / "cells.tif", "--share", "cells")
+    whole = sum(areas.values())
+    for label, area in areas.items():
+        part = np.divide(area, whole, out=np.zeros(GRID), where=whole > 0)
+        expected = (np.nan_to_num(maps) * part[..., None]).sum((0, 1))
+        np.testing.assert_allclose(table.loc[label, GENES].astype(float), expected, rtol=1e-3)
+    record = json.loads((section / "cells.json").read_text())
+    assert record["share"] == "cells"
+    assert record["cells"] == len(areas)
+    covered = (whole > 0) & tissue
+    assert record["counts within cells"] == pytest.approx(
+        maps[covered].sum() / maps[tissue].sum(), abs=1e-4
+    )
+    assert record["inputs"]["cells.tif"]["sha256"] == utils.sha256(tmp_path / "cells.tif")
+
+
+def test_cells_off_the_tissue_have_no_counts(section, tmp_path, capsys):
+    labels = np.zeros(SIZE, np.uint8)
+    labels[16:32, 0:32] = 1  # off
+    labels[16:32, 40:56] = 2  # half
+    labels[16:32, 64:80] = 3  # on
+    np.save(tmp_path / "cells.npy", labels)
+    code, table = run_cells(section, tmp_path / "cells.npy")
+    assert code == 0
+    assert "1 of 3 cells are not on the tissue" in capsys.readouterr().out
+    assert table.loc[1, GENES].tolist() == ["", "", ""]
+    assert table["share_on_tissue"].astype(float).tolist() == [0, 0.5, 1]
+    maps = read_maps(section)
+    np.testing.assert_allclose(values(table)[1], maps[1, 3] / 2, rtol=1e-3)
+    Image.fromarray(np.pad(np.full((14, 24), 255, np.uint8), ((0, 0), (4, 0)))).save(
+        section / "mask.png"
+    )
+    _, table = run_cells(section, tmp_path / "cells.npy")
+    assert table["share_on_tissue"].astype(float).tolist() == [0, 0, 1]
+
+
+# ----- QuPath -----
+def test_qupath_cells_nuclei_and_classes(section, tmp_path, capsys):
+    body, nucleus = box(100, 60, 130, 90), box(110, 70, 120, 80)
+    some = {"objectType": "cell", "classification": {"name": "Tumor", "color": [1, 2, 3]}}
+    derived = {"objectType": "cell", "classification": {"names": ["Tumor", "Positive"]}}
+    features = [
+        feature([box(0, 0, 300, 150)], properties={"objectType": "annotation"}),
+        feature([body], id="uuid-1", properties=some,
+                nucleusGeometry={"type": "Polygon", "coordinates": [nucleus]}),
+        feature([box(200, 60, 230, 90)], id="uuid,2", properties=derived),
+        feature([box(250, 60, 260, 90)], properties={"objectType": "detection"}),
+    ]  # fmt: skip
+    path = write_geojson(tmp_path / "q.geojson", features)
+    _, table = run_cells(section, path)
+    assert "1 annotations and tiles are left out" in capsys.readouterr().out
+    assert table.index.tolist() == ["uuid-1", "uuid,2", "3"]
+    assert table["class"].tolist() == ["Tumor", "Tumor: Positive", ""]
+    assert float(table.iloc[0]["area_um2"]) == pytest.approx(
+        900 * SCALE[0] * SCALE[1] / 4, abs=0.01
+    )
+    _, table = run_cells(section, path, "--nuclei")
+    assert "2 of 3 objects have no nucleus" in capsys.readouterr().out
+    assert table.index.tolist() == ["uuid-1"]
+    assert float(table.iloc[0]["area_um2"]) == pytest.approx(
+        100 * SCALE[0] * SCALE[1] / 4, abs=0.01
+    )
+    assert float(table.iloc[0]["x"]) == pytest.approx(115)
+
+
+def test_a_bare_list_and_other_shapes(section, tmp_path, capsys):
+    line = {"type": "LineString", "coordinates": [[0, 0], [1, 1]]}
+    features = [feature([box(100, 60, 130, 90)]), {"type": "Feature", "geometry": line},
+                {"type": "Feature", "geometry": None, "properties": None}]  # fmt: skip
+    (tmp_path / "q.json").write_text(json.dumps(features))
+    code, table = run_cells(section, tmp_path / "q.json")
+    assert (code, len(table)) == (0, 1)
+    assert "2 of 3 objects are neither Polygon nor MultiPolygon" in capsys.readouterr().out
+
+
+def test_many_outlines_are_those_of_few(monkeypatch):
+    rng = np.random.default_rng(0)
+    outlines = [
+        Outline(str(i), "", [(rng.uniform(0, 40, 2) + rng.uniform(0, 9, (3, 2)), False)])
+        for i in range(25)
+    ]
+    frame = Frame("he", SIZE, (1.0, 1.0))
+    whole = cells.cells_of_outlines(outlines, frame, GRID, HERE)
+    monkeypatch.setattr(cells, "OUTLINES_AT_ONCE", 4)
+    parts = cells.cells_of_outlines(outlines, frame, GRID, HERE)
+    np.testing.assert_allclose(whole.inside.toarray(), parts.inside.toarray(), atol=1e-9)
+    np.testing.assert_allclose(whole.centroids, parts.centroids)
+    np.testing.assert_allclose(whole.inside.sum(axis=1) * 256, whole.area, atol=1e-6)
+
+
+def test_what_lies_off_the_map_is_cut_off():
+    outlines = [Outline("1", "", [(np.array(box(-32, -32, 32, 16), float), False)])]
+    found = cells.cells_of_outlines(outlines, Frame("he", SIZE, (1.0, 1.0)), GRID, HERE)
+    assert found.area[0] == 64 * 48
+    assert found.inside.toarray().reshape(GRID)[0, :2].tolist() == [1, 1]
+    assert found.inside.sum() == 2
+
+
+# ----- files and messages -----
+def test_the_same_cells_give_the_same_bytes(section, tmp_path):
+    labels = np.zeros(RAW, np.uint8)
+    labels[50:60, 100:160] = 1
+    tifffile.imwrite(tmp_path / "cells.tif", labels)
+    run_cells(section, tmp_path / "cells.tif")
+    first = (section / "cells.csv.gz").read_bytes()
+    run_cells(section, tmp_path / "cells.tif")
+    assert (section / "cells.csv.gz").read_bytes() == first
+    text = gzip.decompress(first).decode()
+    assert text.splitlines()[0] == 'cell,x,y,area_um2,share_on_tissue,class,A,"B,1",NA'
+
+
+BAD_LABELS = {
+    "size": (np.ones((100, 300), np.uint8), "300 x 100 px; expected 300 x 150 px (he-raw) or"),
+    "negative": (np.full(RAW, -1, np.int16), "holds the label -1"),
+    "huge": (np.full(RAW, 2**40, np.int64), f"holds the label {2**40}"),
+    "fractions": (np.ones(RAW, np.float32), "is float32 (150, 300); expected one whole number"),
+    "yes or no": (np.ones(RAW, bool), "is bool (150, 300); expected one whole number"),
+    "colours": (np.ones((*RAW, 3), np.uint8), "(150, 300, 3); expected one whole number"),
+    "nothing": (np.zeros(RAW, np.uint8), "holds no cell"),
+    "off the tissue": (np.eye(*RAW, k=0, dtype=np.uint8) * (np.arange(300) < 20).astype(np.uint8),
+                       "none of them on the tissue"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_bad_labels(section, tmp_path, case, capsys):
+    labels, message = BAD_LABELS[case]
+    np.save(tmp_path / "cells.npy", labels)
+    assert run_cells(section, tmp_path / "cells.npy")[0] == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (section / "cells.csv.gz").exists()
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png", ".npy"])
+def test_damaged_labels(section, tmp_path, suffix, capsys):
+    path = tmp_path / f"cells{suffix}"
+    path.write_bytes(b"\x89PNG\r\n not an image" * 40)
+    assert run_cells(section, path)[0] == 2
+    assert "is not a readable label image" in capsys.readouterr().err
+
+
+def test_a_cut_off_tiff(section, tmp_path, capsys):
+    labels = np.random.default_rng(0).integers(0, 2000, RAW).astype(np.uint16)
+    path = tmp_path / "cells.tif"
+    tifffile.imwrite(path, labels, compression="zlib", rowsperstrip=16)
+    path.write_bytes(path.read_bytes()[:-30000])
+    assert run_cells(section, path)[0] == 2
+    assert "is not a readable label image" in capsys.readouterr().err
+
+
+def test_pickles_are_not_opened(section, tmp_path, capsys):
+    np.save(tmp_path / "cells_seg.npy", {"masks": np.ones(RAW, int)}, allow_pickle=True)
+    assert run_cells(section, tmp_path / "cells_seg.npy")[0] == 2
+    assert "is not a readable label image" in capsys.readouterr().err
+
+
+BAD_OUTLINES = {
+    "no json": ("{", "is not GeoJSON"),
+    "no features": ('{"type": "FeatureCollection"}', "holds no list of features"),
+    "a number": ("3", "holds no list of features"),
+    "numbers": ("[1, 2]", "holds features that are no objects"),
+    "empty": ('{"features": []}', "holds no outline of a cell"),
+    "no coordinates": ('[{"geometry": {"type": "Polygon"}}]', "damaged outline, number 1"),
+    "text": (json.dumps([feature([[["a", 1], [2, 3], [4, 5]]])]), "damaged outline, number 1"),
+    "two points": (json.dumps([feature([[[1, 1], [2, 3]]])]), "a ring of shape (2, 2)"),
+    "ragged": (json.dumps([feature([[[1, 1], [2, 3], [4]]])]), "damaged outline, number 1"),
+    "not finite": (json.dumps([feature([[[1, 1], [2, 3], [float("nan"), 1]]])]), "not finite"),
+    "flat": (json.dumps([feature([1, 2])]), "damaged outline, number 1"),
+    "a geometry that is text": ('[{"geometry": "x"}]', "damaged outline, number 1"),
+    "another image": (json.dumps([feature([box(5000, 10, 5010, 20)])]), "far outside of the image"),
+    "off": (json.dumps([feature([box(1, 1, 3, 3)])]), "none of them on the tissue"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_OUTLINES)
+def test_bad_outlines(section, tmp_path, case, capsys):
+    text, message = BAD_OUTLINES[case]
+    (tmp_path / "cells.geojson").write_text(text)
+    assert run_cells(section, tmp_path / "cells.geojson")[0] == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_errors(section, tmp_path, capsys):
+    assert run_cells(section, tmp_path / "none.tif")[0] == 2
+    assert "is missing" in capsys.readouterr().err
+    np.save(tmp_path / "cells.npy", np.ones(RAW, int))
+    assert run_cells(section, tmp_path / "cells.npy", "--nuclei")[0] == 2
+    assert "--nuclei is for GeoJSON" in capsys.readouterr().err
+    record = json.loads((section / "image_calibration.json").read_text())
+    del record["raw_size"]
+    (section / "image_calibration.json").write_text(json.dumps(record))
+    assert run_cells(section, tmp_path / "cells.npy")[0] == 2
+    assert "does not tell the sizes" in capsys.readouterr().err
