@@ -3,6 +3,7 @@
     python benchmarks/scaling.py --keep FOLDER                   up to a slide of 11 mm, for hours
     python benchmarks/scaling.py --keep FOLDER --sizes small --output small.md         for minutes
     python benchmarks/scaling.py --keep FOLDER --stages Histology_Extractor --sizes 21952
+    python benchmarks/scaling.py --keep FOLDER --sizes middle --before CHECKOUT     before and after
     python benchmarks/scaling.py --keep FOLDER --section-mm 11   only write the files of a section
 
 Inputs are synthesised: H&E with nuclei, fibres and noise, which costs a codec what a scan costs it;
@@ -16,6 +17,9 @@ In the same run, right after the stage: the plain way and the limit of the machi
 the table, in processes of their own that are timed without their imports. A growth exponent is the
 slope of a line through log time against log size, by least squares; of the seconds as they are,
 and of what they exceed the start-up of the script (--help) by.
+
+--before names another checkout of this repository, such as a worktree of an earlier commit, whose
+scripts then run on the same inputs right after ours, for a table of its own.
 
 Every (stage, size) leaves a result in --keep, by which a run that was cut off goes on; it holds as
 long as the script and utils.py stay as they are. The table shows all that hold. Inputs are removed
@@ -305,8 +309,8 @@ def in_child(work: Callable, *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def script_command(script: str, folder: Path, *options: str) -> list[str]:
-    return [sys.executable, str(ROOT / script), "--directory", str(folder), *options]
+def script_command(root: Path | str, script: str, folder: Path, *options: str) -> list[str]:
+    return [sys.executable, str(Path(root) / script), "--directory", str(folder), *options]
 
 
 def run_process(command: list[str], log: Path) -> Facts:
@@ -320,13 +324,15 @@ def run_process(command: list[str], log: Path) -> Facts:
 
 
 def run_script(case: Case, folder: Path, log: Path, options: Facts) -> Facts:
-    return run_process(script_command(case.script, folder, *case.options), log)
+    return run_process(script_command(options["root"], case.script, folder, *case.options), log)
 
 
 def run_extractor(case: Case, folder: Path, log: Path, options: Facts) -> Facts:
     """Beside the usual: the tiles run through the network, and the seconds of the loop over them,
     which the script prints."""
     facts = run_script(case, folder, log, options)
+    if options["root"] != str(ROOT):
+        return facts
     said = re.findall(r"(\d+) tiles in ([\d.]+) s", log.read_text(encoding="utf-8"))
     if not said:
         raise SystemExit(f"{log} does not tell the number of tiles; see {case.script}")
@@ -339,8 +345,9 @@ def run_extractor(case: Case, folder: Path, log: Path, options: Facts) -> Facts:
 def histex_command(folder: Path, options: Facts) -> list[str]:
     epochs, states = str(options["epochs"]), str(options["states"])
     return script_command(
-        utils.HISTEX, folder, "--epochs", epochs, "--n-states", states, "--device", "cpu"
-    )
+        options["root"], utils.HISTEX, folder,
+        "--epochs", epochs, "--n-states", states, "--device", "cpu",
+    )  # fmt: skip
 
 
 def state_files(folder: Path, options: Facts) -> list[Path]:
@@ -375,7 +382,7 @@ def run_training(case: Case, folder: Path, log: Path, options: Facts) -> Facts:
 def run_prediction(case: Case, folder: Path, log: Path, options: Facts) -> Facts:
     """With states that lie on the disk, trained here first if need be."""
     done = state_files(folder, options)
-    if not all(path.exists() for path in done):
+    if options["root"] != str(ROOT) or not all(path.exists() for path in done):
         run_training(case, folder, log, options)
     before = [path.stat().st_mtime_ns for path in done]
     facts = run_process(histex_command(folder, options), log)
@@ -555,7 +562,8 @@ def count_products(folder: Path) -> Facts:
 
     folder.mkdir(parents=True)
     make_map(folder, PRODUCTS_SIDE)
-    argv = [*histex_command(folder, {"epochs": 1, "states": 1})[2:], "--n-plots", "0"]
+    options = {"root": str(ROOT), "epochs": 1, "states": 1}
+    argv = [*histex_command(folder, options)[2:], "--n-plots", "0"]
 
     def run() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -774,12 +782,14 @@ def measure(name: str, size: int, options: Facts, repeat: int, keep: Path) -> Fa
         with working_folder(keep / f"{name}-once") as folder:
             path = keep / "results" / f"once-{case.once.__name__}-{digest(case.script)}.json"
             once = kept(path, lambda: in_child(case.once, folder / "section"))
+    ours, other = {**options, "root": str(ROOT)}, {**options, "root": options["before"]}
     with working_folder(keep / f"{name}-{size}") as folder:
         in_child(case.make, folder, size)
         for _ in range(repeat):
-            stage = case.run(case, folder, log, options)
+            stage = case.run(case, folder, log, ours)
             limit = in_child(case.limit[1], folder, size, {**stage, **once})
             runs.append([stage, limit, run_plain(case, folder, size, stage)])
+        before = [case.run(case, folder, log, other) for _ in range(repeat) if options["before"]]
     stages, limits, plains = zip(*runs, strict=True)
     states = "" if "states" not in stages[0] else f", {options['states']} state"
     return {
@@ -791,21 +801,27 @@ def measure(name: str, size: int, options: Facts, repeat: int, keep: Path) -> Fa
         "stage": middle(stages),
         "limit": middle(limits),
         "plain": plains[0] and middle(plains),
+        "before": before and middle(before),
     }
 
 
 def result_path(name: str, size: int, args: argparse.Namespace) -> Path:
     variant = f"{args.states}x{args.epochs}-" if CASES[name].script == utils.HISTEX else ""
+    variant += "before-" if args.before else ""
     code = digest(CASES[name].script)
     return args.keep / "results" / f"{name}-{size}-{variant}{args.repeat}-{code}.json"
 
 
-def read_results(keep: Path) -> dict[str, list[Facts]]:
-    """All results that hold, by label, in the order of the cases and of size."""
+def read_results(keep: Path, before: bool = False) -> dict[str, list[Facts]]:
+    """All results that hold, by label, in the order of the cases and of size.
+
+    ``before`` chooses those with another checkout beside ours, else those without.
+    """
     found: dict[str, list[Facts]] = {}
     for name, case in CASES.items():
         paths = (keep / "results").glob(f"{name}-*-{digest(case.script)}.json")
         results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        results = [result for result in results if bool(result.get("before")) == before]
         for result in sorted(results, key=lambda result: (result["label"], result["size"])):
             found.setdefault(result["label"], []).append(result)
     return found
@@ -869,6 +885,26 @@ def table(results: dict[str, list[Facts]]) -> list[str]:
     return lines
 
 
+def before_and_after(results: dict[str, list[Facts]]) -> list[str]:
+    """A table of what another checkout took for the same; nothing if none was measured."""
+    if not results:
+        return []
+    lines = [
+        "", "Before (the checkout that the command names) and now, on the same inputs, in the same "
+        "run:", "",
+        "| stage | size | seconds before | now | CPU seconds before | now | peak GB before | now |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for label, rows in results.items():
+        for row in rows:
+            cells = [label, f"{row['size']:,} {CASES[row['name']].unit}"]
+            for key in ("seconds", "cpu", "gb"):
+                then, now = row["before"][key], row["stage"][key]
+                cells += [f"{then:,.2f}", f"{now:,.2f} ({now / then:.2g}x)"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def exponents(results: dict[str, list[Facts]]) -> list[str]:
     lines = [
         "| stage | against | seconds | seconds beyond start-up | peak memory | start-up (s) |",
@@ -909,7 +945,12 @@ def legend(results: dict[str, list[Facts]]) -> list[str]:
     return lines
 
 
-def report(results: dict[str, list[Facts]], commands: list[str], picture: str) -> str:
+def report(
+    results: dict[str, list[Facts]],
+    changed: dict[str, list[Facts]],
+    commands: list[str],
+    picture: str,
+) -> str:
     from benchmarks.accuracy import commit
 
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
@@ -923,7 +964,7 @@ def report(results: dict[str, list[Facts]], commands: list[str], picture: str) -
         "",
         *table(results),
         "",
-        f"![Seconds and peak memory against size]({picture})",
+        f"![Seconds and peak memory against size]({picture})" if results else "",
         "",
         "Growth exponents (1: in proportion to the size):",
         "",
@@ -932,6 +973,7 @@ def report(results: dict[str, list[Facts]], commands: list[str], picture: str) -
         "Plain ways and limits:",
         "",
         *legend(results),
+        *before_and_after(changed),
         "",
         "Run:",
         "",
@@ -972,14 +1014,16 @@ def draw(results: dict[str, list[Facts]], path: Path) -> None:
 # the command
 # --------------------------------------------------------------------------------------------------
 def sizes_of(case: Case, words: list[str]) -> tuple[int, ...]:
+    if words == ["middle"]:
+        return case.full[-2:-1]
     if words in (["small"], ["full"]):
         return getattr(case, words[0])
     return tuple(map(int, words))
 
 
 def size(text: str) -> str:
-    """argparse type: small, full or a whole number."""
-    if text not in ("small", "full"):
+    """argparse type: small, middle, full or a whole number."""
+    if text not in ("small", "middle", "full"):
         utils.positive(text)
     return text
 
@@ -994,12 +1038,14 @@ def build_parser() -> argparse.ArgumentParser:
            help="Folder for results, by which a later run goes on, and for inputs.")  # fmt: skip
     option("--stages", nargs="+", choices=list(CASES), default=list(CASES), help="What to measure.")
     option("--sizes", nargs="+", type=size, default=["full"],
-           help="small, full, or numbers in the unit of the stage's sizes.")  # fmt: skip
+           help="small, full, middle (last but one of full), or numbers.")  # fmt: skip
     option("--repeat", type=utils.positive, default=1, help="Runs, of which the median is kept.")
     option("--epochs", type=utils.positive, default=2, help="Epochs of HISTEX.py.")
     option("--states", type=utils.positive, default=1, help="States of HISTEX.py.")
     option("--output", type=Path, default=ROOT / "benchmarks" / "SCALING.md",
            help="The table, in Markdown; the plot is put beside it.")  # fmt: skip
+    option("--before", type=Path, metavar="CHECKOUT",
+           help="Another checkout, whose scripts are measured as well.")  # fmt: skip
     option("--section-mm", type=float, metavar="MM",
            help="Only write the user's files of a section so wide into --keep.")  # fmt: skip
     return parser
@@ -1012,7 +1058,9 @@ def main(argv: list[str] | None = None) -> int:
         in_child(write_section, args.keep, args.section_mm)
         print(f"wrote the files of a section of {args.section_mm:g} mm into {args.keep}")
         return 0
-    options = {"epochs": args.epochs, "states": args.states}
+    options = {"epochs": args.epochs, "states": args.states, "before": None}
+    if args.before:
+        options["before"] = str(args.before.resolve(strict=True))
     for name in args.stages:
         for number in sizes_of(CASES[name], args.sizes):
             result = kept(
@@ -1029,13 +1077,15 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
     typed = sys.argv[1:] if argv is None else argv
-    results = read_results(args.keep)
+    results, changed = read_results(args.keep), read_results(args.keep, before=True)
     picture = args.output.with_name(f"{args.output.stem.lower()}.png")
-    draw(results, picture)
+    if results:
+        draw(results, picture)
     with utils.atomic(args.output) as partial:
         command = shlex.join(["python", "benchmarks/scaling.py", *typed])
-        partial.write_text(report(results, [command], picture.name), encoding="utf-8")
-    print(f"wrote {args.output} and {picture.name}")
+        text = report(results, changed, [command], picture.name)
+        partial.write_text(text, encoding="utf-8")
+    print(f"wrote {args.output}" + (f" and {picture.name}" if results else ""))
     return 0
 
 

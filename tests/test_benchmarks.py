@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PIPELINE, run
+from conftest import PIPELINE, ROOT, run
 
 import utils
 from benchmarks import kills, scaling
+
+SLOW = "import time\n\ntime.sleep(2)"
 
 
 # ----- scaling -----
@@ -48,6 +50,36 @@ def test_the_table_tells_seconds_and_ratios():
     # pixels grow 16-fold, seconds 4-fold, and beyond the start-up 5-fold
     slopes = scaling.exponents(rows)[-1]
     assert f"| 0.50 | {math.log(5) / math.log(16):.2f} |" in slopes
+
+
+def test_before_and_after_are_told_apart():
+    row = {**result(2, 0.5), "before": {"seconds": 8.0, "cpu": 4.0, "gb": 1.0}}
+    lines = scaling.before_and_after({"image_calibration": [row]})
+    assert "| 8.00 | 2.00 (0.25x) | 4.00 | 2.00 (0.5x) | 1.00 | 0.50 (0.5x) |" in lines[-1]
+    assert scaling.before_and_after({}) == []
+
+
+def test_another_checkout_is_measured_on_the_same_inputs(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("get_HR.py", "utils.py"):
+        shutil.copy(ROOT / name, other / name)
+    # one that takes a second longer
+    (other / "get_HR.py").write_text(
+        (ROOT / "get_HR.py")
+        .read_text(encoding="utf-8")
+        .replace(
+            "from __future__ import annotations", "from __future__ import annotations\n" + SLOW, 1
+        ),
+        encoding="utf-8",
+    )
+    command = ["--keep", str(tmp_path), "--stages", "get_HR", "--sizes", "40"]
+    command += ["--output", str(tmp_path / "S.md")]
+    assert scaling.main([*command, "--before", str(other)]) == 0
+    found = scaling.read_results(tmp_path, before=True)["get_HR"][0]
+    assert found["before"]["seconds"] > found["stage"]["seconds"] + 1
+    assert scaling.read_results(tmp_path) == {}
+    assert "| seconds before | now |" in (tmp_path / "S.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["get_HR", "masking_non_tissue"])
