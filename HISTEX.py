@@ -890,8 +890,8 @@ class HistologyRows:
 
     def __init__(self, runs: list[Run], section: Section, centres: np.ndarray, device) -> None:
         self.runs, self.section, self.device = runs, section, device
-        self.top, self.rows = -sys.maxsize, [torch.empty(0)] * len(runs)
         self.margin = margin = 2 * section.half
+        self.top, self.rows = -2 * margin - 2, [torch.empty(0)] * len(runs)  # none yet
         self.reached = np.pad(np.zeros_like(section.tissue), margin)  # by any patch
         for row, col in zip(*(x.T for x in section.patches(centres)), strict=True):
             self.reached[row + margin, col + margin] = True

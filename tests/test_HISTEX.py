@@ -536,9 +536,10 @@ def test_the_middle_of_the_states_is_the_median_of_numpy(n_states):
     np.testing.assert_allclose(got, np.median(maps, axis=0), rtol=1e-6)
 
 
-def test_rows_without_tissue_are_not_computed(monkeypatch):
+@pytest.mark.parametrize(("first", "middles"), [(12, (10, 30)), (26, (25, 40))])
+def test_rows_without_tissue_are_not_computed(first, middles, monkeypatch):
     tissue = np.zeros(SHAPE, bool)
-    tissue[12:30] = True
+    tissue[first : middles[1]] = True
     section = make_section(tissue=tissue)
     network = randomise(HISTEX.Network(section, np.arange(16)))
     original, embedded, read = HISTEX.Network.embed, [], []
@@ -550,10 +551,11 @@ def test_rows_without_tissue_are_not_computed(monkeypatch):
         utils, "some_rows", lambda x, a, b: read.extend(range(a, b)) or some_rows(x, a, b)
     )
     predict([network], section)
-    # patches are 9 x 9, 5 apart: the middles at 10 to 30 (15 to 45 across) reach rows 12 to 29
-    assert sum(embedded) == (30 + 4 - (10 - 4) + 1) * (45 + 4 + 1 + 4)
-    assert min(read) == 10 - 4 - network.halo
-    assert max(read) == 30 + 4 + network.halo
+    # patches are 9 x 9, 5 apart, with middles at 0, 5, ...: these rows of patches reach the tissue
+    top, bottom = middles[0] - 4, middles[1] + 4
+    assert sum(embedded) == (bottom - top + 1) * (45 + 4 + 1 + 4)
+    assert min(read) == max(top - network.halo, 0)
+    assert max(read) == min(bottom + network.halo, SHAPE[0] - 1)
 
 
 def test_maps_are_the_median_of_the_states(monkeypatch):
