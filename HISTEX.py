@@ -113,6 +113,7 @@ MIN_SPOTS = 4
 CHECKPOINT_SECONDS = 30.0
 GENES_BYTES = 400_000_000  # memory for the maps of the genes that are decoded at a time
 PREDICT_BATCH = 64  # patches
+STRIP = 64  # columns embedded at a time; small enough for memory that is free already
 DECODE_COUNTS = 500_000  # superpixels times genes decoded at a time; they stay in a CPU's cache
 POINTS_AT_A_TIME, PLACES_AT_A_TIME = 4096, 200_000  # HR points embedded; superpixels looked up
 DROPOUT_PASSES = 4  # of each state, for the uncertainty of the maps
@@ -896,33 +897,44 @@ class HistologyRows:
         for row, col in zip(*(x.T for x in section.patches(centres)), strict=True):
             self.reached[row + margin, col + margin] = True
 
-    def tokens(self, top: int, bottom: int, margin: int) -> Tensor:
-        """(1, bottom - top, w + 2 margin, F)."""
-        h, w = self.section.tissue.shape
-        rows = np.arange(top, bottom).clip(0, h - 1)
-        columns = np.arange(-margin, w + margin).clip(0, w - 1)
-        block = utils.some_rows(self.section.tokens, rows[0], rows[-1] + 1)
-        block = block[rows - rows[0]][:, columns]
-        return to_device(block, self.device).float()[None]
-
     def at(self, top: int, seed: int) -> list[Tensor]:
         """The rows from ``top`` on, (2 half + 1, w + 2 margins, D) of each run."""
-        network, margin, side = self.runs[0].network, self.margin, 2 * self.section.half + 1
-        halo, kept = network.halo, max(self.top + side - top, 0)
-        fresh, bottom = top + kept, top + side
-        # All networks see alike, for tokens are standardised by the section
-        views = network.see(self.tokens(fresh - halo, bottom + halo, margin + halo))[0]
-        inside = to_device(self.reached[fresh + margin : bottom + margin], self.device)
-        views = views[inside][None]
-        for number, run in enumerate(self.runs):
-            embedded = run.enter(seed, number).embed(views)[0]
-            rows = embedded.new_zeros(*inside.shape, embedded.shape[-1])
-            rows[inside] = embedded
-            if kept:
-                rows = torch.cat([self.rows[number][-kept:], rows])
-            self.rows[number] = rows
+        side = 2 * self.section.half + 1
+        kept = max(self.top + side - top, 0)
+        fresh = zip(*self.strips(top + kept, top + side, seed), strict=True)
+        for number, strips in enumerate(fresh):
+            rows = torch.cat(strips, dim=1)
+            self.rows[number] = torch.cat([self.rows[number][-kept:], rows]) if kept else rows
         self.top = top
         return self.rows
+
+    def strips(self, top: int, bottom: int, seed: int) -> Iterator[list[Tensor]]:
+        """The rows top..bottom from left to right in strips, (rows, columns, D) of each run."""
+        h, w = self.section.tissue.shape
+        network, margin = self.runs[0].network, self.margin
+        halo, width = network.halo, w + 2 * margin
+        inside = to_device(self.reached[top + margin : bottom + margin], self.device)
+        rows = np.arange(top - halo, bottom + halo).clip(0, h - 1)
+        block = utils.some_rows(self.section.tokens, rows[0], rows[-1] + 1)
+        for left in range(0, width, STRIP):
+            right = min(left + STRIP, width)
+            columns = np.arange(left - halo, right + halo) - margin
+            tokens = block[np.ix_(rows - rows[0], columns.clip(0, w - 1))]
+            # All networks see alike, for tokens are standardised by the section
+            views = network.see(to_device(tokens, self.device).float()[None])[0]
+            yield self.embed(views, inside[:, left:right], seed)
+
+    def embed(self, views: Tensor, inside: Tensor, seed: int) -> list[Tensor]:
+        """Embed the views (rows, columns, 3 F) that are inside; 0 elsewhere."""
+        if inside.all():
+            return [run.enter(seed, n).embed(views[None])[0] for n, run in enumerate(self.runs)]
+        views, strips = views[inside][None], []
+        for number, run in enumerate(self.runs):
+            embedded = run.enter(seed, number).embed(views)[0]
+            strip = embedded.new_zeros(*inside.shape, embedded.shape[-1])
+            strip[inside] = embedded
+            strips.append(strip)
+        return strips
 
 
 def embed_points(runs: list[Run], section: Section, seed: int, device) -> list[Tensor]:
@@ -1015,6 +1027,10 @@ class Prediction:
         if networks[0].interpolates:
             self.near, self.distance2 = nearest_points(section.points, self.places, section.context)
         self.anchors = find_anchors(section, self.places) if args.preset == "default" else None
+        # Maps and then spread, as decoded and turned: to get it anew for each part takes long
+        n_genes = max(part.stop - part.start for part in self.blocks())
+        n_arrays = 4 if self.runs[-1].dropout else 2
+        self.memory = np.empty((n_arrays, n_genes * len(self.places)), np.float32)
 
     def blocks(self) -> list[slice]:
         """The genes in parts whose maps fit the memory, all about equal."""
@@ -1025,10 +1041,14 @@ class Prediction:
         return [slice(*pair) for pair in itertools.pairwise(edges)]
 
     def maps(self, genes: slice) -> tuple[np.ndarray, np.ndarray | None]:
-        """Median of the networks, anchored, (G', M), and its relative spread (G', M) or None."""
+        """Median of the networks, anchored, (G', M), and its relative spread (G', M) or None.
+
+        They are there until the next call, which uses their memory again.
+        """
         n, n_genes = len(self.places), genes.stop - genes.start
-        maps = np.empty((n, n_genes), np.float32)
-        spread = np.empty_like(maps) if self.runs[-1].dropout else None
+        memory = [row[: n * n_genes] for row in self.memory]
+        maps = memory[0].reshape(n, n_genes)
+        spread = memory[2].reshape(n, n_genes) if len(memory) > 2 else None
         expression = np.ascontiguousarray(self.section.expression[:, genes])
         expression = to_device(expression, self.device)
         batches = Batches(max(1, DECODE_COUNTS // n_genes))
@@ -1041,7 +1061,10 @@ class Prediction:
                     spread[part] = shares.cpu()
         if self.anchors is not None:
             anchor_to_spots(maps, self.section.counts[self.section.usable, genes], self.anchors)
-        return turn(maps), None if spread is None else turn(spread)
+        turned = cv2.transpose(maps, memory[1].reshape(n_genes, n))
+        if spread is None:
+            return turned, None
+        return turned, cv2.transpose(spread, memory[3].reshape(n_genes, n))
 
     def decode(self, part: slice, genes: slice, expression: Tensor):
         """Median (M', G') and relative spread of some superpixels and genes."""
@@ -1075,11 +1098,6 @@ def nearest_points(points: np.ndarray, places: np.ndarray, k: int):
         distance, near[part] = tree.query(places[part] + 0.5, np.arange(1, k + 1), workers=-1)
         distance2[part] = distance**2
     return near, distance2
-
-
-def turn(array: np.ndarray) -> np.ndarray:
-    """The transpose, in its own order in memory; far faster by torch than by numpy."""
-    return torch.from_numpy(array).T.contiguous().numpy()
 
 
 def weighted_sums(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
