@@ -225,6 +225,7 @@ def read_labels(sample: Sample, stem: str) -> tuple[np.ndarray, list[str]] | Non
 
     A file that does not fit the maps is left out with a warning. Names are those of the column
     ``name`` of the table beside it, if that has a row per label in their order, else the numbers.
+    A label of the table may have no superpixel.
     """
     path = sample.stage.directory / f"{stem}.npy"
     if not path.is_file():
@@ -241,12 +242,13 @@ def read_labels(sample: Sample, stem: str) -> tuple[np.ndarray, list[str]] | Non
             f"from 0 to {MOST_LABELS} {sample.tissue.shape}"
         )
         return None
-    numbers = [str(i) for i in range(1, int(labels.max()) + 1)]
-    return labels, label_names(sample.stage, path.with_suffix(".csv"), numbers) or numbers
+    n = int(labels.max())
+    names = label_names(sample.stage, path.with_suffix(".csv"), n)
+    return labels, names or [str(i) for i in range(1, n + 1)]
 
 
-def label_names(stage: utils.Stage, path: Path, numbers: list[str]) -> list[str] | None:
-    """The column ``name`` of a table with a row per label, in their order; None without one."""
+def label_names(stage: utils.Stage, path: Path, n: int) -> list[str] | None:
+    """The column ``name`` of a table with a row for each of at least n labels; None without one."""
     if not path.is_file():
         return None
     try:
@@ -257,9 +259,10 @@ def label_names(stage: utils.Stage, path: Path, numbers: list[str]) -> list[str]
     if "name" not in table:
         return None
     names = table["name"].tolist()
+    numbers = [str(i) for i in range(1, len(names) + 1)]
     ordered = all(table[c].tolist() == numbers for c in NUMBER_COLUMNS if c in table)
-    if len(names) != len(numbers) or len(set(names)) != len(names) or not ordered:
-        stage.warn(f"{path.name} is left out: it does not name the labels 1 to {len(numbers)}")
+    if len(names) < n or len(set(names)) != len(names) or not ordered:
+        stage.warn(f"{path.name} is left out: it does not name the labels 1 to {n}")
         return None
     return names
 

@@ -312,6 +312,15 @@ def test_names_that_do_not_fit_the_labels_leave_their_numbers(section, capsys, t
     assert ("warning: segments.csv is left out" in capsys.readouterr().out) == warned
 
 
+def test_a_label_of_the_table_may_have_no_superpixel(section):
+    """As that of the unclassified, where everything is classified."""
+    np.save(section.directory / "annotation.npy", np.ones(GRID, np.uint8))
+    (section.directory / "annotation.csv").write_text("label,name\n1,fat\n2,unclassified\n")
+    with h5py.File(exported(section, "h5ad", "--genes", "KRT8")) as file:
+        assert text(file["obs/annotation/categories"]) == ["fat", "unclassified"]
+        assert (file["obs/annotation/codes"][:] == 0).all()
+
+
 def test_a_damaged_label_file_is_left_out(section, capsys):
     (section.directory / "segments.npy").write_bytes(b"\x93NUMPY")
     exported(section, "h5ad", "--genes", "KRT8")
