@@ -7,6 +7,7 @@ are in superpixels of 8 um, (row, column), unless they say um.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -21,11 +22,12 @@ from scipy.special import comb
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis.page import region_colours
-from analysis.reading import TRUTH, read_mask
+from analysis.reading import TRUTH
 
 SUPERPIXEL_MM2 = (utils.SUPERPIXEL_UM / 1000) ** 2
 SCALE_BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
 LEGEND_ROWS = 24  # names in one column beside the picture
+LETTER_INCHES = 0.085  # width of a letter in them
 
 
 # --------------------------------------------------------------------------------------------------
@@ -34,8 +36,8 @@ LEGEND_ROWS = 24  # names in one column beside the picture
 def tissue_of(stage: utils.Stage, known: np.ndarray) -> np.ndarray:
     """Where a map is ``known`` (rows, columns) and mask.png, if there is one, says tissue."""
     tissue = known
-    if (stage.directory / utils.MASK.name).is_file():
-        tissue = known & read_mask(stage.directory, known.shape)
+    if stage.optional(utils.MASK) is not None:
+        tissue = known & utils.read_mask(stage, known.shape)
     if not tissue.any():
         raise stage.error(
             stage.directory / utils.MASK.name, "and the maps have no superpixel in common."
@@ -138,7 +140,7 @@ def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.nd
     """``regions`` (rows, columns) of truth.npz, 0 for none, cut or padded; ``region_names``."""
     path = stage.directory / TRUTH
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             found, names = saved["regions"], saved["region_names"].tolist()
     except Exception as error:  # damaged bytes can raise nearly anything
         raise utils.StageError(
@@ -151,6 +153,7 @@ def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.nd
             f"{path}: regions are {found.dtype} {found.shape} for {len(names)} names.",
             "Expected whole numbers (rows, columns), each with a name.",
         )
+    stage.inputs[path.name] = utils.fingerprint(path)
     regions = np.zeros(shape, np.int64)
     rows, columns = (min(n) for n in zip(shape, found.shape, strict=True))
     regions[:rows, :columns] = found[:rows, :columns]
@@ -160,8 +163,16 @@ def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.nd
 # --------------------------------------------------------------------------------------------------
 # pictures and files
 # --------------------------------------------------------------------------------------------------
-def check_matplotlib() -> None:
+def check_output(stage: utils.Stage) -> None:
     """Before any work, not after it."""
+    folder = stage.args.output
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise utils.StageError(
+            f"--output {folder} is a file; it must be a folder.",
+            f"Name another one, or leave --output out for {stage.directory}.",
+        )
+    if stage.args.no_plot:
+        return
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -177,7 +188,7 @@ def add_scale_bar(ax, shape: tuple[int, int]) -> None:
     um = min(SCALE_BARS_UM, key=lambda length: abs(length - wanted))
     y, width = shape[0] * 1.02, um / utils.SUPERPIXEL_UM
     ax.plot([0, width], [y, y], color="black", lw=3, solid_capstyle="butt", clip_on=False)
-    text = f"{um} um" if um < 1000 else f"{um // 1000} mm"
+    text = f"{um} µm" if um < 1000 else f"{um // 1000} mm"
     ax.text(width / 2, shape[0] * 1.035, text, ha="center", va="top", fontsize=9)
 
 
@@ -214,8 +225,11 @@ def draw_labels(
     palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours], np.uint8)
     panels = (rgb is not None) + 1 + (extra is not None)
     height = 6.0 * labels.shape[0] / labels.shape[1] + 1.0  # inches
-    figure = Figure(figsize=(6.2 * panels + 2.2, max(height, 3.5)), layout="constrained", dpi=110)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    columns = -(-len(names) // LEGEND_ROWS)
+    beside = columns * (1.6 + LETTER_INCHES * max(map(len, names)))
+    size = (6.2 * panels + beside, max(height, 3.5))
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    axes = list(figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0])
     if rgb is not None:
         ax = axes.pop(0)
         ax.imshow(rgb, interpolation="nearest")
@@ -232,8 +246,7 @@ def draw_labels(
             row, column = innermost(labels == i)
             halo = [withStroke(linewidth=2.5, foreground="white")]
             ax.text(column, row, str(i), ha="center", va="center", path_effects=halo)
-    columns = -(-len(names) // LEGEND_ROWS)
-    figure.legend(handles=handles, loc="outside right upper", ncols=columns, frameon=False)
+    figure.legend(handles=handles, loc="outside right center", ncols=columns, frameon=False)
     if extra is not None:
         image = axes[0].imshow(extra[0], cmap="cividis", vmin=0, interpolation="nearest")
         bare(axes[0], extra[1])
@@ -251,7 +264,7 @@ def label_colours(n: int, grey: int | None = None) -> list[str]:
 
 def read_colours(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | None:
     """Mean colours uint8 (rows, columns, 3) of the H&E, if Histology_rgb.npy is there."""
-    if stage.find(utils.RGB) is None:
+    if stage.optional(utils.RGB) is None:
         return None
     return np.asarray(utils.read_array(stage, utils.RGB, np.uint8, (*shape, 3)))
 
@@ -264,22 +277,12 @@ def write(
     tables: dict[str, pd.DataFrame] | None = None,
     figure=None,
 ) -> None:
-    """Arrays by file stem, tables by file name, the picture; the record ``stem``.json last."""
+    """Arrays by file stem, tables by file name, the picture; the record ``stem``.json last.
+
+    All are written before the first takes its name: a disk that is full leaves the old ones whole.
+    """
     folder = stage.args.output or stage.directory
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, array in (arrays or {}).items():
-        names.append(f"{name}.npy")
-        with utils.atomic(folder / names[-1]) as partial, partial.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-    for name, table in (tables or {}).items():
-        names.append(name)
-        with utils.atomic(folder / name) as partial:
-            table.to_csv(partial, index=False, lineterminator="\n", float_format="%.5g")
-    if figure is not None:
-        names.append(f"{stem}.png")
-        with utils.atomic(folder / names[-1]) as partial:
-            figure.savefig(partial)
     record = {
         "script": stage.script,
         "options": stage.options,
@@ -287,9 +290,18 @@ def write(
         "warnings": stage.notes,
         "inputs": stage.inputs,
     }
-    names.append(f"{stem}.json")
-    with utils.atomic(folder / names[-1]) as partial:
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    names = [f"{name}.npy" for name in arrays or {}] + [*(tables or {})]
+    names += [f"{stem}.png"] * (figure is not None) + [f"{stem}.json"]
+    with contextlib.ExitStack() as files:  # what is entered first takes its name last
+        partial = {name: files.enter_context(utils.atomic(folder / name)) for name in names[::-1]}
+        for name, array in (arrays or {}).items():
+            np.save(partial[f"{name}.npy"], array, allow_pickle=False)
+        for name, table in (tables or {}).items():
+            table.to_csv(partial[name], index=False, lineterminator="\n", float_format="%.5g")
+        if figure is not None:
+            figure.savefig(partial[f"{stem}.png"])
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        partial[f"{stem}.json"].write_text(text, encoding="utf-8")
     print(f"wrote {', '.join(names)} in {folder}")
 
 
