@@ -721,7 +721,8 @@ CASES = {
         (f"one block of {BLOCK} x {BLOCK} superpixels at a time", block_by_block), 0,
         once=count_products,
         budgets=((1_372, Budget("4 GB at most", "gb", 4)),
-                 (1_372, Budget("70 % of the time in matrix products (5 states)", "products", 0.7, True))),
+                 (1_372, Budget("70 % of the time in matrix products (5 states)",
+                                "products", 0.7, True))),
     ),
 }  # fmt: skip
 

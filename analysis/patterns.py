@@ -1,0 +1,619 @@
+"""Spatial patterns before (spots) and after (maps), gene by gene, each beside what chance reaches.
+
+    python analysis/patterns.py --directory data/section
+
+Moran's I tells whether neighbours are alike: about 0 as by chance, 1 at most. Everything is
+computed on square roots of counts per spot, whose counting noise has a standard deviation of 0.5
+whatever the gene; those of maps are multiplied by the area of a spot first. Two places count as
+neighbours if they are spots less than 1.3 pitches apart, or superpixels of the tissue that share a
+side. ``_I`` and ``_sd`` (standard deviation, the spatial variability) are of superpixels, but for
+spots_I and spots_sd; ``_spot_I`` is of what the spots' discs hold, on the same graph as spots_I:
+
+* spots: the counts measured. spots_p is by permutation of the counts over the spots, spots_q is
+  corrected for all genes (Benjamini and Hochberg).
+* maps: the maps of HISTEX.py.
+* linear: the measured counts interpolated linearly, without any histology.
+* null: the same interpolation of the same counts permuted over the spots: as smooth, but without a
+  pattern. Given is the value that 95 % of the permutations do not reach.
+
+Whatever is smooth has a high Moran's I: a map's I above that of its spots is no evidence, and so is
+not the I of superpixels, where even permuted counts reach 0.95, while a sharp and true map has
+less. (A map is also smooth in other ways than an interpolation: all genes share the networks. So no
+null by interpolation can be enough.) What no smoothing of mere noise can lift is the correlation
+with counts that the predicting network has not seen (held-out-r.csv). Counts permuted over the M
+spots held out have correlations of mean 0 and variance 1 / (M - 1) with anything; but if a few
+spots hold all the counts, high ones are far more frequent than by a normal distribution. So
+held_out_p is by permutation as well: the share of permuted counts that reach held_out_r with the
+totals of the map in these spots. (They stand for the predictions, which HISTEX.py does not keep.
+Permuted, only their distribution matters, and theirs is nearly the same.) held_out_q is corrected
+for all genes.
+
+Where there is a pattern, smoothing the spots around tells of unseen spots as well. That is what a
+map has to exceed; a tenth of all spots is left out at a time, as in HISTEX.py. linear_r is the
+correlation that interpolation reaches. It has the noise of two or three spots, so that of a gene
+with few counts a plain mean over more spots tells more: smooth_r is the best of three such means,
+Gaussians of 0.5, 1 and 2 pitches, chosen by the very counts it is compared by, which favours it.
+
+So a gene is
+
+* found_by_spots, if spots_q is below 0.05: its measured counts have a pattern;
+* found_by_maps, if held_out_q is below 0.05 and maps_spot_I exceeds null_spot_I: its map has a
+  pattern, smoothing alone does not make it, and it is there where the network has not looked;
+* enhanced, if it is found by the maps and held_out_r exceeds linear_r and smooth_r: with the
+  histology and the other genes, the map tells more of unseen places than smoothing the spots around
+  them does. For a single gene this last comparison has no test; the numbers of genes on either side
+  say how sure it is.
+
+The pattern may be that of the depth, for counts are taken as they are. --normalise divides spots
+and maps by their totals over genes, as is usual, but that gives a pattern to genes which have none:
+in simulated sections it finds nearly all of the noise genes. held_out_r is of counts as they are.
+
+Files in: cnts-super/, held-out-r.csv, HISTEX.json, locs.csv, radius.txt, cnts.csv, and mask.png if
+it is there. Files out: patterns.csv (a row per gene), patterns.png and patterns.json. With --truth,
+also the statistics of the ``mean`` of truth.npz (true_I, true_sd, true_spot_I), and how many genes
+of each of its ``kinds`` are found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from scipy.sparse import csc_array, csr_array
+from scipy.spatial import QhullError, cKDTree
+from scipy.spatial.distance import cdist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from analysis import regions
+from analysis.reading import TRUTH, map_files, read_map, read_radius, read_truth
+from analysis.scores import is_constant, pearson, rounded
+from analysis.spots import (
+    disc_weights,
+    interpolation_weights,
+    on_tissue,
+    sum_discs,
+    superpixel_centres,
+)
+
+SCRIPT = "analysis/patterns.py"
+PERMUTATIONS = 999
+AT_ONCE = 64  # permutations: what they take fits into the processor's cache, 3 times as fast
+NEIGHBOURS_WITHIN = 1.3  # pitches: more than 1, less than the 1.41 of a square lattice's diagonal
+MIN_SPOTS = 10  # among fewer, hardly any arrangement is surprising
+MIN_HELD_OUT = 3  # with fewer, a correlation has no distribution
+LEFT_OUT = 0.1  # share of the spots that interpolation does not see, as in HISTEX.py
+MEANS_WITHIN = (0.5, 1.0, 2.0)  # sigmas of Gaussian means over the spots around, in pitches
+LEVEL = 0.05  # of q, and of the null's upper end
+TIE = 1e-9  # I that differ by less are equal: rounding depends on the order of summation
+SHOWN = 4  # genes in the picture
+PANEL_INCHES = 3.3  # width of a map in it
+SATURATED = 99.0  # percentile at which the colours end
+KINDS_OF_FINDING = {  # colours that the colour-blind tell apart
+    "neither": "#999999",
+    "spots only": "#4c78a8",
+    "maps, no more than smoothing": "#e6a532",
+    "enhanced": "#b5306b",
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Moran's I
+# --------------------------------------------------------------------------------------------------
+def pitch_of(centres: np.ndarray) -> float:
+    """Median distance of a spot from the nearest one."""
+    return float(np.median(cKDTree(centres).query(centres, k=2)[0][:, 1]))
+
+
+def spot_neighbours(centres: np.ndarray) -> csr_array:
+    """Ones (spots, spots) where two spots are neighbours on the lattice."""
+    within = NEIGHBOURS_WITHIN * pitch_of(centres)
+    first, second = cKDTree(centres).query_pairs(within, output_type="ndarray").T
+    where = np.concatenate([first, second]), np.concatenate([second, first])
+    return csr_array((np.ones(len(where[0])), where), (len(centres), len(centres)))
+
+
+def morans_i(x: np.ndarray, neighbours: csr_array) -> np.ndarray:
+    """I (k,) of columns x (spots, k); NaN where one is constant."""
+    z = x - x.mean(0)
+    products = np.einsum("ij,ij->j", z, neighbours @ z) / neighbours.sum()
+    return ratio(products, np.einsum("ij,ij->j", z, z) / len(z))
+
+
+def ratio(covariance: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Moran's I; NaN where the variance is no more than rounding."""
+    return np.where(variance > TIE**2, covariance / np.maximum(variance, TIE**2), np.nan)
+
+
+def map_statistics(x: np.ndarray, tissue: np.ndarray) -> tuple[float, float]:
+    """I and standard deviation of an image (rows, columns) on its tissue; NaN if constant."""
+    inside = x[tissue].astype(np.float64)
+    z = np.where(tissue, x - inside.mean(), 0)
+    pairs = (tissue[1:] & tissue[:-1]).sum() + (tissue[:, 1:] & tissue[:, :-1]).sum()
+    products = np.vdot(z[1:], z[:-1]) + np.vdot(z[:, 1:], z[:, :-1])
+    return float(ratio(products / max(pairs, 1), inside.var())), float(inside.std())
+
+
+class Interpolation:
+    """Statistics of linear interpolations between spots, without making a map of any.
+
+    The superpixels of the tissue are z = L x of the spots' values x. So all sums of products over
+    superpixels are x' M x, with matrices M of spots by spots that are nearly empty.
+    """
+
+    def __init__(self, centres: np.ndarray, tissue: np.ndarray, discs: csr_array) -> None:
+        _, linear = interpolation_weights(centres, superpixel_centres(tissue.shape))
+        inside = np.flatnonzero(tissue)
+        at = np.full(tissue.size, -1)
+        at[inside] = np.arange(len(inside))
+        first, second = at[regions.neighbour_pairs(tissue)].T
+        self.linear, self.inside = linear[inside], inside
+        self.n, self.pairs = len(inside), max(len(first), 1)
+        self.products = (self.linear[first].T @ self.linear[second]).tocsr()
+        self.squares = (self.linear.T @ self.linear).tocsr()
+        degree = np.bincount(np.concatenate([first, second]), minlength=self.n).astype(float)
+        self.total, self.degrees = self.linear.sum(0), self.linear.T @ degree
+        share = discs[:, inside]
+        share = share.multiply(1 / share.sum(1)[:, None]).tocsr()
+        self.discs = (share @ self.linear).tocsr()  # mean over the tissue of each disc
+
+    def statistics(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """I and standard deviation (k,) over superpixels, for columns x (spots, k)."""
+        x = x - x.mean(0)  # weights of a superpixel add up to 1, so that this shifts z alone
+        mean = self.total @ x / self.n
+        variance = np.einsum("ij,ij->j", x, self.squares @ x) / self.n - mean**2
+        products = np.einsum("ij,ij->j", x, self.products @ x) - mean * (self.degrees @ x)
+        covariance = products / self.pairs + mean**2
+        return ratio(covariance, variance), np.sqrt(variance.clip(0))
+
+    def image(self, x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """The interpolation (rows, columns) of values x (spots,), NaN outside the tissue."""
+        image = np.full(shape, np.nan)
+        image.ravel()[self.inside] = self.linear @ x
+        return image
+
+
+# --------------------------------------------------------------------------------------------------
+# tests
+# --------------------------------------------------------------------------------------------------
+def permutation_p(observed: float, null: np.ndarray) -> float:
+    """Share of the permutations, the measured one among them, whose I is at least as high."""
+    if np.isnan(observed):
+        return 1.0
+    return float((1 + (null >= observed - TIE).sum()) / (1 + len(null)))
+
+
+def correlation_p(
+    r: float, predicted: np.ndarray, counts: np.ndarray, orders: list[np.ndarray]
+) -> float:
+    """One-sided p of a correlation with counts (M,), against the counts in other ``orders``.
+
+    ``predicted`` (M,) may be in any order itself.
+    """
+    if len(counts) < MIN_HELD_OUT or is_constant(predicted) or is_constant(counts):
+        return 1.0
+    y, z = predicted - predicted.mean(), counts - counts.mean()
+    null = np.concatenate([y @ z[order] for order in orders]) / np.sqrt((y @ y) * (z @ z))
+    return permutation_p(r, null)
+
+
+def orders_of(n: int, permutations: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Random orders (n, some) of n things, AT_ONCE of them in an array."""
+    order = rng.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)
+    return [order[at : at + AT_ONCE].T.copy() for at in range(0, permutations, AT_ONCE)]
+
+
+def guess_left_out(
+    centres: np.ndarray, counts: csc_array, held_out: np.ndarray, seed: int
+) -> np.ndarray:
+    """Counts (1 + means, M, genes) of the spots ``held_out``, guessed from spots of other parts.
+
+    First interpolated linearly, then by the Gaussian means MEANS_WITHIN.
+    """
+    parts = max(1, round(len(held_out) / (LEFT_OUT * len(centres))))
+    part = np.random.default_rng(seed).permutation(len(held_out)) % parts
+    guess = np.empty((1 + len(MEANS_WITHIN), len(held_out), counts.shape[1]))
+    for i in range(parts):
+        places = centres[held_out[part == i]]
+        seen = np.setdiff1d(np.arange(len(centres)), held_out[part == i])
+        _, linear = interpolation_weights(centres[seen], places)
+        weights = [linear.toarray(), *gaussian_weights(places, centres[seen], pitch_of(centres))]
+        guess[:, part == i] = [(counts[seen].T @ w.T).T for w in weights]
+    return guess
+
+
+def gaussian_weights(places: np.ndarray, centres: np.ndarray, pitch: float) -> list[np.ndarray]:
+    """Weights (places, centres) of Gaussian means, one a sigma of MEANS_WITHIN."""
+    squares = cdist(places, centres, "sqeuclidean") / pitch**2
+    squares -= squares.min(1, keepdims=True)  # the nearest has a weight however far it is
+    every = [np.exp(-squares / (2 * sigma**2)) for sigma in MEANS_WITHIN]
+    return [weights / weights.sum(1, keepdims=True) for weights in every]
+
+
+def correlate_left_out(
+    centres: np.ndarray, counts: csc_array, held_out: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Correlation (genes,) of interpolation with the spots it has not seen; of the best mean."""
+    if len(held_out) < MIN_HELD_OUT:
+        return np.full((2, counts.shape[1]), np.nan)
+    guesses = guess_left_out(centres, counts, held_out, seed)
+    measured = counts[held_out].toarray().T
+    r = np.array([[pearson(*pair) for pair in zip(g.T, measured, strict=True)] for g in guesses])
+    return r[0], r[1:].max(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+# --------------------------------------------------------------------------------------------------
+class Section:
+    """The spots on the tissue of a sample, and the files of its maps."""
+
+    def __init__(self, stage: utils.Stage) -> None:
+        self.stage = stage
+        self.files = map_files(stage.directory)
+        self.genes = list(self.files)
+        if not self.genes:
+            raise stage.error(stage.path(utils.MAPS), "names no gene in its index.csv.")
+        first = read_map(next(iter(self.files.values())))
+        self.tissue = regions.tissue_of(stage, np.isfinite(first))
+        locs = utils.read_locs(stage, stage.path(utils.LOCS))
+        counts, names = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+        column = pd.Index(names).get_indexer(self.genes)
+        if (column < 0).any():
+            lacking = [g for g, i in zip(self.genes, column, strict=True) if i < 0]
+            raise stage.error(stage.path(utils.CNTS), f"lacks genes of maps: {utils.some(lacking)}")
+        centres = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
+        radius = read_radius(stage.directory)
+        discs = disc_weights(centres, radius, self.tissue.shape)
+        keep = on_tissue(discs, np.where(self.tissue, 1.0, np.nan), radius)
+        if keep.sum() < MIN_SPOTS:
+            raise stage.error(
+                stage.path(utils.LOCS),
+                f"has {keep.sum()} spots on the tissue; expected {MIN_SPOTS} at least.",
+            )
+        self.every_spot, self.spots = locs.index, locs.index[keep]
+        self.centres, self.discs = centres[keep], discs[keep]
+        self.counts = csc_array(counts[keep][:, column], dtype=np.float64)
+        self.radius, self.area = radius, np.pi * radius**2  # superpixels
+        self.scale, self.map_scale = np.ones(len(self.spots)), np.ones(self.tissue.shape)
+        if stage.args.normalise:
+            self.scale = 1 / np.maximum(self.counts.sum(axis=1), 1)
+            self.scale /= np.median(self.scale)
+            total = sum(
+                np.where(self.tissue, self.map(gene), 0).astype(float) for gene in self.genes
+            )
+            self.map_scale = 1 / np.maximum(total, 1 / self.area)  # a count per spot, at least
+            self.map_scale /= np.median(self.map_scale[self.tissue])
+
+    def map(self, gene: str) -> np.ndarray:
+        path = self.files[gene]
+        image = read_map(path)
+        known = image[self.tissue] if image.shape == self.tissue.shape else np.array([np.nan])
+        if not (np.isfinite(known).all() and known.min() >= 0):
+            raise self.stage.error(
+                path,
+                f"is {image.shape}; expected {self.tissue.shape}, with a count of 0 or more for "
+                f"every superpixel of the tissue.",
+                f"Run: {self.stage.command(utils.HISTEX)}",
+            )
+        return image
+
+    def roots(self, column: int) -> np.ndarray:
+        """Square roots (spots,) of the counts of a gene."""
+        return np.sqrt(self.counts[:, [column]].toarray().ravel() * self.scale)
+
+    def totals(self, image: np.ndarray, spots: np.ndarray) -> np.ndarray:
+        """Counts (spots,) that a map (rows, columns) holds in the discs of spots."""
+        return sum_discs(self.discs[spots], np.where(self.tissue, image, 0))
+
+    def statistics(self, image: np.ndarray, neighbours: csr_array) -> tuple[float, float, float]:
+        """I and standard deviation over superpixels of a map (rows, columns); I over its discs."""
+        image = np.where(self.tissue, image, 0) * self.map_scale
+        totals = np.sqrt(sum_discs(self.discs, image))[:, None]
+        of_map = map_statistics(np.sqrt(image * self.area), self.tissue)
+        return *of_map, float(morans_i(totals, neighbours)[0])
+
+
+def read_held_out(stage: utils.Stage, section: Section) -> tuple[np.ndarray, np.ndarray]:
+    """Correlation (genes,) with the counts of held-out spots; which spots (M,) of the section."""
+    path = stage.path(utils.HELD_OUT)
+    try:
+        table = pd.read_csv(path, dtype={"gene": str}, keep_default_na=False, na_values={1: [""]})
+        r = pd.to_numeric(table.set_index("gene")["held_out_r"])
+        if r.abs().max() > 1 + TIE:
+            raise ValueError(f"r is {r[r.abs().idxmax()]:g}")
+        r = r.reindex(section.genes)
+    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        raise stage.error(path, f"is no table of gene and held_out_r: {error!r:.200}") from error
+    record = stage.directory / utils.record_name(utils.HISTEX)
+    again = f"Run: {stage.command(utils.HISTEX)}"
+    spots = (utils.read_record(stage, utils.HISTEX) or {}).get("held_out_spots", [])
+    if not isinstance(spots, list):
+        raise stage.error(record, "does not list held_out_spots.", again)
+    spots = pd.Index([str(spot) for spot in spots], dtype=str)
+    unknown = spots.difference(section.every_spot)
+    if len(unknown):
+        names = f"{len(unknown)} held-out spots that {utils.LOCS.name} lacks: {utils.some(unknown)}"
+        raise stage.error(record, f"names {names}.", again)
+    at = section.spots.get_indexer(spots)
+    if (at < 0).any():
+        stage.warn(f"{(at < 0).sum()} held-out spots are not on the tissue and are left out")
+        at = at[at >= 0]
+    return r.to_numpy(float), np.sort(at)
+
+
+def measure_genes(
+    section: Section, held_out: np.ndarray, held_out_r: np.ndarray, permutations: int, seed: int
+) -> pd.DataFrame:
+    """Moran's I, standard deviations and p of every gene, a map in memory at a time."""
+    neighbours, rng = spot_neighbours(section.centres), np.random.default_rng(seed)
+    between = Interpolation(section.centres, section.tissue, section.discs)
+    orders = orders_of(len(section.spots), permutations, rng)  # the same for all genes
+    orders_held_out = orders_of(len(held_out), permutations, rng)
+    rows = []
+
+    def of_spots(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        """I, I and standard deviation interpolated, I over discs of that (k,); x (spots, k)."""
+        over_discs = morans_i(between.discs @ x, neighbours)
+        return morans_i(x, neighbours), *between.statistics(x), over_discs
+
+    for i, gene in enumerate(section.genes):
+        x = section.roots(i)
+        spots_i, *linear = (float(found[0]) for found in of_spots(x[:, None]))
+        permuted = [of_spots(x[order]) for order in orders]
+        null_spots_i, *null = (np.concatenate(parts) for parts in zip(*permuted, strict=True))
+        ends = [float(np.quantile(values, 1 - LEVEL)) for values in null]
+        counts, image = section.counts[:, [i]].toarray().ravel(), section.map(gene)
+        totals = section.totals(image, held_out)
+        rows.append(
+            (
+                gene, counts.sum(), spots_i, float(x.std()), permutation_p(spots_i, null_spots_i),
+                *section.statistics(image, neighbours), *linear, *ends, held_out_r[i],
+                correlation_p(held_out_r[i], totals, counts[held_out], orders_held_out),
+            )
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=MEASURED)
+
+
+MEASURED = [
+    "gene", "counts", "spots_I", "spots_sd", "spots_p", "maps_I", "maps_sd", "maps_spot_I",
+    "linear_I", "linear_sd", "linear_spot_I", "null_I", "null_sd", "null_spot_I", "held_out_r",
+    "held_out_p",
+]  # fmt: skip
+COLUMNS = [
+    "gene", "counts", "spots_I", "spots_p", "spots_q", "maps_I", "linear_I", "null_I",
+    "maps_spot_I", "linear_spot_I", "null_spot_I", "spots_sd", "maps_sd", "linear_sd", "null_sd",
+    "held_out_r", "held_out_p", "held_out_q", "linear_r", "smooth_r", "found_by_spots",
+    "found_by_maps", "enhanced",
+]  # fmt: skip
+
+
+def judge(table: pd.DataFrame, linear_r: np.ndarray, smooth_r: np.ndarray) -> pd.DataFrame:
+    """The measured table with what the spots around tell, and the verdicts."""
+    table = table.assign(
+        spots_q=stats.false_discovery_control(table["spots_p"]),
+        held_out_q=stats.false_discovery_control(table["held_out_p"]),
+        linear_r=linear_r,
+        smooth_r=smooth_r,
+    )
+    found_by_maps = (table["held_out_q"] < LEVEL) & (table["maps_spot_I"] > table["null_spot_I"])
+    return table.assign(
+        found_by_spots=table["spots_q"] < LEVEL,
+        found_by_maps=found_by_maps,
+        enhanced=found_by_maps & (table["held_out_r"] > best_around(table)),
+    )
+
+
+def best_around(table: pd.DataFrame) -> pd.Series:
+    """What the spots around tell of those that are not seen, interpolated or smoothed."""
+    return table[["linear_r", "smooth_r"]].max(axis=1)
+
+
+def add_truth(table: pd.DataFrame, section: Section) -> pd.DataFrame:
+    """The statistics of the true expectation, and the kinds of the genes."""
+    stage = section.stage
+    truth = read_truth(stage.directory)
+    if (stage.directory / TRUTH).is_file():
+        stage.inputs[TRUTH] = utils.fingerprint(stage.directory / TRUTH)
+    at = pd.Index(truth.genes).get_indexer(section.genes)
+    if truth.mean is None or (at < 0).any():
+        raise utils.StageError(
+            f"{stage.directory / TRUTH} does not hold the true mean of all {len(at)} genes.",
+            "--truth is for simulated sections; leave it out.",
+        )
+    neighbours, image = spot_neighbours(section.centres), np.zeros(section.tissue.shape)
+    rows, columns = (min(n) for n in zip(image.shape, truth.tissue.shape, strict=True))
+    true = []
+    for i in at:
+        image[:rows, :columns] = truth.mean[:rows, :columns, i] * truth.capture
+        true.append(section.statistics(image, neighbours))
+    names = ["true_I", "true_sd", "true_spot_I"]
+    table = table.assign(**dict(zip(names, np.transpose(true), strict=True)))
+    return table if truth.kinds is None else table.assign(kind=[truth.kinds[i] for i in at])
+
+
+VERDICTS = ["found_by_spots", "found_by_maps", "enhanced"]
+
+
+def summarise(table: pd.DataFrame) -> dict:
+    """Counts of genes, and medians over all of them."""
+    medians = table.select_dtypes("float").drop(columns=["counts"], errors="ignore").median()
+    facts = {
+        "genes": len(table),
+        **{name.replace("_", " "): int(table[name].sum()) for name in VERDICTS},
+        "found by maps, not by spots": int((table.found_by_maps & ~table.found_by_spots).sum()),
+        "found by spots, not by maps": int((table.found_by_spots & ~table.found_by_maps).sum()),
+        "maps_spot_I above spots_I": int((table.maps_spot_I > table.spots_I).sum()),
+        "maps_spot_I above null_spot_I": int((table.maps_spot_I > table.null_spot_I).sum()),
+        "maps_spot_I above linear_spot_I": int((table.maps_spot_I > table.linear_spot_I).sum()),
+        "held_out_q below 0.05": int((table.held_out_q < LEVEL).sum()),
+        "held_out_r above linear_r": int((table.held_out_r > table.linear_r).sum()),
+        "held_out_r above both": int((table.held_out_r > best_around(table)).sum()),
+        "medians": {name: rounded(value) for name, value in medians.items()},
+    }
+    if "kind" in table:
+        facts["kinds"] = {
+            kind: {"genes": len(part), **{name: int(part[name].sum()) for name in VERDICTS}}
+            for kind, part in table.groupby("kind")
+        }
+    return facts
+
+
+def report(facts: dict) -> str:
+    n, medians = facts["genes"], facts["medians"]
+    lines = [
+        f"{n} genes; found by spots {facts['found by spots']}, by maps {facts['found by maps']} "
+        f"({facts['found by maps, not by spots']} of them not by spots), "
+        f"enhanced {facts['enhanced']}",
+        f"Moran's I over spots, medians: measured {medians['spots_I']}, maps "
+        f"{medians['maps_spot_I']}, interpolation {medians['linear_spot_I']}, its null (95 %) "
+        f"{medians['null_spot_I']}",
+        f"  maps above measured in {facts['maps_spot_I above spots_I']} genes, above the null in "
+        f"{facts['maps_spot_I above null_spot_I']}, above interpolation in "
+        f"{facts['maps_spot_I above linear_spot_I']}",
+        f"correlation with unseen spots, medians: maps {medians['held_out_r']}, interpolation "
+        f"{medians['linear_r']}, smoothing {medians['smooth_r']}",
+        f"  maps above permuted spots (q < {LEVEL}) in {facts['held_out_q below 0.05']} genes, "
+        f"above interpolation in {facts['held_out_r above linear_r']}, above smoothing as well in "
+        f"{facts['held_out_r above both']}",
+    ]
+    for kind, found in facts.get("kinds", {}).items():
+        numbers = ", ".join(f"{name.replace('_', ' ')} {found[name]}" for name in VERDICTS)
+        lines.append(f"  {kind}: {found['genes']} genes, {numbers}")
+    return "\n".join(lines)
+
+
+def draw(table: pd.DataFrame, section: Section):
+    """Both comparisons of all genes; spots, interpolation and map of those enhanced most."""
+    from matplotlib.figure import Figure
+
+    gain = (table["held_out_r"] - best_around(table)).where(table["enhanced"]).dropna()
+    shown = gain.sort_values(ascending=False, kind="stable").index[:SHOWN]
+    rows, columns = section.tissue.shape
+    height = 4.2 + len(shown) * (3.4 * rows / columns + 0.4)
+    figure = Figure(figsize=(11, height), layout="constrained", dpi=110)
+    ratios = [4.2] + [3.4 * rows / columns + 0.4] * len(shown)
+    parts = figure.subfigures(1 + len(shown), 1, height_ratios=ratios, squeeze=False)[:, 0]
+    draw_genes(parts[0].subplots(1, 2), table)
+    if len(shown):
+        between = Interpolation(section.centres, section.tissue, section.discs)
+    for part, i in zip(parts[1:], shown, strict=True):
+        draw_gene(part, table.loc[i], section, section.counts[:, [i]].toarray().ravel(), between)
+    return figure
+
+
+def draw_genes(axes, table: pd.DataFrame) -> None:
+    found = np.select(
+        [table["enhanced"], table["found_by_maps"], table["found_by_spots"]],
+        [*reversed(KINDS_OF_FINDING)][:3],
+        "neither",
+    )
+    table = table.assign(around=best_around(table))
+    pairs = (("spots_I", "maps_spot_I"), ("around", "held_out_r"))
+    for ax, (x, y) in zip(axes, pairs, strict=True):
+        for kind, colour in KINDS_OF_FINDING.items():
+            part = table[found == kind]
+            label = f"{kind}: {len(part)}"
+            ax.scatter(part[x], part[y], s=16, color=colour, alpha=0.7, linewidths=0, label=label)
+        values = table[[x, y]].to_numpy()
+        low, high = np.nanmin([*values.ravel(), 0]) - 0.05, 1
+        ax.plot([low, high], [low, high], color="0.7", lw=1, zorder=0)
+        ax.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+        ax.spines[["top", "right"]].set_visible(False)
+    end = table["null_spot_I"].median()
+    axes[0].axhspan(axes[0].get_ylim()[0], end, color="0.9", zorder=-1)
+    axes[0].text(1, end, "null, 95 %", ha="right", va="top", fontsize=8, color="0.35")
+    axes[0].set(xlabel="Moran's I of the measured spots", ylabel="Moran's I of the maps, at spots")
+    axes[1].set(
+        xlabel="r with unseen spots, best of interpolation and smoothing",
+        ylabel="r with unseen spots, maps",
+    )
+    axes[0].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[0].set_title(f"{len(table)} genes; above the line is also what is smooth", fontsize=10)
+    axes[1].set_title("above the line is more than smoothing gives", fontsize=10)
+
+
+def draw_gene(part, row: pd.Series, section: Section, counts: np.ndarray, between) -> None:
+    """Counts per spot: measured, interpolated, and the map, on one scale."""
+    shape = section.tissue.shape
+    image = np.where(section.tissue, section.map(row["gene"]), np.nan) * section.area
+    top = max(float(np.percentile(counts, SATURATED)), 1e-6)
+    axes, style = part.subplots(1, 3), {"cmap": "magma", "vmin": 0, "vmax": top}
+    axes[0].imshow(np.where(section.tissue, 1, np.nan), cmap="gray", vmin=0, vmax=1.7)
+    y, x = section.centres.T - 0.5
+    points = (
+        2 * section.radius * PANEL_INCHES * 72 / shape[1]
+    )  # a spot's diameter, as large as it is
+    axes[0].scatter(x, y, c=counts, s=max(points, 2) ** 2, linewidths=0, **style)
+    axes[0].set(xlim=(-0.5, shape[1] - 0.5), ylim=(shape[0] - 0.5, -0.5), aspect="equal")
+    axes[1].imshow(between.image(counts, shape), interpolation="nearest", **style)
+    picture = axes[2].imshow(image, interpolation="nearest", **style)
+    titles = (
+        f"{row['gene']}: spots, I {row['spots_I']:.2f}",
+        f"interpolation, r {row['linear_r']:.2f} (smoothing {row['smooth_r']:.2f})",
+        f"map, r with unseen spots {row['held_out_r']:.2f}",
+    )
+    for ax, title in zip(axes, titles, strict=True):
+        regions.bare(ax, title)
+    part.colorbar(picture, ax=list(axes), extend="max", label="counts per spot", pad=0.01)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = regions.parser_of(__doc__)
+    option = parser.add_argument
+    option(
+        "--permutations",
+        type=utils.positive,
+        default=PERMUTATIONS,
+        help=f"Of the counts over the spots; without it, {PERMUTATIONS}.",
+    )
+    option("--seed", type=utils.not_negative, default=0, help="Of the permutations; without it, 0.")
+    option("--normalise", action="store_true", help="Divide spots and maps by their totals.")
+    option("--truth", action="store_true", help="Compare with the mean of truth.npz.")
+    return parser
+
+
+def find_patterns(stage: utils.Stage) -> None:
+    args = stage.args
+    regions.check_output(stage)
+    stage.require(utils.MAPS, utils.HELD_OUT, utils.LOCS, utils.RADIUS, utils.CNTS)
+    section = Section(stage)
+    held_out_r, held_out = read_held_out(stage, section)
+    if len(held_out) < MIN_HELD_OUT:
+        stage.warn(f"{len(held_out)} held-out spots: the maps' patterns cannot be tested")
+    print(f"{len(section.genes)} genes, {len(section.spots)} spots, {len(held_out)} held out")
+    try:
+        table = measure_genes(section, held_out, held_out_r, args.permutations, args.seed)
+    except QhullError as error:
+        raise stage.error(
+            stage.path(utils.LOCS),
+            "has spots that lie on a line: there is no interpolation between them.",
+        ) from error
+    around = correlate_left_out(section.centres, section.counts, held_out, args.seed)
+    table = judge(table, *around)
+    extra = []
+    if args.truth:
+        table = add_truth(table, section)
+        extra = [name for name in ("true_I", "true_sd", "true_spot_I", "kind") if name in table]
+    facts = {
+        "spots": len(section.spots),
+        "held-out spots": len(held_out),
+        "permutations": args.permutations,
+        "seed": args.seed,
+        **summarise(table),
+    }
+    print(report(facts))
+    figure = None if args.no_plot else draw(table, section)
+    regions.write(stage, "patterns", facts, None, {"patterns.csv": table[COLUMNS + extra]}, figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return utils.run_stage(find_patterns, SCRIPT, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
