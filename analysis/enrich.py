@@ -4,8 +4,9 @@
 
 Lists of genes come from markers.csv of segment.py, from patterns.csv of patterns.py, or from both:
 
-* region 1, 2, ...: genes with q below --level and a log2 fold change above --log2-fold; ranked by
-  their AUC. Every gene of cnts.csv that has a count could be there: these are the background.
+* region 1, 2, ...: genes that are higher there by share and by count (as segment.py tells), with q
+  below --level and a log2 fold change above --log2-fold; ranked by the lower of their two AUC.
+  Every gene of cnts.csv that has a count could be there: these are the background.
 * spots: genes whose measured counts have a pattern (found_by_spots), ranked by Moran's I. maps:
   genes whose map has one (found_by_maps), ranked by their correlation with unseen spots. Only genes
   with a map could be there. So these are the background, for the choice of genes to predict is no
@@ -63,10 +64,10 @@ MARKERS, PATTERNS = "markers.csv", "patterns.csv"
 MADE_BY = {MARKERS: "analysis/segment.py", PATTERNS: "analysis/patterns.py"}
 RECORDS = {MARKERS: "segments.json", PATTERNS: "patterns.json"}
 COLUMNS = {
-    MARKERS: ["region", "gene", "log2_fold", "auc", "q"],
+    MARKERS: ["region", "gene", "log2_fold", "auc", "auc_counts", "q", "higher"],
     PATTERNS: ["gene", "spots_I", "held_out_r", "found_by_spots", "found_by_maps"],
 }
-FLAGS = ("found_by_spots", "found_by_maps")  # columns of True and False
+FLAGS = ("higher", "found_by_spots", "found_by_maps")  # columns of True and False
 BY_SPOTS, BY_MAPS = "spots", "maps"
 TOP, MOST_ROWS = 4, 40  # sets of a list, and of all, in the picture
 LONGEST_NAME = 48  # characters of a set's name in the picture
@@ -236,7 +237,7 @@ def read_findings(stage: utils.Stage, name: str) -> pd.DataFrame | None:
         numbers = [column for column in wanted if column not in ("gene", *FLAGS)]
         table = table.assign(**{c: pd.to_numeric(table[c].replace("", np.nan)) for c in numbers})
         for flag in set(FLAGS) & set(wanted):
-            if table[flag].dtype != bool:
+            if len(table) and table[flag].dtype != bool:
                 raise ValueError(f"{flag} is not True or False")
     except (ValueError, KeyError, UnicodeDecodeError) as error:
         raise utils.StageError(
@@ -288,8 +289,9 @@ def region_lists(markers: pd.DataFrame, measured: pd.Index, level: float, fold: 
     lists = []
     for region, table in markers.groupby("region"):
         table = table.set_index("gene").reindex(measured)
-        found = (table["q"] < level) & (table["log2_fold"] > fold)
-        lists.append(GeneList("markers", f"region {region:g}", found, table["auc"].fillna(0)))
+        found = (table["q"] < level) & (table["log2_fold"] > fold) & table["higher"].eq(True)
+        lowest = table[["auc", "auc_counts"]].min(axis=1, skipna=False).fillna(0)
+        lists.append(GeneList("markers", f"region {region:g}", found, lowest))
     return lists
 
 

@@ -41,9 +41,12 @@ def markers_table():
     for region, own in ((1, SETS["FIRST"]), (2, SETS["SECOND"])):
         for i, gene in enumerate(GENES):
             high = gene in own
-            rows.append((region, gene, 2.0 if high else -0.1, 0.9 if high else 0.5 - i / 200,
-                         1e-4 if high else 0.5))  # fmt: skip
-    return pd.DataFrame(rows, columns=["region", "gene", "log2_fold", "auc", "q"])
+            auc = 0.9 if high else 0.5 - i / 200
+            rows.append(
+                (region, gene, 2.0 if high else -0.1, auc, auc, 1e-4 if high else 0.5, high)
+            )
+    columns = ["region", "gene", "log2_fold", "auc", "auc_counts", "q", "higher"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def patterns_table():
@@ -323,6 +326,17 @@ def test_lists_obey_their_thresholds(section):
     assert read(section).loc["region 1", "FIRST"]["found"] == 4
     assert run(section, "--no-plot", "--level", "0.1", "--log2-fold", "0.4") == 0
     assert read(section).loc["region 1", "FIRST"]["found"] == 6
+
+
+def test_genes_that_only_make_up_more_of_few_counts_are_no_list(section):
+    """As in fat: all genes of FIRST have a high share there, but not more counts."""
+    table = markers_table()
+    mine = (table["region"] == 1) & table["gene"].isin(SETS["FIRST"])
+    table.loc[mine, ["auc_counts", "higher"]] = 0.05, False
+    table.to_csv(section / "markers.csv", index=False)
+    assert run(section, "--no-plot") == 0
+    row = read(section).loc["region 1", "FIRST"]
+    assert (row["found"], row["rank_auc"]) == (0, 0)
 
 
 def test_the_background_of_patterns(section):
