@@ -64,7 +64,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis.holdout import hold_out
+from analysis.holdout import NAMES, hold_out
 from analysis.reading import (
     SCRIPT,
     Truth,
@@ -255,7 +255,7 @@ def report(facts: dict) -> str:
 def report_left_out(facts: dict) -> str:
     """The printed summary of evaluation-holdout.json."""
     lines = [f"{'median r over ' + str(facts['genes']) + ' genes':40}{'left-out spots':>16}"]
-    lines += [f"{METHODS[name]:40}{number(r):>16}" for name, r in facts["median r"].items()]
+    lines += [f"{NAMES[name]:40}{number(r):>16}" for name, r in facts["median r"].items()]
     lines.append(f"{facts['spots']} spots, each predicted by maps made without it")
     return "\n".join(lines)
 

@@ -65,7 +65,6 @@ import pandas as pd
 from scipy import stats
 from scipy.sparse import csc_array, csr_array
 from scipy.spatial import QhullError, cKDTree
-from scipy.spatial.distance import cdist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
@@ -74,8 +73,10 @@ from analysis.reading import TRUTH, map_files, read_map, read_radius, read_truth
 from analysis.scores import is_constant, pearson, rounded
 from analysis.spots import (
     disc_weights,
+    gaussian_weights,
     interpolation_weights,
     on_tissue,
+    pitch_of,
     sum_discs,
     superpixel_centres,
 )
@@ -104,11 +105,6 @@ KINDS_OF_FINDING = {  # colours that the colour-blind tell apart
 # --------------------------------------------------------------------------------------------------
 # Moran's I
 # --------------------------------------------------------------------------------------------------
-def pitch_of(centres: np.ndarray) -> float:
-    """Median distance of a spot from the nearest one."""
-    return float(np.median(cKDTree(centres).query(centres, k=2)[0][:, 1]))
-
-
 def spot_neighbours(centres: np.ndarray) -> csr_array:
     """Ones (spots, spots) where two spots are neighbours on the lattice."""
     within = NEIGHBOURS_WITHIN * pitch_of(centres)
@@ -221,17 +217,11 @@ def guess_left_out(
         places = centres[held_out[part == i]]
         seen = np.setdiff1d(np.arange(len(centres)), held_out[part == i])
         _, linear = interpolation_weights(centres[seen], places)
-        weights = [linear.toarray(), *gaussian_weights(places, centres[seen], pitch_of(centres))]
+        weights = [linear.toarray()]
+        for sigma in MEANS_WITHIN:
+            weights.append(gaussian_weights(centres[seen], places, sigma * pitch_of(centres)))
         guess[:, part == i] = [(counts[seen].T @ w.T).T for w in weights]
     return guess
-
-
-def gaussian_weights(places: np.ndarray, centres: np.ndarray, pitch: float) -> list[np.ndarray]:
-    """Weights (places, centres) of Gaussian means, one a sigma of MEANS_WITHIN."""
-    squares = cdist(places, centres, "sqeuclidean") / pitch**2
-    squares -= squares.min(1, keepdims=True)  # the nearest has a weight however far it is
-    every = [np.exp(-squares / (2 * sigma**2)) for sigma in MEANS_WITHIN]
-    return [weights / weights.sum(1, keepdims=True) for weights in every]
 
 
 def correlate_left_out(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.spatial import Delaunay, cKDTree
+from scipy.spatial.distance import cdist
 
 from analysis.scores import pearson
 
@@ -69,6 +70,19 @@ def interpolation_weights(centres: np.ndarray, points: np.ndarray) -> tuple[csr_
     shares[beyond], corners[beyond] = (1, 0, 0), nearest[beyond, None]
     linear = csr_array((shares.ravel(), (every.repeat(3), corners.ravel())), shape)
     return csr_array((np.ones(len(points)), (every, nearest)), shape), linear
+
+
+def pitch_of(centres: np.ndarray) -> float:
+    """Median distance of a spot from the nearest one."""
+    return float(np.median(cKDTree(centres).query(centres, k=2)[0][:, 1]))
+
+
+def gaussian_weights(centres: np.ndarray, points: np.ndarray, sigma: float) -> np.ndarray:
+    """Weights (points, spots) of the spots in a Gaussian mean around every point."""
+    exponents = cdist(points, centres, "sqeuclidean") / (-2 * sigma**2)
+    exponents -= exponents.max(1, keepdims=True)  # the nearest has a weight however far it is
+    weights = np.exp(exponents)
+    return weights / weights.sum(1, keepdims=True)
 
 
 def superpixel_centres(shape: tuple[int, int]) -> np.ndarray:

@@ -832,6 +832,15 @@ def test_holdout_predicts_every_spot_from_maps_made_without_it(finished, capsys)
         np.testing.assert_allclose(weights[1].sum(axis=1), 1)
         assert np.isfinite(linear).all()
 
+    # the Gaussian mean of the other fold, spot by spot
+    distance = np.linalg.norm(centres[:, None] - centres, axis=2)
+    pitch = np.median(np.where(distance > 0, distance, np.inf).min(1))
+    weights = np.exp(-((distance / pitch) ** 2) / 2) * (fold[:, None] != fold)
+    smooth = (weights / weights.sum(1, keepdims=True)) @ table.to_numpy(float)
+    for i, gene in enumerate(table):
+        expected = np.corrcoef(smooth[:, i], table[gene])[0, 1]
+        assert scores.loc[gene, "smooth_spots"] == pytest.approx(expected, abs=1e-4)
+
 
 def test_a_stage_that_fails_is_named_with_its_message(finished):
     with pytest.raises(utils.StageError) as stop:

@@ -205,9 +205,9 @@ def test_guesses_of_left_out_spots_are_those_of_a_loop():
 
 
 def test_a_far_spot_has_its_nearest_for_a_mean():
-    weights = patterns.gaussian_weights(np.array([[0.0, 9000]]), np.array([[0.0, 0], [1, 0]]), 1.0)
-    assert len(weights) == len(patterns.MEANS_WITHIN)
-    for found in weights:
+    centres, places = np.array([[0.0, 0], [1, 0]]), np.array([[0.0, 9000]])
+    for sigma in patterns.MEANS_WITHIN:
+        found = patterns.gaussian_weights(centres, places, sigma)
         assert found.sum() == pytest.approx(1)
         assert found[0, 0] > found[0, 1]
 
