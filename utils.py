@@ -1325,8 +1325,14 @@ class _Array:
         self.array = _from_bytes(content, dtype, shape, "F" if is_fortran else "C")
 
 
-def _from_bytes(content: bytes, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
-    return np.frombuffer(content, dtype.dtype).reshape(shape, order=order).copy(order=order)[()]
+def _from_bytes(
+    content: bytes, dtype: _Dtype, shape: tuple, order: str, axes: tuple | None = None
+) -> np.ndarray:
+    """``axes`` of a transposed array, which numpy 2.4 and later pickle as they lie in memory."""
+    array = np.frombuffer(content, dtype.dtype)
+    if axes is not None:
+        return array.reshape(shape).transpose(axes).copy(order="K")
+    return array.reshape(shape, order=order).copy(order=order)[()]
 
 
 STAND_INS: dict[tuple[str, str], Any] = {

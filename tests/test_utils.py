@@ -618,6 +618,7 @@ def test_read_pickle_reads_arrays(tmp_path, protocol, spelling):
             np.float64(2.5),
             np.arange(3)[::-1],
             np.asfortranarray(np.eye(3)),
+            np.arange(24).reshape(2, 3, 4).transpose(1, 0, 2),
             "text",
             1,
             None,
