@@ -206,18 +206,21 @@ def region_colours(n: int) -> list[str]:
     return colours
 
 
-def html_regions(regions: np.ndarray | None) -> str:
+def html_regions(regions: np.ndarray | None, genes: list[str]) -> str:
+    """A key; ``genes`` names the markers of each region, or is empty."""
     if regions is None:
         return absent(
             "There is no segments.npy.", "With a segmentation of the sample, regions are shown too."
         )
     sizes = np.bincount(regions.ravel())
     area_mm2, total = (utils.SUPERPIXEL_UM / 1000) ** 2, max(1, sizes[1:].sum())
+    colours = region_colours(len(sizes) - 1)
+    genes = genes or [""] * len(colours)
     keys = [
         f'<li><svg viewBox="0 0 12 12" aria-hidden="true"><rect width="12" height="12" rx="2" '
         f'fill="{colour}"/></svg>region {i}: {sizes[i] * area_mm2:.3g} mm², '
-        f"{sizes[i] / total:.1%}</li>"
-        for i, colour in enumerate(region_colours(len(sizes) - 1), start=1)
+        f"{sizes[i] / total:.1%}{f' ({escape(name)})' if name else ''}</li>"
+        for i, (colour, name) in enumerate(zip(colours, genes, strict=True), start=1)
         if sizes[i]
     ]
     return f'<ul class="key">{"".join(keys)}</ul>'

@@ -60,7 +60,7 @@ from analysis.spots import disc_weights, on_tissue, score_totals, sum_discs
 
 SCRIPT = "analysis/report.py"
 TEMPLATE = Path(__file__).with_name("report.html")
-SEGMENTS = "segments.npy"
+SEGMENTS, SEGMENTS_TABLE = "segments.npy", "segments.csv"
 LEVELS = 255  # values that a byte holds beside 0, which is no tissue
 SATURATED = 99.5  # percentile at which the colours end, as in cnts-super-plots/
 COLOUR_MAPS = {"viridis": cv2.COLORMAP_VIRIDIS, "cividis": cv2.COLORMAP_CIVIDIS}
@@ -93,6 +93,7 @@ class Sample:
     held_out: pd.Series | None  # r by gene
     spots: Spots | None
     regions: np.ndarray | None  # uint8 (rows, columns)
+    region_genes: list[str]  # markers of each region; or empty
     histories: dict[str, pd.DataFrame]  # by state
     records: dict[str, dict[str, Any]]  # by script
 
@@ -111,8 +112,9 @@ def read_sample(stage: utils.Stage, wanted: list[str] | None, n_genes: int) -> S
         choose_genes(list(files), held_out, wanted, n_genes),
         held_out,
         read_spots(stage, shape),
-        read_regions(stage, shape),
-        read_histories(stage),
+        regions := read_regions(stage, shape),
+        read_region_genes(stage, 0 if regions is None else int(regions.max())),
+        read_histories(stage, records.get(utils.HISTEX)),
         records,
     )
 
@@ -195,9 +197,29 @@ def read_regions(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | Non
     return regions.astype(np.uint8)
 
 
-def read_histories(stage: utils.Stage) -> dict[str, pd.DataFrame]:
+def read_region_genes(stage: utils.Stage, n: int) -> list[str]:
+    """Marker genes of the regions 1 to n, as segment.py names them; empty if it did not."""
+    path = stage.directory / SEGMENTS_TABLE
+    if n == 0 or not path.is_file():
+        return []
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        regions, genes = table["region"].tolist(), table["genes"].tolist()
+    except (OSError, ValueError, KeyError) as error:
+        stage.warn(f"{path.name} is left out: it has no regions with genes ({error!r:.100})")
+        return []
+    if regions != [str(i) for i in range(1, n + 1)]:
+        stage.warn(f"{path.name} is left out: it does not list the regions 1 to {n}")
+        return []
+    return genes
+
+
+def read_histories(stage: utils.Stage, record: dict[str, Any] | None) -> dict[str, pd.DataFrame]:
+    """By state; those of an earlier run with more states are there, but not in the maps."""
+    paths = sorted(stage.directory.glob(f"{utils.STATES.name}/*/history.csv"))
+    n_states = None if record is None else int(record["arguments"]["n_states"])
     histories = {}
-    for path in sorted(stage.directory.glob(f"{utils.STATES.name}/*/history.csv")):
+    for path in paths[:n_states]:
         try:
             table = pd.read_csv(path, dtype=float)
             table = table.dropna(subset=["epoch", "train_loss"])
@@ -375,7 +397,7 @@ def write_report(stage: utils.Stage) -> None:
         "genes": html_genes(sample),
         "held_out": held_out,
         "training": html_training(sample.histories),
-        "regions": html_regions(sample.regions),
+        "regions": html_regions(sample.regions, sample.region_genes),
         "records": html_records(sample.records),
         "data": script_json(describe_page(sample, markers)),
         "image": base64.b64encode(shrink(stage, args.image_px)).decode(),

@@ -38,9 +38,9 @@ regions were found in the same counts: q ranks genes, and does not prove that th
 
 Files in: embeddings-gene.pickle, locs.csv, radius.txt, cnts.csv; mask.png and Histology_rgb.npy if
 they are there. Files out: segments.npy, uint8 or uint16 (rows, columns), 0 for no region,
-segments.csv (area and colour of every region), markers.csv, segments.png and segments.json. With
---truth, also the ARI with the regions of truth.npz, beside that of k-means on linearly interpolated
-spots.
+segments.csv (area, colour and first markers of every region), markers.csv, segments.png and
+segments.json. With --truth, also the ARI with the regions of truth.npz, beside that of k-means on
+linearly interpolated spots.
 """
 
 from __future__ import annotations
@@ -470,6 +470,8 @@ def run_segmentation(stage: utils.Stage) -> None:
     untested = sorted({*range(1, n + 1)} - {*markers["region"]})
     if untested:
         stage.warn(f"no markers of region {utils.some(untested)}: under {MIN_SPOTS} spots")
+    best = [best_markers(markers, i, NAMED)["gene"] for i in range(1, n + 1)]
+    names = [", ".join(genes) for genes in best]
     size = np.bincount(labels.ravel(), minlength=n + 1)[1:]
     table = pd.DataFrame(
         {
@@ -479,6 +481,7 @@ def run_segmentation(stage: utils.Stage) -> None:
             "share_of_tissue": size / size.sum(),
             "spots": np.bincount(region, minlength=n + 1)[1:],
             "colour": regions.label_colours(n),
+            "genes": names,
         }
     )
     facts = {
@@ -499,9 +502,8 @@ def run_segmentation(stage: utils.Stage) -> None:
     if not args.no_plot:
         title = f"{n} regions by {TITLES[args.method]}"
         rgb = regions.read_colours(stage, tissue.shape)
-        best = [best_markers(markers, i, NAMED)["gene"] for i in range(1, n + 1)]
-        names = [", ".join(genes) or "no gene is higher" for genes in best]
-        figure = regions.draw_labels(labels, names, title, rgb)
+        shown = [name or "no gene is higher" for name in names]
+        figure = regions.draw_labels(labels, shown, title, rgb)
     tables = {"segments.csv": table, "markers.csv": markers}
     regions.write(stage, "segments", facts, {"segments": labels}, tables, figure)
 

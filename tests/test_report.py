@@ -722,6 +722,26 @@ def test_spots_have_the_colour_of_their_counts_and_are_read_out(opened, page):
     assert opened.run("document.getElementById('dot').getAttribute('visibility')") == "hidden"
 
 
+def test_regions_are_named_by_their_genes(section, capsys):
+    """Region 2 has no superpixel, and is not shown."""
+    (section / "segments.csv").write_text('region,genes\n1,"A, <B>"\n2,C\n3,\n')
+    page = write_page(section)
+    assert "(A, &lt;B&gt;)</li>" in page
+    assert "(C)" not in page
+    assert page.count("%</li>") == 1  # region 3 has no genes
+    for text in ("region,genes\n1,A\n3,B\n2,C\n", "region\n1\n2\n3\n", "region,genes\n1,A\n"):
+        (section / "segments.csv").write_text(text)
+        assert write_page(section).count("%</li>") == 2
+        assert "segments.csv is left out" in capsys.readouterr().out
+
+
+def test_states_that_are_not_in_the_maps_are_not_shown(finished):
+    shutil.copytree(finished / "states" / "00", finished / "states" / "01")
+    page = write_page(finished)
+    assert "state 00" in page
+    assert "state 01" not in page
+
+
 @needs_browser
 def test_regions_are_shown_and_read_out(opened):
     opened.click("[value=regions]")
