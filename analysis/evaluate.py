@@ -74,6 +74,7 @@ from analysis.reading import (
     read_spots,
     read_truth,
 )
+from analysis.regions import check_output
 from analysis.scores import (
     BINS,
     CEILING,
@@ -300,23 +301,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_matplotlib() -> None:
-    """Before any work, not after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise utils.StageError(
-            "The picture needs matplotlib, which is not installed.",
-            "Run: pip install -r analysis/requirements.txt, or add --no-plot",
-        ) from error
-
-
 def run_evaluation(stage: utils.Stage) -> None:
     args, figure = stage.args, None
+    check_output(stage)
     output = args.output or args.directory
     output.mkdir(parents=True, exist_ok=True)
     if not args.no_plot:
-        check_matplotlib()
         from analysis import picture
     if args.holdout:
         table, facts = hold_out(stage, args.holdout, args.seed, args.histex, output)
