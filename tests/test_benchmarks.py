@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py and kills.py: what they compute, and short runs of single stages."""
+"""benchmarks/scaling.py, kills.py, analyses.py: what they compute, and short runs of stages."""
 
 import json
 import math
@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import PIPELINE, ROOT, run
 
 import utils
-from benchmarks import kills, scaling
+from analysis import annotate, enrich
+from benchmarks import analyses, kills, scaling
 
 SLOW = "import time\n\ntime.sleep(2)"
 
@@ -143,3 +145,37 @@ def test_a_killed_stage_is_tried_again(sample, tmp_path, monkeypatch):
     counts = kills.try_stage(stage, sample, after, 0, 1, args, draw)
     assert counts["trials"] == 1
     assert counts["identical"] == 0
+
+
+# ----- analyses -----
+def test_made_up_cells_are_discs_of_their_own(tmp_path):
+    analyses.write_cells(tmp_path / "cells.tif", (9, 12))
+    cells = tifffile.imread(tmp_path / "cells.tif")
+    assert cells.shape == (9 * 16, 12 * 16)
+    areas = np.bincount(cells.ravel())[1:]
+    assert (areas > 0).sum() == 6 * 8  # a cell every 24 px
+    assert areas[areas > 0].max() == pytest.approx(np.pi * 10**2, rel=0.05)
+
+
+def test_made_up_tables_are_what_the_scripts_read(tmp_path):
+    genes, rng = [f"G{i}" for i in range(40)], np.random.default_rng(0)
+    analyses.write_markers(tmp_path / "made-up.csv", genes, rng)
+    analyses.write_sets(tmp_path / "made-up.gmt", genes, rng)
+    markers = annotate.read_markers(tmp_path / "made-up.csv")
+    assert len(markers) == analyses.LABELS * analyses.MARKERS
+    sets = enrich.read_gmt(tmp_path / "made-up.gmt")
+    assert len(sets) == analyses.SETS
+    with pytest.raises(SystemExit):
+        analyses.main(["--side", "812"])
+
+
+def test_every_analysis_is_measured(finished, monkeypatch, capsys):
+    every, paths = analyses.commands(finished), (ROOT / "analysis").glob("*.py")
+    scripts = {path.name for path in paths if "run_stage" in path.read_text(encoding="utf-8")}
+    assert {script for script, *_ in every} == scripts - {"evaluate.py"}
+    report = [command for command in every if command[0] == "report.py"]
+    monkeypatch.setattr(analyses, "commands", lambda made: report)
+    analyses.main(["--directory", str(finished)])
+    said = capsys.readouterr().out
+    assert said.startswith("28 x 42 superpixels, 8 genes")
+    assert "| report.py | " in said

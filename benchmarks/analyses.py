@@ -1,0 +1,129 @@
+"""Time and peak memory of the scripts in analysis/ on one finished section.
+
+    python benchmarks/analyses.py --directory data/section
+    python benchmarks/analyses.py --side 812 --keep FOLDER
+
+The second command synthesises a section of 812 x 812 superpixels, all of it tissue, and 1,000
+genes, as benchmarks/scaling.py does, and has HISTEX.py train one network for one epoch on it.
+
+What the scripts ask for besides is made up: 10 labels of 8 markers and 500 sets of 20 genes, drawn
+at random, and discs of 10 um, 12 um apart, for cells. Results go into a folder that is removed.
+Prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from benchmarks import scaling
+from benchmarks.stages import ROOT, processor
+
+LABELS, MARKERS = 10, 8  # markers of each label
+SETS, GENES_OF_SET = 500, 20
+CELL_UM, PITCH_UM = 10, 12
+
+
+def write_markers(path: Path, genes: list[str], rng: np.random.Generator) -> None:
+    lines = [
+        f"{gene},label {label}"
+        for label in range(LABELS)
+        for gene in rng.choice(genes, min(MARKERS, len(genes)), replace=False)
+    ]
+    path.write_text("\n".join(["gene,label", *lines]) + "\n", encoding="utf-8")
+
+
+def write_sets(path: Path, genes: list[str], rng: np.random.Generator) -> None:
+    size = min(GENES_OF_SET, len(genes))
+    sets = [rng.choice(genes, size, replace=False) for _ in range(SETS)]
+    lines = ["\t".join([f"set {i}", "random", *names]) for i, names in enumerate(sets)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_cells(path: Path, shape: tuple[int, int]) -> None:
+    """A label image as large as he.jpg of a map (rows, columns), written in bands."""
+    pitch, radius = round(PITCH_UM / utils.PIXEL_SIZE_UM), CELL_UM / utils.PIXEL_SIZE_UM / 2
+    rows, columns = (utils.TOKEN_PX * n for n in shape)
+    across = -(-columns // pitch)
+    x = np.arange(columns)
+
+    def bands():
+        for top in range(0, rows, utils.TOKEN_PX):
+            y = np.arange(top, top + utils.TOKEN_PX)[:, None]
+            inside = (y % pitch - pitch / 2) ** 2 + (x % pitch - pitch / 2) ** 2 < radius**2
+            yield np.where(inside, 1 + y // pitch * across + x // pitch, 0).astype(np.uint32)
+
+    tifffile.imwrite(
+        path, bands(), shape=(rows, columns), dtype=np.uint32, rowsperstrip=utils.TOKEN_PX
+    )
+
+
+def synthesise(folder: Path, side: int) -> None:
+    """A finished section, unless it is there."""
+    if not (folder / utils.record_name(utils.HISTEX)).is_file():
+        scaling.in_child(scaling.make_map, folder, side)
+        options = {"root": ROOT, "epochs": 1, "states": 1}
+        scaling.run_process(scaling.histex_command(folder, options), folder / "benchmark.log")
+
+
+def commands(made: Path) -> list[tuple[str, ...]]:
+    """What is measured, in an order in which each finds what it needs of those before it."""
+    out = ("--output", str(made))
+    return [
+        ("segment.py", *out, "--method", "kmeans"),
+        ("segment.py", *out, "--method", "leiden"),
+        ("annotate.py", *out, "--markers", str(made / "made-up.csv")),
+        ("patterns.py", *out),
+        ("enrich.py", *out, "--tables", str(made), "--gene-sets", str(made / "made-up.gmt")),
+        ("cells.py", *out, "--frame", "he", "--masks", str(made / "made-up.tif")),
+        ("report.py", "--output", str(made / "report.html")),
+        ("export.py", "--output", str(made / "section.h5ad"), "--format", "h5ad"),
+        ("export.py", "--output", str(made / "section.zarr"), "--format", "spatialdata"),
+        ("export.py", "--output", str(made / "section.ome.tif"), "--format", "ometiff"),
+    ]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--directory", type=Path, help="A sample after all five scripts.")
+    parser.add_argument("--side", type=utils.positive, help="Superpixels of one to be made up.")
+    parser.add_argument("--keep", type=Path, help="Folder of what --side makes up.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if (args.directory is None) == (args.side is None) or (args.side is None) != (
+        args.keep is None
+    ):
+        parser.error("expected --directory, or --side and --keep")
+    directory = args.directory or args.keep / f"map-{args.side}"
+    if args.side:
+        synthesise(directory, args.side)
+    genes = (directory / utils.GENE_NAMES.name).read_text(encoding="utf-8").split()
+    with tempfile.TemporaryDirectory(dir=args.keep) as folder:
+        made, rng = Path(folder), np.random.default_rng(0)
+        write_markers(made / "made-up.csv", genes, rng)
+        write_sets(made / "made-up.gmt", genes, rng)
+        grid = np.load(directory / utils.FEATURES.name, mmap_mode="r").shape[:2]
+        write_cells(made / "made-up.tif", grid)
+        print(f"{grid[0]} x {grid[1]} superpixels, {len(genes)} genes; {processor()}\n")
+        print("| script | seconds | CPU seconds | peak memory (GB) |\n|---|---|---|---|")
+        for script, *options in commands(made):
+            command = scaling.script_command(ROOT / "analysis", script, directory, *options)
+            facts = scaling.run_process(command, made / "benchmark.log")
+            name = f"{script} {options[-1] if options[-2] in ('--method', '--format') else ''}"
+            figures = f"{facts['seconds']:.1f} | {facts['cpu']:.1f} | {facts['gb']:.2f}"
+            print(f"| {name.strip()} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
