@@ -68,6 +68,7 @@ def write_cells(path: Path, shape: tuple[int, int]) -> None:
 def synthesise(folder: Path, side: int) -> None:
     """A finished section, unless it is there."""
     if not (folder / utils.record_name(utils.HISTEX)).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
         scaling.in_child(scaling.make_map, folder, side)
         options = {"root": ROOT, "epochs": 1, "states": 1}
         scaling.run_process(scaling.histex_command(folder, options), folder / "benchmark.log")
