@@ -1,10 +1,9 @@
 """Time and peak memory of the scripts in analysis/ on one finished section.
 
     python benchmarks/analyses.py --directory data/section
-    python benchmarks/analyses.py --side 812 --keep FOLDER
 
-The second command synthesises a section of 812 x 812 superpixels, all of it tissue, and 1,000
-genes, as benchmarks/scaling.py does, and has HISTEX.py train one network for one epoch on it.
+For a section of 812 x 812 superpixels and 1,000 genes, write its files by benchmarks/scaling.py
+--section-mm 6.5 and run the five scripts on them.
 
 What the scripts ask for besides is made up: 10 labels of 8 markers and 500 sets of 20 genes, drawn
 at random, and discs of 10 um, 12 um apart, for cells. Results go into a folder that is removed.
@@ -65,15 +64,6 @@ def write_cells(path: Path, shape: tuple[int, int]) -> None:
     )
 
 
-def synthesise(folder: Path, side: int) -> None:
-    """A finished section, unless it is there."""
-    if not (folder / utils.record_name(utils.HISTEX)).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        scaling.in_child(scaling.make_map, folder, side)
-        options = {"root": ROOT, "epochs": 1, "states": 1}
-        scaling.run_process(scaling.histex_command(folder, options), folder / "benchmark.log")
-
-
 def commands(made: Path) -> list[tuple[str, ...]]:
     """What is measured, in an order in which each finds what it needs of those before it."""
     out = ("--output", str(made))
@@ -93,24 +83,15 @@ def commands(made: Path) -> list[tuple[str, ...]]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--directory", type=Path, help="A sample after all five scripts.")
-    parser.add_argument("--side", type=utils.positive, help="Superpixels of one to be made up.")
-    parser.add_argument("--keep", type=Path, help="Folder of what --side makes up.")
+    option = parser.add_argument
+    option("--directory", type=Path, required=True, help="A sample after all five scripts.")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if (args.directory is None) == (args.side is None) or (args.side is None) != (
-        args.keep is None
-    ):
-        parser.error("expected --directory, or --side and --keep")
-    directory = args.directory or args.keep / f"map-{args.side}"
-    if args.side:
-        synthesise(directory, args.side)
+    directory = build_parser().parse_args(argv).directory
     genes = (directory / utils.GENE_NAMES.name).read_text(encoding="utf-8").split()
-    with tempfile.TemporaryDirectory(dir=args.keep) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         made, rng = Path(folder), np.random.default_rng(0)
         write_markers(made / "made-up.csv", genes, rng)
         write_sets(made / "made-up.gmt", genes, rng)
