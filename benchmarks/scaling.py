@@ -993,6 +993,13 @@ def report(
 def draw(results: dict[str, list[Facts]], path: Path) -> None:
     """Seconds, and below them peak memory, against size, both axes logarithmic."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    def short(value: float, _: int) -> str:
+        for power, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")):
+            if value >= power:
+                return f"{value / power:g}{letter}"
+        return f"{value:g}"
 
     figure = Figure(figsize=(3 * len(results), 5.4), layout="constrained", dpi=80)
     axes = figure.subplots(2, len(results), squeeze=False)
@@ -1006,6 +1013,11 @@ def draw(results: dict[str, list[Facts]], path: Path) -> None:
                 if known:
                     ax.loglog(*zip(*known, strict=True), "o-", color=colour, ms=4, label=series)
             ax.set(xlabel=CASES[rows[0]["name"]].counted, ylabel=unit)
+            for axis in (ax.xaxis, ax.yaxis):
+                low, high = axis.get_view_interval()
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 150 * low else (1,)))
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter(FuncFormatter(short))
             ax.grid(color="0.9")
             ax.spines[["top", "right"]].set_visible(False)
         slope = exponent([r["amount"] for r in rows], [r["stage"]["seconds"] for r in rows])
