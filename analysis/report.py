@@ -217,9 +217,9 @@ def read_region_genes(stage: utils.Stage, n: int) -> list[str]:
 def read_histories(stage: utils.Stage, record: dict[str, Any] | None) -> dict[str, pd.DataFrame]:
     """By state; those of an earlier run with more states are there, but not in the maps."""
     paths = sorted(stage.directory.glob(f"{utils.STATES.name}/*/history.csv"))
-    n_states = None if record is None else int(record["arguments"]["n_states"])
+    n_states = (record or {}).get("arguments", {}).get("n_states", len(paths))
     histories = {}
-    for path in paths[:n_states]:
+    for path in paths[: int(n_states)]:
         try:
             table = pd.read_csv(path, dtype=float)
             table = table.dropna(subset=["epoch", "train_loss"])

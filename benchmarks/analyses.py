@@ -22,6 +22,7 @@ import tifffile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from analysis.reading import map_files, read_map
 from benchmarks import scaling
 from benchmarks.stages import ROOT, processor
 
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         made, rng = Path(folder), np.random.default_rng(0)
         write_markers(made / "made-up.csv", genes, rng)
         write_sets(made / "made-up.gmt", genes, rng)
-        grid = np.load(directory / utils.FEATURES.name, mmap_mode="r").shape[:2]
+        grid = read_map(next(iter(map_files(directory).values()))).shape
         write_cells(made / "made-up.tif", grid)
         print(f"{grid[0]} x {grid[1]} superpixels, {len(genes)} genes; {processor()}\n")
         print("| script | seconds | CPU seconds | peak memory (GB) |\n|---|---|---|---|")
