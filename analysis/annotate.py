@@ -46,7 +46,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -372,8 +372,7 @@ def agreement(given: np.ndarray, found: np.ndarray, names: list[str]) -> dict:
     """
     numbers = {name.casefold(): i for i, name in enumerate(names, start=1)}
     expected = np.array([numbers.get(name.casefold(), 0) for name in given])
-    ari = regions.adjusted_rand(given, found) if len(given) > 1 else np.nan
-    facts = {"n": len(given), "ARI": rounded(ari)}
+    facts = {"n": len(given), "ARI": rounded(regions.adjusted_rand(given, found))}
     known = expected > 0
     facts["of the labels"] = int(known.sum())
     if known.any():
@@ -423,10 +422,7 @@ def interpolated_maps(stage: utils.Stage, genes: list[str], tissue: np.ndarray):
     """Counts of the spots, interpolated linearly: a generator of images, one per gene."""
     locs = utils.read_locs(stage, stage.path(utils.LOCS))
     counts, measured = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
-    column = pd.Index(measured).get_indexer(genes)
-    if (column < 0).any():
-        lacking = [gene for gene, i in zip(genes, column, strict=True) if i < 0]
-        raise stage.error(stage.path(utils.CNTS), f"lacks genes of maps: {utils.some(lacking)}")
+    column = regions.columns_of(stage, measured, genes)
     centres = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
     _, linear = interpolation_weights(centres, superpixel_centres(tissue.shape))
     counts = counts.tocsc()
@@ -459,23 +455,6 @@ def compare_truth(
 # --------------------------------------------------------------------------------------------------
 # the command
 # --------------------------------------------------------------------------------------------------
-def read_images(
-    stage: utils.Stage, files: dict[str, Path], tissue: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Maps (rows, columns), one at a time."""
-    for path in files.values():
-        image = read_map(path)
-        known = image[tissue] if image.shape == tissue.shape else np.array([np.nan])
-        if not (np.isfinite(known).all() and known.min() >= 0):
-            raise stage.error(
-                path,
-                f"is {image.shape}; expected {tissue.shape}, with a count of 0 or more for every "
-                f"superpixel of the tissue.",
-                f"Run: {stage.command(utils.HISTEX)}",
-            )
-        yield image
-
-
 def on_grid(values: np.ndarray, tissue: np.ndarray) -> np.ndarray:
     """float16 (..., rows, columns) of values (..., superpixels), NaN outside the tissue."""
     image = np.full((*values.shape[:-1], *tissue.shape), np.nan, np.float16)
@@ -616,7 +595,8 @@ def run_annotation(stage: utils.Stage) -> None:
     tissue = regions.tissue_of(stage, np.isfinite(read_map(next(iter(files.values())))))
     print(f"{tissue.sum():,} superpixels of tissue, {len(genes)} genes, {len(names)} labels")
 
-    sums = add_up(read_images(stage, files, tissue), weights, tissue, args.smoothing_um)
+    images = (regions.read_checked(stage, path, tissue) for path in files.values())
+    sums = add_up(images, weights, tissue, args.smoothing_um)
     check_genes(stage, markers, names, genes, sums.used)
     weights = np.where(sums.used, weights, 0)
     together, overall = marker_correlations(sums, weights)
@@ -652,11 +632,11 @@ def run_annotation(stage: utils.Stage) -> None:
         "annotation-confidence": on_grid(found.confidence, tissue),
         "annotation-scores": on_grid(found.scores, tissue),
     }
-    figure = None
+    figures = {}
     if not args.no_plot:
         own = [[m.gene for m in markers if m.label == name] for name in names]
-        picture = draw_scores(arrays["annotation-scores"], names, own)
-        figure = regions.draw_labels(
+        figures["annotation-scores"] = draw_scores(arrays["annotation-scores"], names, own)
+        figures["annotation"] = regions.draw_labels(
             labels,
             table["name"].tolist(),
             f"{len(names)} labels by marker genes",
@@ -667,12 +647,7 @@ def run_annotation(stage: utils.Stage) -> None:
             ),
             grey=len(names) + 1,
         )
-        (args.output or stage.directory).mkdir(parents=True, exist_ok=True)
-        path = (args.output or stage.directory) / "annotation-scores.png"
-        with utils.atomic(path) as partial:
-            picture.savefig(partial)
-        print(f"wrote {path.name}")
-    regions.write(stage, "annotation", facts, arrays, tables, figure)
+    regions.write(stage, "annotation", facts, arrays, tables, figures)
 
 
 def check_genes(

@@ -625,19 +625,12 @@ def run_enrichment(stage: utils.Stage) -> None:
         **({"found by": count_venn(panels)} if panels else {}),
     }
     print(report(found, table, args.level))
-    figure = None
+    figures = {}
     if not args.no_plot:
-        figure = draw_dots(table, [genes.name for genes in lists], args.level)
+        figures["enrichment"] = draw_dots(table, [genes.name for genes in lists], args.level)
         if panels:
-            save_venn(args.output or stage.directory, panels)
-    regions.write(stage, "enrichment", facts, None, {"enrichment.csv": table}, figure)
-
-
-def save_venn(folder: Path, panels: list[tuple[str, set, set]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with utils.atomic(folder / "venn.png") as partial:
-        draw_venn(panels).savefig(partial)
-    print("wrote venn.png")
+            figures["venn"] = draw_venn(panels)
+    regions.write(stage, "enrichment", facts, None, {"enrichment.csv": table}, figures)
 
 
 def main(argv: list[str] | None = None) -> int:

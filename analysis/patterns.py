@@ -57,6 +57,7 @@ of each of its ``kinds`` are found.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def guess_left_out(
     First interpolated linearly, then by the Gaussian means MEANS_WITHIN.
     """
     parts = max(1, round(len(held_out) / (LEFT_OUT * len(centres))))
-    part = np.random.default_rng(seed).permutation(len(held_out)) % parts
+    part, pitch = np.random.default_rng(seed).permutation(len(held_out)) % parts, pitch_of(centres)
     guess = np.empty((1 + len(MEANS_WITHIN), len(held_out), counts.shape[1]))
     for i in range(parts):
         places = centres[held_out[part == i]]
@@ -219,7 +220,7 @@ def guess_left_out(
         _, linear = interpolation_weights(centres[seen], places)
         weights = [linear.toarray()]
         for sigma in MEANS_WITHIN:
-            weights.append(gaussian_weights(centres[seen], places, sigma * pitch_of(centres)))
+            weights.append(gaussian_weights(centres[seen], places, sigma * pitch))
         guess[:, part == i] = [(counts[seen].T @ w.T).T for w in weights]
     return guess
 
@@ -252,10 +253,7 @@ class Section:
         self.tissue = regions.tissue_of(stage, np.isfinite(first))
         locs = utils.read_locs(stage, stage.path(utils.LOCS))
         counts, names = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
-        column = pd.Index(names).get_indexer(self.genes)
-        if (column < 0).any():
-            lacking = [g for g, i in zip(self.genes, column, strict=True) if i < 0]
-            raise stage.error(stage.path(utils.CNTS), f"lacks genes of maps: {utils.some(lacking)}")
+        column = regions.columns_of(stage, names, self.genes)
         centres = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
         radius = read_radius(stage.directory)
         discs = disc_weights(centres, radius, self.tissue.shape)
@@ -280,17 +278,15 @@ class Section:
             self.map_scale /= np.median(self.map_scale[self.tissue])
 
     def map(self, gene: str) -> np.ndarray:
-        path = self.files[gene]
-        image = read_map(path)
-        known = image[self.tissue] if image.shape == self.tissue.shape else np.array([np.nan])
-        if not (np.isfinite(known).all() and known.min() >= 0):
-            raise self.stage.error(
-                path,
-                f"is {image.shape}; expected {self.tissue.shape}, with a count of 0 or more for "
-                f"every superpixel of the tissue.",
-                f"Run: {self.stage.command(utils.HISTEX)}",
-            )
-        return image
+        return regions.read_checked(self.stage, self.files[gene], self.tissue)
+
+    @functools.cached_property
+    def neighbours(self) -> csr_array:
+        return spot_neighbours(self.centres)
+
+    @functools.cached_property
+    def between(self) -> Interpolation:
+        return Interpolation(self.centres, self.tissue, self.discs)
 
     def roots(self, column: int) -> np.ndarray:
         """Square roots (spots,) of the counts of a gene."""
@@ -300,12 +296,12 @@ class Section:
         """Counts (spots,) that a map (rows, columns) holds in the discs of spots."""
         return sum_discs(self.discs[spots], np.where(self.tissue, image, 0))
 
-    def statistics(self, image: np.ndarray, neighbours: csr_array) -> tuple[float, float, float]:
+    def statistics(self, image: np.ndarray) -> tuple[float, float, float]:
         """I and standard deviation over superpixels of a map (rows, columns); I over its discs."""
         image = np.where(self.tissue, image, 0) * self.map_scale
         totals = np.sqrt(sum_discs(self.discs, image))[:, None]
         of_map = map_statistics(np.sqrt(image * self.area), self.tissue)
-        return *of_map, float(morans_i(totals, neighbours)[0])
+        return *of_map, float(morans_i(totals, self.neighbours)[0])
 
 
 def read_held_out(stage: utils.Stage, section: Section) -> tuple[np.ndarray, np.ndarray]:
@@ -340,8 +336,8 @@ def measure_genes(
     section: Section, held_out: np.ndarray, held_out_r: np.ndarray, permutations: int, seed: int
 ) -> pd.DataFrame:
     """Moran's I, standard deviations and p of every gene, a map in memory at a time."""
-    neighbours, rng = spot_neighbours(section.centres), np.random.default_rng(seed)
-    between = Interpolation(section.centres, section.tissue, section.discs)
+    neighbours, between = section.neighbours, section.between
+    rng = np.random.default_rng(seed)
     orders = orders_of(len(section.spots), permutations, rng)  # the same for all genes
     orders_held_out = orders_of(len(held_out), permutations, rng)
     rows = []
@@ -362,7 +358,7 @@ def measure_genes(
         rows.append(
             (
                 gene, counts.sum(), spots_i, float(x.std()), permutation_p(spots_i, null_spots_i),
-                *section.statistics(image, neighbours), *linear, *ends, held_out_r[i],
+                *section.statistics(image), *linear, *ends, held_out_r[i],
                 correlation_p(held_out_r[i], totals, counts[held_out], orders_held_out),
             )
         )  # fmt: skip
@@ -415,12 +411,12 @@ def add_truth(table: pd.DataFrame, section: Section) -> pd.DataFrame:
             f"{stage.directory / TRUTH} does not hold the true mean of all {len(at)} genes.",
             "--truth is for simulated sections; leave it out.",
         )
-    neighbours, image = spot_neighbours(section.centres), np.zeros(section.tissue.shape)
+    image = np.zeros(section.tissue.shape)
     rows, columns = (min(n) for n in zip(image.shape, truth.tissue.shape, strict=True))
     true = []
     for i in at:
         image[:rows, :columns] = truth.mean[:rows, :columns, i] * truth.capture
-        true.append(section.statistics(image, neighbours))
+        true.append(section.statistics(image))
     names = ["true_I", "true_sd", "true_spot_I"]
     table = table.assign(**dict(zip(names, np.transpose(true), strict=True)))
     return table if truth.kinds is None else table.assign(kind=[truth.kinds[i] for i in at])
@@ -489,10 +485,8 @@ def draw(table: pd.DataFrame, section: Section):
     ratios = [4.2] + [3.4 * rows / columns + 0.4] * len(shown)
     parts = figure.subfigures(1 + len(shown), 1, height_ratios=ratios, squeeze=False)[:, 0]
     draw_genes(parts[0].subplots(1, 2), table)
-    if len(shown):
-        between = Interpolation(section.centres, section.tissue, section.discs)
     for part, i in zip(parts[1:], shown, strict=True):
-        draw_gene(part, table.loc[i], section, section.counts[:, [i]].toarray().ravel(), between)
+        draw_gene(part, table.loc[i], section, section.counts[:, [i]].toarray().ravel())
     return figure
 
 
@@ -527,7 +521,7 @@ def draw_genes(axes, table: pd.DataFrame) -> None:
     axes[1].set_title("above the line is more than smoothing gives", fontsize=10)
 
 
-def draw_gene(part, row: pd.Series, section: Section, counts: np.ndarray, between) -> None:
+def draw_gene(part, row: pd.Series, section: Section, counts: np.ndarray) -> None:
     """Counts per spot: measured, interpolated, and the map, on one scale."""
     shape = section.tissue.shape
     image = np.where(section.tissue, section.map(row["gene"]), np.nan) * section.area
@@ -540,7 +534,7 @@ def draw_gene(part, row: pd.Series, section: Section, counts: np.ndarray, betwee
     )  # a spot's diameter, as large as it is
     axes[0].scatter(x, y, c=counts, s=max(points, 2) ** 2, linewidths=0, **style)
     axes[0].set(xlim=(-0.5, shape[1] - 0.5), ylim=(shape[0] - 0.5, -0.5), aspect="equal")
-    axes[1].imshow(between.image(counts, shape), interpolation="nearest", **style)
+    axes[1].imshow(section.between.image(counts, shape), interpolation="nearest", **style)
     picture = axes[2].imshow(image, interpolation="nearest", **style)
     titles = (
         f"{row['gene']}: spots, I {row['spots_I']:.2f}",
@@ -597,8 +591,9 @@ def find_patterns(stage: utils.Stage) -> None:
         **summarise(table),
     }
     print(report(facts))
-    figure = None if args.no_plot else draw(table, section)
-    regions.write(stage, "patterns", facts, None, {"patterns.csv": table[COLUMNS + extra]}, figure)
+    figures = {} if args.no_plot else {"patterns": draw(table, section)}
+    tables = {"patterns.csv": table[COLUMNS + extra]}
+    regions.write(stage, "patterns", facts, None, tables, figures)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ from scipy.special import comb
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis.page import region_colours
-from analysis.reading import TRUTH
+from analysis.reading import TRUTH, read_map
 
 SUPERPIXEL_MM2 = (utils.SUPERPIXEL_UM / 1000) ** 2
 SCALE_BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
@@ -43,6 +44,29 @@ def tissue_of(stage: utils.Stage, known: np.ndarray) -> np.ndarray:
             stage.directory / utils.MASK.name, "and the maps have no superpixel in common."
         )
     return tissue
+
+
+def read_checked(stage: utils.Stage, path: Path, tissue: np.ndarray) -> np.ndarray:
+    """A map (rows, columns) that has counts all over the tissue."""
+    image = read_map(path)
+    known = image[tissue] if image.shape == tissue.shape else np.array([np.nan])
+    if not (np.isfinite(known).all() and known.min() >= 0):
+        raise stage.error(
+            path,
+            f"is {image.shape}; expected {tissue.shape}, with a count of 0 or more for every "
+            f"superpixel of the tissue.",
+            f"Run: {stage.command(utils.HISTEX)}",
+        )
+    return image
+
+
+def columns_of(stage: utils.Stage, measured: list[str], genes: list[str]) -> np.ndarray:
+    """Where the counts ``measured`` hold the genes of the maps (genes,)."""
+    column = pd.Index(measured).get_indexer(genes)
+    if (column < 0).any():
+        lacking = [gene for gene, i in zip(genes, column, strict=True) if i < 0]
+        raise stage.error(stage.path(utils.CNTS), f"lacks genes of maps: {utils.some(lacking)}")
+    return column
 
 
 def smooth(image: np.ndarray, tissue: np.ndarray, sigma_um: float) -> np.ndarray:
@@ -127,7 +151,12 @@ def spot_labels(labels: np.ndarray, discs: csr_array) -> tuple[np.ndarray, np.nd
 
 
 def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
-    """Adjusted Rand index of two partitions (n,): 1 if they are the same, 0 as by chance."""
+    """Adjusted Rand index of two partitions (n,): 1 if they are the same, 0 as by chance.
+
+    NaN of one thing alone, of which there are no pairs.
+    """
+    if len(a) < 2:
+        return np.nan
     _, a = np.unique(a, return_inverse=True)
     _, b = np.unique(b, return_inverse=True)
     both = np.bincount(a * (b.max() + 1) + b)
@@ -275,9 +304,9 @@ def write(
     facts: dict,
     arrays: dict[str, np.ndarray] | None = None,
     tables: dict[str, pd.DataFrame] | None = None,
-    figure=None,
+    figures: dict[str, Any] | None = None,
 ) -> None:
-    """Arrays by file stem, tables by file name, the picture; the record ``stem``.json last.
+    """Arrays and pictures by file stem, tables by file name; the record ``stem``.json last.
 
     All are written before the first takes its name: a disk that is full leaves the old ones whole.
     """
@@ -291,15 +320,15 @@ def write(
         "inputs": stage.inputs,
     }
     names = [f"{name}.npy" for name in arrays or {}] + [*(tables or {})]
-    names += [f"{stem}.png"] * (figure is not None) + [f"{stem}.json"]
+    names += [*(f"{name}.png" for name in figures or {}), f"{stem}.json"]
     with contextlib.ExitStack() as files:  # what is entered first takes its name last
         partial = {name: files.enter_context(utils.atomic(folder / name)) for name in names[::-1]}
         for name, array in (arrays or {}).items():
             np.save(partial[f"{name}.npy"], array, allow_pickle=False)
         for name, table in (tables or {}).items():
             table.to_csv(partial[name], index=False, lineterminator="\n", float_format="%.5g")
-        if figure is not None:
-            figure.savefig(partial[f"{stem}.png"])
+        for name, figure in (figures or {}).items():
+            figure.savefig(partial[f"{name}.png"])
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
         partial[f"{stem}.json"].write_text(text, encoding="utf-8")
     print(f"wrote {', '.join(names)} in {folder}")

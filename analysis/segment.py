@@ -498,14 +498,14 @@ def run_segmentation(stage: utils.Stage) -> None:
     if args.truth:
         facts["truth"] = compare_with_truth(stage, labels, centres, counts)
     print(report(table, markers, facts))
-    figure = None
+    figures = {}
     if not args.no_plot:
         title = f"{n} regions by {TITLES[args.method]}"
         rgb = regions.read_colours(stage, tissue.shape)
         shown = [name or "no gene is higher" for name in names]
-        figure = regions.draw_labels(labels, shown, title, rgb)
+        figures["segments"] = regions.draw_labels(labels, shown, title, rgb)
     tables = {"segments.csv": table, "markers.csv": markers}
-    regions.write(stage, "segments", facts, {"segments": labels}, tables, figure)
+    regions.write(stage, "segments", facts, {"segments": labels}, tables, figures)
 
 
 def main(argv: list[str] | None = None) -> int:

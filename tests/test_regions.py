@@ -434,7 +434,9 @@ def test_files_appear_together_or_not_at_all(labelled):
     assert before["x.csv"] == b"a,b\n1.5,x\n"
     assert json.loads(before["x.json"])["n"] == 1
     with pytest.raises(OSError, match="no space"):
-        regions.write(stage, "x", {"n": 2}, {"x": np.arange(4)}, {"x.csv": table[:0]}, Torn())
+        regions.write(
+            stage, "x", {"n": 2}, {"x": np.arange(4)}, {"x.csv": table[:0]}, {"x": Torn()}
+        )
     assert snapshot(labelled) == before
     regions.write(stage, "x", {"n": 2}, {"x": np.arange(4)}, {"x.csv": table[:0]})
     assert np.load(labelled / "x.npy").tolist() == [0, 1, 2, 3]
