@@ -79,6 +79,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import utils
+from method import devices, resume
+from reading import arrays, images, plain, tables
 
 SCRIPT = utils.HISTEX
 INPUTS = (
@@ -506,7 +508,7 @@ def token_statistics(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray
     """Mean and standard deviation (F,) of the tokens of the tissue, read row by row."""
     total, squares = 0.0, 0.0
     for row, inside in enumerate(tissue):
-        x = utils.some_rows(tokens, row, row + 1)[0, inside].astype(np.float64)
+        x = arrays.some_rows(tokens, row, row + 1)[0, inside].astype(np.float64)
         total, squares = total + x.sum(axis=0), squares + (x * x).sum(axis=0)
     mean = total / tissue.sum()
     std = np.sqrt(np.maximum(squares / tissue.sum() - mean**2, 0))
@@ -706,7 +708,7 @@ def train_state(
     return network, split.held_out, predicted
 
 
-def train_states(stage: utils.Stage, section: Section, ranks: utils.Ranks, device):
+def train_states(stage: utils.Stage, section: Section, ranks: devices.Ranks, device):
     """All states: their networks, the held-out spots (M,), and predicted counts of these (M, G).
 
     Of several processes, each trains its share; the first gets those of the others from the disk,
@@ -859,7 +861,7 @@ class Batches:
             try:
                 result = compute(part)
             except RuntimeError as error:
-                if not utils.is_out_of_memory(error) or self.size == 1:
+                if not devices.is_out_of_memory(error) or self.size == 1:
                     raise
                 self.size //= 2  # the maps do not depend on it
                 continue
@@ -915,7 +917,7 @@ class HistologyRows:
         halo, width = network.halo, w + 2 * margin
         inside = to_device(self.reached[top + margin : bottom + margin], self.device)
         rows = np.arange(top - halo, bottom + halo).clip(0, h - 1)
-        block = utils.some_rows(self.section.tokens, rows[0], rows[-1] + 1)
+        block = arrays.some_rows(self.section.tokens, rows[0], rows[-1] + 1)
         for left in range(0, width, STRIP):
             right = min(left + STRIP, width)
             columns = np.arange(left - halo, right + halo) - margin
@@ -1292,20 +1294,20 @@ def read_hr_points(stage: utils.Stage, spots: pd.Index) -> tuple[np.ndarray, np.
 def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
     """All inputs, checked against each other; the ids of the spots and the names of the genes."""
     default = stage.args.preset == "default"
-    grid = utils.grid_shape(stage)
-    tissue = utils.read_mask(stage, grid)
+    grid = images.grid_shape(stage)
+    tissue = images.read_mask(stage, grid)
     longest = utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
-    radius = utils.read_number(
+    radius = plain.read_number(
         stage, stage.path(utils.RADIUS), utils.TOKEN_PX, longest, "px of he.jpg"
     )
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
-    genes = utils.read_gene_names(stage, stage.path(utils.GENE_NAMES))
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    genes = plain.read_gene_names(stage, stage.path(utils.GENE_NAMES))
     if len(locs) < MIN_SPOTS:
         raise stage.error(
             stage.path(utils.LOCS), f"lists {len(locs)} spots; at least {MIN_SPOTS} are needed."
         )
     points, parents = read_hr_points(stage, locs.index)
-    expression = utils.read_array(stage, utils.HR_CNTS, np.float32, (len(points), len(genes)))
+    expression = arrays.read_array(stage, utils.HR_CNTS, np.float32, (len(points), len(genes)))
     if (lowest := expression.min()) < 0:
         raise stage.error(
             stage.path(utils.HR_CNTS), f"holds {lowest:g}; counts cannot be negative."
@@ -1319,7 +1321,7 @@ def read_section(stage: utils.Stage) -> tuple[Section, pd.Index, list[str]]:
     counts = np.empty((len(locs), len(genes)), np.float32)
     counts[parents[measured, 0]] = expression[measured]
     section = Section(
-        tokens=utils.read_array(stage, utils.FEATURES, np.float16, (*grid, None)),
+        tokens=arrays.read_array(stage, utils.FEATURES, np.float16, (*grid, None)),
         tissue=tissue,
         spots=locs[["y", "x"]].to_numpy() / utils.TOKEN_PX,
         counts=counts,
@@ -1421,7 +1423,7 @@ def write_genes(stage, genes: list[str], prediction: Prediction, r, factors) -> 
     args = stage.args
     options = ("n_states", "keep_background", "map_format", "dtype", "uncertainty", "n_plots")
     decisive = [training_key(stage, prediction.device), *(getattr(args, name) for name in options)]
-    work = utils.work_folder(stage.directory, utils.MAPS.name, decisive)
+    work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
     names = file_names(genes, f".{args.map_format}")
     best = np.argsort(-np.nan_to_num(r, nan=-2), kind="stable")[: args.n_plots].tolist()
     pictures = file_names([genes[i] for i in best], ".png")
@@ -1434,7 +1436,7 @@ def write_genes(stage, genes: list[str], prediction: Prediction, r, factors) -> 
         files = [(utils.PLOTS, pictures[genes[i]]) for i in numbers if i in best]
         for artifact in folders.keys() - {utils.PLOTS}:
             files += [(artifact, names[genes[i]]) for i in numbers]
-        if utils.take_finished(work, folders, files):
+        if resume.take_finished(work, folders, files):
             continue
         maps, spread = prediction.maps(block)
         for row, i in enumerate(numbers):
@@ -1448,7 +1450,7 @@ def write_genes(stage, genes: list[str], prediction: Prediction, r, factors) -> 
                 title = genes[i] if np.isnan(r[i]) else f"{genes[i]} (held-out r {r[i]:.2f})"
                 picture = Image.fromarray(draw_map(values, title))
                 picture.save(folders[utils.PLOTS] / pictures[genes[i]])
-        utils.keep_finished(work, folders, files)
+        resume.keep_finished(work, folders, files)
     for artifact in folders.keys() - {utils.PLOTS}:
         write_index(folders[artifact], names)
     if not args.uncertainty:
@@ -1582,8 +1584,8 @@ def main(stage: utils.Stage) -> None:
             "--uncertainty is calibrated on held-out spots, and the published preset has none.",
             "Leave out --uncertainty or --preset published.",
         )
-    with utils.ranks() as ranks:
-        device = utils.resolve_device(args.device)
+    with devices.ranks() as ranks:
+        device = devices.resolve_device(args.device)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # matrix products in TF32
         section, spots, genes = read_section(stage)
@@ -1611,7 +1613,7 @@ def explained(device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not utils.is_out_of_memory(error):
+        if not devices.is_out_of_memory(error):
             raise
         raise utils.StageError(
             f"The memory of {device} does not suffice: {str(error).splitlines()[0]:.200}",

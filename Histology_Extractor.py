@@ -47,6 +47,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import utils
+from method import devices, resume
+from reading import images
 from utils import TILE_PX, TOKEN_PX, TOKENS_PER_TILE, StageError
 
 CODE_VERSION = 2  # raise it when tokens change: rows of tiles left on a disk are then not reused
@@ -505,7 +507,7 @@ class Encoder:
                 x = lines.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
                 return tile_tokens(self.backbone.model, x)
         except RuntimeError as error:
-            if utils.is_out_of_memory(error):
+            if devices.is_out_of_memory(error):
                 return None
             raise
 
@@ -539,7 +541,7 @@ def rows_folder(stage: utils.Stage, encoder: Encoder) -> Path:
         "arithmetic": [encoder.device.type, encoder.batch_size, encoder.amp],
         "versions": [importlib.metadata.version(name) for name in ("torch", "timm")],
     }
-    return utils.work_folder(stage.directory, Path(utils.FEATURES.name).stem, decisive)
+    return resume.work_folder(stage.directory, Path(utils.FEATURES.name).stem, decisive)
 
 
 def read_row(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
@@ -559,7 +561,7 @@ def save_row(path: Path, row: np.ndarray) -> None:
             np.save(partial, row)
 
 
-def bands(image: utils.ImageRows, starts: Sequence[int], height: int) -> Iterator[np.ndarray]:
+def bands(image: images.ImageRows, starts: Sequence[int], height: int) -> Iterator[np.ndarray]:
     """The pixels of rows of tiles, uint8 (16 t, W, 3); each is read while the last is computed."""
 
     def read(start: int) -> np.ndarray:
@@ -578,7 +580,7 @@ def bands(image: utils.ImageRows, starts: Sequence[int], height: int) -> Iterato
 
 
 def rows_of_tiles(
-    image: utils.ImageRows,
+    image: images.ImageRows,
     encoder: Encoder,
     folder: Path,
     numbers: Sequence[int],
@@ -654,8 +656,8 @@ def keep_freed_memory() -> None:
             ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
-def build_encoder(args: argparse.Namespace, login: str | None, image: utils.ImageRows) -> Encoder:
-    device = utils.resolve_device(args.device)
+def build_encoder(args: argparse.Namespace, login: str | None, image: images.ImageRows) -> Encoder:
+    device = devices.resolve_device(args.device)
     backbone = load_backbone(args.backbone, args.weights, login)
     if args.overlap is not None and args.overlap >= backbone.tiling.tile:
         raise StageError(
@@ -698,7 +700,7 @@ def facts(args: argparse.Namespace, encoder: Encoder) -> dict[str, Any]:
 
 
 def extract(
-    stage: utils.Stage, ranks: utils.Ranks, image: utils.ImageRows, login: str | None
+    stage: utils.Stage, ranks: devices.Ranks, image: images.ImageRows, login: str | None
 ) -> None:
     encoder = build_encoder(stage.args, login, image)
     folder, started = rows_folder(stage, encoder), time.time()
@@ -725,12 +727,12 @@ def extract(
 
 
 def main(stage: utils.Stage) -> None:
-    with utils.ranks() as ranks:
+    with devices.ranks() as ranks:
         stage.require(utils.HE)
         stage.guard(utils.FEATURES, utils.RGB)
         login = check_arguments(stage.args)
-        utils.grid_shape(stage)  # refuses sides that are not whole tiles
-        with utils.ImageRows(stage, stage.path(utils.HE)) as image:
+        images.grid_shape(stage)  # refuses sides that are not whole tiles
+        with images.ImageRows(stage, stage.path(utils.HE)) as image:
             extract(stage, ranks, image, login)
 
 

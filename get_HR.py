@@ -41,6 +41,7 @@ from scipy import sparse
 from scipy.spatial import Delaunay, cKDTree
 
 import utils
+from reading import plain, tables
 
 SCRIPT = utils.HIGH_RESOLUTION
 
@@ -274,7 +275,7 @@ def listed_genes(stage: utils.Stage) -> list[str] | None:
         return None
     # Not Stage.require: a changed list is the reason for this rerun, it makes nothing stale here.
     stage.inputs[path.name] = utils.fingerprint(path)
-    genes = utils.read_gene_names(stage, path)
+    genes = plain.read_gene_names(stage, path)
     print(f"{path.name}: your {len(genes):,} genes (remove the file to have them selected)")
     return genes
 
@@ -408,7 +409,7 @@ def main(stage: utils.Stage) -> None:
     stage.require(utils.LOCS, utils.CNTS)
     stage.guard(utils.HR_LOCS, utils.HR_CNTS)
     listed = listed_genes(stage)
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
     xy = locs.to_numpy()
     lattice = fit_lattice(xy)
     if lattice is not None:
@@ -417,7 +418,7 @@ def main(stage: utils.Stage) -> None:
     facts = describe(lattice, xy)
     parents = hr_parents(len(xy), pairs)
 
-    counts, genes = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+    counts, genes = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
     chosen = choose_genes(stage, counts, genes, listed)
     counts = counts[:, chosen].toarray()
     print(f"HR points: {len(xy):,} spots and {len(pairs):,} midpoints, {counts.shape[1]:,} genes")

@@ -48,6 +48,7 @@ from PIL import ExifTags, Image
 from scipy.spatial import cKDTree
 
 import utils
+from reading import images, plain, tables
 
 SCRIPT = utils.CALIBRATION
 
@@ -289,7 +290,7 @@ def read_radius(stage: utils.Stage, pixel_size: float) -> float:
         return VISIUM_RADIUS_UM / utils.PIXEL_SIZE_UM
     low, high = RADIUS_RANGE_UM
     hint = f"At {pixel_size:g} um per pixel that is {low:g} to {high:g} um."
-    radius = utils.read_number(
+    radius = plain.read_number(
         stage, path, low / pixel_size, high / pixel_size, "pixels of he-raw", hint
     )
     return radius * pixel_size / utils.PIXEL_SIZE_UM
@@ -623,7 +624,7 @@ def write_jpeg(file: BinaryIO, shape: tuple[int, int], bands: Iterator[np.ndarra
             encoded, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4", restart_marker_rows=1
         )
         jpeg = encoded.getvalue()
-        header = utils.jpeg_header(jpeg)
+        header = images.jpeg_header(jpeg)
         if number == 0:
             at = header.rows_at
             file.write(jpeg[:at] + struct.pack(">H", shape[0]) + jpeg[at + 2 : header.length])
@@ -683,7 +684,7 @@ def main(stage: utils.Stage) -> None:
     stage.guard(utils.HE, utils.LOCS, utils.RADIUS, utils.PIXEL_SIZE)
 
     path = stage.path(utils.HE_RAW)
-    pixel_size = utils.read_number(
+    pixel_size = plain.read_number(
         stage,
         stage.path(utils.PIXEL_SIZE_RAW),
         *PIXEL_SIZE_RANGE_UM,
@@ -694,7 +695,7 @@ def main(stage: utils.Stage) -> None:
     shape = calibrated_shape(raw, pixel_size)
     check_size(stage, path, raw, shape, pieces)
     radius = read_radius(stage, pixel_size)
-    locs = utils.read_locs(stage, stage.path(utils.LOCS_RAW))
+    locs = tables.read_locs(stage, stage.path(utils.LOCS_RAW))
     n_inside = check_spots(stage, locs.to_numpy(), raw, pixel_size)
     geometry = report(path, pixel_size, raw, shape)
 

@@ -35,6 +35,7 @@ from scipy.ndimage import maximum_filter, minimum_filter, uniform_filter
 from skimage.morphology import remove_small_holes, remove_small_objects
 
 import utils
+from reading import arrays, images, tables
 
 SCRIPT = utils.MASKING
 
@@ -110,7 +111,7 @@ def fit_discriminant(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray
 def blocks_of_rows(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The map in parts, each with the number of its first row: it may be larger than the memory."""
     for start in range(0, len(tokens), ROW_BLOCK):
-        yield start, utils.some_rows(tokens, start, start + ROW_BLOCK)
+        yield start, arrays.some_rows(tokens, start, start + ROW_BLOCK)
 
 
 def classify(tokens: np.ndarray, rgb: np.ndarray, seed: int) -> np.ndarray:
@@ -197,10 +198,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(stage: utils.Stage) -> None:
     stage.require(utils.HE, utils.LOCS, utils.FEATURES, utils.RGB)
     stage.guard(utils.MASK, utils.MASK_OVERLAY)
-    grid = utils.grid_shape(stage)
-    tokens = utils.read_array(stage, utils.FEATURES, np.float16, (*grid, None))
-    rgb = utils.read_array(stage, utils.RGB, np.uint8, (*grid, 3))
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
+    grid = images.grid_shape(stage)
+    tokens = arrays.read_array(stage, utils.FEATURES, np.float16, (*grid, None))
+    rgb = arrays.read_array(stage, utils.RGB, np.uint8, (*grid, 3))
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
 
     picture = read_thumbnail(stage, stage.path(utils.HE))
 

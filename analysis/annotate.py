@@ -57,9 +57,10 @@ from scipy.stats import pearson3
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import regions
-from analysis.reading import map_files, read_map, read_radius
+from analysis.inputs import map_files, read_map, read_radius
 from analysis.scores import rounded
 from analysis.spots import disc_weights, interpolation_weights, superpixel_centres
+from reading import tables
 
 SCRIPT = "analysis/annotate.py"
 UNCLASSIFIED = "unclassified"
@@ -399,7 +400,7 @@ def compare_spots(
 ) -> tuple[dict, pd.DataFrame]:
     """Agreement with --spot-labels, and the table of pairs."""
     path = stage.args.spot_labels
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
     given, others = read_spot_labels(path, locs.index)
     stage.inputs[path.name] = utils.fingerprint(path)
     if others:
@@ -420,8 +421,8 @@ def compare_spots(
 
 def interpolated_maps(stage: utils.Stage, genes: list[str], tissue: np.ndarray):
     """Counts of the spots, interpolated linearly: a generator of images, one per gene."""
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
-    counts, measured = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    counts, measured = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
     column = regions.columns_of(stage, measured, genes)
     centres = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
     _, linear = interpolation_weights(centres, superpixel_centres(tissue.shape))

@@ -53,8 +53,9 @@ from scipy.sparse import csr_array
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import regions
-from analysis.reading import map_files, read_map
+from analysis.inputs import map_files, read_map
 from analysis.scores import rounded
+from reading import arrays, images
 
 SCRIPT = "analysis/cells.py"
 RAW, CALIBRATED = "he-raw", "he"  # frames
@@ -136,7 +137,7 @@ def open_labels(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndar
 def bands_of(array: np.ndarray) -> Iterator[np.ndarray]:
     for top in range(0, len(array), BAND_ROWS):
         rows = top, top + BAND_ROWS
-        yield utils.some_rows(array, *rows) if array.flags.c_contiguous else array[slice(*rows)]
+        yield arrays.some_rows(array, *rows) if array.flags.c_contiguous else array[slice(*rows)]
 
 
 def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:
@@ -585,7 +586,7 @@ def build_parser() -> argparse.ArgumentParser:
 def sum_cells(stage: utils.Stage) -> None:
     args = stage.args
     stage.require(utils.HE, utils.MAPS)
-    shape = utils.grid_shape(stage)
+    shape = images.grid_shape(stage)
     files = map_files(stage.directory)
     first = read_map(next(iter(files.values())))
     if first.shape != shape:

@@ -54,6 +54,7 @@ from scipy.sparse import csr_array
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import regions
+from reading import tables
 
 SCRIPT = "analysis/enrich.py"
 LEVEL = 0.05  # of q
@@ -316,8 +317,8 @@ def read_lists(stage: utils.Stage) -> list[GeneList]:
             f'Run: python {MADE_BY[MARKERS]} --directory "{stage.directory}" and '
             f'python {MADE_BY[PATTERNS]} --directory "{stage.directory}"',
         )
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
-    counts, names = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    counts, names = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
     measured = pd.Index(names)
     lists = []
     for name, table in ((MARKERS, markers), (PATTERNS, patterns)):

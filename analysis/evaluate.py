@@ -65,7 +65,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis.holdout import NAMES, hold_out
-from analysis.reading import (
+from analysis.inputs import (
     SCRIPT,
     Truth,
     map_files,

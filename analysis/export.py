@@ -57,10 +57,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from analysis.inputs import map_files, read_map, read_radius
 from analysis.page import SCRIPTS
-from analysis.reading import map_files, read_map, read_radius
 from analysis.report import choose_genes, read_held_out
 from analysis.spots import disc_weights, on_tissue, sum_discs
+from reading import images, pickles, tables
 
 SCRIPT = "analysis/export.py"
 RECORD = "export.json"
@@ -155,7 +156,7 @@ def read_sample(stage: utils.Stage) -> Sample:
     genes = choose_genes(
         list(files), held_out, listed_genes(args.genes), args.n_genes or len(files)
     )
-    shape, first = utils.grid_shape(stage), files[genes[0]]
+    shape, first = images.grid_shape(stage), files[genes[0]]
     tissue = np.isfinite(read_map(first))
     if tissue.shape != shape or not tissue.any():
         raise stage.error(
@@ -213,7 +214,7 @@ def gene_blocks(sample: Sample) -> Iterator[tuple[slice, np.ndarray]]:
 def read_embedding(sample: Sample) -> np.ndarray:
     """Latent maps float32 (dims, rows, columns)."""
     path = sample.stage.path(utils.EMBEDDINGS)
-    content = utils.read_pickle(path)
+    content = pickles.read_pickle(path)
     found = content.get("cls") if isinstance(content, dict) else None
     if not isinstance(found, np.ndarray) or found.shape[1:] != sample.tissue.shape:
         raise sample.stage.error(path, f"does not hold {utils.EMBEDDINGS.what}.")
@@ -272,7 +273,7 @@ def in_mask(sample: Sample) -> np.ndarray:
     HISTEX.py --keep-background."""
     if sample.stage.optional(utils.MASK) is None:
         return sample.tissue
-    return sample.tissue & utils.read_mask(sample.stage, sample.tissue.shape)
+    return sample.tissue & images.read_mask(sample.stage, sample.tissue.shape)
 
 
 def records_of(sample: Sample) -> dict[str, str]:
@@ -301,7 +302,7 @@ def halvings(side: int, longest: int) -> int:
 
 def he_bands(sample: Sample) -> Iterator[np.ndarray]:
     """he.jpg from top to bottom, uint8 (n, columns, 3)."""
-    with utils.ImageRows(sample.stage, sample.stage.path(utils.HE)) as image:
+    with images.ImageRows(sample.stage, sample.stage.path(utils.HE)) as image:
         for top in tqdm(range(0, len(image), HE_BAND_PX), desc="H&E", disable=None):
             yield image[top : top + HE_BAND_PX]
 
@@ -500,8 +501,8 @@ def write_spatialdata(sample: Sample, target: Path) -> None:
 def read_tables(sample: Sample) -> tuple[pd.DataFrame, pd.DataFrame]:
     """x and y of the spots in pixels of he.jpg, and their counts of the exported genes."""
     stage = sample.stage
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
-    counts, genes = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    counts, genes = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
     columns = pd.Index(genes).get_indexer(sample.genes)
     if (columns < 0).any():
         unknown = [gene for gene, i in zip(sample.genes, columns, strict=True) if i < 0]
@@ -826,7 +827,7 @@ def write_csv(sample: Sample, target: Path) -> None:
 
 def write_spots(sample: Sample, target: Path) -> None:
     stage = sample.stage
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
     radius = read_radius(stage.directory)
     discs = disc_weights(locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, radius, sample.tissue.shape)
     kept = on_tissue(discs, np.where(sample.tissue, 0.0, np.nan), radius)

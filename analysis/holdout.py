@@ -26,7 +26,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis.reading import map_files, read_gene_names, read_map, read_radius, read_tables
+from analysis.inputs import map_files, read_gene_names, read_map, read_radius, read_tables
 from analysis.scores import METHODS, best_r_of_counts, pearson, rounded
 from analysis.spots import (
     disc_weights,

@@ -18,7 +18,7 @@ import pandas as pd
 
 import utils
 from analysis.charts import LINE_STYLES, draw_histogram, draw_lines
-from analysis.reading import read_map
+from analysis.inputs import read_map
 
 if TYPE_CHECKING:
     from analysis.report import Sample

@@ -70,7 +70,7 @@ from scipy.spatial import QhullError, cKDTree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import regions
-from analysis.reading import TRUTH, map_files, read_map, read_radius, read_truth
+from analysis.inputs import TRUTH, map_files, read_map, read_radius, read_truth
 from analysis.scores import is_constant, pearson, rounded
 from analysis.spots import (
     disc_weights,
@@ -81,6 +81,7 @@ from analysis.spots import (
     sum_discs,
     superpixel_centres,
 )
+from reading import tables
 
 SCRIPT = "analysis/patterns.py"
 PERMUTATIONS = 999
@@ -251,8 +252,8 @@ class Section:
             raise stage.error(stage.path(utils.MAPS), "names no gene in its index.csv.")
         first = read_map(next(iter(self.files.values())))
         self.tissue = regions.tissue_of(stage, np.isfinite(first))
-        locs = utils.read_locs(stage, stage.path(utils.LOCS))
-        counts, names = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+        locs = tables.read_locs(stage, stage.path(utils.LOCS))
+        counts, names = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
         column = regions.columns_of(stage, names, self.genes)
         centres = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
         radius = read_radius(stage.directory)

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import utils
-from analysis.reading import Truth, map_files, read_map, read_radius, read_spots, select_genes
+from analysis.inputs import Truth, map_files, read_map, read_radius, read_spots, select_genes
 from analysis.scores import BINS, METHODS, Blocks
 from analysis.spots import interpolate_spots
 

@@ -22,8 +22,9 @@ from scipy.special import comb
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from analysis.inputs import TRUTH, read_map
 from analysis.page import region_colours
-from analysis.reading import TRUTH, read_map
+from reading import arrays, images
 
 SUPERPIXEL_MM2 = (utils.SUPERPIXEL_UM / 1000) ** 2
 SCALE_BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
@@ -38,7 +39,7 @@ def tissue_of(stage: utils.Stage, known: np.ndarray) -> np.ndarray:
     """Where a map is ``known`` (rows, columns) and mask.png, if there is one, says tissue."""
     tissue = known
     if stage.optional(utils.MASK) is not None:
-        tissue = known & utils.read_mask(stage, known.shape)
+        tissue = known & images.read_mask(stage, known.shape)
     if not tissue.any():
         raise stage.error(
             stage.directory / utils.MASK.name, "and the maps have no superpixel in common."
@@ -295,7 +296,7 @@ def read_colours(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | Non
     """Mean colours uint8 (rows, columns, 3) of the H&E, if Histology_rgb.npy is there."""
     if stage.optional(utils.RGB) is None:
         return None
-    return np.asarray(utils.read_array(stage, utils.RGB, np.uint8, (*shape, 3)))
+    return np.asarray(arrays.read_array(stage, utils.RGB, np.uint8, (*shape, 3)))
 
 
 def write(

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from analysis.inputs import map_files, read_map, read_radius
 from analysis.page import (
     SCRIPTS,
     fill,
@@ -55,8 +56,8 @@ from analysis.page import (
     region_colours,
     script_json,
 )
-from analysis.reading import map_files, read_map, read_radius
 from analysis.spots import disc_weights, on_tissue, score_totals, sum_discs
+from reading import images, tables
 
 SCRIPT = "analysis/report.py"
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -102,7 +103,7 @@ def read_sample(stage: utils.Stage, wanted: list[str] | None, n_genes: int) -> S
     for artifact in (utils.HE, utils.MAPS):
         if stage.find(artifact) is None:
             raise stage.error(stage.directory / artifact.name, "is missing.")
-    shape, files = utils.grid_shape(stage), map_files(stage.directory)
+    shape, files = images.grid_shape(stage), map_files(stage.directory)
     records, held_out = read_records(stage), read_held_out(stage)
     if utils.HISTEX in records:
         warn_of_changes(stage, records[utils.HISTEX])
@@ -166,8 +167,8 @@ def choose_genes(
 def read_spots(stage: utils.Stage, shape: tuple[int, int]) -> Spots | None:
     if any(stage.find(artifact) is None for artifact in (utils.LOCS, utils.RADIUS, utils.CNTS)):
         return None
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
-    counts, genes = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    counts, genes = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
     centres, radius = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, read_radius(stage.directory)
     return Spots(
         list(locs.index),

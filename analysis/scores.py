@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from analysis.reading import Truth
+from analysis.inputs import Truth
 
 BINS = (1, 2, 4)  # superpixels per side of a scored block: 8, 16 and 32 um
 MIN_BLOCK_TISSUE = 0.5  # share of a block that must be tissue

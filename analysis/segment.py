@@ -61,7 +61,7 @@ from scipy.spatial import QhullError, cKDTree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import regions
-from analysis.reading import TRUTH, read_radius
+from analysis.inputs import TRUTH, read_radius
 from analysis.scores import rounded
 from analysis.spots import (
     disc_weights,
@@ -69,6 +69,7 @@ from analysis.spots import (
     on_tissue,
     superpixel_centres,
 )
+from reading import pickles, tables
 
 SCRIPT = "analysis/segment.py"
 N_REGIONS = 8
@@ -96,7 +97,7 @@ NAMED = 3  # genes a region in the picture
 def read_embedding(stage: utils.Stage) -> np.ndarray:
     """Latent maps float32 (dims, rows, columns), NaN outside the tissue."""
     path = stage.path(utils.EMBEDDINGS)
-    content = utils.read_pickle(path)
+    content = pickles.read_pickle(path)
     found = content.get("cls") if isinstance(content, dict) else None
     known = isinstance(found, np.ndarray) and found.ndim == 3 and found.dtype.kind == "f"
     if not known or found.size == 0:
@@ -438,8 +439,8 @@ def run_segmentation(stage: utils.Stage) -> None:
     args = stage.args
     check_options(stage)
     stage.require(utils.EMBEDDINGS, utils.LOCS, utils.RADIUS, utils.CNTS)
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
-    counts, genes = utils.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    counts, genes = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
     centres, radius = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, read_radius(stage.directory)
 
     embedding = read_embedding(stage)
@@ -504,8 +505,8 @@ def run_segmentation(stage: utils.Stage) -> None:
         rgb = regions.read_colours(stage, tissue.shape)
         shown = [name or "no gene is higher" for name in names]
         figures["segments"] = regions.draw_labels(labels, shown, title, rgb)
-    tables = {"segments.csv": table, "markers.csv": markers}
-    regions.write(stage, "segments", facts, {"segments": labels}, tables, figures)
+    found = {"segments.csv": table, "markers.csv": markers}
+    regions.write(stage, "segments", facts, {"segments": labels}, found, figures)
 
 
 def main(argv: list[str] | None = None) -> int:

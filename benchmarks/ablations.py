@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import HISTEX
 import utils
-from analysis import reading
+from analysis import inputs
 from benchmarks import accuracy
 
 BINS = ("r 1x", "r 4x")
@@ -154,13 +154,13 @@ def run_variant(sample: Path, truth, variant: str, args: argparse.Namespace) -> 
     return {"held-out r": float(np.nanmedian(r)), "seconds": seconds, **scores}
 
 
-def prepared(code: Path, source: Path, work: Path) -> tuple[Path, reading.Truth]:
+def prepared(code: Path, source: Path, work: Path) -> tuple[Path, inputs.Truth]:
     """The sample after its first four stages, and the truth of the genes that it predicts."""
     work.mkdir(parents=True, exist_ok=True)
     sample, _ = accuracy.prepare_section(code, source, work)
-    truth = reading.read_truth(source)
+    truth = inputs.read_truth(source)
     chosen = set((sample / utils.GENE_NAMES.name).read_text(encoding="utf-8").split())
-    return sample, reading.select_genes(truth, [g for g in truth.genes if g in chosen])
+    return sample, inputs.select_genes(truth, [g for g in truth.genes if g in chosen])
 
 
 def table(rows: dict[str, dict[str, dict]], names: list[str]) -> str:
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
             sample, truth = prepared(code, source, args.keep / name)
             for variant in args.variants:
                 made = accuracy.digest(version, sample.name, variant, args.states, args.seed)
-                key = accuracy.score_key(code, made, source / reading.TRUTH)
+                key = accuracy.score_key(code, made, source / inputs.TRUTH)
                 run = lambda s=sample, t=truth, v=variant: run_variant(s, t, v, args)  # noqa: E731
                 result = accuracy.cached(args.keep / name / f"ablation-{key}.json", run)
                 rows[variant][name] = result

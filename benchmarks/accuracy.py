@@ -45,7 +45,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis import reading, scores, spots
+from analysis import inputs, scores, spots
 from benchmarks import baselines, simulate_sections
 from benchmarks.stages import ROOT, USER_FILES, processor, run_measured
 
@@ -71,7 +71,7 @@ SCORES = {  # name in the results: measure and bin of analysis/scores.py
     "SSIM 1x": ("ssim", 1), "RMSE 4x": ("rmse", 4),
 }  # fmt: skip
 # Code that results depend on, beside the five scripts: what scores, and what compares.
-SCORING = [Path(module.__file__) for module in (reading, scores)]
+SCORING = [Path(module.__file__) for module in (inputs, scores)]
 COMPARING = [Path(module.__file__) for module in (baselines, spots)]
 
 
@@ -115,7 +115,7 @@ def copy_code(work: Path) -> Path:
 def user_files(directory: Path) -> list[Path]:
     """The files of a sample that its user brought, without the truth."""
     found = {path for pattern in USER_FILES for path in directory.glob(pattern)}
-    return sorted(path for path in found if path.name != reading.TRUTH)
+    return sorted(path for path in found if path.name != inputs.TRUTH)
 
 
 def section_key(code: Path, directory: Path) -> str:
@@ -205,7 +205,7 @@ def run_histex(
 
 def read_stack(directory: Path, genes: list[str], shape: tuple[int, int]) -> np.ndarray:
     """Maps (rows, columns, genes); a gene without one would make the comparison unfair."""
-    maps = reading.read_maps(directory, genes, shape)
+    maps = inputs.read_maps(directory, genes, shape)
     if missing := [gene for gene in genes if gene not in maps]:
         raise utils.StageError(
             f"{directory / utils.MAPS.name} lacks {len(missing)} genes of the truth, such as "
@@ -215,7 +215,7 @@ def read_stack(directory: Path, genes: list[str], shape: tuple[int, int]) -> np.
     return np.dstack([maps[gene] for gene in genes])
 
 
-def score_maps(truth: reading.Truth, maps: np.ndarray | None) -> dict[str, float | None]:
+def score_maps(truth: inputs.Truth, maps: np.ndarray | None) -> dict[str, float | None]:
     """Medians over genes, in the order of SCORES; of the ceiling, if there are no maps."""
     rows, cols = truth.tissue.shape
     shown = {} if maps is None else {"map": maps[:rows, :cols]}
@@ -253,10 +253,10 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 def run_section(code: Path, source: Path, work: Path, args: argparse.Namespace) -> dict:
     """All results of one section: a dict a run, the ceiling, seconds of the first stages."""
     work.mkdir(parents=True, exist_ok=True)
-    truth = reading.read_truth(source)
+    truth = inputs.read_truth(source)
     sample, stage_seconds = prepare_section(code, source, work)
-    chosen = set(reading.read_gene_names(sample))
-    truth = reading.select_genes(truth, [gene for gene in truth.genes if gene in chosen])
+    chosen = set(inputs.read_gene_names(sample))
+    truth = inputs.select_genes(truth, [gene for gene in truth.genes if gene in chosen])
     section = functools.cache(lambda: baselines.read_section(sample, truth.genes))
     key, results, runs = section_key(code, source), work / "results", []
 
@@ -272,20 +272,20 @@ def run_section(code: Path, source: Path, work: Path, args: argparse.Namespace) 
 
     for task in tasks_of(args):
         made = maps_key(code, key, task)
-        scored = score_key(code, made, source / reading.TRUTH)
+        scored = score_key(code, made, source / inputs.TRUTH)
         make = functools.partial(predict_and_score, task, made)
         result = cached(results / f"{task.method}-{task.seed}-{scored}.json", make)
         runs.append({"method": task.method, "seed": task.seed, **result})
         r = cell([result], [name for name in SCORES if name.startswith("r ")])
         print(f"{work.name}, {task.method}, seed {task.seed}: r {r}", flush=True)
-    scored = score_key(code, key, source / reading.TRUTH)
+    scored = score_key(code, key, source / inputs.TRUTH)
     ceiling = cached(results / f"{scores.CEILING}-{scored}.json", lambda: score_maps(truth, None))
     return {
         "name": work.name,
         "runs": runs,
         scores.CEILING: ceiling,
         "stages": stage_seconds,
-        "spots": len(reading.read_spots(sample, truth.genes)[0]),
+        "spots": len(inputs.read_spots(sample, truth.genes)[0]),
         "genes": len(truth.genes),
     }
 
@@ -426,9 +426,9 @@ def check(args: argparse.Namespace) -> None:
             f"--directory has folders of the same name: {', '.join(names)}.", "Rename one."
         )
     for directory in args.directory:
-        if not (directory / reading.TRUTH).is_file():
+        if not (directory / inputs.TRUTH).is_file():
             raise utils.StageError(
-                f"{directory / reading.TRUTH} is missing: only a section with known truth can be "
+                f"{directory / inputs.TRUTH} is missing: only a section with known truth can be "
                 f"scored.",
                 f"Simulate one: python benchmarks/simulate_sections.py --directory {directory}",
             )

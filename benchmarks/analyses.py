@@ -22,7 +22,7 @@ import tifffile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis.reading import map_files, read_map
+from analysis.inputs import map_files, read_map
 from benchmarks import scaling
 from benchmarks.stages import ROOT, processor
 

@@ -24,7 +24,7 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 import utils
-from analysis.reading import read_mask, read_radius, read_spots
+from analysis.inputs import read_mask, read_radius, read_spots
 from analysis.spots import MIN_DISC_TISSUE, disc_weights, interpolate_spots
 
 SCALES = (3, 9)  # superpixels: token neighbourhoods of 24 and 72 um, as wide as a spot

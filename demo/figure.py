@@ -32,7 +32,7 @@ from scipy.ndimage import uniform_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis import reading
+from analysis import inputs
 
 SHOWN_KINDS = {"marker": "cell-type marker", "region": "region gene", "gradient": "gradient gene"}
 COLOURS = "magma"  # perceptually uniform, safe for colour-blind readers
@@ -42,7 +42,7 @@ SATURATED = 97.0  # percentile of the truth at which the colour scale ends
 PALE = 0.25  # strength of the H&E under the spots
 
 
-def choose_genes(truth: reading.Truth, table: pd.DataFrame) -> dict[str, str]:
+def choose_genes(truth: inputs.Truth, table: pd.DataFrame) -> dict[str, str]:
     """Gene -> why it is shown: the most abundant of each kind, and the one of median r at 4x."""
     total = pd.Series(truth.counts.sum((0, 1)), index=truth.genes)
     if truth.kinds is None:
@@ -87,13 +87,13 @@ def scale_bar(ax, length_um: float, side_um: float, corner: tuple[float, float] 
 
 def draw(directory: Path) -> Figure:
     """The whole picture; every panel is drawn in um, with the origin at the upper left."""
-    truth = reading.read_truth(directory)
+    truth = inputs.read_truth(directory)
     table = pd.read_csv(directory / "evaluation.csv", index_col=0)
-    genes = choose_genes(reading.select_genes(truth, list(table.index)), table)
-    truth = reading.select_genes(truth, list(genes))
+    genes = choose_genes(inputs.select_genes(truth, list(table.index)), table)
+    truth = inputs.select_genes(truth, list(genes))
     shape, step = truth.tissue.shape, utils.SUPERPIXEL_UM
-    maps = reading.read_maps(directory, list(genes), shape)
-    centres, counts = reading.read_spots(directory, list(genes))
+    maps = inputs.read_maps(directory, list(genes), shape)
+    centres, counts = inputs.read_spots(directory, list(genes))
     radius_um = float((directory / "radius.txt").read_text()) * utils.PIXEL_SIZE_UM
     he_path = next(directory / name for name in utils.HE.names if (directory / name).exists())
     image = Image.open(he_path).convert("RGB")

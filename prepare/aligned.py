@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common, slides
+from prepare import images, slides
 
 TILE_PX = 512  # of the warped image, made at a time
 SHARP = 1.1  # source pixels per output pixel above which each is averaged from 2 x 2 samples
@@ -76,10 +76,10 @@ def read_placing(
 def check_pixel_size(placing: Placing, slide: slides.Slide, given: float | None) -> None:
     """Stop if the alignment belongs to another copy of the image, larger or smaller."""
     size, said = placing.pixel_size(placing.to_slide), given or slide.pixel_size_um
-    if said is None or abs(said / size - 1) <= common.MAX_PIXEL_SIZE_ERROR:
+    if said is None or abs(said / size - 1) <= images.MAX_PIXEL_SIZE_ERROR:
         return
     remedy = f"Give the image that was aligned; or --pixel-size {size:.4g}, if its metadata err."
-    if abs(said / placing.pixel_size(placing.inverted) - 1) <= common.MAX_PIXEL_SIZE_ERROR:
+    if abs(said / placing.pixel_size(placing.inverted) - 1) <= images.MAX_PIXEL_SIZE_ERROR:
         remedy = INVERTED
     raise utils.StageError(
         f"{slide.path} has {said:.4g} um per pixel, but by the alignment it has {size:.4g}: "
@@ -91,30 +91,30 @@ def check_pixel_size(placing: Placing, slide: slides.Slide, given: float | None)
 def check_alignment(xy: np.ndarray, slide: slides.Slide, placing: Placing) -> None:
     """Stop if the tissue (N, 2), in um, does not lie on the H&E; say what would have fitted."""
     share = share_on(slide, placing.to_slide, xy)
-    if share >= common.MIN_INSIDE:
+    if share >= images.MIN_INSIDE:
         return
     remedy = (
         "Give the alignment that belongs to this very image, at its full resolution. If the image "
         "shows a part of the section only, name that: --region X Y WIDTH HEIGHT."
     )
-    if share_on(slide, placing.inverted, xy) >= common.MIN_INSIDE:
+    if share_on(slide, placing.inverted, xy) >= images.MIN_INSIDE:
         remedy = INVERTED
     raise utils.StageError(
         f"Only {share:.1%} of the tissue falls on {slide.path} ({slide.size[0]} x {slide.size[1]} "
-        f"px), expected {common.MIN_INSIDE:.0%}: image and alignment do not belong together.",
+        f"px), expected {images.MIN_INSIDE:.0%}: image and alignment do not belong together.",
         remedy,
     )
 
 
 def share_on(slide: slides.Slide, um_to_slide: np.ndarray, xy: np.ndarray) -> float:
-    return common.share_inside(project(um_to_slide, xy), slide.size[::-1])
+    return images.share_inside(project(um_to_slide, xy), slide.size[::-1])
 
 
 @dataclass
-class Aligned(common.Region):
+class Aligned(images.Region):
     """A part of a slide as seen from another frame, warped tile by tile.
 
-    See common.Region, whose sides are in px of the image written here; ``to_slide`` maps those px
+    See images.Region, whose sides are in px of the image written here; ``to_slide`` maps those px
     (continuous) to px of the slide.
     """
 

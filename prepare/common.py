@@ -10,9 +10,7 @@ Letters in shapes: N spots, G genes, h x w superpixels of he.jpg.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,52 +24,19 @@ from scipy.spatial import cKDTree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from image_calibration import calibrated_shape, padded_shape
+from prepare import images
 
-COPIED = (".jpg", ".jpeg", ".png")  # image_calibration.py reads them as they are
 VISIUM_PITCH_UM, VISIUM_RADIUS_UM = 100.0, 27.5  # centre to centre; printed spots of 55 um
 LEGACY_PITCH_UM, LEGACY_RADIUS_UM = 200.0, 50.0
-MIN_INSIDE = 0.95  # share of the in-tissue spots that must fall on the image
 MAX_PITCH_ERROR = 0.05  # relative, between the measured and the expected pitch
-MAX_PIXEL_SIZE_ERROR = 0.05  # relative, between the metadata of an image and the spots
 N_TRUTH_GENES = 300  # 812 x 812 superpixels of 300 genes are 0.8 GB when they are scored
-STRIP_PX = 512  # side of a tile of he-raw.tif; so many rows are in memory while it is written
 CHUNK = 2_000_000  # molecules accumulated at a time
-THUMBNAIL_PX = 1200  # longer side of check.png
 TISSUE_COLOUR, OTHER_COLOUR, OUTSIDE_COLOUR = (0, 110, 60), (150, 150, 150), (220, 30, 30)
 
 
 # -------------------------------------------------------------------------------------------------
 # what a prepare script fills in
 # -------------------------------------------------------------------------------------------------
-@dataclass
-class Region:
-    """A rectangle of a slide; x, y and sides in px of its full resolution.
-
-    ``slide`` is what slides.open_slide gives: ``read_region(x, y, width, height, downsample)``
-    takes px of full resolution and returns uint8 (height // downsample, width // downsample, 3).
-    """
-
-    slide: Any
-    x: int
-    y: int
-    width: int
-    height: int
-    downsample: int = 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the image that is written."""
-        return self.height // self.downsample, self.width // self.downsample
-
-    def read(self, top: int, bottom: int, shrink: int = 1) -> np.ndarray:
-        """Rows top to bottom of the image written, shrunk by a further whole factor."""
-        step = self.downsample
-        height, width = ((side // shrink) * shrink for side in (bottom - top, self.shape[1]))
-        return self.slide.read_region(
-            self.x, self.y + top * step, width * step, height * step, step * shrink
-        )
-
-
 @dataclass
 class Truth:
     """Counts per superpixel of he.jpg: sparse (h * w, G) or an array (h, w, G)."""
@@ -91,7 +56,7 @@ class Section:
     by id; spots without a location are left out.
     """
 
-    image: Path | np.ndarray | Region
+    image: Path | np.ndarray | images.Region
     pixel_size_um: float  # of the image written
     locs: pd.DataFrame  # index: spot id; x, y in px of the image written; in-tissue spots
     counts: sparse.csr_array | pd.DataFrame
@@ -154,180 +119,6 @@ def broken(path: Path, problem: str) -> utils.StageError:
     return utils.StageError(
         f"{path} {problem}", "Copy or download it again, then run the same command."
     )
-
-
-# -------------------------------------------------------------------------------------------------
-# images
-# -------------------------------------------------------------------------------------------------
-def open_image(path: Path) -> Any:
-    """The slide or image at a path, opened but not loaded: see slides.open_slide.
-
-    ``size`` (width, height), ``pixel_size_um`` (None if unknown), ``downsamples``,
-    ``read_region(x, y, width, height, downsample)``, ``thumbnail(max_side)``.
-    """
-    if not path.is_file():
-        raise utils.StageError(
-            f"{path} is missing or no file; expected the H&E image at full resolution.",
-            "Give it by --image FILE.",
-        )
-    from prepare import slides
-
-    return slides.open_slide(path)
-
-
-def image_shape(image: Path | np.ndarray | Region) -> tuple[int, int]:
-    """Rows and columns of the image that is written."""
-    if isinstance(image, Path):
-        return image_size(image)[::-1]
-    return image.shape[:2]
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of a slide or image at full resolution."""
-    with open_image(path) as slide:
-        return slide.size
-
-
-def place_image(
-    path: Path,
-    locs: pd.DataFrame,
-    pixel_size_um: float,
-    margin_um: float | None = None,
-    downsample: int | None = None,
-) -> tuple[Path | Region, pd.DataFrame, float]:
-    """(image, locs, pixel size) as they are written: the whole file, or a part of a slide.
-
-    JPEG and PNG files that are taken whole are copied as they are; else see place_slide.
-    """
-    if margin_um is None and downsample in (None, 1) and path.suffix.lower() in COPIED:
-        return path, locs, pixel_size_um
-    slide = open_image(path)  # stays open: write_sample reads it
-    region = place_slide(slide, locs, pixel_size_um, margin_um, downsample)
-    return region, move(locs, region), pixel_size_um * region.downsample
-
-
-def place_slide(
-    slide: Any,
-    locs: pd.DataFrame,
-    pixel_size_um: float,
-    margin_um: float | None = None,
-    downsample: int | None = None,
-) -> Region:
-    """The part of an open slide that is written.
-
-    With ``margin_um`` it is cut to the spots and a margin, unless the spots miss the image: then
-    ``check`` is to see the whole of it. ``downsample`` is a whole factor, by default the one that
-    brings the image near to 0.5 um per px.
-    """
-    from prepare import slides
-
-    step = downsample or slides.whole_factor(pixel_size_um)
-    low, high = np.zeros(2, int), np.array(slide.size)
-    xy = locs[["x", "y"]].to_numpy()
-    if margin_um is not None and share_inside(xy, slide.size[::-1]) >= MIN_INSIDE:
-        margin = margin_um / pixel_size_um
-        low = np.clip(np.floor(xy.min(0) - margin), 0, high - 1).astype(int)
-        high = np.clip(np.ceil(xy.max(0) + margin), low, high).astype(int)
-    width, height = ((high - low) // step * step).tolist()
-    return Region(slide, *low.tolist(), width, height, step)
-
-
-def move(locs: pd.DataFrame, image: Path | Region) -> pd.DataFrame:
-    """x, y in px of the image written, from x, y in px of the whole file."""
-    if isinstance(image, Path):
-        return locs
-    return locs.assign(
-        x=(locs.x - image.x) / image.downsample, y=(locs.y - image.y) / image.downsample
-    )
-
-
-def check_metadata(path: Path, pixel_size_um: float, trusted: bool, option: str) -> list[str]:
-    """Stop if the image's own metadata say another pixel size than the spots' pitch.
-
-    Spots of a smaller copy all fall on a larger one: then nothing else tells. A ``trusted`` image
-    only gets a note; ``option`` is how the user says so.
-    """
-    with open_image(path) as slide:
-        said = slide.pixel_size_um
-    if said is None or abs(said / pixel_size_um - 1) <= MAX_PIXEL_SIZE_ERROR:
-        return []
-    problem = (
-        f"{path} says in its metadata that it has {said:.4g} um per pixel, but by the spots it has "
-        f"{pixel_size_um:.4g}, a factor of {pixel_size_um / said:.3g}"
-    )
-    if trusted:
-        return [f"{problem}. The spots are believed"]
-    raise utils.StageError(
-        f"{problem}: the coordinates may refer to a smaller or larger copy of it.",
-        f"Give the image to which they refer. If its metadata err, add {option}.",
-    )
-
-
-def micrometres(text: str) -> float:
-    """argparse type: a length in um, above zero."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no length in um above zero")
-    return value
-
-
-def add_image_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--crop-um",
-        type=micrometres,
-        metavar="MARGIN",
-        help="Cut the image to the spots and a margin of so many um; default: the whole image.",
-    )
-    parser.add_argument(
-        "--downsample",
-        type=utils.positive,
-        help="Shrink the image by this whole factor; default: JPEG and PNG are copied as they are, "
-        "slides and TIFF shrunk to about 0.5 um per px.",
-    )
-
-
-def write_image(image: Path | np.ndarray | Region, partial: Path) -> None:
-    """he-raw: a copy of the file, or a lossless TIFF, written a row of tiles at a time."""
-    if isinstance(image, Path):
-        shutil.copyfile(image, partial)
-        return
-    import tifffile
-
-    shape = image_shape(image)
-    with tifffile.TiffWriter(partial, bigtiff=3 * shape[0] * shape[1] > 2**31) as tiff:
-        tiff.write(
-            tiles(image), shape=(*shape, 3), dtype=np.uint8, photometric="rgb",
-            tile=(STRIP_PX, STRIP_PX), compression="zlib", metadata=None,
-        )  # fmt: skip
-
-
-def tiles(image: np.ndarray | Region) -> Iterator[np.ndarray]:
-    """Tiles of STRIP_PX square, row by row, those at the edges filled up with white."""
-    rows, columns = image_shape(image)
-    for top in range(0, rows, STRIP_PX):
-        bottom = min(top + STRIP_PX, rows)
-        strip = image.read(top, bottom) if isinstance(image, Region) else image[top:bottom]
-        for left in range(0, columns, STRIP_PX):
-            tile = np.full((STRIP_PX, STRIP_PX, 3), 255, np.uint8)
-            part = strip[:, left : left + STRIP_PX]
-            tile[: part.shape[0], : part.shape[1]] = part
-            yield tile
-
-
-def thumbnail(image: Path | np.ndarray | Region) -> np.ndarray:
-    """The image written, its longer side at most THUMBNAIL_PX: uint8 (rows, columns, 3)."""
-    if isinstance(image, Path):
-        with open_image(image) as slide:
-            small = slide.thumbnail(THUMBNAIL_PX)
-    elif isinstance(image, Region):
-        shrink = max(1, max(image.shape) // THUMBNAIL_PX)
-        small = image.read(0, image.shape[0], shrink)
-    else:
-        step = max(1, max(image.shape) // THUMBNAIL_PX)
-        small = image[::step, ::step]
-    picture = Image.fromarray(np.ascontiguousarray(small)).convert("RGB")
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    return np.asarray(picture)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -568,31 +359,27 @@ def spot_pitch(xy: np.ndarray) -> float:
     return float(np.median(cKDTree(xy).query(xy, k=min(3, len(xy)))[0][:, -1]))
 
 
-def share_inside(xy: np.ndarray, shape: tuple[int, int]) -> float:
-    return float(((xy >= 0) & (xy < shape[::-1])).all(axis=1).mean())
-
-
 def check(section: Section) -> Report:
     """Measure how spots, image and pixel size fit together; StageError if they do not."""
-    shape, xy = image_shape(section.image), section.xy
+    shape, xy = images.image_shape(section.image), section.xy
     array = section.locs if section.array is None else section.array
     pitch = spot_pitch(array[["x", "y"]].to_numpy(float))
     report = Report(
         spots=len(xy),
-        spots_on_image=round(share_inside(xy, shape) * len(xy)),
+        spots_on_image=round(images.share_inside(xy, shape) * len(xy)),
         pitch_px=pitch,
         pitch_um=pitch * section.pixel_size_um,
         expected_pitch_um=section.pitch_um,
         pixel_size_um=section.pixel_size_um,
         image_size=shape[::-1],
     )
-    if report.spots_on_image < MIN_INSIDE * report.spots:
+    if report.spots_on_image < images.MIN_INSIDE * report.spots:
         (left, top), (right, bottom) = xy.min(axis=0), xy.max(axis=0)
         raise utils.StageError(
             f"Only {report.spots_on_image} of {report.spots} in-tissue spots "
             f"({report.spots_on_image / report.spots:.1%}) fall on the image, expected "
-            f"{MIN_INSIDE:.0%}: x runs from {left:.0f} to {right:.0f} and y from {top:.0f} to "
-            f"{bottom:.0f}, but the image has {shape[1]} columns and {shape[0]} rows.",
+            f"{images.MIN_INSIDE:.0%}: x runs from {left:.0f} to {right:.0f} and y from {top:.0f} "
+            f"to {bottom:.0f}, but the image has {shape[1]} columns and {shape[0]} rows.",
             likely_cause(xy, shape, section.scales),
         )
     error = report.pitch_um / section.pitch_um - 1
@@ -617,13 +404,14 @@ def other_platform(pitch_um: float) -> str:
 
 def likely_cause(xy: np.ndarray, shape: tuple[int, int], scales: dict[str, float]) -> str:
     """Why spots miss the image, found by trying: a smaller copy, x and y swapped, another image."""
-    if share_inside(xy[:, ::-1], shape) >= MIN_INSIDE:  # first: a small scale fits on any image
+    # First, for a small scale fits on any image
+    if images.share_inside(xy[:, ::-1], shape) >= images.MIN_INSIDE:
         return (
             "With x and y swapped they do fit: the image is turned or mirrored, or the columns of "
             "the positions are exchanged. Give the image as it was given to the vendor's software."
         )
     for name, scale in sorted(scales.items(), key=lambda item: -item[1]):
-        if scale < 1 and share_inside(xy * scale, shape) >= MIN_INSIDE:
+        if scale < 1 and images.share_inside(xy * scale, shape) >= images.MIN_INSIDE:
             reach = (xy * scale).max(axis=0)
             return (
                 f"Times {name} = {scale:.5g} they do fit (x to {reach[0]:.0f}, y to "
@@ -640,8 +428,8 @@ def likely_cause(xy: np.ndarray, shape: tuple[int, int], scales: dict[str, float
 
 def draw_check(section: Section, report: Report, path: Path) -> None:
     """check.png: the spots on a thumbnail, in and off the tissue and the image, and the numbers."""
-    small = thumbnail(section.image)
-    shape = image_shape(section.image)
+    small = images.thumbnail(section.image)
+    shape = images.image_shape(section.image)
     scale = np.array([small.shape[1] / shape[1], small.shape[0] / shape[0]])
     radius = max(section.radius_px * scale.mean(), 1.5)
     font = ImageFont.load_default(max(11, round(small.shape[1] / 70)))

@@ -27,7 +27,7 @@ from scipy.spatial import cKDTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common, sample, slides
+from prepare import common, images, sample, slides
 
 LABELS = "labels.csv"
 SPOT_COLUMNS = ["x", "y", "pixel_x", "pixel_y"]
@@ -164,10 +164,10 @@ def prepare(args: argparse.Namespace) -> common.Section:
             f"{args.spots} selects: they are of two sections.",
             "Give the counts and the spots of one and the same section.",
         )
-    image, locs, out_size = common.place_image(
+    image, locs, out_size = images.place_image(
         args.image, selected.loc[chosen], size, args.crop_um, args.downsample
     )
-    notes = common.check_metadata(
+    notes = images.check_metadata(
         args.image, size, args.pixel_size is not None, f"--pixel-size {size:.4g}"
     )
     notes += common.repeated_note(args.counts, "\t")
@@ -183,8 +183,8 @@ def prepare(args: argparse.Namespace) -> common.Section:
         image=image,
         pixel_size_um=out_size,
         locs=locs[["x", "y"]],
-        off_tissue=common.move(others, image),
-        array=common.move(ideal, image),
+        off_tissue=images.move(others, image),
+        array=images.move(ideal, image),
         counts=counts,
         genes=list(counts.columns),
         radius_px=common.LEGACY_RADIUS_UM / out_size,
@@ -208,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="UM",
         help="um per pixel of the image; default: fitted to the array's pitch of 200 um.",
     )
-    common.add_image_options(parser)
+    images.add_image_options(parser)
     return parser
 
 

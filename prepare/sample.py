@@ -29,8 +29,9 @@ from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common
-from prepare.common import Region, Report, Section, Truth
+from prepare import common, images
+from prepare.common import Report, Section, Truth
+from prepare.images import Region
 
 RECORD = "prepare.json"
 TRUTH, CHECK = "truth.npz", "check.png"
@@ -145,7 +146,7 @@ def plan(section: Section, report: Report) -> dict[str, Callable[[Path], None]]:
     """File name -> what writes it to a path, of all files of the sample but the record."""
     suffix = section.image.suffix.lower() if isinstance(section.image, Path) else ".tif"
     writers: dict[str, Callable[[Path], None]] = {
-        f"he-raw{suffix}": lambda path: common.write_image(section.image, path),
+        f"he-raw{suffix}": lambda path: images.write_image(section.image, path),
         utils.PIXEL_SIZE_RAW.name: lambda path: write_text(path, f"{section.pixel_size_um:.8g}\n"),
         utils.RADIUS_RAW.name: lambda path: write_text(path, f"{section.radius_px:.6g}\n"),
         utils.LOCS_RAW.name: lambda path: write_locs(section.locs, path),

@@ -37,7 +37,7 @@ from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common, sample, slides, tenx, visium
+from prepare import common, images, sample, slides, tenx, visium
 
 LAYERS = ("counts", "raw_counts", "raw", "count", "umi")  # names of raw counts, looked at first
 SYMBOLS = ("gene_symbols", "gene_symbol", "feature_name", "gene_name", "symbol", "SYMBOL")  # in var
@@ -318,7 +318,7 @@ def check_size(path: Path, spots: Spots, trusted: bool) -> list[str]:
     scale = spots.scales.get("tissue_hires_scalef")
     if not scale or spots.hires_size is None:
         return []
-    size, hires = np.array(common.image_size(path)), np.array(spots.hires_size)
+    size, hires = np.array(images.image_size(path)), np.array(spots.hires_size)
     if np.abs(size * scale - hires).max() <= visium.SIZE_TOLERANCE_PX:
         return []
     width, height = hires / scale
@@ -651,14 +651,14 @@ def prepare(args: argparse.Namespace) -> common.Section:
     places = spots.places[["x", "y"]]
     inside = places[spots.in_tissue]
     if slide is not None:
-        image = common.place_slide(slide, inside, size, args.crop_um, args.downsample)
-        locs, size = common.move(inside, image), size * image.downsample
+        image = images.place_slide(slide, inside, size, args.crop_um, args.downsample)
+        locs, size = images.move(inside, image), size * image.downsample
         notes = []
     else:
         trusted = args.pixel_size is not None
         notes = check_size(args.image, spots, trusted)
-        notes += common.check_metadata(args.image, size, trusted, f"--pixel-size {size:.4g}")
-        image, locs, size = common.place_image(
+        notes += images.check_metadata(args.image, size, trusted, f"--pixel-size {size:.4g}")
+        image, locs, size = images.place_image(
             args.image, inside, size, args.crop_um, args.downsample
         )
     radius = args.radius_um or spots.radius_um or common.VISIUM_RADIUS_UM
@@ -666,8 +666,8 @@ def prepare(args: argparse.Namespace) -> common.Section:
         image=image,
         pixel_size_um=size,
         locs=locs,
-        off_tissue=common.move(places[~spots.in_tissue], image),
-        array=common.move(places, image),
+        off_tissue=images.move(places[~spots.in_tissue], image),
+        array=images.move(places, image),
         counts=spots.counts,
         spots=spots.ids,
         genes=spots.genes,
@@ -701,16 +701,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--pitch-um",
-        type=common.micrometres,
+        type=images.micrometres,
         default=common.VISIUM_PITCH_UM,
         help="Distance between neighbouring spots; default 100 (Visium); 200 for legacy ST.",
     )
     parser.add_argument(
         "--radius-um",
-        type=common.micrometres,
+        type=images.micrometres,
         help="Radius of a spot; default 27.5 (Visium); 50 for legacy ST.",
     )
-    common.add_image_options(parser)
+    images.add_image_options(parser)
     return parser
 
 

@@ -34,7 +34,7 @@ from PIL import ExifTags, Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from image_calibration import FORMATS, misfit, to_rgb
-from prepare import common, sample
+from prepare import common, images, sample
 
 OPENSLIDE_SUFFIXES = (
     ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm",
@@ -447,7 +447,7 @@ def whole_factor(pixel_size_um: float) -> int:
     return max(1, int(utils.PIXEL_SIZE_UM / pixel_size_um + FINEST_SHARE))
 
 
-def cut_region(slide: Slide, region: list[int] | None, pixel_size_um: float) -> common.Region:
+def cut_region(slide: Slide, region: list[int] | None, pixel_size_um: float) -> images.Region:
     """The region (x, y, width, height), or the whole slide, shrunk to about 0.5 um per pixel."""
     x, y, width, height = region or (0, 0, *slide.size)
     if (
@@ -468,7 +468,7 @@ def cut_region(slide: Slide, region: list[int] | None, pixel_size_um: float) -> 
             f"is shrunk {step} times.",
             "Give a larger --region.",
         )
-    return common.Region(slide, x, y, width // step * step, height // step * step, step)
+    return images.Region(slide, x, y, width // step * step, height // step * step, step)
 
 
 def cut(args: argparse.Namespace) -> None:
@@ -493,7 +493,7 @@ def cut(args: argparse.Namespace) -> None:
             utils.atomic(target) as partial,
             utils.atomic(args.directory / utils.PIXEL_SIZE_RAW.name) as text,
         ):
-            common.write_image(region, partial)
+            images.write_image(region, partial)
             sample.write_text(text, f"{pixel_size * region.downsample:.8g}\n")
         for path in there:
             if path.name in utils.HE_RAW.names and path != target:

@@ -33,7 +33,7 @@ from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common, sample, tenx
+from prepare import common, images, sample, tenx
 
 MATRIX = "filtered_feature_bc_matrix"
 POSITIONS = (  # the newest layout first
@@ -244,7 +244,7 @@ def check_full_resolution(
 def which_image(size: tuple[int, int], spatial: Spatial) -> str:
     """What the wrong image probably is, from its size."""
     cytassist = spatial.folder / CYTASSIST_IMAGE
-    if cytassist.is_file() and common.image_size(cytassist) == tuple(size):
+    if cytassist.is_file() and images.image_size(cytassist) == tuple(size):
         return f"It is as large as {CYTASSIST_IMAGE}, to which the coordinates do not refer."
     for name, scale in spatial.scales.items():
         if max(abs(n * scale - m) for n, m in zip(spatial.full_size, size, strict=True)) <= 2:
@@ -270,7 +270,7 @@ def full_resolution_advice(spatial: Spatial) -> str:
 class Placed:
     """The image as it is written, and how px of the full resolution become px of it."""
 
-    image: Path | np.ndarray | common.Region
+    image: Path | np.ndarray | images.Region
     pixel_size_um: float
     scale: float = 1.0
     left_top: tuple[int, int] = (0, 0)
@@ -285,7 +285,7 @@ def place(
     """The image of --image, after every check that its size allows, and notes."""
     if args.image is None:
         raise utils.StageError(missing_image(spatial, pixel_size), full_resolution_advice(spatial))
-    size = common.image_size(args.image)
+    size = images.image_size(args.image)
     if args.image_is == "hires":
         if args.crop_um is not None or args.downsample:
             raise utils.StageError(
@@ -294,8 +294,8 @@ def place(
         return place_hires(args.image, pixel_size, spatial)
     notes = check_full_resolution(args.image, size, spatial, args.image_is == "fullres")
     trusted = spatial.full_size is not None or args.image_is == "fullres"  # else never compared
-    notes += common.check_metadata(args.image, pixel_size, trusted, "--image-is fullres")
-    image, _, written_um = common.place_image(
+    notes += images.check_metadata(args.image, pixel_size, trusted, "--image-is fullres")
+    image, _, written_um = images.place_image(
         args.image, spots, pixel_size, args.crop_um, args.downsample
     )
     if isinstance(image, Path):
@@ -417,7 +417,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         help="hires: --image is Space Ranger's tissue_hires_image.png, much coarser. fullres: take "
         "the image even if its size is not that of the hires copy. Default: the sizes decide.",
     )
-    common.add_image_options(parser)
+    images.add_image_options(parser)
 
 
 def build_parser() -> argparse.ArgumentParser:

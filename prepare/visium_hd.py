@@ -39,7 +39,7 @@ from scipy import sparse
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from image_calibration import machine_memory
-from prepare import common, sample, tenx, visium
+from prepare import common, images, sample, tenx, visium
 
 BIN_FOLDERS = ("square_002um", "square_008um", "square_016um")
 POSITIONS = "tissue_positions.parquet"
@@ -161,7 +161,7 @@ def check_lattice(bins: Bins, path: Path, said_um: float | None) -> None:
             f"array_col and {across:.3f} px along array_row, off by {bins.residual_um:.1f} um.",
             f"See that its columns are {', '.join(COLUMNS)}, row before column.",
         )
-    if said_um and abs(bins.pixel_size_um / said_um - 1) > common.MAX_PIXEL_SIZE_ERROR:
+    if said_um and abs(bins.pixel_size_um / said_um - 1) > images.MAX_PIXEL_SIZE_ERROR:
         raise utils.StageError(
             f"{path}: bins of {bins.size_um:g} um are {along:.3f} px apart, so a pixel is "
             f"{bins.size_um:g} / {along:.3f} = {bins.pixel_size_um:.4g} um; microns_per_pixel of "
@@ -317,7 +317,7 @@ class Grid:
 
 
 def make_grid(bins: Bins, placed: visium.Placed) -> Grid:
-    shape, factor = common.superpixel_grid(common.image_shape(placed.image), placed.pixel_size_um)
+    shape, factor = common.superpixel_grid(images.image_shape(placed.image), placed.pixel_size_um)
     k = int(np.ceil(bins.size_um / SQUARE_UM))
     steps = ((np.arange(k) + 0.5) / k - 0.5) * bins.size_um
     along, across = np.meshgrid(steps, steps)

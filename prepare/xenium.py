@@ -49,7 +49,7 @@ from scipy.ndimage import uniform_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common, sample, slides, tenx
+from prepare import common, images, sample, slides, tenx
 from prepare.aligned import Aligned, check_alignment, check_pixel_size, project, read_placing
 from prepare.outlines import outline_shares
 
@@ -580,7 +580,7 @@ def count(
 
 def prepare(args: argparse.Namespace) -> common.Section:
     with open_outs(args.outs) as outs:
-        slide = common.open_image(args.image)
+        slide = images.open_image(args.image)
         run_um = run_pixel_size(outs) if args.alignment else utils.PIXEL_SIZE_UM
         placing = read_placing(args.alignment, run_um, slide, args.pixel_size)
         check_pixel_size(placing, slide, args.pixel_size)

@@ -24,6 +24,7 @@ from scipy.ndimage import uniform_filter
 
 import HISTEX
 import utils
+from reading import arrays, images, pickles
 
 F, G = 6, 5  # token features, genes
 SHAPE = (40, 46)  # superpixels
@@ -546,7 +547,7 @@ def test_rows_without_tissue_are_not_computed(first, middles, monkeypatch):
     monkeypatch.setattr(
         HISTEX.Network, "embed", lambda self, x: embedded.append(x.shape[1]) or original(self, x)
     )
-    some_rows = utils.some_rows
+    some_rows = arrays.some_rows
     monkeypatch.setattr(
         utils, "some_rows", lambda x, a, b: read.extend(range(a, b)) or some_rows(x, a, b)
     )
@@ -656,7 +657,7 @@ def test_maps_are_written_as_plain_arrays(tmp_path, dtype):
     for kind in ("pickle", "npy"):
         path = tmp_path / f"a.{kind}"
         HISTEX.write_map(path, values)
-        got = utils.read_pickle(path) if kind == "pickle" else np.load(path)
+        got = pickles.read_pickle(path) if kind == "pickle" else np.load(path)
         assert got.dtype == dtype
         np.testing.assert_array_equal(got, values)
     with (tmp_path / "a.pickle").open("rb") as file:
@@ -688,7 +689,7 @@ def test_a_mask_edited_in_any_program_is_read(sample, mode):
     grey.save(sample / "mask.png")
     args = argparse.Namespace(directory=sample, force=False, allow_stale=False)
     stage = utils.Stage(HISTEX.SCRIPT, args)
-    np.testing.assert_array_equal(utils.read_mask(stage, (28, 42)), tissue)
+    np.testing.assert_array_equal(images.read_mask(stage, (28, 42)), tissue)
 
 
 def test_the_picture_of_a_map_shows_its_values():
@@ -907,7 +908,7 @@ def test_uncertainty_on_request(finished_sample, finished, capsys):
     tissue = np.asarray(Image.open(finished / "mask.png")) > 0
     for file in index["file"]:
         assert (finished / "cnts-super" / file).read_bytes() == maps[file]
-        sd = utils.read_pickle(finished / "cnts-super-sd" / file)
+        sd = pickles.read_pickle(finished / "cnts-super-sd" / file)
         assert (np.isnan(sd) == ~tissue).all()
         assert (sd[tissue] >= 0).all()
     assert sd[tissue].max() > 0
@@ -1021,7 +1022,7 @@ def test_two_runs_at_once_both_write_whole_maps(finished_sample, finished, monke
     assert len(index) == 8
     for file in index["file"]:
         got, wanted = (
-            utils.read_pickle(d / "cnts-super" / file) for d in (finished, finished_sample)
+            pickles.read_pickle(d / "cnts-super" / file) for d in (finished, finished_sample)
         )
         np.testing.assert_allclose(got, wanted, rtol=1e-3)
     assert not list(finished.glob(".cnts-super*"))
@@ -1031,8 +1032,8 @@ def test_maps_of_half_the_size_on_request(finished_sample, finished, capsys):
     assert run(utils.HISTEX, finished, *trained_options(finished), "--dtype", "float16") == 0
     assert "8 genes, 28 x 42, float16" in capsys.readouterr().out
     for path in (finished_sample / "cnts-super").glob("*.pickle"):
-        got = utils.read_pickle(finished / "cnts-super" / path.name)
-        wanted = utils.read_pickle(path)
+        got = pickles.read_pickle(finished / "cnts-super" / path.name)
+        wanted = pickles.read_pickle(path)
         assert got.dtype == np.float16
         np.testing.assert_array_equal(got, wanted.astype(np.float16))
 
@@ -1049,7 +1050,7 @@ def test_a_disk_that_cannot_take_the_maps_is_named_before_any_work(finished, mon
 def test_the_published_preset_runs_whole(finished):
     options = ("--preset", "published", "--epochs", "2", "--n-states", "2", "--n-plots", "1")
     assert run(utils.HISTEX, finished, *options) == 0
-    values = utils.read_pickle(finished / "cnts-super" / "GENE0.pickle")
+    values = pickles.read_pickle(finished / "cnts-super" / "GENE0.pickle")
     tissue = np.asarray(Image.open(finished / "mask.png")) > 0
     assert (np.isnan(values) == ~tissue).all()
     assert pd.read_csv(finished / "held-out-r.csv")["held_out_r"].isna().all()

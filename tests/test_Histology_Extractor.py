@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 import Histology_Extractor as extractor
 import utils
 from Histology_Extractor import LITE, Tiling
+from reading import images
 
 SCRIPT = utils.EXTRACTOR
 TINY_UNI = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -426,7 +427,7 @@ def test_an_image_that_cannot_be_read_stops_the_run(tmp_path, monkeypatch, capsy
     def damaged(self, rows):
         raise self.stage.error(path, "is not a whole image")
 
-    monkeypatch.setattr(utils.ImageRows, "__getitem__", damaged)
+    monkeypatch.setattr(images.ImageRows, "__getitem__", damaged)
     assert run(SCRIPT, directory, "--backbone", LITE) == 2
     assert "he.png is not a whole image" in capsys.readouterr().err
     assert not (directory / utils.FEATURES.name).exists()

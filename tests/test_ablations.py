@@ -8,7 +8,7 @@ import pytest
 
 import HISTEX
 import utils
-from analysis import reading
+from analysis import inputs
 from benchmarks import ablations
 
 
@@ -30,7 +30,7 @@ def scored(finished_sample, tmp_path_factory):
     h, w = np.load(sample / utils.FEATURES.name, mmap_mode="r").shape[:2]
     rng = np.random.default_rng(0)
     counts = rng.poisson(1, (h, w, len(genes))).astype(np.float32)
-    truth = reading.Truth(counts=counts, tissue=np.ones((h, w), bool), genes=genes)
+    truth = inputs.Truth(counts=counts, tissue=np.ones((h, w), bool), genes=genes)
     args = argparse.Namespace(states=1, seed=0)
 
     def score(variant: str) -> dict:

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.sparse import csr_array
 
 import utils
-from analysis import reading, spots
+from analysis import inputs, spots
 from benchmarks import accuracy, baselines, simulate_sections
 from benchmarks.simulate_sections import Design
 from demo.tissue import TYPES, Layout
@@ -197,7 +197,7 @@ def test_a_seed_is_a_section(simulated, tmp_path):
 
 
 def test_spots_hold_the_truth_under_their_discs_times_capture(simulated):
-    truth = reading.read_truth(simulated)
+    truth = inputs.read_truth(simulated)
     counts = pd.read_csv(simulated / "cnts.csv", index_col=0)
     locs = pd.read_csv(simulated / "locs-raw.csv", index_col=0)
     with Image.open(simulated / "he-raw.jpg") as image:
@@ -298,7 +298,7 @@ def make_truth(shape=(27, 41), genes=tuple(GENES), seed=0):
     rng = np.random.default_rng(seed)
     mean = rng.gamma(2, 4, (*shape, len(genes)))
     tissue = rng.random(shape) < 0.8
-    return reading.Truth(rng.poisson(mean).astype(np.float32), tissue, list(genes)), mean
+    return inputs.Truth(rng.poisson(mean).astype(np.float32), tissue, list(genes)), mean
 
 
 def test_shuffled_truth_collapses_the_scores():

@@ -26,6 +26,7 @@ from PIL import Image
 import HISTEX
 import image_calibration
 import utils
+from reading import pickles
 
 CALIBRATION, HR, EXTRACTOR, MASKING, MODEL = (script for script, *_ in PIPELINE)
 OPTIONS = {script: options for script, *options in PIPELINE}
@@ -506,7 +507,7 @@ def test_refused(finished, capfd, spoil, script, options, parts, remedy):
 def tissue_of_maps(directory: Path) -> np.ndarray:
     """Where every map has a value, (rows, columns)."""
     index = pd.read_csv(directory / "cnts-super" / "index.csv", keep_default_na=False)
-    maps = [utils.read_pickle(directory / "cnts-super" / name) for name in index["file"]]
+    maps = [pickles.read_pickle(directory / "cnts-super" / name) for name in index["file"]]
     finite = np.isfinite(maps)
     assert (finite == finite[0]).all()
     return finite[0]
@@ -677,13 +678,13 @@ def test_16_a_constant_gene_stays_constant(finished):
     (finished / "gene-names.txt").write_text("GENE4\nGENE1\n")
     assert run_stage(HR, finished) == 0
     assert run_stage(MODEL, finished, "--preset", "published") == 0
-    values = utils.read_pickle(finished / "cnts-super" / "GENE4.pickle")
+    values = pickles.read_pickle(finished / "cnts-super" / "GENE4.pickle")
     radius = 27.5 / 16
     steps = np.arange(-1, 2)
     in_disc = (steps[:, None] ** 2 + steps[None] ** 2 <= radius**2).sum()
     np.testing.assert_allclose(values, 9 / in_disc, rtol=1e-6)
     assert run_stage(MODEL, finished) == 0
-    values = utils.read_pickle(finished / "cnts-super" / "GENE4.pickle")
+    values = pickles.read_pickle(finished / "cnts-super" / "GENE4.pickle")
     np.testing.assert_allclose(values, 9 / (np.pi * radius**2), rtol=0.5)  # before it has learnt
 
 

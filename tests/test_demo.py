@@ -13,7 +13,7 @@ from conftest import ROOT
 from PIL import Image
 from scipy.stats import norm, pearsonr
 
-from analysis import evaluate, reading
+from analysis import evaluate, inputs
 from demo import simulate, tissue
 
 SIZE_UM = 400.0
@@ -210,7 +210,7 @@ def test_picture_is_drawn_for_genes_chosen_by_rule(section, truth, tmp_path):
     copy = shutil.copytree(section, tmp_path / "copy")
     write_maps(copy, truth["mean"], truth["genes"])
     evaluate.main(["--directory", str(copy), "--no-plot"])
-    known = reading.read_truth(copy)
+    known = inputs.read_truth(copy)
     chosen = figure.choose_genes(known, pd.read_csv(copy / "evaluation.csv", index_col=0))
     assert len(chosen) == 4
     total = truth["counts"].sum((0, 1))

@@ -18,7 +18,7 @@ from skimage.metrics import structural_similarity
 import HISTEX
 import Histology_Extractor
 import utils
-from analysis import evaluate, holdout, reading, scores, seams, spots, uncertainty
+from analysis import evaluate, holdout, inputs, scores, seams, spots, uncertainty
 
 RADIUS = 3.4375  # superpixels: Visium
 SHAPE = (42, 56)
@@ -266,8 +266,8 @@ def test_ceilings_by_halves_agree_with_the_known_mean(capture):
     counts = np.random.default_rng(2).poisson(mean).astype(np.uint16)
     tissue = np.add.outer(np.arange(240), np.arange(240)) > 90
     genes = ["a", "b", "c", "d"]
-    known = scores.score(reading.Truth(counts, tissue, genes, mean, capture=capture), {})
-    halves = scores.score(reading.Truth(counts, tissue, genes, capture=capture), {})
+    known = scores.score(inputs.Truth(counts, tissue, genes, mean, capture=capture), {})
+    halves = scores.score(inputs.Truth(counts, tissue, genes, capture=capture), {})
     assert list(known) == list(halves)
     for name in known:
         if "rmse" in name:
@@ -597,7 +597,7 @@ def test_truth_in_counts_of_all_molecules_is_compared_on_the_scale_of_the_spots(
     before = read_table(section / "evaluation.csv")
     saved = dict(np.load(section / "truth.npz"))
     np.savez(section / "truth.npz", **saved, capture=0.5)
-    images = np.stack(list(reading.read_maps(section, ["A", "B", "NA"]).values()), axis=2)
+    images = np.stack(list(inputs.read_maps(section, ["A", "B", "NA"]).values()), axis=2)
     write_maps(section, images / 2, ["A", "B", "NA"])
     assert evaluate.main(["--directory", str(section), "--no-plot"]) == 0
     after = read_table(section / "evaluation.csv")
@@ -618,7 +618,7 @@ def test_published_truth_is_read_whichever_end_the_genes_are_at(section, first):
     (section / "truth.npz").unlink()
     counts = np.moveaxis(saved["counts"], 2, 0) if first else saved["counts"]
     (section / "genes_3D.pkl").write_bytes(pickle.dumps(np.ascontiguousarray(counts)))
-    truth = reading.read_truth(section)
+    truth = inputs.read_truth(section)
     np.testing.assert_array_equal(truth.counts, saved["counts"])
     np.testing.assert_array_equal(truth.tissue, saved["tissue"])
     assert truth.genes == ["A", "B", "NA"]
@@ -753,8 +753,8 @@ def test_folds_hold_every_spot_once():
 def fold_files(sample, folder, kept):
     """All that the stages could read in the folder of a fold, by name."""
     folder.mkdir()
-    stage = reading.open_sample(sample)
-    locs, counts = reading.read_tables(stage, reading.read_gene_names(sample))
+    stage = inputs.open_sample(sample)
+    locs, counts = inputs.read_tables(stage, inputs.read_gene_names(sample))
     holdout.make_fold(stage, folder, locs, counts, kept)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -876,7 +876,7 @@ def test_holdout_checks_its_sample_first(finished, capsys, what, message):
 
 
 def test_holdout_takes_the_options_of_the_last_run(finished):
-    stage = reading.open_sample(finished)
+    stage = inputs.open_sample(finished)
     assert "--epochs" in holdout.recorded_options(stage)
     (finished / utils.record_name(utils.HISTEX)).unlink()
     assert holdout.recorded_options(stage) == []
@@ -890,7 +890,7 @@ def test_an_edited_mask_is_read_as_histex_reads_it(finished):
     painted[3:10, 5:20, 2] = 1
     painted[12:, :] = (255, 255, 255, 0)
     Image.fromarray(painted).save(finished / "mask.png")
-    tissue = reading.read_mask(finished, shape)
+    tissue = inputs.read_mask(finished, shape)
     assert tissue[3:10, 5:20].all()
     assert tissue.sum() == 7 * 15
 
@@ -902,5 +902,5 @@ def test_a_mask_of_ones_hand_will_do_for_holdout(finished, tmp_path):
     kept = np.arange(len(pd.read_csv(finished / "locs.csv"))) % 3 > 0
     fold_files(finished, tmp_path / "fold", kept)
     assert run("get_HR.py", tmp_path / "fold") == 0
-    stage = reading.open_sample(tmp_path / "fold")
+    stage = inputs.open_sample(tmp_path / "fold")
     stage.require(utils.HR_LOCS, utils.HR_CNTS, utils.LOCS, utils.FEATURES, utils.MASK)

@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter, JpegImagePlugin
 
 import image_calibration as calibration
 import utils
+from reading import images, tables
 
 OUTPUTS = ("he.jpg", "locs.csv", "radius.txt", "pixel-size.txt")
 
@@ -259,8 +260,8 @@ def test_run_scales_image_spots_and_radius_together(sample):
     columns, rows = round(660 * 1.554), round(440 * 1.554)
     record = json.loads((sample / "image_calibration.json").read_text())
     assert record["scaled_size"] == [rows, columns]
-    raw = utils.read_locs(make_stage(sample), sample / "locs-raw.csv")
-    locs = utils.read_locs(make_stage(sample), sample / "locs.csv")
+    raw = tables.read_locs(make_stage(sample), sample / "locs-raw.csv")
+    locs = tables.read_locs(make_stage(sample), sample / "locs.csv")
     np.testing.assert_allclose(locs.x, raw.x * columns / 660, atol=1e-4)
     np.testing.assert_allclose(locs.y, raw.y * rows / 440, atol=1e-4)
     assert list(locs.index) == list(raw.index)
@@ -436,11 +437,11 @@ def test_he_jpg_in_bands_is_that_of_one_piece(rows, columns, band, asked, tmp_pa
     whole = np.asarray(Image.open(io.BytesIO(whole)))
     np.testing.assert_array_equal(np.asarray(Image.open(path)), whole)
     part = slice(*asked)
-    with utils.ImageRows(make_stage(path.parent), path) as image:
+    with images.ImageRows(make_stage(path.parent), path) as image:
         assert image.header is not None  # it is not decoded whole
         assert image.shape == whole.shape
         np.testing.assert_array_equal(image[part], whole[part])
-    np.testing.assert_array_equal(utils.read_rgb(make_stage(path.parent), path), whole)
+    np.testing.assert_array_equal(images.read_rgb(make_stage(path.parent), path), whole)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.999])
@@ -451,14 +452,14 @@ def test_rows_of_a_damaged_he_jpg_are_an_error(share, tmp_path):
     for damaged in (content[: int(len(content) * share)], zero_tail(content, share)):
         path.write_bytes(damaged)
         with pytest.raises(utils.StageError, match="not a whole image"):
-            utils.read_rgb(stage, path)
+            images.read_rgb(stage, path)
 
 
 def test_he_png_in_bands(tmp_path):
     array, path = texture(100, 61), tmp_path / "he.png"
     calibration.write_image(path, (100, 61), calibration.regroup(iter([array]), 33))
     np.testing.assert_array_equal(np.asarray(Image.open(path)), array)
-    with utils.ImageRows(make_stage(tmp_path), path) as image:
+    with images.ImageRows(make_stage(tmp_path), path) as image:
         np.testing.assert_array_equal(image[13:57], array[13:57])
 
 

@@ -18,7 +18,7 @@ from scipy import sparse
 from scipy.io import mmwrite
 
 import utils
-from prepare import common, sample, tenx
+from prepare import common, images, sample, tenx
 
 PITCH, UM = 80.0, 1.25  # px and um per px: 100 um
 GENES = ["ACTB", "MARCH1", "NA", "gene, with comma"]
@@ -632,16 +632,16 @@ def test_an_image_is_cut_and_shrunk_with_its_spots(tmp_path):
     path = tmp_path / "scan.png"
     Image.fromarray(picture).save(path)
     locs = pd.DataFrame({"x": [200.0, 301], "y": [150.0, 251]}, index=["a", "b"])
-    image, moved, um = common.place_image(path, locs, 0.25, margin_um=10, downsample=2)
+    image, moved, um = images.place_image(path, locs, 0.25, margin_um=10, downsample=2)
     assert (image.x, image.y, um) == (160, 110, 0.5)
     assert image.shape == (90, 90)  # 181 px cut to a multiple of two
     np.testing.assert_allclose(moved, [[20, 20], [70.5, 70.5]])
-    common.write_image(image, tmp_path / "cut.tif")
+    images.write_image(image, tmp_path / "cut.tif")
     part = picture[110:290, 160:340].astype(float).reshape(90, 2, 90, 2, 3).mean((1, 3))
     with Image.open(tmp_path / "cut.tif") as written:
         assert np.abs(np.asarray(written) - part).max() <= 0.51
     image.slide.close()
-    whole, same, um = common.place_image(path, locs, 0.25)
+    whole, same, um = images.place_image(path, locs, 0.25)
     assert (whole, um) == (path, 0.25)
     assert same is locs
 
@@ -650,7 +650,7 @@ def test_a_cut_stays_on_the_image(tmp_path):
     path = tmp_path / "scan.png"
     Image.fromarray(section_picture((300, 400))).save(path)
     locs = pd.DataFrame({"x": [5.0, 390], "y": [20.0, 280]}, index=["a", "b"])
-    image, moved, _ = common.place_image(path, locs, 1.0, margin_um=50, downsample=1)
+    image, moved, _ = images.place_image(path, locs, 1.0, margin_um=50, downsample=1)
     assert (image.x, image.y, image.shape) == (0, 0, (300, 400))
     np.testing.assert_array_equal(moved, locs)
     image.slide.close()
@@ -660,7 +660,7 @@ def test_spots_that_miss_the_image_are_judged_by_the_whole_of_it(tmp_path):
     """Cut to such spots, the image would be a strip at its edge."""
     section, _ = make_section(tmp_path)
     swapped = section.locs.rename(columns={"x": "y", "y": "x"})
-    image, locs, _ = common.place_image(section.image, swapped, UM, margin_um=50)
+    image, locs, _ = images.place_image(section.image, swapped, UM, margin_um=50)
     assert image.shape == (500, 640)
     wrong, _ = make_section(tmp_path, image=image, locs=locs)
     with pytest.raises(utils.StageError, match="640 columns and 500 rows") as error:
@@ -672,7 +672,7 @@ def test_spots_that_miss_the_image_are_judged_by_the_whole_of_it(tmp_path):
 def test_images_of_many_tiles_are_written_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "STRIP_PX", 64)
     picture = section_picture((230, 170))
-    common.write_image(picture, tmp_path / "a.tif")
+    images.write_image(picture, tmp_path / "a.tif")
     with Image.open(tmp_path / "a.tif") as written:
         np.testing.assert_array_equal(np.asarray(written), picture)
 
@@ -695,7 +695,7 @@ def test_check_png_shows_each_spot_in_its_place(tmp_path):
 
 def test_a_missing_image_is_named(tmp_path):
     with pytest.raises(utils.StageError, match=r"none\.png is missing or no file"):
-        common.open_image(tmp_path / "none.png")
+        images.open_image(tmp_path / "none.png")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from analysis import charts, reading, report
+from analysis import charts, inputs, report
 from analysis import page as page_parts
 from analysis.spots import disc_weights
 
@@ -535,7 +535,7 @@ def test_records_and_their_warnings_are_shown_and_changes_are_warned_of(finished
     assert "edited after" not in page.text
     first = pd.read_csv(finished / "cnts-super" / "index.csv")["file"][0]
     path = finished / "cnts-super" / first
-    path.write_bytes(pickle.dumps(reading.read_map(path) * 2))
+    path.write_bytes(pickle.dumps(inputs.read_map(path) * 2))
     assert "cnts-super was edited after HISTEX.py wrote it" in Page(write_page(finished)).text
     (finished / "cnts.csv").write_text((finished / "cnts.csv").read_text().replace(",9", ",8"))
     page = Page(write_page(finished))

@@ -18,6 +18,7 @@ from conftest import PIPELINE, RECORDS, ROOT, run, run_process, write_sample
 from PIL import Image
 
 import utils
+from reading import pickles
 
 CALIBRATION, HR, EXTRACTOR, MASKING, MODEL = (script for script, *_ in PIPELINE)
 OPTIONS = {script: options for script, *options in PIPELINE}
@@ -32,7 +33,7 @@ def run_stage(script, directory, *options) -> int:
 def read_maps(directory) -> dict[str, np.ndarray]:
     index = pd.read_csv(directory / "cnts-super" / "index.csv")
     return {
-        gene: utils.read_pickle(directory / "cnts-super" / name)
+        gene: pickles.read_pickle(directory / "cnts-super" / name)
         for gene, name in index.itertuples(index=False)
     }
 
@@ -127,7 +128,7 @@ def test_an_edited_mask_is_used_and_kept(finished_sample, finished, capsys):
     assert "mask.png: edited" in capsys.readouterr().out
     for values in read_maps(finished).values():
         np.testing.assert_array_equal(np.isfinite(values), tissue)
-    embedding = utils.read_pickle(finished / "embeddings-gene.pickle")["cls"]
+    embedding = pickles.read_pickle(finished / "embeddings-gene.pickle")["cls"]
     np.testing.assert_array_equal(np.isfinite(embedding), np.broadcast_to(tissue, embedding.shape))
     assert record_of(finished, MODEL)["inputs"]["mask.png"]["sha256"] == edited
 

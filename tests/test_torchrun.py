@@ -13,6 +13,7 @@ from PIL import Image
 
 import Histology_Extractor as extractor
 import utils
+from method import devices
 
 PATCHED = """
 import os, sys
@@ -105,7 +106,7 @@ def test_when_one_process_fails_all_end_and_no_map_is_left(tmp_path, script):
 def test_without_torchrun_a_process_is_alone(monkeypatch, capsys):
     for name in utils.TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    with utils.ranks() as ranks:
+    with devices.ranks() as ranks:
         assert (ranks.rank, ranks.world) == (0, 1)
         assert list(ranks.share(range(5))) == [0, 1, 2, 3, 4]
         ranks.barrier()
@@ -115,6 +116,6 @@ def test_without_torchrun_a_process_is_alone(monkeypatch, capsys):
 
 
 def test_every_item_belongs_to_one_process():
-    shares = [utils.Ranks(rank, 3).share(range(7)) for rank in range(3)]
+    shares = [devices.Ranks(rank, 3).share(range(7)) for rank in range(3)]
     assert [list(share) for share in shares] == [[0, 3, 6], [1, 4], [2, 5]]
-    assert utils.Ranks(2, 3).share(["a"]) == []
+    assert devices.Ranks(2, 3).share(["a"]) == []

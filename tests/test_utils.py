@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import utils
+from method import devices
+from reading import arrays, images, pickles, plain, tables
 
 ONE_FOLDER = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -265,32 +267,32 @@ def test_positive():
 
 
 def test_resolve_device():
-    assert utils.resolve_device("cpu") == torch.device("cpu")
+    assert devices.resolve_device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        assert utils.resolve_device("auto") == torch.device("cpu")
+        assert devices.resolve_device("auto") == torch.device("cpu")
     for name in ("cuda:99", "abacus", ""):
         with pytest.raises(utils.StageError, match="--device cpu") as error:
-            utils.resolve_device(name)
+            devices.resolve_device(name)
         assert f"--device {name} cannot be used" in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_no_cuda():
     with pytest.raises(utils.StageError, match="--device cuda cannot be used"):
-        utils.resolve_device("cuda")
+        devices.resolve_device("cuda")
 
 
 def test_a_device_that_computes_nonsense_is_not_used(monkeypatch):
     """is_available() can be true although the driver is broken."""
     monkeypatch.setattr(torch, "ones", torch.zeros)
     with pytest.raises(utils.StageError, match="--device cpu cannot be used"):
-        utils.resolve_device("cpu")
+        devices.resolve_device("cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda():
-    assert utils.resolve_device("auto").type == utils.resolve_device("cuda").type == "cuda"
+    assert devices.resolve_device("auto").type == devices.resolve_device("cuda").type == "cuda"
 
 
 # ----- numbers and lists --------------------------------------------------------------------------
@@ -300,7 +302,7 @@ def test_cuda():
 )
 def test_read_number(stage, text, number):
     assert (
-        utils.read_number(stage, put(stage, "pixel-size-raw.txt", text), 0.05, 2.5, "um") == number
+        plain.read_number(stage, put(stage, "pixel-size-raw.txt", text), 0.05, 2.5, "um") == number
     )
 
 
@@ -308,7 +310,7 @@ def test_read_number(stage, text, number):
 @ONE_FOLDER
 def test_read_number_gives_a_number_in_range_or_refuses(stage, text):
     path = put(stage, "pixel-size-raw.txt", text.encode("utf-8", "surrogatepass"))
-    value, message = outcome(utils.read_number, stage, path, 0.05, 2.5, "um")
+    value, message = outcome(plain.read_number, stage, path, 0.05, 2.5, "um")
     if message:
         assert "pixel-size-raw.txt" in message
     else:
@@ -318,7 +320,7 @@ def test_read_number_gives_a_number_in_range_or_refuses(stage, text):
 
 def test_read_gene_names(stage):
     path = put(stage, "gene-names.txt", "\ufeffMARCH1\r\n\r\n  NA \nnan\n\u03b2-Cat\n1")
-    assert utils.read_gene_names(stage, path) == ["MARCH1", "NA", "nan", "\u03b2-Cat", "1"]
+    assert plain.read_gene_names(stage, path) == ["MARCH1", "NA", "nan", "\u03b2-Cat", "1"]
 
 
 # ----- tables -------------------------------------------------------------------------------------
@@ -363,7 +365,7 @@ def test_read_counts(stage, variant, zipped):
         if zipped
         else put(stage, "cnts.csv", content)
     )
-    found = utils.read_counts(stage, path, pd.Index(IDS))
+    found = tables.read_counts(stage, path, pd.Index(IDS))
     assert list(found.index) == IDS
     assert list(found.columns) == GENES
     assert found.to_numpy().dtype == np.float32
@@ -376,14 +378,14 @@ def test_the_order_of_rows_does_not_matter(stage, order, n):
     """P4: counts come in the order of the locations, whatever the order of the table."""
     path = put(stage, "cnts.csv", COUNTS.iloc[order].to_csv())
     spots = pd.Index(IDS[:n])
-    found = utils.read_counts(stage, path, spots)
+    found = tables.read_counts(stage, path, spots)
     pd.testing.assert_frame_equal(found, COUNTS[:n].astype(np.float32), check_index_type=False)
 
 
 def test_read_locs(stage):
     xy = pd.DataFrame({"in_tissue": 1, "y": range(10), "x": np.arange(10) / 3, "note": "a,b"}, IDS)
     for variant in ("comma", "tab", "semicolon", "BOM", "CRLF", "R", "quoted"):
-        found = utils.read_locs(stage, put(stage, "locs-raw.csv", VARIANTS[variant](xy)))
+        found = tables.read_locs(stage, put(stage, "locs-raw.csv", VARIANTS[variant](xy)))
         assert list(found.columns) == ["x", "y"]
         assert list(found.index) == IDS
         np.testing.assert_array_equal(found.to_numpy(), xy[["x", "y"]].to_numpy(float))
@@ -409,7 +411,7 @@ BAD_TABLES = {
 def test_tables_that_are_refused(stage, kind):
     path = put(stage, "cnts.csv", BAD_TABLES[kind])
     with pytest.raises(utils.StageError, match=r"cnts\.csv"):
-        utils.read_counts(stage, path, pd.Index(["s1", "s2"]))
+        tables.read_counts(stage, path, pd.Index(["s1", "s2"]))
 
 
 @given(
@@ -428,7 +430,7 @@ def test_read_locs_reads_or_refuses(stage, content, zipped):
     path = put(stage, "locs.csv", content)
     if zipped:
         path = put(stage, "cnts.csv.gz", gzip.compress(content))
-    locs, message = outcome(utils.read_locs, stage, path)
+    locs, message = outcome(tables.read_locs, stage, path)
     if message:
         assert path.name in message
     else:
@@ -445,13 +447,13 @@ def test_a_damaged_gz_is_refused(stage):
         damaged[at] ^= 0x55
         path = put(stage, "cnts.csv.gz", bytes(damaged))
         with pytest.raises(utils.StageError, match=r"cnts\.csv\.gz"):
-            utils.read_counts(stage, path, pd.Index(IDS))
+            tables.read_counts(stage, path, pd.Index(IDS))
 
 
 def test_a_field_beyond_the_limit_of_csv_is_refused(stage):
     path = put(stage, "locs.csv", "id,x,y\n" + "s" * 200_000 + ",1,2\n")
     with pytest.raises(utils.StageError, match=r"locs\.csv"):
-        utils.read_locs(stage, path)
+        tables.read_locs(stage, path)
 
 
 # ----- arrays -------------------------------------------------------------------------------------
@@ -462,7 +464,7 @@ def npy(values: np.ndarray) -> bytes:
 
 
 def read_rgb_array(stage):
-    return utils.read_array(stage, utils.RGB, np.uint8, (2, None, 3))
+    return arrays.read_array(stage, utils.RGB, np.uint8, (2, None, 3))
 
 
 def test_read_array(stage):
@@ -547,8 +549,8 @@ def test_read_array_refuses_what_is_not_finite(stage, value):
     values[2, 3] = value
     put(stage, "HRcnts.npy", npy(values))
     with pytest.raises(utils.StageError, match="not finite"):
-        utils.read_array(stage, utils.HR_CNTS, np.float32, (3, 4))
-    found = utils.read_array(stage, utils.HR_CNTS, np.float32, (3, 4), finite=False)
+        arrays.read_array(stage, utils.HR_CNTS, np.float32, (3, 4))
+    found = arrays.read_array(stage, utils.HR_CNTS, np.float32, (3, 4), finite=False)
     np.testing.assert_array_equal(found, values)
 
 
@@ -557,18 +559,18 @@ def test_read_array_refuses_what_is_not_finite(stage, value):
 def test_read_rgb_refuses_junk(stage, junk, start):
     path = put(stage, "he.jpg", start + junk)
     with pytest.raises(utils.StageError, match=r"he\.jpg"):
-        utils.read_rgb(stage, path)
+        images.read_rgb(stage, path)
 
 
 def test_read_rgb_refuses_every_truncation_of_a_jpeg(tmp_path):
     path, stage = tmp_path / "he.jpg", make_stage(tmp_path)
     utils.Image.fromarray(draw_section((64, 64))).save(path, quality=95)
-    assert utils.read_rgb(stage, path).shape == (64, 64, 3)
+    assert images.read_rgb(stage, path).shape == (64, 64, 3)
     whole = path.read_bytes()
     for size in range(0, len(whole) - 200, 97):  # never grey rows
         path.write_bytes(whole[:size])
         with pytest.raises(utils.StageError, match=r"he\.jpg"):
-            utils.read_rgb(stage, path)
+            images.read_rgb(stage, path)
 
 
 # ----- pickles ------------------------------------------------------------------------------------
@@ -603,7 +605,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, kind):
     canary, path = tmp_path / "canary", tmp_path / "x.pickle"
     path.write_bytes(evil_contents(canary)[kind])
     with pytest.raises(utils.StageError, match=r"x\.pickle"):
-        utils.read_pickle(path)
+        pickles.read_pickle(path)
     assert not canary.exists()
 
 
@@ -626,7 +628,7 @@ def test_read_pickle_reads_arrays(tmp_path, protocol, spelling):
     }
     path.write_bytes(respelt(written, protocol, spelling))
     assert f"numpy.{spelling}.".encode() in path.read_bytes()
-    found = utils.read_pickle(path)
+    found = pickles.read_pickle(path)
     np.testing.assert_array_equal(found["cls"], written["cls"])
     assert found["cls"].dtype == np.float32
     for mine, theirs in zip(found["more"], written["more"], strict=True):
@@ -671,7 +673,7 @@ LENGTHS = b"\x8d\x8e\x95\x96"  # opcodes with a length of 8 bytes, see the next 
 def test_read_pickle_reads_or_refuses(tmp_path, content):
     path = tmp_path / "x.pickle"
     path.write_bytes(content)
-    _, message = outcome(utils.read_pickle, path)
+    _, message = outcome(pickles.read_pickle, path)
     assert message is None or "x.pickle" in message
 
 
@@ -681,7 +683,7 @@ def test_read_pickle_refuses_impossible_lengths(tmp_path, opcode, length):
     path = tmp_path / "x.pickle"
     path.write_bytes(bytes([opcode]) + length.to_bytes(8, "little"))
     with pytest.raises(utils.StageError, match=r"x\.pickle"):
-        utils.read_pickle(path)
+        pickles.read_pickle(path)
 
 
 def test_read_pickle_takes_no_flags_of_a_dtype(tmp_path):
@@ -694,7 +696,7 @@ def test_read_pickle_takes_no_flags_of_a_dtype(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(Path(utils.__file__).parent)!r})\n"
         "import utils\nfrom pathlib import Path\n"
-        f"print(utils.read_pickle(Path({str(path)!r})).tolist())\n"
+        f"print(pickles.read_pickle(Path({str(path)!r})).tolist())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "[1.5, 1.5, 1.5, 1.5]\n")

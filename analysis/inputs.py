@@ -12,6 +12,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from reading import images, pickles, plain, tables
 
 SCRIPT = "analysis/evaluate.py"
 TRUTH, PUBLISHED_TRUTH = "truth.npz", "genes_3D.pkl"
@@ -99,7 +100,7 @@ def check_truth(path: Path, truth: Truth) -> None:
 def read_published_truth(directory: Path) -> Truth:
     """genes_3D.pkl: one pickled array whose first or last axis is the genes of gene-names.txt."""
     path = directory / PUBLISHED_TRUTH
-    counts, genes = utils.read_pickle(path), read_gene_names(directory)
+    counts, genes = pickles.read_pickle(path), read_gene_names(directory)
     remedy = f"It must be the array that {utils.GENE_NAMES.name} names the genes of."
     if not isinstance(counts, np.ndarray) or counts.ndim != 3:
         found = getattr(counts, "shape", type(counts).__name__)
@@ -124,7 +125,7 @@ def read_gene_names(directory: Path) -> list[str]:
     path = stage.find(utils.GENE_NAMES)
     if path is None:
         raise stage.error(directory / utils.GENE_NAMES.name, "is missing.")
-    return utils.read_gene_names(stage, path)
+    return plain.read_gene_names(stage, path)
 
 
 def read_mask(directory: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -133,7 +134,7 @@ def read_mask(directory: Path, shape: tuple[int, int]) -> np.ndarray:
     path = directory / utils.MASK.name
     if not path.is_file():
         raise stage.error(path, "is missing.")
-    tissue = utils.read_mask(stage, utils.grid_shape(stage))
+    tissue = images.read_mask(stage, images.grid_shape(stage))
     if any(have < want for have, want in zip(tissue.shape, shape, strict=True)):
         raise stage.error(path, f"is {tissue.shape}, smaller than the truth {shape}.")
     return tissue[: shape[0], : shape[1]]
@@ -181,7 +182,7 @@ def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
         if path.suffix == ".npy":
             image = np.load(path, allow_pickle=False)
         else:
-            image = utils.read_pickle(path)
+            image = pickles.read_pickle(path)
     except (OSError, EOFError, ValueError) as error:
         raise utils.StageError(f"{path} is not a whole map: {error}", again) from error
     if not isinstance(image, np.ndarray) or image.ndim != 2:
@@ -206,8 +207,8 @@ def read_tables(stage: utils.Stage, genes: list[str]) -> tuple[pd.DataFrame, pd.
     for artifact in (utils.LOCS, utils.CNTS):
         if stage.find(artifact) is None:
             raise stage.error(stage.directory / artifact.name, "is missing.")
-    locs = utils.read_locs(stage, stage.path(utils.LOCS))
-    counts = utils.read_counts(stage, stage.path(utils.CNTS), locs.index)
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    counts = tables.read_counts(stage, stage.path(utils.CNTS), locs.index)
     unknown = [gene for gene in genes if gene not in counts.columns]
     if unknown:
         raise stage.error(
@@ -224,5 +225,5 @@ def read_radius(directory: Path) -> float:
     if not path.is_file():
         raise stage.error(path, "is missing.")
     longest = utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
-    number = utils.read_number(stage, path, utils.TOKEN_PX, longest, "px of he.jpg")
+    number = plain.read_number(stage, path, utils.TOKEN_PX, longest, "px of he.jpg")
     return number / utils.TOKEN_PX

@@ -1,0 +1,96 @@
+"""Where to compute: devices, and the processes that torchrun starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from utils import StageError
+
+
+def resolve_device(name: str):
+    """torch.device of ``--device``; auto is CUDA, else MPS, else CPU; a named one must work."""
+    wanted = ["cuda", "mps", "cpu"] if name == "auto" else [name]
+    reason: Exception | None = None
+    for candidate in wanted:
+        try:
+            device = torch.device(candidate)
+            probe = torch.ones(2, 2, device=device)
+            if (
+                float((probe @ probe).sum()) == 8.0
+            ):  # is_available() can be true with a broken driver
+                return device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = error
+    detail = str(reason).splitlines()[0] if reason else "a test product came out wrong"
+    raise StageError(
+        f"--device {name} cannot be used on this machine: {detail}",
+        "Leave --device out to take what is there, or say --device cpu.",
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class of its own for it, MPS and the CPU have not."""
+    return "out of memory" in str(error).lower() or "allocate memory" in str(error)
+
+
+# ----- several processes (torchrun) -----
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # environment variables
+LONGEST_WAIT = timedelta(days=7)  # of one process for another; a dead one is noticed at once
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that torchrun started for one command: this one is ``rank`` of ``world``."""
+
+    rank: int
+    world: int
+
+    def share(self, items: Sequence) -> Sequence:
+        """Every world-th of the items: each belongs to exactly one process."""
+        return items[self.rank :: self.world]
+
+    def barrier(self) -> None:
+        """Wait until all processes have come here."""
+        if self.world == 1:
+            return
+        try:
+            torch.distributed.barrier()
+        except RuntimeError as error:
+            raise StageError(
+                f"Process {self.rank} of {self.world} cannot go on: another one has ended.",
+                "Mend what that one says, then run the same command.",
+            ) from error
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Join the processes of torchrun; without it, this one is alone.
+
+    They share their work by files in the sample directory, so that they only ever wait for each
+    other: gloo does that on any device. Each takes the card of its number for ``--device cuda``.
+    All but the first are silent on stdout. If one fails, torchrun ends the others by SIGTERM, which
+    is made a Ctrl-C here: it leaves no half files.
+    """
+    rank, world, local = (int(os.environ.get(name, "0")) for name in TORCHRUN)
+    if world <= 1:
+        yield Ranks(0, 1)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    with contextlib.ExitStack() as quiet:
+        if rank > 0:
+            nowhere = quiet.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+        yield Ranks(rank, world)
+    torch.distributed.destroy_process_group()

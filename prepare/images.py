@@ -1,0 +1,231 @@
+"""The image of a prepared sample: a file taken as it is, an array, or a part of a slide.
+
+Frames. x (column) and y (row) are continuous pixels from the left upper edge of the first pixel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+
+COPIED = (".jpg", ".jpeg", ".png")  # image_calibration.py reads them as they are
+MIN_INSIDE = 0.95  # share of the in-tissue spots that must fall on the image
+MAX_PIXEL_SIZE_ERROR = 0.05  # relative, between the metadata of an image and the spots
+STRIP_PX = 512  # side of a tile of he-raw.tif; so many rows are in memory while it is written
+THUMBNAIL_PX = 1200  # longer side of check.png
+
+
+@dataclass
+class Region:
+    """A rectangle of a slide; x, y and sides in px of its full resolution.
+
+    ``slide`` is what slides.open_slide gives: ``read_region(x, y, width, height, downsample)``
+    takes px of full resolution and returns uint8 (height // downsample, width // downsample, 3).
+    """
+
+    slide: Any
+    x: int
+    y: int
+    width: int
+    height: int
+    downsample: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the image that is written."""
+        return self.height // self.downsample, self.width // self.downsample
+
+    def read(self, top: int, bottom: int, shrink: int = 1) -> np.ndarray:
+        """Rows top to bottom of the image written, shrunk by a further whole factor."""
+        step = self.downsample
+        height, width = ((side // shrink) * shrink for side in (bottom - top, self.shape[1]))
+        return self.slide.read_region(
+            self.x, self.y + top * step, width * step, height * step, step * shrink
+        )
+
+
+def share_inside(xy: np.ndarray, shape: tuple[int, int]) -> float:
+    return float(((xy >= 0) & (xy < shape[::-1])).all(axis=1).mean())
+
+
+def open_image(path: Path) -> Any:
+    """The slide or image at a path, opened but not loaded: see slides.open_slide.
+
+    ``size`` (width, height), ``pixel_size_um`` (None if unknown), ``downsamples``,
+    ``read_region(x, y, width, height, downsample)``, ``thumbnail(max_side)``.
+    """
+    if not path.is_file():
+        raise utils.StageError(
+            f"{path} is missing or no file; expected the H&E image at full resolution.",
+            "Give it by --image FILE.",
+        )
+    from prepare import slides
+
+    return slides.open_slide(path)
+
+
+def image_shape(image: Path | np.ndarray | Region) -> tuple[int, int]:
+    """Rows and columns of the image that is written."""
+    if isinstance(image, Path):
+        return image_size(image)[::-1]
+    return image.shape[:2]
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of a slide or image at full resolution."""
+    with open_image(path) as slide:
+        return slide.size
+
+
+def place_image(
+    path: Path,
+    locs: pd.DataFrame,
+    pixel_size_um: float,
+    margin_um: float | None = None,
+    downsample: int | None = None,
+) -> tuple[Path | Region, pd.DataFrame, float]:
+    """(image, locs, pixel size) as they are written: the whole file, or a part of a slide.
+
+    JPEG and PNG files that are taken whole are copied as they are; else see place_slide.
+    """
+    if margin_um is None and downsample in (None, 1) and path.suffix.lower() in COPIED:
+        return path, locs, pixel_size_um
+    slide = open_image(path)  # stays open: write_sample reads it
+    region = place_slide(slide, locs, pixel_size_um, margin_um, downsample)
+    return region, move(locs, region), pixel_size_um * region.downsample
+
+
+def place_slide(
+    slide: Any,
+    locs: pd.DataFrame,
+    pixel_size_um: float,
+    margin_um: float | None = None,
+    downsample: int | None = None,
+) -> Region:
+    """The part of an open slide that is written.
+
+    With ``margin_um`` it is cut to the spots and a margin, unless the spots miss the image: then
+    ``check`` is to see the whole of it. ``downsample`` is a whole factor, by default the one that
+    brings the image near to 0.5 um per px.
+    """
+    from prepare import slides
+
+    step = downsample or slides.whole_factor(pixel_size_um)
+    low, high = np.zeros(2, int), np.array(slide.size)
+    xy = locs[["x", "y"]].to_numpy()
+    if margin_um is not None and share_inside(xy, slide.size[::-1]) >= MIN_INSIDE:
+        margin = margin_um / pixel_size_um
+        low = np.clip(np.floor(xy.min(0) - margin), 0, high - 1).astype(int)
+        high = np.clip(np.ceil(xy.max(0) + margin), low, high).astype(int)
+    width, height = ((high - low) // step * step).tolist()
+    return Region(slide, *low.tolist(), width, height, step)
+
+
+def move(locs: pd.DataFrame, image: Path | Region) -> pd.DataFrame:
+    """x, y in px of the image written, from x, y in px of the whole file."""
+    if isinstance(image, Path):
+        return locs
+    return locs.assign(
+        x=(locs.x - image.x) / image.downsample, y=(locs.y - image.y) / image.downsample
+    )
+
+
+def check_metadata(path: Path, pixel_size_um: float, trusted: bool, option: str) -> list[str]:
+    """Stop if the image's own metadata say another pixel size than the spots' pitch.
+
+    Spots of a smaller copy all fall on a larger one: then nothing else tells. A ``trusted`` image
+    only gets a note; ``option`` is how the user says so.
+    """
+    with open_image(path) as slide:
+        said = slide.pixel_size_um
+    if said is None or abs(said / pixel_size_um - 1) <= MAX_PIXEL_SIZE_ERROR:
+        return []
+    problem = (
+        f"{path} says in its metadata that it has {said:.4g} um per pixel, but by the spots it has "
+        f"{pixel_size_um:.4g}, a factor of {pixel_size_um / said:.3g}"
+    )
+    if trusted:
+        return [f"{problem}. The spots are believed"]
+    raise utils.StageError(
+        f"{problem}: the coordinates may refer to a smaller or larger copy of it.",
+        f"Give the image to which they refer. If its metadata err, add {option}.",
+    )
+
+
+def micrometres(text: str) -> float:
+    """argparse type: a length in um, above zero."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no length in um above zero")
+    return value
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--crop-um",
+        type=micrometres,
+        metavar="MARGIN",
+        help="Cut the image to the spots and a margin of so many um; default: the whole image.",
+    )
+    parser.add_argument(
+        "--downsample",
+        type=utils.positive,
+        help="Shrink the image by this whole factor; default: JPEG and PNG are copied as they are, "
+        "slides and TIFF shrunk to about 0.5 um per px.",
+    )
+
+
+def write_image(image: Path | np.ndarray | Region, partial: Path) -> None:
+    """he-raw: a copy of the file, or a lossless TIFF, written a row of tiles at a time."""
+    if isinstance(image, Path):
+        shutil.copyfile(image, partial)
+        return
+    import tifffile
+
+    shape = image_shape(image)
+    with tifffile.TiffWriter(partial, bigtiff=3 * shape[0] * shape[1] > 2**31) as tiff:
+        tiff.write(
+            tiles(image), shape=(*shape, 3), dtype=np.uint8, photometric="rgb",
+            tile=(STRIP_PX, STRIP_PX), compression="zlib", metadata=None,
+        )  # fmt: skip
+
+
+def tiles(image: np.ndarray | Region) -> Iterator[np.ndarray]:
+    """Tiles of STRIP_PX square, row by row, those at the edges filled up with white."""
+    rows, columns = image_shape(image)
+    for top in range(0, rows, STRIP_PX):
+        bottom = min(top + STRIP_PX, rows)
+        strip = image.read(top, bottom) if isinstance(image, Region) else image[top:bottom]
+        for left in range(0, columns, STRIP_PX):
+            tile = np.full((STRIP_PX, STRIP_PX, 3), 255, np.uint8)
+            part = strip[:, left : left + STRIP_PX]
+            tile[: part.shape[0], : part.shape[1]] = part
+            yield tile
+
+
+def thumbnail(image: Path | np.ndarray | Region) -> np.ndarray:
+    """The image written, its longer side at most THUMBNAIL_PX: uint8 (rows, columns, 3)."""
+    if isinstance(image, Path):
+        with open_image(image) as slide:
+            small = slide.thumbnail(THUMBNAIL_PX)
+    elif isinstance(image, Region):
+        shrink = max(1, max(image.shape) // THUMBNAIL_PX)
+        small = image.read(0, image.shape[0], shrink)
+    else:
+        step = max(1, max(image.shape) // THUMBNAIL_PX)
+        small = image[::step, ::step]
+    picture = Image.fromarray(np.ascontiguousarray(small)).convert("RGB")
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    return np.asarray(picture)

@@ -1,0 +1,1 @@
+"""Checked reads: each returns what it promises, or says what is wrong with which file."""
