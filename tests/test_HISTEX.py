@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,19 @@ from scipy.ndimage import uniform_filter
 
 import HISTEX
 import utils
+from method import anchoring, maps, prediction, progress, states, uncertainty
+from method import section as sections
+from method.network import Network, Pass, run_batch
+from method.section import Section
 from reading import arrays, images, pickles
 
 F, G = 6, 5  # token features, genes
 SHAPE = (40, 46)  # superpixels
 RADIUS = 55 / 16  # superpixels: Visium
+PRIOR = HISTEX.PRESETS["default"].anchor_prior
 
 
-def make_section(by_area: bool = True, seed: int = 0, shape=SHAPE, **changes) -> HISTEX.Section:
+def make_section(by_area: bool = True, seed: int = 0, shape=SHAPE, **changes) -> Section:
     """16 spots on a 4 x 4 square lattice with midpoints, random tokens and Poisson counts."""
     rng = np.random.default_rng(seed)
     spots = np.array([(r, c) for r in (6.2, 15.4, 24.6, 33.8) for c in (7.1, 17.3, 27.6, 38.2)])
@@ -47,28 +53,30 @@ def make_section(by_area: bool = True, seed: int = 0, shape=SHAPE, **changes) ->
         "expression": counts[parents].mean(axis=1),
         "parents": parents,
         "radius": RADIUS,
-        "context": HISTEX.DEFAULT_CONTEXT if by_area else HISTEX.PUBLISHED_CONTEXT,
+        "context": HISTEX.PRESETS["default" if by_area else "published"].context,
         "by_area": by_area,
     }
-    return HISTEX.Section(**(arrays | changes))
+    return Section(**(arrays | changes))
 
 
-def arguments(**changes) -> argparse.Namespace:
-    args = vars(HISTEX.build_parser().parse_args(["--directory", "x", "--epochs", "3"]))
-    return argparse.Namespace(**(args | changes))
+CPU = torch.device("cpu")
 
 
-def predict(networks, section, device="cpu", **changes):
+def predict(networks, section, device=CPU, preset="default", uncertainty=False, background=False):
     """Maps (G, h, w), the embedding (D, h, w), and the maps' relative spread (or None)."""
+    row = HISTEX.PRESETS[preset]
+    shown = np.ones_like(section.tissue) if background else section.tissue
+    passes = prediction.passes_of(networks, uncertainty)
     with tempfile.TemporaryFile() as file:
-        prediction = HISTEX.Prediction(networks, section, arguments(**changes), file, device)
+        embedding = prediction.embed_section(passes, section, shown, row.overlap, 0, file, device)
+        decoder = prediction.Decoder(passes, section, shown, row.anchor_prior, file, device)
         maps, spread = (np.full((G, *section.tissue.shape), np.nan, np.float32) for _ in range(2))
-        for genes in prediction.blocks():
-            values, share = prediction.maps(genes)
-            maps[genes, prediction.shown] = values
+        for genes in decoder.blocks():
+            values, share = decoder.maps(genes)
+            maps[genes, shown] = values
             if share is not None:
-                spread[genes, prediction.shown] = share
-    return maps, prediction.embedding, None if share is None else spread
+                spread[genes, shown] = share
+    return maps, embedding, None if share is None else spread
 
 
 def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -78,6 +86,10 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for weight in network.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
     return network.eval()
+
+
+def default_network(section: Section, seed: int = 0) -> torch.nn.Module:
+    return randomise(HISTEX.DefaultNetwork(section, np.arange(16)), seed)
 
 
 # ----- the networks -----
@@ -130,10 +142,10 @@ def test_published_network_is_the_published_arithmetic():
     y = np.where(y > 0, y, 0.01 * (np.exp(y) - 1)) + 0.01
 
     patches = torch.from_numpy(tokens.reshape(3, 7, 7, F))
-    got = network(patches, torch.from_numpy(expression), None)
+    got = network(patches, torch.from_numpy(expression), torch.zeros(3, 49, 5, 2))
     np.testing.assert_allclose(got.detach().numpy(), y, atol=1e-5)
     context = network.embed_expression(torch.from_numpy(expression))
-    latent = network.fuse(torch.from_numpy(tokens), context, None)
+    latent = network.fuse(torch.from_numpy(tokens), context, torch.zeros(3, 5, 2))
     np.testing.assert_allclose(latent[..., : HISTEX.WIDTH].detach().numpy(), x, atol=1e-5)
 
     # the loss is the squared error of the mean over 37 of 49 superpixels, in scaled counts
@@ -175,10 +187,10 @@ def test_cross_attention_equals_torch_multihead_attention():
 
 def test_default_network_starts_as_interpolation_of_the_hr_points():
     section = make_section()
-    network = HISTEX.Network(section, np.arange(16)).eval()
+    network = HISTEX.DefaultNetwork(section, np.arange(16)).eval()
     near = section.context_of_spots(np.array([], int), leave_out=False)
     centres = np.floor(section.spots).astype(int)
-    maps = network(*section.inputs(centres, near, network.halo, "cpu")).detach().numpy()
+    maps = network(*section.inputs(centres, near, network.halo, CPU)).detach().numpy()
     row, col = section.patches(centres)
     for spot, cell in [(0, 0), (5, 40), (15, 80)]:
         place = np.array([row[spot, cell], col[spot, cell]]) + 0.5
@@ -192,9 +204,9 @@ def test_constant_expression_gives_discs_that_sum_to_it():
     counts = np.full((16, G), 12, np.float32)
     parents = make_section().parents
     section = make_section(counts=counts, expression=counts[parents].mean(axis=1))
-    network = HISTEX.Network(section, np.arange(16))
-    split = HISTEX.split_spots(section, "default", 0, 0)
-    output, areas, _ = HISTEX.run_batch(network, section, split, np.arange(16), "cpu")
+    network = HISTEX.DefaultNetwork(section, np.arange(16))
+    split = sections.split_spots(section, True, 0, 0)
+    output, areas, _ = run_batch(network, section, split, np.arange(16), CPU)
     total = torch.einsum("btg,bt->bg", output, areas)
     np.testing.assert_allclose(total.detach(), 12, rtol=0.01)  # discs are sampled 8 x 8
     counts = torch.from_numpy(counts)
@@ -203,14 +215,14 @@ def test_constant_expression_gives_discs_that_sum_to_it():
 
 def test_tokens_are_seen_at_three_scales():
     section = make_section()
-    network = HISTEX.Network(section, np.arange(16))
+    network = HISTEX.DefaultNetwork(section, np.arange(16))
     centre = np.array([[20, 21]])
-    tokens, _, _ = section.inputs(centre, np.array([[0]]), network.halo, "cpu")
-    got = network.see(tokens)[0].numpy()
+    tokens, _, _ = section.inputs(centre, np.array([[0]]), network.halo, CPU)
+    got = network.views(tokens)[0].numpy()
     z = (section.tokens - network.token_mean.numpy()) / network.token_std.numpy()
     rows = slice(20 - section.half, 20 + section.half + 1)
     cols = slice(21 - section.half, 21 + section.half + 1)
-    wanted = [z] + [uniform_filter(z, (size, size, 1)) for size in HISTEX.SCALES]
+    wanted = [z] + [uniform_filter(z, (size, size, 1)) for size in HISTEX.DefaultNetwork.scales]
     wanted = np.concatenate([x[rows, cols] for x in wanted], axis=-1)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
@@ -223,7 +235,7 @@ def test_disc_areas_equal_fine_sampling(place, radius):
     centre = np.floor(place).astype(int)
     steps = np.arange(-half, half + 1)
     row, col = (x.reshape(1, -1) for x in np.meshgrid(*(c + steps for c in centre), indexing="ij"))
-    got = HISTEX.disc_areas(np.array([place]), row, col, radius)[0]
+    got = sections.disc_areas(np.array([place]), row, col, radius)[0]
     fine = (np.arange(64) + 0.5) / 64
     for cell in range(0, row.size, 7):
         down = (row[0, cell] + fine[:, None] - place[0]) ** 2
@@ -258,11 +270,11 @@ def test_spots_with_hardly_any_tissue_say_nothing_about_it():
     expression = counts[parents].mean(axis=1)
     section = make_section(tissue=tissue, counts=counts, expression=expression)
     share = section.areas.sum(axis=1) / (np.pi * RADIUS**2)
-    assert list(section.usable) == list(share >= HISTEX.MIN_TISSUE_SHARE)
+    assert list(section.usable) == list(share >= sections.MIN_TISSUE_SHARE)
     assert 4 <= section.usable.sum() < 12
     unusable = set(np.flatnonzero(~section.usable))
     assert not unusable & set(section.parents.ravel())
-    split = HISTEX.split_spots(section, "default", 0, 0)
+    split = sections.split_spots(section, True, 0, 0)
     assert not unusable & {*split.train, *split.held_out}
     assert section.expression.max() < 120 / 0.25
 
@@ -295,19 +307,27 @@ def test_token_statistics_are_those_of_the_tissue():
     section = make_section()
     tissue = np.random.default_rng(0).random(SHAPE) < 0.5
     tissue[3] = False
-    mean, std = HISTEX.token_statistics(section.tokens, tissue)
+    mean, std = sections.token_statistics(section.tokens, tissue)
     np.testing.assert_allclose(mean, section.tokens[tissue].astype(float).mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(std, section.tokens[tissue].astype(float).std(axis=0), rtol=1e-5)
 
 
 # ----- training -----
-def train(section, folder: Path, key: str = "k", index: int = 0, **changes):
-    return HISTEX.train_state(section, folder, arguments(**changes), key, index, "cpu")
+def key_named(name: str = "k") -> states.Key:
+    return states.Key(training={"name": name}, inputs={}, code={}, machine={})
+
+
+def train(section, folder: Path, key: str = "k", index: int = 0, preset="default", **changes):
+    """Network, held-out spots and their predicted counts of a state that was trained."""
+    row = changes.pop("row", HISTEX.PRESETS[preset])
+    training = HISTEX.Training(row, **({"epochs": 3} | changes))
+    state = HISTEX.train_state(section, folder, training, key_named(key), index, CPU)
+    return state.network, state.split.held_out, state.predicted
 
 
 def test_states_hold_out_disjoint_spots_and_train_on_the_others():
     section = make_section()
-    splits = [HISTEX.split_spots(section, "default", 7, i) for i in range(HISTEX.FOLDS)]
+    splits = [sections.split_spots(section, True, 7, i) for i in range(sections.FOLDS)]
     held_out = np.concatenate([split.held_out for split in splits])
     assert sorted(held_out) == list(range(16))
     for split in splits:
@@ -317,7 +337,7 @@ def test_states_hold_out_disjoint_spots_and_train_on_the_others():
 def test_counts_of_held_out_spots_cannot_reach_their_prediction(tmp_path):
     """Replace the counts of held-out spots, in the table and the HR points: nothing changes."""
     section = make_section()
-    held_out = HISTEX.split_spots(section, "default", 0, 0).held_out
+    held_out = sections.split_spots(section, True, 0, 0).held_out
     other = section.counts.copy()
     other[held_out] = 1000
     changed = make_section(counts=other, expression=other[section.parents].mean(axis=1))
@@ -331,11 +351,11 @@ def test_counts_of_held_out_spots_cannot_reach_their_prediction(tmp_path):
 
 def test_a_held_out_spot_has_no_say_in_the_epoch_of_its_own_score():
     losses = {1: [9, 1, 9, 1], 2: [1, 9, 1, 9], 3: [5, 5, 5, 5]}
-    selection = HISTEX.Selection()
+    selection = progress.Selection()
     network = torch.nn.Linear(1, 1)
     for epoch, loss in losses.items():
         predicted = np.full((4, 2), epoch, np.float32)
-        selection.see(epoch, np.array(loss, float), predicted, network)
+        selection.consider(epoch, np.array(loss, float), predicted, network)
     # even spots are best at epoch 2 and odd ones at 1, so that each is scored at the other's epoch
     np.testing.assert_array_equal(selection.predicted()[:, 0], [1, 2, 1, 2])
     assert selection.epoch == 1  # all are 5 on average, the first stays
@@ -399,14 +419,14 @@ def test_a_damaged_checkpoint_is_not_used(tmp_path, capsys):
 
 
 def test_training_stops_at_a_plateau_and_keeps_the_best_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr(HISTEX, "PATIENCE_EPOCHS", 2)
-    network, *_ = train(make_section(), tmp_path, epochs=60, learning_rate=0.03)
+    row = replace(HISTEX.PRESETS["default"], patience=2)
+    network, *_ = train(make_section(), tmp_path, row=row, epochs=60, learning_rate=0.03)
     history = pd.read_csv(tmp_path / "history.csv")
     best = history["held_out_loss"].idxmin()
     assert len(history) < 60
     assert len(history) == best + 1 + 2
-    split = HISTEX.split_spots(make_section(), "default", 0, 0)
-    losses, _ = HISTEX.score_held_out(network, make_section(), split, "cpu")
+    split = sections.split_spots(make_section(), True, 0, 0)
+    losses, _ = HISTEX.score_held_out(network, make_section(), split, CPU)
     assert losses.mean() == pytest.approx(history["held_out_loss"][best], rel=1e-5)
 
 
@@ -432,20 +452,134 @@ def test_published_maps_scale_with_the_counts(tmp_path):
     np.testing.assert_allclose(maps[1], maps[0] * factor[:, None, None], rtol=2e-3, atol=1e-5)
 
 
+# ----- what decides a state, and what a change of it does -----
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"code": {"HISTEX.py": "2", "network.py": "1"}}, "the code has changed (HISTEX.py)"),
+        ({"inputs": {"mask.png": "2"}}, "inputs have changed (mask.png)"),
+        ({"training": {"epochs": 4}}, "options or the preset have changed (epochs)"),
+        ({"machine": {"torch": "9"}}, "the device or torch has changed (torch)"),
+    ],
+)
+def test_a_state_that_is_trained_anew_says_why(tmp_path, change, said):
+    parts = {
+        "training": {"epochs": 3}, "inputs": {"mask.png": "1"}, "machine": {"torch": "8"},
+        "code": {"HISTEX.py": "1", "network.py": "1"},
+    }  # fmt: skip
+    network = torch.nn.Linear(1, 1)
+    before, after = states.Key(**parts), states.Key(**(parts | change))
+    assert after.change_since(tmp_path) is None  # there is no state yet
+    states.write_state(tmp_path, network, [], np.zeros(1), before, 1)
+    assert states.Key(**parts).change_since(tmp_path) is None
+    assert states.Key(**parts).hash == before.hash != after.hash
+    assert after.change_since(tmp_path) == said
+    (tmp_path / "model.json").write_text('{"key": "of an earlier version"}')
+    assert "earlier version" in after.change_since(tmp_path)
+
+
+def test_every_field_of_a_training_and_every_source_file_is_in_its_key():
+    default = HISTEX.Training(HISTEX.PRESETS["default"])
+    files = [Path(HISTEX.__file__)]
+    first = states.key_of(default, files, {}, CPU)
+    rows = [
+        replace(default.preset, **change) for change in (
+            {"network": HISTEX.PublishedNetwork}, {"context": 3}, {"by_area": False},
+            {"holds_out": False}, {"overlap": False}, {"anchor_prior": None},
+            {"optimizer": torch.optim.SGD}, {"weight_decay": 0.5}, {"learning_rate": 1.0},
+            {"batch_size": 3}, {"min_steps": 9}, {"averaging": 0.5}, {"patience": 1},
+        )
+    ]  # fmt: skip
+    assert len(rows) == len(fields(HISTEX.Preset))
+    changes = [{"epochs": 3}, {"seed": 1}, {"batch_size": 2}, {"learning_rate": 0.1}]
+    assert len(changes) == len(fields(HISTEX.Training)) - 1
+    changes += [{"preset": row} for row in rows]
+    keys = [states.key_of(replace(default, **change), files, {}, CPU) for change in changes]
+    assert len({key.hash for key in [first, *keys]}) == len(changes) + 1
+    assert first.code.keys() == {"HISTEX.py", "network.py"}  # the latter has the base class
+    ours = HISTEX.Training(replace(default.preset, network=Constant))
+    other = states.key_of(ours, files, {}, CPU)
+    assert other.code.keys() == {"HISTEX.py", "network.py", "test_HISTEX.py"}
+
+
+class Constant(Network):
+    """A network of our own: every superpixel has the expression of its context, scaled."""
+
+    latent_size = Network.embedding_size
+
+    def __init__(self, section, train):
+        super().__init__(section, train)
+        self.scale = torch.nn.Parameter(torch.ones(section.counts.shape[1]) / 30)
+
+    def fuse(self, histology, context, offsets):
+        mean = context.mean(dim=(1, 2)).view(-1, 1, 1)
+        return mean.expand(-1, histology.shape[1], self.latent_size)
+
+    def decode(self, latent, interpolated, genes=slice(None)):
+        return latent[..., :1] * self.scale[genes]
+
+    def loss(self, output, areas, counts):
+        return (torch.einsum("btg,bt->bg", output, areas) - counts).square()
+
+
+def test_a_network_of_ones_own_is_a_class_and_a_row(finished, monkeypatch):
+    monkeypatch.setitem(HISTEX.PRESETS, "constant", HISTEX.Preset(Constant, learning_rate=0.01))
+    options = ("--preset", "constant", "--epochs", "2", "--n-states", "2", "--device", "cpu")
+    assert run(utils.HISTEX, finished, *options) == 0
+    tissue = np.asarray(Image.open(finished / "mask.png")) > 0
+    for gene in ("GENE0", "GENE7"):
+        values = pickles.read_pickle(finished / "cnts-super" / f"{gene}.pickle")
+        assert (np.isnan(values) == ~tissue).all()
+        assert values[tissue].min() > 0
+    model = json.loads((finished / "states" / "01" / "model.json").read_text())
+    assert model["network"] == "Constant"
+
+
+def test_an_unknown_preset_is_named_with_those_that_there_are(finished, capsys):
+    assert run(utils.HISTEX, finished, "--preset", "defualt") == 2
+    assert "Choose one of default, published" in capsys.readouterr().err
+
+
+def test_a_change_of_the_code_trains_anew_and_is_said(finished, tmp_path):
+    """A copy of the scripts whose source is edited; files that do not train leave states alone."""
+    code = tmp_path / "code"
+    code.mkdir()
+    for name in ("method", "reading"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("HISTEX.py", "utils.py"):
+        shutil.copy(ROOT / name, code / name)
+
+    def rerun(file: str = "HISTEX.py", old: str = "", new: str = "") -> str:
+        text = (code / file).read_text(encoding="utf-8")
+        assert not old or text.count(old) == 1
+        (code / file).write_text(text.replace(old, new) if old else text, encoding="utf-8")
+        command = [sys.executable, str(code / "HISTEX.py"), "--directory", str(finished)]
+        command += trained_options(finished)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "nothing it was trained on has changed" in rerun()  # the copy has the same code
+    before = json.loads((finished / "HISTEX.json").read_text())["code"]["sha256"]
+    said = rerun("HISTEX.py", "dropout = 0.5 ", "dropout = 0.1 ")
+    assert "state 0: trained anew, since the code has changed (HISTEX.py)" in said
+    assert json.loads((finished / "HISTEX.json").read_text())["code"]["sha256"] != before
+    said = rerun("HISTEX.py", "weight_decay: float = 1.0", "weight_decay: float = 0.0")
+    assert "the code has changed (HISTEX.py)" in said
+    said = rerun("method/section.py", "MIN_TISSUE_SHARE = 0.25", "MIN_TISSUE_SHARE = 0.3")
+    assert "the code has changed (section.py)" in said
+    said = rerun("method/maps.py", "PLOT_PX, PLOT_MARGIN_PX", "PLOT_PX , PLOT_MARGIN_PX")
+    assert "nothing it was trained on has changed" in said
+
+
 # ----- prediction -----
-class Numbered(torch.nn.Module):
-    """A network that gives every superpixel its gene's number, times the place in the patch."""
+class Numbered(Network):
+    """A network that gives every superpixel its gene's number."""
 
-    halo, latent_size, interpolates = 0, HISTEX.WIDTH + 1, False
+    latent_size = HISTEX.WIDTH + 1
 
-    def see(self, tokens):
-        return tokens
-
-    def embed(self, views):
-        return views
-
-    def embed_expression(self, expression):
-        return expression
+    def __init__(self):
+        super().__init__(None, None)
 
     def fuse(self, histology, context, offsets):
         return torch.ones(*histology.shape[:2], self.latent_size)
@@ -453,14 +587,11 @@ class Numbered(torch.nn.Module):
     def decode(self, latent, interpolated, genes):
         return latent[..., -1:] * torch.arange(1.0, G + 1)[genes]
 
-    def to_counts(self, maps, genes):
-        return maps
-
 
 @pytest.mark.parametrize("preset", ["default", "published"])
 @pytest.mark.parametrize("shape", [(40, 46), (21, 28), (11, 12)])
 def test_patches_cover_all_tissue_and_their_weights_cancel(preset, shape, monkeypatch):
-    monkeypatch.setattr(HISTEX, "find_anchors", lambda *_: None)
+    monkeypatch.setattr(prediction, "find_anchors", lambda *_: None)
     rng = np.random.default_rng(0)
     tissue = rng.random(shape) < 0.5
     section = make_section(by_area=preset == "default", shape=shape, tissue=tissue)
@@ -471,21 +602,21 @@ def test_patches_cover_all_tissue_and_their_weights_cancel(preset, shape, monkey
     assert embedding.shape == (HISTEX.WIDTH, *shape)
     assert (np.isnan(embedding) == ~tissue).all()
     np.testing.assert_allclose(embedding[:, tissue], 1, rtol=1e-5)
-    maps, _, _ = predict([Numbered()], section, preset=preset, keep_background=True)
+    maps, _, _ = predict([Numbered()], section, preset=preset, background=True)
     np.testing.assert_allclose(maps[2], 3, rtol=1e-5)
 
 
-def unanchored(network, section: HISTEX.Section, monkeypatch) -> np.ndarray:
+def unanchored(network, section: Section, monkeypatch) -> np.ndarray:
     """Maps (G, h, w) of the default network, patch by patch and superpixel by superpixel."""
     h, w = section.tissue.shape
-    stride, hill = HISTEX.blending(2 * section.half + 1, "default")
+    stride, hill = prediction.blending(2 * section.half + 1, True)
     latent, weight = np.zeros((h, w, network.latent_size)), np.zeros((h, w, 1))
     middles = (range(0, extent + stride - 1, stride) for extent in (h, w))
     for r, c in itertools.product(*middles):
         distance = np.linalg.norm(section.points - (r + 0.5, c + 0.5), axis=1)
         near = np.argsort(distance, kind="stable")[None, : section.context]
-        tokens, expression, offsets = section.inputs(np.array([[r, c]]), near, network.halo, "cpu")
-        histology = network.embed(network.see(tokens)).flatten(1, 2)
+        tokens, expression, offsets = section.inputs(np.array([[r, c]]), near, network.halo, CPU)
+        histology = network.embed_histology(network.views(tokens)).flatten(1, 2)
         context = network.embed_expression(expression)
         values = network.fuse(histology, context, offsets.mean(dim=1))[0].numpy()
         row, col = section.patches(np.array([[r, c]]))
@@ -506,9 +637,9 @@ def unanchored(network, section: HISTEX.Section, monkeypatch) -> np.ndarray:
 
 @torch.inference_mode()
 def test_maps_are_blended_patches_decoded_superpixel_by_superpixel(monkeypatch):
-    monkeypatch.setattr(HISTEX, "find_anchors", lambda *_: None)
+    monkeypatch.setattr(prediction, "find_anchors", lambda *_: None)
     section = make_section(shape=(23, 31))
-    network = randomise(HISTEX.Network(section, np.arange(16)))
+    network = default_network(section)
     maps, _, _ = predict([network], section)
     np.testing.assert_allclose(maps, unanchored(network, section, monkeypatch), rtol=1e-3)
 
@@ -518,12 +649,13 @@ def test_prediction_does_not_depend_on_blocks_and_batches(monkeypatch):
     tissue[12:33] = False  # rows of patches without any tissue between two pieces
     tissue[:, :3] = False
     section = make_section(tissue=tissue)
-    networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2, 3)]
+    networks = [default_network(section, seed) for seed in (1, 2, 3)]
     maps = []
     for genes_bytes, batch, counts in [(10**9, 64, 10**6), (1, 64, 50), (10**4, 7, 999)]:
-        monkeypatch.setattr(HISTEX, "GENES_BYTES", genes_bytes)
-        monkeypatch.setattr(HISTEX, "PREDICT_BATCH", batch)
-        monkeypatch.setattr(HISTEX, "DECODE_COUNTS", counts)
+        monkeypatch.setattr(prediction, "GENES_BYTES", genes_bytes)
+        monkeypatch.setattr(prediction, "PREDICT_BATCH", batch)
+        monkeypatch.setattr(prediction, "COUNTS_AT_ONCE", counts)
+        monkeypatch.setattr(anchoring, "COUNTS_AT_ONCE", counts)
         maps.append(predict(networks, section)[0])
     assert (np.isnan(maps[0]) == ~tissue).all()
     np.testing.assert_allclose(maps[1], maps[0], rtol=1e-4)
@@ -531,9 +663,9 @@ def test_prediction_does_not_depend_on_blocks_and_batches(monkeypatch):
 
 
 @pytest.mark.parametrize("n_states", [1, 2, 3, 4, 5, 8])
-def test_the_middle_of_the_states_is_the_median_of_numpy(n_states):
+def test_the_median_of_the_states_is_the_median_of_numpy(n_states):
     maps = np.random.default_rng(0).normal(size=(n_states, 3, 4, 5)).astype(np.float32)
-    got = HISTEX.middle(list(torch.from_numpy(maps))).numpy()
+    got = prediction.median_of(list(torch.from_numpy(maps))).numpy()
     np.testing.assert_allclose(got, np.median(maps, axis=0), rtol=1e-6)
 
 
@@ -542,14 +674,17 @@ def test_rows_without_tissue_are_not_computed(first, middles, monkeypatch):
     tissue = np.zeros(SHAPE, bool)
     tissue[first : middles[1]] = True
     section = make_section(tissue=tissue)
-    network = randomise(HISTEX.Network(section, np.arange(16)))
-    original, embedded, read = HISTEX.Network.embed, [], []
-    monkeypatch.setattr(
-        HISTEX.Network, "embed", lambda self, x: embedded.append(x.shape[1]) or original(self, x)
-    )
+    network = default_network(section)
+    original, embedded, read = HISTEX.DefaultNetwork.embed_histology, [], []
+
+    def embed(self, x):
+        embedded.append(x.shape[1])
+        return original(self, x)
+
+    monkeypatch.setattr(HISTEX.DefaultNetwork, "embed_histology", embed)
     some_rows = arrays.some_rows
     monkeypatch.setattr(
-        utils, "some_rows", lambda x, a, b: read.extend(range(a, b)) or some_rows(x, a, b)
+        arrays, "some_rows", lambda x, a, b: read.extend(range(a, b)) or some_rows(x, a, b)
     )
     predict([network], section)
     # patches are 9 x 9, 5 apart, with middles at 0, 5, ...: these rows of patches reach the tissue
@@ -560,9 +695,9 @@ def test_rows_without_tissue_are_not_computed(first, middles, monkeypatch):
 
 
 def test_maps_are_the_median_of_the_states(monkeypatch):
-    monkeypatch.setattr(HISTEX, "find_anchors", lambda *_: None)
+    monkeypatch.setattr(prediction, "find_anchors", lambda *_: None)
     section = make_section()
-    networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2, 3, 4)]
+    networks = [default_network(section, seed) for seed in (1, 2, 3, 4)]
     single = [predict([network], section)[0] for network in networks]
     together, embedding, _ = predict(networks, section)
     np.testing.assert_allclose(together, np.median(single, axis=0), rtol=1e-4)
@@ -580,16 +715,18 @@ def test_published_blocks_are_predicted_whole_and_once():
         tokens = section.tokens[r : r + 7, c : c + 7][None].astype(np.float32)
         expression = torch.from_numpy(section.expression[near][None])
         with torch.inference_mode():
-            y = network.to_counts(network(torch.from_numpy(tokens), expression, None))
+            y = network.to_counts(
+                network(torch.from_numpy(tokens), expression, torch.zeros(1, 49, 5, 2))
+            )
         wanted = y[0].numpy().reshape(7, 7, G).transpose(2, 0, 1)
         np.testing.assert_allclose(out[:, r : r + 7, c : c + 7], wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_memory_running_out_halves_the_batch(monkeypatch):
     section = make_section()
-    network = randomise(HISTEX.Network(section, np.arange(16)))
+    network = default_network(section)
     wanted, _, _ = predict([network], section)
-    fuse, decode, sizes = HISTEX.Network.fuse, HISTEX.Network.decode, []
+    fuse, decode, sizes = HISTEX.DefaultNetwork.fuse, HISTEX.DefaultNetwork.decode, []
 
     def fuse_few(self, histology, *others):
         sizes.append(len(histology))
@@ -602,18 +739,18 @@ def test_memory_running_out_halves_the_batch(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(self, latent, *others)
 
-    monkeypatch.setattr(HISTEX.Network, "fuse", fuse_few)
-    monkeypatch.setattr(HISTEX.Network, "decode", decode_few)
-    monkeypatch.setattr(HISTEX, "PREDICT_BATCH", 10)
+    monkeypatch.setattr(HISTEX.DefaultNetwork, "fuse", fuse_few)
+    monkeypatch.setattr(HISTEX.DefaultNetwork, "decode", decode_few)
+    monkeypatch.setattr(prediction, "PREDICT_BATCH", 10)
     got, _, _ = predict([network], section)
     assert sizes[:4] == [10, 5, 2, 2]
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
-    monkeypatch.setattr(HISTEX, "PREDICT_BATCH", 1)
+    monkeypatch.setattr(prediction, "PREDICT_BATCH", 1)
 
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(HISTEX.Network, "fuse", fail)
+    monkeypatch.setattr(HISTEX.DefaultNetwork, "fuse", fail)
     with pytest.raises(torch.OutOfMemoryError):
         predict([network], section)
 
@@ -622,9 +759,9 @@ def test_memory_running_out_halves_the_batch(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_cuda_and_cpu_agree():
     section = make_section()
-    network = randomise(HISTEX.Network(section, np.arange(16)))
+    network = default_network(section)
     maps = []
-    for device in ("cpu", "cuda"):
+    for device in map(torch.device, ("cpu", "cuda")):
         maps.append(predict([copy.deepcopy(network).to(device)], section, device)[0])
     np.testing.assert_allclose(maps[1], maps[0], rtol=1e-3)
 
@@ -633,7 +770,7 @@ def test_cuda_and_cpu_agree():
 @given(st.lists(st.text(min_size=1, max_size=12), unique=True, min_size=1, max_size=20))
 @settings(max_examples=200, deadline=None)
 def test_file_names_are_distinct_on_every_file_system_and_stay_in_the_folder(genes):
-    names = HISTEX.file_names(genes, ".pickle")
+    names = maps.file_names(genes, ".pickle")
     assert list(names) == genes
     assert len({name.lower() for name in names.values()}) == len(genes)
     for name in names.values():
@@ -645,8 +782,8 @@ def test_file_names_are_distinct_on_every_file_system_and_stay_in_the_folder(gen
 
 def test_usual_gene_names_are_their_own_file_names():
     genes = ["ACTB", "HLA-DRB1", "MARCH1", "H2-K1", "RP11-34P13.7", "NA", "mt-Co1"]
-    assert HISTEX.file_names(genes, ".npy") == {gene: f"{gene}.npy" for gene in genes}
-    names = HISTEX.file_names(["Nrg1", "NRG1", "../x", "CON", ".a"], ".npy")
+    assert maps.file_names(genes, ".npy") == {gene: f"{gene}.npy" for gene in genes}
+    names = maps.file_names(["Nrg1", "NRG1", "../x", "CON", ".a"], ".npy")
     assert list(names.values()) == ["Nrg1.npy", "NRG1~2.npy", "%2E./x.npy".replace("/", "%2F"),
                                     "%43ON.npy", "%2Ea.npy"]  # fmt: skip
 
@@ -656,7 +793,7 @@ def test_maps_are_written_as_plain_arrays(tmp_path, dtype):
     values = np.random.default_rng(0).random((4, 3)).astype(dtype)
     for kind in ("pickle", "npy"):
         path = tmp_path / f"a.{kind}"
-        HISTEX.write_map(path, values)
+        maps.write_map(path, values)
         got = pickles.read_pickle(path) if kind == "pickle" else np.load(path)
         assert got.dtype == dtype
         np.testing.assert_array_equal(got, values)
@@ -668,11 +805,11 @@ def test_correlations_are_those_of_numpy():
     rng = np.random.default_rng(0)
     a, b = rng.random((30, 4)), rng.random((30, 4))
     a[:, 3] = 2.0
-    got = HISTEX.correlations(a, b)
+    got = states.correlations(a, b)
     wanted = [np.corrcoef(a[:, g], b[:, g])[0, 1] for g in range(3)]
     np.testing.assert_allclose(got[:3], wanted)
     assert np.isnan(got[3])
-    assert np.isnan(HISTEX.correlations(a[:2], b[:2])).all()
+    assert np.isnan(states.correlations(a[:2], b[:2])).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "P", "LA", "zero-one", "large"])
@@ -697,10 +834,10 @@ def test_the_picture_of_a_map_shows_its_values():
     values[5:15, 10:20] = 0.0
     values[8:12, 12:16] = 3.0
     values[5, 10] = np.nan
-    picture = HISTEX.draw_map(values, "gene")
-    times = HISTEX.PLOT_PX // 10  # only the 10 x 10 superpixels of tissue are drawn
+    picture = maps.draw_map(values, "gene")
+    times = maps.PLOT_PX // 10  # only the 10 x 10 superpixels of tissue are drawn
     at = {
-        name: picture[HISTEX.PLOT_MARGIN_PX + int((r - 4.5) * times), int((c - 9.5) * times)]
+        name: picture[maps.PLOT_MARGIN_PX + int((r - 4.5) * times), int((c - 9.5) * times)]
         for name, (r, c) in {"outside": (5, 10), "low": (6, 11), "high": (9, 13)}.items()
     }
     assert (at["outside"] == 255).all()
@@ -708,24 +845,24 @@ def test_the_picture_of_a_map_shows_its_values():
     np.testing.assert_allclose(at["high"], [253, 231, 37], atol=3)
 
 
-def anchor(maps: np.ndarray, section: HISTEX.Section) -> np.ndarray:
+def anchor(maps: np.ndarray, section: Section) -> np.ndarray:
     """Maps (G, h, w), NaN where there is nothing to anchor, anchored."""
     shown = ~np.isnan(maps[0])
     values = np.ascontiguousarray(maps[:, shown].T)
-    anchors = HISTEX.find_anchors(section, np.argwhere(shown))
-    HISTEX.anchor_to_spots(values, section.counts[section.usable], anchors)
+    anchors = anchoring.find_anchors(section, np.argwhere(shown))
+    anchoring.anchor_to_spots(values, section.counts[section.usable], anchors, PRIOR)
     anchored = maps.copy()
     anchored[:, shown] = values.T
     return anchored
 
 
-def disc_sums(maps: np.ndarray, section: HISTEX.Section) -> np.ndarray:
+def disc_sums(maps: np.ndarray, section: Section) -> np.ndarray:
     row, col = section.patches(np.floor(section.spots).astype(int))
     return np.einsum("gnt,nt->ng", np.nan_to_num(maps[:, row, col]), section.areas)
 
 
 def test_anchored_maps_sum_to_the_counts_of_the_spots(monkeypatch):
-    monkeypatch.setattr(HISTEX, "DECODE_COUNTS", 500)
+    monkeypatch.setattr(anchoring, "COUNTS_AT_ONCE", 500)
     section = make_section()
     before = np.full((G, *SHAPE), 0.2, np.float32)
     before[:, :3] = np.nan
@@ -733,7 +870,7 @@ def test_anchored_maps_sum_to_the_counts_of_the_spots(monkeypatch):
     assert (np.isnan(maps) == np.isnan(before)).all()
 
     def missed(maps: np.ndarray) -> np.ndarray:
-        prior = HISTEX.ANCHOR_PRIOR
+        prior = PRIOR
         return np.log((disc_sums(maps, section) + prior) / (section.counts + prior))
 
     sums = disc_sums(maps, section).sum(axis=0)
@@ -744,19 +881,19 @@ def test_anchored_maps_sum_to_the_counts_of_the_spots(monkeypatch):
     section.counts[5, 0] = 25
     one = anchor(np.full((G, *SHAPE), 0.2, np.float32), section)
     predicted = 0.2 * section.areas[5].sum()
-    ratio = (25 + HISTEX.ANCHOR_PRIOR) / (predicted + HISTEX.ANCHOR_PRIOR)
+    ratio = (25 + PRIOR) / (predicted + PRIOR)
     assert one[0, 15, 17] / one[0, 33, 38] == pytest.approx(ratio, rel=0.1)
 
 
 def test_anchoring_is_an_interpolation_by_inverse_squared_distance():
     section = make_section()
     before = np.random.default_rng(3).uniform(0.1, 0.4, (G, *SHAPE)).astype(np.float32)
-    prior = HISTEX.ANCHOR_PRIOR
+    prior = PRIOR
     missed = np.log((section.counts + prior) / (disc_sums(before, section) + prior))
     wanted = np.empty_like(before)
     for y, x in np.ndindex(SHAPE):
         squares = ((section.spots - (y + 0.5, x + 0.5)) ** 2).sum(axis=1)
-        near = np.argsort(squares)[: HISTEX.ANCHORS]
+        near = np.argsort(squares)[: anchoring.ANCHORS]
         share = 1 / (squares[near] + 1)
         wanted[:, y, x] = before[:, y, x] * np.exp(share @ missed[near] / share.sum())
     scale = section.counts.sum(axis=0) / disc_sums(wanted, section).sum(axis=0)
@@ -796,10 +933,9 @@ def test_a_patch_hides_the_same_features_in_all_its_superpixels():
     assert torch.equal(hide.eval()(x), x)
 
 
-def test_averaged_weights_are_the_moving_average(monkeypatch):
-    monkeypatch.setattr(HISTEX, "AVERAGING_DECAY", 0.3)
+def test_averaged_weights_are_the_moving_average():
     network = torch.nn.Linear(2, 1)
-    average = HISTEX.make_average(network)
+    average = progress.averaged(network, 0.3)
     wanted, steps = None, [float(i) for i in (1, 5, -2, 4)]
     for n, value in enumerate(steps):
         torch.nn.init.constant_(network.weight, value)
@@ -809,11 +945,11 @@ def test_averaged_weights_are_the_moving_average(monkeypatch):
         assert average.module.weight[0, 0].item() == pytest.approx(wanted)
 
 
-def test_the_state_that_is_kept_has_the_averaged_weights(tmp_path, monkeypatch):
+def test_the_state_that_is_kept_has_the_averaged_weights(tmp_path):
     section = make_section()
     averaged, _, _ = train(section, tmp_path / "a", epochs=2)
-    monkeypatch.setattr(HISTEX, "AVERAGING_DECAY", 0.0)  # no memory: the network itself
-    last, _, _ = train(section, tmp_path / "b", epochs=2)
+    without = replace(HISTEX.PRESETS["default"], averaging=None)
+    last, _, _ = train(section, tmp_path / "b", row=without, epochs=2)
     moved = [(a - b).abs().max() for a, b in zip(weights(averaged), weights(last), strict=True)]
     assert max(moved) > 0
 
@@ -822,9 +958,9 @@ def test_the_state_that_is_kept_has_the_averaged_weights(tmp_path, monkeypatch):
 def test_the_spread_of_samples_is_that_of_numpy():
     samples = np.random.default_rng(0).uniform(0, 5, (6, 4, 3)).astype(np.float32)
     samples[:, 0, 0] = 0
-    spread = HISTEX.Spread()
+    spread = uncertainty.Spread()
     for sample in samples:
-        spread.see(torch.from_numpy(sample))
+        spread.add(torch.from_numpy(sample))
     with np.errstate(invalid="ignore"):
         wanted = np.nan_to_num(samples.std(axis=0, ddof=1) / samples.mean(axis=0))
     np.testing.assert_allclose(spread.relative().numpy(), wanted, rtol=1e-5)
@@ -832,19 +968,19 @@ def test_the_spread_of_samples_is_that_of_numpy():
 
 def test_the_spread_is_over_networks_and_dropouts(monkeypatch):
     """As many maps of single dropouts, their standard deviation over their mean."""
-    monkeypatch.setattr(HISTEX, "find_anchors", lambda *_: None)
+    monkeypatch.setattr(prediction, "find_anchors", lambda *_: None)
     section = make_section()
-    networks = [randomise(HISTEX.Network(section, np.arange(16)), seed) for seed in (1, 2)]
+    networks = [default_network(section, seed) for seed in (1, 2)]
     alone, _, _ = predict(networks, section)
     maps, _, spread = predict(networks, section, uncertainty=True)
     np.testing.assert_allclose(maps, alone, rtol=1e-5)
-    samples, enter = [], HISTEX.Run.enter
-    for number in range(2 * HISTEX.DROPOUT_PASSES):
-        run = HISTEX.Run(networks[number % 2], 1 + number // 2)
+    samples, start = [], Pass.start
+    for number in range(2 * prediction.DROPOUT_PASSES):
+        one = Pass(networks[number % 2], 1 + number // 2)
         monkeypatch.setattr(  # the number of the run among all of them decides the random numbers
-            HISTEX.Run,
-            "enter",
-            lambda _, seed, n, *others, run=run, k=2 + number: enter(run, seed, k, *others),
+            Pass,
+            "start",
+            lambda _, seed, n, *others, one=one, k=2 + number: start(one, seed, k, *others),
         )
         samples.append(predict([networks[number % 2]], section)[0])
     wanted = np.std(samples, axis=0, ddof=1) / np.mean(samples, axis=0)
@@ -853,10 +989,10 @@ def test_the_spread_is_over_networks_and_dropouts(monkeypatch):
 
 
 def test_without_dropout_one_network_has_no_spread(monkeypatch):
-    monkeypatch.setattr(HISTEX, "DROPOUT", 0.0)
-    monkeypatch.setattr(HISTEX, "CONTEXT_DROPOUT", 0.0)
+    monkeypatch.setattr(HISTEX.DefaultNetwork, "dropout", 0.0)
+    monkeypatch.setattr(HISTEX.DefaultNetwork, "context_dropout", 0.0)
     section = make_section()
-    network = randomise(HISTEX.Network(section, np.arange(16)))
+    network = default_network(section)
     assert predict([network], section, uncertainty=True)[2].max() < 1e-5
 
 
@@ -866,7 +1002,7 @@ def test_a_count_far_off_needs_a_wide_interval():
     # root 12 against root 10 misses by 4 standard deviations of counting noise, which are 1.645
     # if the expectation's own variance is (4^2 / 1.645^2 - 1) times the count
     wanted = np.sqrt(((4 / 1.645) ** 2 - 1) * 100) / 5
-    np.testing.assert_allclose(HISTEX.needed_scale(measured, predicted, 5.0), [0, 0, wanted])
+    np.testing.assert_allclose(uncertainty.needed_scale(measured, predicted, 5.0), [0, 0, wanted])
 
 
 def test_calibrated_intervals_hold_nine_tenths_of_the_counts():
@@ -876,7 +1012,7 @@ def test_calibrated_intervals_hold_nine_tenths_of_the_counts():
     factors = np.array([1, 1, 2, 2, 3, 3, 4, 4.0])
     truth = expected * (1 + factors * spread * rng.normal(size=expected.shape)).clip(0.01)
     measured = rng.poisson(truth).astype(np.float32)
-    fitted, covered = HISTEX.calibrate_spread(measured, expected, spread)
+    fitted, covered = uncertainty.calibrate_spread(measured, expected, spread)
     np.testing.assert_allclose(fitted, factors, rtol=0.2)
     assert covered == pytest.approx(0.9, abs=0.03)
 
@@ -886,13 +1022,13 @@ def test_poor_counts_do_not_make_the_maps_certain():
     rng = np.random.default_rng(0)
     expected = rng.uniform(1, 1.5, (300, 8))
     measured = rng.poisson(expected * np.exp(0.3 * rng.normal(size=expected.shape) - 0.045))
-    fitted, covered = HISTEX.calibrate_spread(measured, expected, np.full(expected.shape, 0.1))
+    fitted, covered = uncertainty.calibrate_spread(measured, expected, np.full(expected.shape, 0.1))
     assert (fitted > 0).all()
     assert 0.9 < covered <= 1
 
 
 def test_without_counts_to_calibrate_by_the_spread_stays():
-    fitted, covered = HISTEX.calibrate_spread(*np.zeros((3, 10, 4)))
+    fitted, covered = uncertainty.calibrate_spread(*np.zeros((3, 10, 4)))
     assert (fitted == 1).all()
     assert covered is None
 
@@ -957,8 +1093,8 @@ def test_the_published_preset_has_no_uncertainty(finished, capsys):
 
 # ----- runs that are cut off, and several processes -----
 def test_finished_genes_are_not_predicted_again(finished, monkeypatch):
-    monkeypatch.setattr(HISTEX, "GENES_BYTES", 1)  # gene by gene
-    original, asked = HISTEX.Prediction.maps, []
+    monkeypatch.setattr(prediction, "GENES_BYTES", 1)  # gene by gene
+    original, asked = prediction.Decoder.maps, []
     assert run(utils.HISTEX, finished, *trained_options(finished)) == 0
     wanted = {
         path: path.read_bytes()
@@ -974,7 +1110,7 @@ def test_finished_genes_are_not_predicted_again(finished, monkeypatch):
 
     options = trained_options(finished)
     with monkeypatch.context() as cut_off:
-        cut_off.setattr(HISTEX.Prediction, "maps", maps)
+        cut_off.setattr(prediction.Decoder, "maps", maps)
         assert run(utils.HISTEX, finished, *options) == 130
     assert not list(finished.glob(".cnts-super*partial*"))
     (work,) = finished.glob(".cnts-super.*.work")
@@ -984,7 +1120,7 @@ def test_finished_genes_are_not_predicted_again(finished, monkeypatch):
     asked.clear()
     asked.extend([-1] * 3)
     monkeypatch.setattr(
-        HISTEX.Prediction, "maps", lambda self, g: asked.append(g.start) or original(self, g)
+        prediction.Decoder, "maps", lambda self, g: asked.append(g.start) or original(self, g)
     )
     assert run(utils.HISTEX, finished, *options) == 0
     assert asked[3:] == [3, 4, 5, 6, 7]
@@ -1000,12 +1136,12 @@ def test_finished_genes_are_not_predicted_again(finished, monkeypatch):
 @pytest.mark.parametrize("links", [True, False])
 def test_two_runs_at_once_both_write_whole_maps(finished_sample, finished, monkeypatch, links):
     """The other run ends, and takes what both share, while this one is amid its genes."""
-    monkeypatch.setattr(HISTEX, "GENES_BYTES", 1)
+    monkeypatch.setattr(prediction, "GENES_BYTES", 1)
     if not links:  # as on a disk that knows no second names
         monkeypatch.setattr(
             os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links"))
         )
-    original, calls = HISTEX.Prediction.maps, []
+    original, calls = prediction.Decoder.maps, []
     options = trained_options(finished)
 
     def maps(self, genes):
@@ -1015,7 +1151,7 @@ def test_two_runs_at_once_both_write_whole_maps(finished_sample, finished, monke
             assert calls == [0, 1, 2, 2, 3, 4, 5, 6, 7]
         return original(self, genes)
 
-    monkeypatch.setattr(HISTEX.Prediction, "maps", maps)
+    monkeypatch.setattr(prediction.Decoder, "maps", maps)
     assert run(utils.HISTEX, finished, *options) == 0
     assert calls[9:] == [3, 4, 5, 6, 7]
     index = pd.read_csv(finished / "cnts-super" / "index.csv")

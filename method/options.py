@@ -1,0 +1,67 @@
+"""The options of HISTEX.py, apart from it so that --help need not wait for torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import utils
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a number above zero."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def parser(doc: str) -> utils.Parser:
+    parser = utils.stage_parser(doc)
+    utils.add_device(parser)
+    option = parser.add_argument
+    option("--epochs", type=utils.positive, default=500, help="Largest number of epochs per state.")
+    option(
+        "--n-states",
+        type=utils.positive,
+        default=5,
+        help="Number of networks that are trained; a map is their median.",
+    )
+    option(
+        "--preset",
+        default="default",
+        help="Row of PRESETS in HISTEX.py: the network and how it is trained. 'published' is the "
+        "published method.",
+    )
+    option(
+        "--seed",
+        type=utils.not_negative,
+        default=0,
+        help="Random seed; state i is trained with seed + i.",
+    )
+    option(
+        "--batch-size", type=utils.positive, help="Spots per training step (default: the preset's)."
+    )
+    option(
+        "--learning-rate",
+        type=positive_float,
+        help="Step size of the training (default: the preset's).",
+    )
+    option(
+        "--map-format", choices=("pickle", "npy"), default="pickle", help="File format of the maps."
+    )
+    option(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="Number format of the maps; float16 needs half the space and keeps three digits.",
+    )
+    option(
+        "--uncertainty",
+        action="store_true",
+        help="Also write the standard deviation of every map, over states and dropouts, calibrated "
+        "on held-out spots. Prediction then takes about five times as long.",
+    )
+    option("--keep-background", action="store_true", help="Predict outside the tissue as well.")
+    option("--n-plots", type=utils.not_negative, default=12, help="Number of genes to draw.")
+    return parser

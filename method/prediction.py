@@ -1,0 +1,352 @@
+"""Prediction: trained networks go over the section, and maps of genes are decoded.
+
+Letters in shapes: B patches, T superpixels of a patch, D width, G genes, K HR points, L latent
+values, M superpixels that are shown, P HR points, R passes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from method import devices
+from method.anchoring import (
+    COUNTS_AT_ONCE,
+    anchor_to_spots,
+    find_anchors,
+    nearest_points,
+    weighted_sums,
+)
+from method.network import Network, Pass
+from method.section import Section, nearest, on_map, to_device
+from method.uncertainty import Spread
+from reading import arrays
+
+GENES_BYTES = 400_000_000  # memory for the maps of the genes that are decoded at a time
+PREDICT_BATCH = 64  # patches
+STRIP = 64  # columns embedded at a time; small enough for memory that is free already
+POINTS_AT_ONCE = 4096  # HR points embedded
+DROPOUT_PASSES = 4  # of each state, for the uncertainty of the maps
+
+
+def blending(side: int, overlap: bool) -> tuple[int, np.ndarray]:
+    """Stride of the patches, and weights (T,) of the superpixels in a patch of ``side``.
+
+    Side by side, or with ``overlap`` half a patch apart, each weighted by a smooth hill.
+    """
+    if not overlap:
+        return side, np.ones(side * side, np.float32)
+    hill = np.hanning(side + 2)[1:-1]
+    return (side + 1) // 2, np.outer(hill, hill).ravel().astype(np.float32)
+
+
+def patch_middles(half: int, stride: int, extent: int) -> np.ndarray:
+    """Middles of the patches along one side of the map."""
+    first = half if stride > half + 1 else 0  # blocks begin in the corner
+    return np.arange(first, extent + stride - 1, stride)
+
+
+def patch_centres(section: Section, stride: int, shown: np.ndarray) -> np.ndarray:
+    """Centres (B, 2), row by row, of the patches that cover what is shown of the map (h, w)."""
+    h, w = shown.shape
+    rows, cols = (patch_middles(section.half, stride, extent) for extent in (h, w))
+    centres = np.stack(np.meshgrid(rows, cols, indexing="ij"), axis=-1).reshape(-1, 2)
+    row, col = section.patches(centres)
+    reached = on_map(row, col, h, w) & shown[row.clip(0, h - 1), col.clip(0, w - 1)]
+    return centres[reached.any(axis=1)]
+
+
+class Batches:
+    """Goes through n items in batches that fit the memory of the device."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def over(self, n: int, compute: Callable[[slice], Any]) -> Iterator[tuple[slice, Any]]:
+        """Yield every part of 0..n with ``compute(part)``; halves the batch if memory runs out."""
+        done = 0
+        while done < n:
+            part = slice(done, min(done + self.size, n))
+            try:
+                result = compute(part)
+            except RuntimeError as error:
+                if not devices.is_out_of_memory(error) or self.size == 1:
+                    raise
+                self.size //= 2  # the maps do not depend on it
+                continue
+            yield part, result
+            done = part.stop
+
+
+class HistologyRows:
+    """Histology of the rows that a row of patches covers, embedded by each of R passes.
+
+    Rows that the next row of patches covers too are kept, so that each is embedded once. On the
+    left and on the right is a margin, as wide as a patch may reach out of the map; there, the
+    border's tokens are repeated.
+    """
+
+    def __init__(
+        self, passes: list[Pass], section: Section, centres: np.ndarray, device: torch.device
+    ) -> None:
+        self.passes, self.section, self.device = passes, section, device
+        self.margin = margin = 2 * section.half
+        self.top, self.rows = -2 * margin - 2, [torch.empty(0)] * len(passes)  # none yet
+        self.reached = np.pad(np.zeros_like(section.tissue), margin)  # by any patch
+        for row, col in zip(*(x.T for x in section.patches(centres)), strict=True):
+            self.reached[row + margin, col + margin] = True
+
+    def at(self, top: int, seed: int) -> list[Tensor]:
+        """The rows from ``top`` on, (2 half + 1, w + 2 margins, D) of each pass."""
+        side = 2 * self.section.half + 1
+        kept = max(self.top + side - top, 0)
+        fresh = zip(*self.strips(top + kept, top + side, seed), strict=True)
+        for number, strips in enumerate(fresh):
+            rows = torch.cat(strips, dim=1)
+            self.rows[number] = torch.cat([self.rows[number][-kept:], rows]) if kept else rows
+        self.top = top
+        return self.rows
+
+    def strips(self, top: int, bottom: int, seed: int) -> Iterator[list[Tensor]]:
+        """The rows top..bottom from left to right in strips, (rows, columns, D) of each pass."""
+        h, w = self.section.tissue.shape
+        network, margin = self.passes[0].network, self.margin
+        halo, width = network.halo, w + 2 * margin
+        inside = to_device(self.reached[top + margin : bottom + margin], self.device)
+        rows = np.arange(top - halo, bottom + halo).clip(0, h - 1)
+        block = arrays.some_rows(self.section.tokens, rows[0], rows[-1] + 1)
+        for left in range(0, width, STRIP):
+            right = min(left + STRIP, width)
+            columns = np.arange(left - halo, right + halo) - margin
+            tokens = block[np.ix_(rows - rows[0], columns.clip(0, w - 1))]
+            # All networks see alike, for tokens are standardised by the section
+            views = network.views(to_device(tokens, self.device).float()[None])[0]
+            yield self.embed(views, inside[:, left:right], seed)
+
+    def embed(self, views: Tensor, inside: Tensor, seed: int) -> list[Tensor]:
+        """Embed the views (rows, columns, 3 F) that are inside; 0 elsewhere."""
+        if inside.all():
+            return [
+                one.start(seed, n).embed_histology(views[None])[0]
+                for n, one in enumerate(self.passes)
+            ]
+        views, strips = views[inside][None], []
+        for number, one in enumerate(self.passes):
+            embedded = one.start(seed, number).embed_histology(views)[0]
+            strip = embedded.new_zeros(*inside.shape, embedded.shape[-1])
+            strip[inside] = embedded
+            strips.append(strip)
+        return strips
+
+
+def embed_points(
+    passes: list[Pass], section: Section, seed: int, device: torch.device
+) -> list[Tensor]:
+    """The embedded expression of all HR points, (P, D), by each pass."""
+    contexts: list[list[Tensor]] = [[] for _ in passes]
+    for start in range(0, len(section.points), POINTS_AT_ONCE):
+        expression = to_device(section.expression[start : start + POINTS_AT_ONCE], device)
+        for number, one in enumerate(passes):
+            embedded = one.start(seed, number, start).embed_expression(expression)
+            contexts[number].append(embedded)
+    return [torch.cat(parts) for parts in contexts]
+
+
+def latent_rows(
+    passes: list[Pass],
+    section: Section,
+    shown: np.ndarray,
+    overlap: bool,
+    seed: int,
+    device: torch.device,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Go down the map and yield (rows, latent values (R, rows, w, L)) of R passes.
+
+    Patches overlap and are blended by their weights. Memory holds only the open rows: those that
+    the present row of patches covers. What no patch reaches is NaN.
+    """
+    half, (h, w) = section.half, section.tissue.shape
+    side = 2 * half + 1
+    stride, hill = blending(side, overlap)
+    hill = to_device(hill[:, None], device)
+    centres = patch_centres(section, stride, shown)
+    near = nearest(section.points, centres + 0.5, min(section.context, len(section.points)))
+    histology = HistologyRows(passes, section, centres, device)
+    expression = embed_points(passes, section, seed, device)
+    size = passes[0].network.latent_size
+    margin, width = histology.margin, w + 2 * histology.margin
+    # The open rows, each where its number modulo the side tells
+    total = torch.zeros(len(passes), side, width, size, device=device)
+    weight = torch.zeros(side, width, 1, device=device)
+    steps = torch.arange(side, device=device)
+
+    batches = Batches(PREDICT_BATCH)
+    middles = patch_middles(half, stride, h)
+    for row in tqdm(middles, desc="histology", disable=None):
+        top, lines = row - half, (row - half + steps) % side
+        here = np.flatnonzero(centres[:, 0] == row)
+        left = to_device(centres[here, 1] - half + margin, device)
+        rows = histology.at(top, seed) if len(here) else []
+
+        def fuse(part: slice, here=here, left=left, rows=rows, row=row) -> list[Tensor]:
+            points = near[here[part]]
+            offsets = centres[here[part]][:, None] + 0.5 - section.points[points]
+            offsets = to_device(offsets.astype(np.float32), device)
+            points, fused = to_device(points, device), []
+            for number, one in enumerate(passes):
+                patches = rows[number].unfold(1, side, 1)[:, left[part]]  # (side, B, D, side)
+                patches = patches.permute(1, 0, 3, 2).flatten(1, 2)
+                network = one.start(seed, number, row, part.start)
+                fused.append(network.fuse(patches, expression[number][points], offsets))
+            return fused
+
+        for part, fused in batches.over(len(here), fuse):
+            where = (lines[:, None] * width + left[part, None, None] + steps).flatten()
+            weight.view(-1, 1).index_add_(0, where, hill.repeat(len(fused[0]), 1))
+            for sums, values in zip(total, fused, strict=True):
+                sums.view(-1, size).index_add_(0, where, (values * hill).flatten(0, 1))
+        finished = slice(top, top + stride) if row != middles[-1] else slice(top, h)
+        done = slice(max(finished.start, 0), min(finished.stop, h))
+        if done.start < done.stop:
+            part = lines[done.start - top : done.stop - top], slice(margin, margin + w)
+            yield done, total[:, *part] / weight[part]
+        for sums in (*total, weight):
+            sums[lines[: finished.stop - top]] = 0
+
+
+def passes_of(networks: list[Network], with_dropout: bool) -> list[Pass]:
+    """All passes over the section: each network as it is, then each with several dropouts."""
+    numbers = range(1 + DROPOUT_PASSES * with_dropout)
+    return [Pass(network, dropout) for dropout in numbers for network in networks]
+
+
+def embed_section(
+    passes: list[Pass],
+    section: Section,
+    shown: np.ndarray,
+    overlap: bool,
+    seed: int,
+    file: BinaryIO,
+    device: torch.device,
+) -> np.ndarray:
+    """Write the latent values of the M superpixels that are shown, float32 (M, R, L), to a file.
+
+    ``shown`` is (h, w) bool. Returns the embedding (D, h, w) of the first pass, NaN where nothing
+    is shown.
+    """
+    size = passes[0].network.embedding_size
+    embedding = np.full((size, *shown.shape), np.nan, np.float32)
+    with torch.inference_mode():
+        for rows, latent in latent_rows(passes, section, shown, overlap, seed, device):
+            values = latent.cpu()[:, torch.from_numpy(shown[rows])]
+            embedding[:, rows][:, shown[rows]] = values[0, :, :size].T
+            file.write(values.transpose(0, 1).contiguous().numpy())
+    return embedding
+
+
+class Decoder:
+    """Maps of genes from the latent values in a file, some genes at a time.
+
+    So neither grows the memory with the number of genes, nor does a run that was cut off lose more
+    than the genes it was at. ``anchor_prior`` None leaves the maps as the networks give them.
+    """
+
+    def __init__(
+        self,
+        passes: list[Pass],
+        section: Section,
+        shown: np.ndarray,
+        anchor_prior: float | None,
+        file: BinaryIO,
+        device: torch.device,
+    ) -> None:
+        self.passes, self.section, self.file, self.device = passes, section, file, device
+        self.shown, self.places = shown, np.argwhere(shown)
+        self.size = passes[0].network.latent_size
+        if passes[0].network.interpolates:
+            self.near, self.distance2 = nearest_points(section.points, self.places, section.context)
+        self.prior = anchor_prior
+        self.anchors = None if anchor_prior is None else find_anchors(section, self.places)
+        # Maps and then spread, as decoded and turned: to get it anew for each part takes long
+        n_genes = max(part.stop - part.start for part in self.blocks())
+        n_arrays = 4 if passes[-1].dropout else 2
+        self.memory = np.empty((n_arrays, n_genes * len(self.places)), np.float32)
+
+    def blocks(self) -> list[slice]:
+        """The genes in parts whose maps fit the memory, all about equal."""
+        n_genes = self.section.counts.shape[1]
+        bytes_a_gene = 4 * len(self.places) * (2 if self.passes[-1].dropout else 1)
+        n_blocks = -(-n_genes // max(1, GENES_BYTES // bytes_a_gene))
+        edges = np.linspace(0, n_genes, n_blocks + 1).astype(int).tolist()
+        return [slice(*pair) for pair in itertools.pairwise(edges)]
+
+    def maps(self, genes: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        """Median of the networks, anchored, (G', M), and its relative spread (G', M) or None.
+
+        They are there until the next call, which uses their memory again.
+        """
+        n, n_genes = len(self.places), genes.stop - genes.start
+        memory = [row[: n * n_genes] for row in self.memory]
+        maps = memory[0].reshape(n, n_genes)
+        spread = memory[2].reshape(n, n_genes) if len(memory) > 2 else None
+        expression = np.ascontiguousarray(self.section.expression[:, genes])
+        expression = to_device(expression, self.device)
+        batches = Batches(max(1, COUNTS_AT_ONCE // n_genes))
+        with torch.inference_mode():
+            for part, (medians, shares) in batches.over(
+                n, lambda part: self.decode(part, genes, expression)
+            ):
+                maps[part] = medians.cpu()
+                if shares is not None:
+                    spread[part] = shares.cpu()
+        if self.anchors is not None:
+            measured = self.section.counts[self.section.usable, genes]
+            anchor_to_spots(maps, measured, self.anchors, self.prior)
+        turned = cv2.transpose(maps, memory[1].reshape(n_genes, n))
+        if spread is None:
+            return turned, None
+        return turned, cv2.transpose(spread, memory[3].reshape(n_genes, n))
+
+    def decode(self, part: slice, genes: slice, expression: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Median (M', G') and relative spread of some superpixels and genes."""
+        latent = np.empty((part.stop - part.start, len(self.passes), self.size), np.float32)
+        self.file.seek(part.start * latent[:1].nbytes)
+        self.file.readinto(latent)
+        latent = to_device(latent, self.device)
+        maps, spread, interpolated = [], Spread(), {}
+        for number, one in enumerate(self.passes):
+            network = one.network
+            if network.interpolates and network not in interpolated:
+                near = to_device(self.near[part], self.device)
+                shares = network.interpolation(to_device(self.distance2[part], self.device))
+                interpolated[network] = weighted_sums(near, shares, expression)
+            counts = network.decode(latent[:, number], interpolated.get(network), genes)
+            counts = network.to_counts(counts, genes)
+            if one.dropout:
+                spread.add(counts)
+            else:
+                maps.append(counts)
+        return median_of(maps), spread.relative() if spread.n else None
+
+
+def median_of(maps: list[Tensor]) -> Tensor:
+    """Median of tensors, as numpy's: the mean of the two middle ones of an even number.
+
+    Sorts by exchanging neighbours, all superpixels at once; for few states that is five times as
+    fast as np.median, and torch.median takes the lower of the two.
+    """
+    states = list(maps)
+    if len(states) == 1:
+        return states[0]
+    for i in range(len(states)):
+        for j in range(i % 2, len(states) - 1, 2):
+            a, b = states[j], states[j + 1]
+            states[j], states[j + 1] = torch.minimum(a, b), torch.maximum(a, b)
+    return (states[(len(states) - 1) // 2] + states[len(states) // 2]) / 2

@@ -1,0 +1,98 @@
+"""What a training has come to: weights and their average, the epoch to keep, the history."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from method.network import Network
+
+PLATEAU_EPOCHS, PLATEAU_FACTOR = 6, 0.5  # learning rate: halved after so many epochs without gain
+
+
+class Selection:
+    """The epoch to keep: the one at which held-out spots are predicted best.
+
+    For their score they are split in two halves (even, odd), and each half is scored at the epoch
+    that the other one chose: the choice of the epoch then does not flatter the score.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.loss = math.inf
+        self.weights: dict[str, Tensor] = {}
+        self.half_loss = [math.inf, math.inf]
+        self.half_predicted = [torch.empty(0), torch.empty(0)]
+
+    def consider(
+        self, epoch: int, losses: np.ndarray, predicted: np.ndarray, network: nn.Module
+    ) -> None:
+        """Keep this epoch if it is the best so far, by losses (M,); predicted counts are (M, G)."""
+        if losses.mean() < self.loss:
+            self.epoch, self.loss = epoch, float(losses.mean())
+            self.weights = copy.deepcopy(network.state_dict())
+        for half in (0, 1):
+            chooses = losses[half::2] if len(losses) > 1 else losses
+            if chooses.mean() < self.half_loss[half]:
+                self.half_loss[half] = float(chooses.mean())
+                self.half_predicted[1 - half] = torch.from_numpy(predicted[1 - half :: 2].copy())
+
+    def predicted(self) -> np.ndarray:
+        """Counts (M, G) predicted for the held-out spots."""
+        even, odd = (half.numpy() for half in self.half_predicted)
+        out = np.empty((len(even) + len(odd), even.shape[1]), np.float32)
+        out[0::2], out[1::2] = even, odd
+        return out
+
+
+def averaged(network: Network, decay: float) -> AveragedModel:
+    """The moving average of the weights; over the last tenth of the steps while these are few."""
+
+    def blend(averages: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+        share = min(decay, float((1 + steps) / (10 + steps)))
+        for average, weights in zip(averages, current, strict=True):
+            average.lerp_(weights, 1 - share)
+
+    return AveragedModel(network, multi_avg_fn=blend)
+
+
+class Progress:
+    """What a training has come to; a checkpoint holds all of it."""
+
+    def __init__(
+        self, network: Network, optimizer: torch.optim.Optimizer, averaging: float | None
+    ) -> None:
+        self.network = network
+        self.optimizer = optimizer
+        self.average = None if averaging is None else averaged(network, averaging)
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_EPOCHS
+        )
+        self.selection = Selection()
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def kept(self) -> nn.Module:
+        """What is scored and saved: the averaged network, if there is an average."""
+        return self.network if self.average is None else self.average.module
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        parts = {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
+        return parts if self.average is None else {**parts, "average": self.average}
+
+    def content(self) -> dict[str, Any]:
+        content = {name: part.state_dict() for name, part in self.parts.items()}
+        return {**content, "selection": vars(self.selection), "history": self.history}
+
+    def restore(self, content: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(content[name])
+        vars(self.selection).update(content["selection"])
+        self.history = content["history"]

@@ -1,0 +1,263 @@
+"""The section: the arrays of one sample that networks are trained on, and how they are read.
+
+Letters in shapes: B patches, T superpixels of a patch, K HR points of its context, G genes,
+F token features, N spots, P HR points. Places are (row, col) in superpixels, continuous.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+import utils
+from reading import arrays, images, plain, tables
+
+MIN_TISSUE_SHARE = 0.25  # of a disc; from less tissue its counts tell too little, it is left out
+SUBSAMPLES = 8  # per superpixel and axis, for the area of a disc in it
+FOLDS = 10  # every state holds out another tenth of the spots
+MIN_SPOTS = 4
+
+
+@dataclass
+class Section:
+    """All arrays of one sample; places are (row, col) in superpixels."""
+
+    tokens: np.ndarray  # (h, w, F) float16, memory-mapped
+    tissue: np.ndarray  # (h, w) bool
+    spots: np.ndarray  # (N, 2) places
+    counts: np.ndarray  # (N, G) float32
+    points: np.ndarray  # (P, 2) places
+    expression: np.ndarray  # (P, G) float32, counts of a disc full of tissue
+    parents: np.ndarray  # (P, 2) indices of spots; of a measured spot, twice its own
+    radius: float  # of a spot, in superpixels
+    context: int  # K
+    by_area: bool  # discs weighted by area and tissue (default), or counted in whole superpixels
+
+    def __post_init__(self) -> None:
+        self.half = math.ceil(self.radius) if self.by_area else math.floor(self.radius)
+        row, col = self.patches(np.floor(self.spots).astype(int))
+        if self.by_area:
+            self.areas = disc_areas(self.spots, row, col, self.radius) * self.on_tissue(row, col)
+            share = self.areas.sum(axis=1) / (math.pi * self.radius**2)
+            self.usable = share >= MIN_TISSUE_SHARE
+            keep = self.usable[self.parents].all(axis=1)
+            self.points, self.parents = self.points[keep], self.parents[keep]
+            share = share.clip(max=1)[self.parents].mean(axis=1, keepdims=True)
+            self.expression = self.expression[keep] / share.astype(np.float32)
+        else:
+            steps = np.arange(-self.half, self.half + 1)
+            disc = steps[:, None] ** 2 + steps**2 <= self.radius**2  # 37 superpixels on Visium
+            self.areas = np.tile(disc.ravel().astype(np.float32), (len(row), 1))
+            self.usable = np.ones(len(row), bool)
+
+    @functools.cached_property
+    def spacing(self) -> float:
+        """Median distance of the HR points from their nearest one, in superpixels."""
+        return float(np.median(cKDTree(self.points).query(self.points, k=[2])[0]))
+
+    @functools.cached_property
+    def token_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        return token_statistics(self.tokens, self.tissue)
+
+    def patches(self, centres: np.ndarray, halo: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns, each (B, T'), of the superpixels around ``centres`` (B, 2) int.
+
+        They may lie beyond the border of the map.
+        """
+        steps = np.arange(-self.half - halo, self.half + halo + 1)
+        row, col = np.meshgrid(steps, steps, indexing="ij")
+        return centres[:, :1] + row.reshape(1, -1), centres[:, 1:] + col.reshape(1, -1)
+
+    def on_tissue(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
+        """Whether the superpixels (row, col) are on the map and tissue, bool in their shape."""
+        h, w = self.tissue.shape
+        return on_map(row, col, h, w) & self.tissue[row.clip(0, h - 1), col.clip(0, w - 1)]
+
+    def inputs(
+        self, centres: np.ndarray, near: np.ndarray, halo: int, device: torch.device
+    ) -> list[Tensor]:
+        """What a network takes: tokens (B, side, side, F) of the patch and its halo, expression
+        (B, K, G), offsets (B, T, K, 2).
+
+        For patches at ``centres`` (B, 2) int that see the HR points ``near`` (B, K).
+        """
+        h, w = self.tissue.shape
+        row, col = self.patches(centres, halo)
+        tokens = self.tokens[row.clip(0, h - 1), col.clip(0, w - 1)]  # the border's, beyond it
+        side = math.isqrt(tokens.shape[1])
+        tokens = tokens.reshape(len(tokens), side, side, -1)
+        middles = np.stack(self.patches(centres), axis=-1) + 0.5  # (B, T, 2)
+        offsets = middles[:, :, None] - self.points[near][:, None]
+        taken = (tokens, self.expression[near], offsets.astype(np.float32))
+        return [to_device(array, device).float() for array in taken]
+
+    def context_of_spots(self, held_out: np.ndarray, leave_out: bool) -> np.ndarray:
+        """Indices (N, K) of the HR points nearest to every spot.
+
+        With ``leave_out``, none that contains the spot itself or a spot of ``held_out``: what is
+        scored or trained on cannot reach its own prediction, nor held-out counts the training.
+        """
+        allowed, own = np.arange(len(self.points)), 0
+        if leave_out:
+            allowed = allowed[~np.isin(self.parents, held_out).any(axis=1)]
+            first, second = self.parents[allowed].T
+            contained = np.concatenate([first, second[second != first]])
+            own = np.bincount(contained).max()  # HR points that contain one and the same spot
+        k = min(self.context, len(allowed) - own)
+        near = nearest(self.points[allowed], self.spots, k + own)
+        near = allowed[near]  # (N, K + own), nearest first
+        if leave_out:
+            spot = np.arange(len(self.spots))[:, None, None]
+            is_own = (self.parents[near] == spot).any(axis=-1)
+            order = np.argsort(is_own, axis=1, kind="stable")  # its own last, the others as before
+            near = np.take_along_axis(near, order, axis=1)
+        return near[:, :k]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The spots of one state: which train, which are held out, and the context of each."""
+
+    train: np.ndarray  # indices of spots
+    held_out: np.ndarray  # indices of spots, (M,); empty if the preset holds out none
+    near: np.ndarray  # (N, K) indices of HR points
+
+
+def split_spots(section: Section, holds_out: bool, seed: int, index: int) -> Split:
+    """State ``index`` holds out another fold of the spots; spots without tissue are not used."""
+    usable = np.flatnonzero(section.usable)
+    if not holds_out:
+        return Split(usable, usable[:0], section.context_of_spots(usable[:0], leave_out=False))
+    n_folds = min(FOLDS, len(usable))
+    fold = np.random.default_rng(seed).permutation(len(usable)) % n_folds
+    held_out = usable[fold == index % n_folds]
+    near = section.context_of_spots(held_out, leave_out=True)
+    return Split(np.setdiff1d(usable, held_out), held_out, near)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor there; a graphics card gets it while the CPU goes on."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def on_map(row: np.ndarray, col: np.ndarray, h: int, w: int) -> np.ndarray:
+    return (row >= 0) & (row < h) & (col >= 0) & (col < w)
+
+
+def nearest(points: np.ndarray, places: np.ndarray, k: int) -> np.ndarray:
+    """Indices (B, k) of the points nearest to every place, nearest first."""
+    return cKDTree(points).query(places, k=np.arange(1, k + 1))[1]
+
+
+def disc_areas(places: np.ndarray, row: np.ndarray, col: np.ndarray, radius: float) -> np.ndarray:
+    """Area (B, T) of the disc around each place (B, 2) in the superpixels row, col (B, T)."""
+    middles = (np.arange(SUBSAMPLES) + 0.5) / SUBSAMPLES
+    areas = np.empty(row.shape, np.float32)
+    for i, (y, x) in enumerate(places):
+        down = (row[i, :, None, None] + middles[:, None] - y) ** 2  # (T, subsamples, 1)
+        across = (col[i, :, None, None] + middles - x) ** 2  # (T, 1, subsamples)
+        areas[i] = (down + across <= radius**2).mean(axis=(1, 2))
+    return areas
+
+
+def token_statistics(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (F,) of the tokens of the tissue, read row by row."""
+    total, squares = 0.0, 0.0
+    for row, inside in enumerate(tissue):
+        x = arrays.some_rows(tokens, row, row + 1)[0, inside].astype(np.float64)
+        total, squares = total + x.sum(axis=0), squares + (x * x).sum(axis=0)
+    mean = total / tissue.sum()
+    std = np.sqrt(np.maximum(squares / tissue.sum() - mean**2, 0))
+    return mean.astype(np.float32), np.where(std > 1e-6, std, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# reading
+# ------------------------------------------------------------------------------------------------
+def read_hr_points(stage: utils.Stage, spots: pd.Index) -> tuple[np.ndarray, np.ndarray]:
+    """Places (P, 2) as (row, col) in px of he.jpg, and parents (P, 2) as indices of ``spots``."""
+    path = stage.path(utils.HR_LOCS)
+    text = {"parent_1": str, "parent_2": str}
+    try:
+        table = pd.read_csv(path, index_col=0, dtype=text, keep_default_na=False, encoding="utf-8")
+        xy = table[["x", "y"]].astype(np.float64).to_numpy()
+        second = table["parent_2"].where(table["measured"] == 0, table["parent_1"])
+        parents = np.stack([spots.get_indexer(ids) for ids in (table["parent_1"], second)], axis=1)
+    except (ValueError, KeyError, OSError) as error:
+        raise stage.error(path, f"is not a table of HR points: {error}") from error
+    if len(xy) == 0 or not np.isfinite(xy).all() or (parents < 0).any():
+        raise stage.error(
+            path,
+            f"does not fit {utils.LOCS.name}: of its {len(xy)} points, "
+            f"{(parents < 0).any(axis=1).sum()} have a parent that is no spot and "
+            f"{(~np.isfinite(xy)).any(axis=1).sum()} have no place.",
+        )
+    return xy[:, ::-1], parents
+
+
+def read_section(
+    stage: utils.Stage, context: int, by_area: bool
+) -> tuple[Section, pd.Index, list[str]]:
+    """All inputs, checked against each other; the ids of the spots and the names of the genes."""
+    grid = images.grid_shape(stage)
+    tissue = images.read_mask(stage, grid)
+    longest = utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
+    radius = plain.read_number(
+        stage, stage.path(utils.RADIUS), utils.TOKEN_PX, longest, "px of he.jpg"
+    )
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    genes = plain.read_gene_names(stage, stage.path(utils.GENE_NAMES))
+    if len(locs) < MIN_SPOTS:
+        raise stage.error(
+            stage.path(utils.LOCS), f"lists {len(locs)} spots; at least {MIN_SPOTS} are needed."
+        )
+    points, parents = read_hr_points(stage, locs.index)
+    expression = arrays.read_array(stage, utils.HR_CNTS, np.float32, (len(points), len(genes)))
+    if (lowest := expression.min()) < 0:
+        raise stage.error(
+            stage.path(utils.HR_CNTS), f"holds {lowest:g}; counts cannot be negative."
+        )
+    measured = np.flatnonzero(parents[:, 0] == parents[:, 1])
+    if sorted(parents[measured, 0]) != list(range(len(locs))):
+        raise stage.error(
+            stage.path(utils.HR_LOCS),
+            f"measures {len(measured)} spots; expected each of the {len(locs)} spots once.",
+        )
+    counts = np.empty((len(locs), len(genes)), np.float32)
+    counts[parents[measured, 0]] = expression[measured]
+    section = Section(
+        tokens=arrays.read_array(stage, utils.FEATURES, np.float16, (*grid, None)),
+        tissue=tissue,
+        spots=locs[["y", "x"]].to_numpy() / utils.TOKEN_PX,
+        counts=counts,
+        points=points / utils.TOKEN_PX,
+        expression=np.array(expression),
+        parents=parents,
+        radius=radius / utils.TOKEN_PX,
+        context=context,
+        by_area=by_area,
+    )
+    usable = int(section.usable.sum())
+    if usable < len(locs):
+        print(
+            f"{len(locs) - usable} of {len(locs)} spots have less than {MIN_TISSUE_SHARE:.0%} of "
+            f"their disc on tissue and are left out"
+        )
+    if usable < MIN_SPOTS:
+        raise stage.error(
+            stage.path(utils.MASK),
+            f"leaves {usable} of {len(locs)} spots on tissue; at least {MIN_SPOTS} are needed.",
+        )
+    if len(points) < section.context:
+        print(f"only {len(points)} HR points: the context is all of them, not {section.context}")
+    return section, locs.index, genes

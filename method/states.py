@@ -1,0 +1,222 @@
+"""Trained states on disk: by what they are known, what a cut-off run left, what a run reuses.
+
+A state is a folder with history.csv, held-out.npy, model.safetensors and model.json, which is
+written last and holds the key: all that decided the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+
+import utils
+from method.network import Network
+from method.section import Split
+
+LIBRARIES = Path(torch.__file__).parent.parent  # source files there are known by their version
+
+
+@dataclass(frozen=True)
+class State:
+    """A trained network, its spots, and the counts (M, G) it predicts for the held-out ones."""
+
+    network: Network
+    split: Split
+    predicted: np.ndarray
+
+
+def held_out(states: list[State]) -> tuple[np.ndarray, np.ndarray]:
+    """All held-out spots (M,), in order, and their predicted counts (M, G).
+
+    A spot that two states hold out, as happens with more states than folds, is the first one's.
+    """
+    spots, first = np.unique(
+        np.concatenate([state.split.held_out for state in states]), return_index=True
+    )
+    return spots, np.concatenate([state.predicted for state in states])[first]
+
+
+def correlations(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Pearson r of every gene (G,) over the spots (M, G); NaN where it is not defined."""
+    if len(predicted) < 3:
+        return np.full(measured.shape[1], np.nan)
+    a, b = (x.astype(np.float64) - x.mean(axis=0) for x in (predicted, measured))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(axis=0) / np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
+
+
+# ------------------------------------------------------------------------------------------------
+# the key
+# ------------------------------------------------------------------------------------------------
+def described(value: Any) -> Any:
+    """A dataclass, function or class as JSON can hold it."""
+    if isinstance(value, functools.partial):
+        return [described(value.func), list(value.args), value.keywords]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: described(getattr(value, field.name)) for field in fields}
+    return value.__qualname__ if callable(value) else value
+
+
+def sources_of(value: Any) -> set[Path]:
+    """The source files of the classes and functions in a dataclass, but those of libraries."""
+    if isinstance(value, functools.partial):
+        return sources_of(value.func)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    else:
+        parts = list(inspect.getmro(value)) if isinstance(value, type) else []
+        if inspect.isfunction(value):
+            parts = [value]
+        files = [Path(inspect.getfile(part)) for part in parts if part.__module__ != "builtins"]
+        return {file for file in files if not file.is_relative_to(LIBRARIES)}
+    return set().union(*map(sources_of, parts))
+
+
+@dataclass(frozen=True)
+class Key:
+    """All that decides the weights of the states of a run."""
+
+    training: dict[str, Any]
+    inputs: dict[str, str]  # file name -> sha256
+    code: dict[str, str]  # source file -> hash
+    machine: dict[str, str]  # kind of device, version of torch
+
+    @functools.cached_property
+    def hash(self) -> str:
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def change_since(self, folder: Path) -> str | None:
+        """What has changed since the state in a folder was trained, in words; None without one."""
+        try:
+            before = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(before, dict) or before.get("key") == self.hash:
+            return None
+        words = {
+            "code": "the code has changed",
+            "inputs": "inputs have changed",
+            "training": "options or the preset have changed",
+            "machine": "the device or torch has changed",
+        }
+        for part, text in words.items():
+            old, new = before.get("decided_by", {}).get(part), getattr(self, part)
+            if isinstance(old, dict) and old != new:
+                names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+                return f"{text} ({', '.join(names)})"
+        return "an earlier version of HISTEX trained the one that is there"
+
+
+def key_of(
+    training: Any, files: Iterable[Path], inputs: dict[str, Any], device: torch.device
+) -> Key:
+    """The key of the states of one run.
+
+    ``training`` is a dataclass; ``files`` hold the code that trains, to which come those of the
+    network and of whatever else the training names. ``inputs`` are fingerprints by file name.
+    """
+    paths = {file.resolve() for file in files} | {file.resolve() for file in sources_of(training)}
+    return Key(
+        # through JSON, since that is how the key of an earlier run comes back
+        training=json.loads(json.dumps(described(training))),
+        inputs={name: known["sha256"] for name, known in inputs.items()},
+        code={path.name: utils.hash_of([path]) for path in sorted(paths)},
+        machine={"device": device.type, "torch": torch.__version__},
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# files
+# ------------------------------------------------------------------------------------------------
+class Checkpoint:
+    """What a run has come to, saved now and then; only a run with the same key goes on from it."""
+
+    def __init__(self, folder: Path, key: Key) -> None:
+        self.path, self.key = folder / "checkpoint.pt", key
+
+    def read(self) -> dict[str, Any] | None:
+        """What was saved; on the CPU, from where it is copied to the device."""
+        if not self.path.is_file():
+            return None
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - damaged bytes can raise nearly anything
+            print(
+                f"{self.path.name} is not readable ({error!r:.100}); the state is trained from "
+                f"its start"
+            )
+            return None
+        return saved if isinstance(saved, dict) and saved.get("key") == self.key.hash else None
+
+    def write(self, content: dict[str, Any]) -> None:
+        with utils.atomic(self.path) as partial:
+            torch.save({"key": self.key.hash, **content}, partial)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def read_key(path: Path) -> str | None:
+    """The hash of the key in model.json, or None if there is no such file or it is not readable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not a finished state: it is trained
+
+
+def read_state(
+    folder: Path, key: Key, network: Network, shape: tuple[int, int]
+) -> np.ndarray | None:
+    """Load the weights of a finished state with the same key; return its held-out predictions.
+
+    None if there is no such state, or if its files are damaged; then it is trained anew.
+    """
+    if read_key(folder / "model.json") != key.hash:
+        return None
+    try:
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        predicted = np.load(folder / "held-out.npy", allow_pickle=False)
+        if predicted.shape != shape or weights.keys() != network.state_dict().keys():
+            raise ValueError(f"tensors, or the shape {predicted.shape}, not of this network")
+        network.load_state_dict(weights)  # last: training anew must start from the fresh network
+    except Exception as error:  # noqa: BLE001 - damaged bytes can raise nearly anything
+        print(f"the files in {folder.name} are damaged ({error!r:.100}); it is trained anew")
+        return None
+    return predicted
+
+
+def write_state(
+    folder: Path,
+    network: Network,
+    history: list[dict[str, float]],
+    predicted: np.ndarray,
+    key: Key,
+    epoch: int,
+) -> None:
+    """Write a finished state; ``epoch`` is the one whose weights were kept."""
+    (folder / "model.json").unlink(missing_ok=True)  # it vouches for the other files
+    with utils.atomic(folder / "history.csv") as partial:
+        pd.DataFrame(history).to_csv(partial, index=False, lineterminator="\n")
+    with utils.atomic(folder / "held-out.npy") as partial:
+        np.save(partial, predicted)
+    with utils.atomic(folder / "model.safetensors") as partial:
+        weights = {name: value.cpu() for name, value in network.state_dict().items()}
+        partial.write_bytes(safetensors.torch.save(weights))  # save_file makes it private
+    with utils.atomic(folder / "model.json") as partial:
+        info = {"key": key.hash, "network": type(network).__name__, "epoch": epoch}
+        info |= {"decided_by": dataclasses.asdict(key)}
+        partial.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
