@@ -1,37 +1,60 @@
 """What each part of HISTEX.py's default preset brings: take one away, train, score.
 
     python benchmarks/ablations.py --directory data/section --keep results
-    python benchmarks/ablations.py --simulated 3 --variants default "no averaging" --states 2
+    python benchmarks/ablations.py --simulated 3 --variants default "no anchoring" --keep results
 
-Sections are those of benchmarks/accuracy.py: samples with a truth.npz, and simulated ones. Every
-variant changes one thing of HISTEX.py, trains its states (state i by seed + i, the same start for
-all variants) and scores the anchored maps: median over genes of Pearson r with the truth at 8 and
-32 um, beside r on the held-out spots, which needs no truth and on which a choice should rest.
-Prints a table in Markdown, a row a variant; results are kept as JSON in --keep, by which a later
-run goes on. The truth is used for the score only.
+Reads   samples with a truth.npz, as benchmarks/accuracy.py does, and simulated ones
+Writes  a table in Markdown to stdout, a row a variant; results as JSON in --keep, by which a later
+        run goes on
+
+A variant is a row of ROWS: the default preset with one thing changed. Its states are trained (state
+i by seed + i, the same start for all variants) and its anchored maps are scored: median over genes
+of Pearson r with the truth at 8 and 32 um, beside r on the held-out spots, which needs no truth and
+on which a choice should rest. The truth is used for the score only.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from benchmarks import accuracy
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.Parser(__doc__)
+    accuracy.add_sections(parser)
+    option = parser.add_argument
+    option("--variants", nargs="+", metavar="NAME", help="Rows of the table (default: all rows).")
+    option("--n-states", type=utils.positive, default=1, help="Number of networks per variant.")
+    parser.alias("--states", "--n-states")
+    option("--seed", type=utils.not_negative, default=0, help="Random seed of the first state.")
+    option("--keep", type=Path, required=True, help="Folder for samples and results.")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+
 import contextlib
 import io
 import json
-import sys
 import tempfile
 import time
-from pathlib import Path
-from unittest import mock
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import HISTEX
-import utils
 from analysis import inputs
-from benchmarks import accuracy
+from method import prediction, states
+from method.network import disc_sums
+from method.section import Section, read_section
 
 BINS = ("r 1x", "r 4x")
 
@@ -43,111 +66,121 @@ def keep(gradient: Tensor, columns: slice) -> Tensor:
     return kept
 
 
-class WithoutAttention(HISTEX.Network):
+class WithoutAttention(HISTEX.DefaultNetwork):
     """The context enters by interpolation only."""
 
-    def __init__(self, section: HISTEX.Section, train: np.ndarray) -> None:
+    def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__(section, train)
         self.log_factor.weight.register_hook(lambda grad: keep(grad, slice(HISTEX.WIDTH, None)))
 
 
-class WithoutHistology(HISTEX.Network):
+class WithoutHistology(HISTEX.DefaultNetwork):
     """Tokens act through the attention only."""
 
-    def __init__(self, section: HISTEX.Section, train: np.ndarray) -> None:
+    def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__(section, train)
         self.log_factor.weight.register_hook(lambda grad: keep(grad, slice(HISTEX.WIDTH)))
 
 
-class SingleTokenDropout(HISTEX.Network):
+class SingleTokenDropout(HISTEX.DefaultNetwork):
     """Every superpixel hides other features."""
 
-    def __init__(self, section: HISTEX.Section, train: np.ndarray) -> None:
+    def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__(section, train)
-        self.embed_tokens[0] = nn.Dropout(HISTEX.DROPOUT)
+        self.embed_tokens[0] = nn.Dropout(self.dropout)
 
 
-class OneScale(HISTEX.Network):
+class OneScale(HISTEX.DefaultNetwork):
+    scales = ()
     halo = 0
 
 
-class PlainLoss(HISTEX.Network):
+class Dropout01(HISTEX.DefaultNetwork):
+    dropout = 0.1
+
+
+class Dropout03(HISTEX.DefaultNetwork):
+    dropout = 0.3
+
+
+class NoContextDropout(HISTEX.DefaultNetwork):
+    context_dropout = 0.0
+
+
+class HardlyAnyDropout(HISTEX.DefaultNetwork):
+    dropout, context_dropout = 0.1, 0.0
+
+
+class PlainLoss(HISTEX.DefaultNetwork):
     """Squared error of the counts, each gene scaled by its mean."""
 
-    def loss(self, maps: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
-        total = torch.einsum("btg,bt->bg", maps, areas)
+    def loss(self, output: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
+        total = disc_sums(output, areas)
         return ((total - counts) * self.root_scale**2).square()
 
 
-class PoissonLoss(HISTEX.Network):
+class PoissonLoss(HISTEX.DefaultNetwork):
     """Negative log likelihood of the counts, each gene scaled by the root of its mean."""
 
-    def loss(self, maps: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
-        total = torch.einsum("btg,bt->bg", maps, areas) + 1e-3
+    def loss(self, output: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
+        total = disc_sums(output, areas) + 1e-3
         return (total - counts * total.log()) * self.root_scale
 
 
-VARIANTS: dict[str, dict] = {  # names in HISTEX.py and what they become
-    "default": {},
-    "no anchoring": {"anchor_to_spots": lambda maps, measured, anchors: None},
-    "no averaging of weights": {"AVERAGING_DECAY": 0.0},
-    "dropout 0.1": {"DROPOUT": 0.1},
-    "dropout 0.3": {"DROPOUT": 0.3},
-    "dropout of single tokens": {"NETWORKS": SingleTokenDropout},
-    "no context dropout": {"CONTEXT_DROPOUT": 0.0},
-    "weight decay 0.01": {"WEIGHT_DECAY": 0.01},
-    "weight decay 3": {"WEIGHT_DECAY": 3.0},
-    "without all of these four": {
-        "AVERAGING_DECAY": 0.0, "DROPOUT": 0.1, "CONTEXT_DROPOUT": 0.0, "WEIGHT_DECAY": 0.01,
-    },
-    "learning rate 3e-4": {"LEARNING_RATE": {"default": 3e-4}},
-    "batch 32": {"BATCH": 32},
-    "patience 20": {"PATIENCE_EPOCHS": 20},
-    "one token scale": {"SCALES": (), "NETWORKS": OneScale},
-    "8 HR points": {"DEFAULT_CONTEXT": 8},
-    "32 HR points": {"DEFAULT_CONTEXT": 32},
-    "no attention": {"NETWORKS": WithoutAttention},
-    "attention only": {"NETWORKS": WithoutHistology},
-    "plain squared error": {"NETWORKS": PlainLoss},
-    "Poisson loss": {"NETWORKS": PoissonLoss},
-    "anchor prior 1": {"ANCHOR_PRIOR": 1.0},
-    "anchor prior 5": {"ANCHOR_PRIOR": 5.0},
-}  # fmt: skip
+DEFAULT = HISTEX.PRESETS["default"]
+ROWS = {
+    "default": DEFAULT,
+    "no anchoring": replace(DEFAULT, anchor_prior=None),
+    "no averaging of weights": replace(DEFAULT, averaging=None),
+    "dropout 0.1": replace(DEFAULT, network=Dropout01),
+    "dropout 0.3": replace(DEFAULT, network=Dropout03),
+    "dropout of single tokens": replace(DEFAULT, network=SingleTokenDropout),
+    "no context dropout": replace(DEFAULT, network=NoContextDropout),
+    "weight decay 0.01": replace(DEFAULT, weight_decay=0.01),
+    "weight decay 3": replace(DEFAULT, weight_decay=3.0),
+    "without all of these four": replace(
+        DEFAULT, network=HardlyAnyDropout, averaging=None, weight_decay=0.01
+    ),
+    "learning rate 3e-4": replace(DEFAULT, learning_rate=3e-4),
+    "batch 32": replace(DEFAULT, batch_size=32),
+    "patience 20": replace(DEFAULT, patience=20),
+    "one token scale": replace(DEFAULT, network=OneScale),
+    "8 HR points": replace(DEFAULT, context=8),
+    "32 HR points": replace(DEFAULT, context=32),
+    "no attention": replace(DEFAULT, network=WithoutAttention),
+    "attention only": replace(DEFAULT, network=WithoutHistology),
+    "plain squared error": replace(DEFAULT, network=PlainLoss),
+    "Poisson loss": replace(DEFAULT, network=PoissonLoss),
+    "anchor prior 1": replace(DEFAULT, anchor_prior=1.0),
+    "anchor prior 5": replace(DEFAULT, anchor_prior=5.0),
+}
+CPU = torch.device("cpu")
 
 
-@contextlib.contextmanager
-def changed(names: dict):
-    """HISTEX.py with some of its names changed."""
-    with contextlib.ExitStack() as stack:
-        for name, value in names.items():
-            value = {"default": value} if name == "NETWORKS" else value
-            stack.enter_context(mock.patch.object(HISTEX, name, value))
-        yield
-
-
-def run_variant(sample: Path, truth, variant: str, args: argparse.Namespace) -> dict:
-    """Train and score one variant on a sample whose first four stages are done."""
-    options = HISTEX.build_parser().parse_args(["--directory", str(sample)])
-    options.seed = args.seed
-    quiet = contextlib.redirect_stdout(io.StringIO())
-    with changed(VARIANTS[variant]), tempfile.TemporaryDirectory() as folder, quiet:
-        section, _, genes = HISTEX.read_section(utils.Stage(HISTEX.SCRIPT, options))
+def run_variant(
+    sample: Path, truth: inputs.Truth, row: HISTEX.Preset, n_states: int, seed: int
+) -> dict[str, float]:
+    """Train and score one preset on a sample whose first four stages are done."""
+    training = HISTEX.Training(row, seed=seed)
+    stage = utils.Stage(HISTEX.SCRIPT, argparse.Namespace(directory=sample, allow_stale=False))
+    key = states.key_of(training, HISTEX.STATE_CODE, {}, CPU)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        section, _, genes = read_section(stage, row.context, row.by_area)
         start = time.perf_counter()
-        networks, held_out, predicted = zip(
-            *(
-                HISTEX.train_state(section, Path(folder) / str(i), options, "", i, "cpu")
-                for i in range(args.states)
-            ),
-            strict=True,
-        )
+        trained = [
+            HISTEX.train_state(section, Path(folder) / str(i), training, key, i, CPU)
+            for i in range(n_states)
+        ]
         seconds = time.perf_counter() - start
-        maps = np.full((len(genes), *section.tissue.shape), np.nan, np.float32)
-        with tempfile.TemporaryFile() as file:
-            prediction = HISTEX.Prediction(networks, section, options, file, "cpu")
-            for chosen in prediction.blocks():
-                maps[chosen, prediction.shown] = prediction.maps(chosen)[0]
-    held_out, predicted = np.concatenate(held_out), np.concatenate(predicted)
-    r = HISTEX.correlations(predicted, section.counts[held_out])
+    passes = prediction.passes_of([state.network for state in trained], with_dropout=False)
+    maps = np.full((len(genes), *section.tissue.shape), np.nan, np.float32)
+    with tempfile.TemporaryFile() as file:
+        prediction.embed_section(passes, section, section.tissue, row.overlap, seed, file, CPU)
+        decoder = prediction.Decoder(passes, section, section.tissue, row.anchor_prior, file, CPU)
+        for chosen in decoder.blocks():
+            maps[chosen, section.tissue] = decoder.maps(chosen)[0]
+    held_out, predicted = states.held_out(trained)
+    r = states.correlations(predicted, section.counts[held_out])
     h, w = truth.tissue.shape
     order = [genes.index(gene) for gene in truth.genes]
     scores = accuracy.score_maps(truth, maps[order, :h, :w].transpose(1, 2, 0))
@@ -177,44 +210,36 @@ def table(rows: dict[str, dict[str, dict]], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    accuracy.add_sections(parser)
-    option = parser.add_argument
-    option("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
-           help=f"Rows of the table, of: {', '.join(VARIANTS)}.")  # fmt: skip
-    option("--states", type=utils.positive, default=1, help="Networks a variant.")
-    option("--seed", type=utils.not_negative, default=0, help="Random seed of the first state.")
-    option("--keep", type=Path, required=True, help="Folder for samples and results.")
-    return parser
+def main(args: argparse.Namespace) -> None:
+    variants = args.variants or list(ROWS)
+    if unknown := [name for name in variants if name not in ROWS]:
+        raise utils.StageError(
+            f"--variants: there is no row {utils.some(unknown)}.", f"Rows: {', '.join(ROWS)}."
+        )
+    rows: dict[str, dict[str, dict]] = {variant: {} for variant in variants}
+    accuracy.check(args)
+    code = accuracy.copy_code(args.keep)
+    sources = accuracy.sections_of(args, args.keep)
+    for name, source in sources.items():
+        sample, truth = prepared(code, source, args.keep / name)
+        for variant in variants:
+            training = states.described(HISTEX.Training(ROWS[variant], seed=args.seed))
+            made = accuracy.digest(Path(__file__), sample.name, json.dumps(training), args.n_states)
+            key = accuracy.score_key(code, made, source / inputs.TRUTH)
 
+            def score(sample=sample, truth=truth, row=ROWS[variant]) -> dict[str, float]:
+                return run_variant(sample, truth, row, args.n_states, args.seed)
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    rows: dict[str, dict[str, dict]] = {variant: {} for variant in args.variants}
-    version = accuracy.digest(Path(HISTEX.__file__), Path(__file__))
-    try:
-        accuracy.check(args)
-        code = accuracy.copy_code(args.keep)
-        sources = accuracy.sections_of(args, args.keep)
-        for name, source in sources.items():
-            sample, truth = prepared(code, source, args.keep / name)
-            for variant in args.variants:
-                made = accuracy.digest(version, sample.name, variant, args.states, args.seed)
-                key = accuracy.score_key(code, made, source / inputs.TRUTH)
-                run = lambda s=sample, t=truth, v=variant: run_variant(s, t, v, args)  # noqa: E731
-                result = accuracy.cached(args.keep / name / f"ablation-{key}.json", run)
-                rows[variant][name] = result
-                print(f"{name}, {variant}: {json.dumps(result)}", file=sys.stderr, flush=True)
-    except utils.StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            result = accuracy.cached(args.keep / name / f"ablation-{key}.json", score)
+            rows[variant][name] = result
+            print(f"{name}, {variant}: {json.dumps(result)}", file=sys.stderr, flush=True)
     print(table(rows, list(sources)))
-    return 0
+
+
+def run(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return utils.exit_code(lambda: main(args), args.keep, "results that are finished are kept")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -1,7 +1,8 @@
-"""benchmarks/ablations.py: variants change what they name, and only while they run."""
+"""benchmarks/ablations.py: each row is another preset, and gives other maps."""
 
-import argparse
+import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +11,13 @@ import HISTEX
 import utils
 from analysis import inputs
 from benchmarks import ablations
+from method import states
 
 
-@pytest.mark.parametrize("variant", ablations.VARIANTS)
-def test_a_variant_changes_names_of_histex_and_gives_them_back(variant):
-    names = ablations.VARIANTS[variant]
-    before = {name: getattr(HISTEX, name) for name in names}
-    with ablations.changed(names):
-        assert all(getattr(HISTEX, name) != value for name, value in before.items())
-    assert all(getattr(HISTEX, name) is value for name, value in before.items())
+def test_every_row_differs_from_every_other_one():
+    rows = [json.dumps(states.described(row)) for row in ablations.ROWS.values()]
+    assert len(set(rows)) == len(rows)
+    assert ablations.ROWS["default"] is HISTEX.PRESETS["default"]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,10 @@ def scored(finished_sample, tmp_path_factory):
     rng = np.random.default_rng(0)
     counts = rng.poisson(1, (h, w, len(genes))).astype(np.float32)
     truth = inputs.Truth(counts=counts, tissue=np.ones((h, w), bool), genes=genes)
-    args = argparse.Namespace(states=1, seed=0)
 
     def score(variant: str) -> dict:
-        with ablations.changed({"PATIENCE_EPOCHS": 1}):
-            return ablations.run_variant(sample, truth, variant, args)
+        row = replace(ablations.ROWS[variant], patience=1)
+        return ablations.run_variant(sample, truth, row, n_states=1, seed=0)
 
     return score
 
@@ -57,7 +55,7 @@ def test_a_variant_gives_other_maps(scored):
 )
 def test_sections_are_checked_before_anything_runs(tmp_path, capsys, folders, said):
     options = ["--directory", *(str(tmp_path / folder) for folder in folders)]
-    assert ablations.main([*options, "--keep", str(tmp_path / "keep")]) == 2
+    assert ablations.run([*options, "--keep", str(tmp_path / "keep")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "keep").exists()
 
@@ -70,3 +68,9 @@ def test_the_table():
         "|---|---|---|---|",
         "| default | 0.100 / 0.250 (0.500) | 0.100 / 0.300 (0.500) | 20 |",
     ]
+
+
+def test_an_unknown_row_is_named(tmp_path, capsys):
+    options = ["--directory", "x", "--keep", str(tmp_path / "keep"), "--variants", "droput"]
+    assert ablations.run(options) == 2
+    assert "there is no row droput" in capsys.readouterr().err
