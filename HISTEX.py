@@ -54,12 +54,10 @@ if __name__ == "__main__":
     options.parser(__doc__).parse_args()  # --help and errors are answered before torch is imported
 
 import argparse
-import contextlib
 import math
 import pickle
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +119,10 @@ class BidirectionalAttention(nn.Module):
 class DefaultNetwork(Network):
     """Counts per superpixel: the interpolated expression times a factor that the network learns."""
 
-    scales = (3, 9)  # superpixels: token neighbourhoods of 24 and 72 um beside the token itself
+    scales: tuple[int, ...] = (
+        3,
+        9,
+    )  # superpixels: token neighbourhoods of 24 and 72 um beside the token itself
     halo = 4  # superpixels, half of the largest scale
     latent_size = 2 * WIDTH
     interpolates = True
@@ -129,6 +130,12 @@ class DefaultNetwork(Network):
     context_dropout = 0.3  # of the genes of an HR point
     max_log_factor = 4.0  # the network may change the interpolated expression 55-fold, not more
     anscombe = 0.375  # sqrt(count + 3/8) has a variance of 1/4 whatever the count (Anscombe 1948)
+
+    token_mean: Tensor  # (F,)
+    token_std: Tensor  # (F,)
+    root_scale: Tensor  # (G,)
+    disc_area: Tensor  # of a spot, in superpixels
+    spacing: Tensor  # of the HR points, in superpixels
 
     def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__(section, train)
@@ -205,7 +212,7 @@ class DefaultNetwork(Network):
         logits = -self.log_power.exp() * torch.log(distance2 + 1)
         return logits.softmax(dim=-1) / self.disc_area
 
-    def decode(self, latent: Tensor, interpolated: Tensor | None, genes: slice = ALL) -> Tensor:
+    def decode(self, latent: Tensor, interpolated: Tensor, genes: slice = ALL) -> Tensor:
         """Counts per superpixel (..., G): a factor on the interpolated ones."""
         factor = nnf.linear(latent, self.log_factor.weight[genes], self.log_factor.bias[genes])
         return interpolated * factor.clamp(-self.max_log_factor, self.max_log_factor).exp()
@@ -264,6 +271,11 @@ class PublishedNetwork(Network):
     sizes = (1024, 512, 512, 512)  # of the head
     latent_size = WIDTH + sizes[-1]
     alpha = 0.01  # of the last ELU
+    spot_min: Tensor  # (G,), and so are the next three
+    spot_range: Tensor
+    hr_min: Tensor
+    hr_range: Tensor
+    disc_size: Tensor  # superpixels in the disc of a spot
 
     def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__(section, train)
@@ -292,7 +304,7 @@ class PublishedNetwork(Network):
         x = self.affine2(x) + x
         return torch.cat([x, self.head(torch.cat([x, histology], dim=-1))], dim=-1)
 
-    def decode(self, latent: Tensor, interpolated: Tensor | None, genes: slice = ALL) -> Tensor:
+    def decode(self, latent: Tensor, interpolated: Tensor, genes: slice = ALL) -> Tensor:
         hidden = latent[..., WIDTH:] @ self.out.weight[:, genes]
         return nnf.elu(hidden, alpha=self.alpha) + PublishedAffine.beta
 
@@ -367,7 +379,7 @@ class Training:
 
     def start(self, network: Network) -> Progress:
         preset, rate = self.preset, self.learning_rate or self.preset.learning_rate
-        options = {"lr": rate, "weight_decay": preset.weight_decay}
+        options: dict[str, Any] = {"lr": rate, "weight_decay": preset.weight_decay}
         optimizer = preset.optimizer(network.parameters(), **options)
         return Progress(network, optimizer, preset.averaging)
 
@@ -642,7 +654,7 @@ def main(stage: utils.Stage) -> None:
         print(f"{h} x {w} superpixels, preset {args.preset}, {args.n_states} states on {device}")
 
         started = time.monotonic()
-        with explained(device):
+        with devices.explained(device):
             key = states.key_of(training, STATE_CODE, stage.inputs, device)
             folder = stage.directory / utils.STATES.name
             trained = train_states(section, folder, training, key, args.n_states, ranks, device)
@@ -672,20 +684,6 @@ def report_coverage(stage: utils.Stage, covered: float | None) -> float | None:
             f"calibrated on other held-out spots"
         )
     return covered
-
-
-@contextlib.contextmanager
-def explained(device: torch.device) -> Iterator[None]:
-    """Turn the failure to get memory into a StageError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not devices.is_out_of_memory(error):
-            raise
-        raise utils.StageError(
-            f"The memory of {device} does not suffice: {str(error).splitlines()[0]:.200}",
-            "Run the same command with a smaller --batch-size, such as 4, or with --device cpu.",
-        ) from error
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -635,7 +635,7 @@ class Parser(argparse.ArgumentParser):
         """Let an earlier spelling of an option go on; --help does not show it."""
         self._option_string_actions[old] = self._option_string_actions[new]
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As argparse does, but a misspelt option is named before anything that is missing."""
         for text in sys.argv[1:] if args is None else args:
             name = str(text).split("=")[0]

@@ -45,6 +45,7 @@ import json
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ CPU = torch.device("cpu")
 
 def run_variant(
     sample: Path, truth: inputs.Truth, row: HISTEX.Preset, n_states: int, seed: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Train and score one preset on a sample whose first four stages are done."""
     training = HISTEX.Training(row, seed=seed)
     stage = utils.Stage(HISTEX.SCRIPT, argparse.Namespace(directory=sample, allow_stale=False))
@@ -227,9 +228,7 @@ def main(args: argparse.Namespace) -> None:
             made = accuracy.digest(Path(__file__), sample.name, json.dumps(training), args.n_states)
             key = accuracy.score_key(code, made, source / inputs.TRUTH)
 
-            def score(sample=sample, truth=truth, row=ROWS[variant]) -> dict[str, float]:
-                return run_variant(sample, truth, row, args.n_states, args.seed)
-
+            score = partial(run_variant, sample, truth, ROWS[variant], args.n_states, args.seed)
             result = accuracy.cached(args.keep / name / f"ablation-{key}.json", score)
             rows[variant][name] = result
             print(f"{name}, {variant}: {json.dumps(result)}", file=sys.stderr, flush=True)

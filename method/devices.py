@@ -16,7 +16,7 @@ import torch.distributed
 from utils import StageError
 
 
-def resolve_device(name: str):
+def resolve_device(name: str) -> torch.device:
     """torch.device of ``--device``; auto is CUDA, else MPS, else CPU; a named one must work."""
     wanted = ["cuda", "mps", "cpu"] if name == "auto" else [name]
     reason: Exception | None = None
@@ -94,3 +94,17 @@ def ranks() -> Iterator[Ranks]:
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
         yield Ranks(rank, world)
     torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explained(device: torch.device) -> Iterator[None]:
+    """Turn the failure to get memory into a StageError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StageError(
+            f"The memory of {device} does not suffice: {str(error).splitlines()[0]:.200}",
+            "Run the same command with a smaller --batch-size, such as 4, or with --device cpu.",
+        ) from error

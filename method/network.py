@@ -65,11 +65,11 @@ class Network(nn.Module):
         """Shares (..., K) of a superpixel in the counts of HR points at these squared distances."""
         raise NotImplementedError
 
-    def decode(self, latent: Tensor, interpolated: Tensor | None, genes: slice = ALL) -> Tensor:
+    def decode(self, latent: Tensor, interpolated: Tensor, genes: slice = ALL) -> Tensor:
         """Latent values (..., L) to the output (..., G) for some genes.
 
-        ``interpolated`` (..., G) is the expression weighted by ``interpolation``, or None if the
-        network does not interpolate.
+        ``interpolated`` (..., G) is the expression weighted by ``interpolation``; it is empty if
+        the network does not interpolate.
         """
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class Network(nn.Module):
         """
         histology = self.embed_histology(self.views(tokens)).flatten(1, 2)
         latent = self.fuse(histology, self.embed_expression(expression), offsets.mean(dim=1))
-        interpolated = None
+        interpolated = torch.empty(0)
         if self.interpolates:
             interpolated = self.interpolation(offsets.square().sum(dim=-1)) @ expression
         return self.decode(latent, interpolated)

@@ -7,8 +7,11 @@ values, M superpixels that are shown, P HR points, R passes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from functools import partial
+from io import BufferedRandom
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,6 +36,7 @@ GENES_BYTES = 400_000_000  # memory for the maps of the genes that are decoded a
 PREDICT_BATCH = 64  # patches
 STRIP = 64  # columns embedded at a time; small enough for memory that is free already
 POINTS_AT_ONCE = 4096  # HR points embedded
+NOTHING = torch.empty(0)
 DROPOUT_PASSES = 4  # of each state, for the uncertainty of the maps
 
 
@@ -159,6 +163,40 @@ def embed_points(
     return [torch.cat(parts) for parts in contexts]
 
 
+class OpenRows:
+    """Sums over overlapping patches of the rows that the present row of patches covers.
+
+    There are as many as a patch has rows; each lies where its number modulo the side tells.
+    """
+
+    def __init__(self, n: int, hill: np.ndarray, width: int, size: int, device: torch.device):
+        self.side, self.hill = math.isqrt(len(hill)), to_device(hill[:, None], device)
+        self.width, self.steps = width, torch.arange(self.side, device=device)
+        self.total = torch.zeros(n, self.side, width, size, device=device)
+        self.weight = torch.zeros(self.side, width, 1, device=device)
+
+    def lines(self, top: int) -> Tensor:
+        return (top + self.steps) % self.side
+
+    def add(self, top: int, left: Tensor, fused: list[Tensor]) -> None:
+        """Add latent values (B, T, L) of each pass, of patches that begin at ``top``, ``left``."""
+        columns = left[:, None, None] + self.steps
+        where = (self.lines(top)[:, None] * self.width + columns).flatten()
+        self.weight.view(-1, 1).index_add_(0, where, self.hill.repeat(len(left), 1))
+        for sums, values in zip(self.total, fused, strict=True):
+            rows = sums.view(-1, sums.shape[-1])
+            rows.index_add_(0, where, (values * self.hill).flatten(0, 1))
+
+    def close(self, top: int, stop: int, done: slice, columns: slice) -> Tensor:
+        """Weighted means (R, rows, columns, L) of the rows ``done``; top..stop are free again."""
+        lines = self.lines(top)
+        part = lines[max(done.start - top, 0) : max(done.stop - top, 0)]
+        means = self.total[:, part, columns] / self.weight[part, columns]
+        for sums in (*self.total, self.weight):
+            sums[lines[: stop - top]] = 0
+        return means
+
+
 def latent_rows(
     passes: list[Pass],
     section: Section,
@@ -169,56 +207,46 @@ def latent_rows(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Go down the map and yield (rows, latent values (R, rows, w, L)) of R passes.
 
-    Patches overlap and are blended by their weights. Memory holds only the open rows: those that
-    the present row of patches covers. What no patch reaches is NaN.
+    Patches overlap and are blended by their weights. What no patch reaches is NaN.
     """
     half, (h, w) = section.half, section.tissue.shape
     side = 2 * half + 1
     stride, hill = blending(side, overlap)
-    hill = to_device(hill[:, None], device)
     centres = patch_centres(section, stride, shown)
     near = nearest(section.points, centres + 0.5, min(section.context, len(section.points)))
-    histology = HistologyRows(passes, section, centres, device)
+    strips = HistologyRows(passes, section, centres, device)
     expression = embed_points(passes, section, seed, device)
+    margin = strips.margin
     size = passes[0].network.latent_size
-    margin, width = histology.margin, w + 2 * histology.margin
-    # The open rows, each where its number modulo the side tells
-    total = torch.zeros(len(passes), side, width, size, device=device)
-    weight = torch.zeros(side, width, 1, device=device)
-    steps = torch.arange(side, device=device)
+    blended = OpenRows(len(passes), hill, w + 2 * margin, size, device)
+
+    def fuse(patches: np.ndarray, row: int, rows: list[Tensor], part: slice) -> list[Tensor]:
+        """Latent values (B, T, L) of a part of a row's patches (indices), by each pass."""
+        centre, points = centres[patches[part]], near[patches[part]]
+        offsets = (centre[:, None] + 0.5 - section.points[points]).astype(np.float32)
+        offsets_there, points_there = to_device(offsets, device), to_device(points, device)
+        left = to_device(centre[:, 1] - half + margin, device)
+        fused = []
+        for number, one in enumerate(passes):
+            histology = rows[number].unfold(1, side, 1)[:, left]  # (side, B, D, side)
+            histology = histology.permute(1, 0, 3, 2).flatten(1, 2)
+            network = one.start(seed, number, row, part.start)
+            fused.append(network.fuse(histology, expression[number][points_there], offsets_there))
+        return fused
 
     batches = Batches(PREDICT_BATCH)
     middles = patch_middles(half, stride, h)
     for row in tqdm(middles, desc="histology", disable=None):
-        top, lines = row - half, (row - half + steps) % side
-        here = np.flatnonzero(centres[:, 0] == row)
-        left = to_device(centres[here, 1] - half + margin, device)
-        rows = histology.at(top, seed) if len(here) else []
-
-        def fuse(part: slice, here=here, left=left, rows=rows, row=row) -> list[Tensor]:
-            points = near[here[part]]
-            offsets = centres[here[part]][:, None] + 0.5 - section.points[points]
-            offsets = to_device(offsets.astype(np.float32), device)
-            points, fused = to_device(points, device), []
-            for number, one in enumerate(passes):
-                patches = rows[number].unfold(1, side, 1)[:, left[part]]  # (side, B, D, side)
-                patches = patches.permute(1, 0, 3, 2).flatten(1, 2)
-                network = one.start(seed, number, row, part.start)
-                fused.append(network.fuse(patches, expression[number][points], offsets))
-            return fused
-
-        for part, fused in batches.over(len(here), fuse):
-            where = (lines[:, None] * width + left[part, None, None] + steps).flatten()
-            weight.view(-1, 1).index_add_(0, where, hill.repeat(len(fused[0]), 1))
-            for sums, values in zip(total, fused, strict=True):
-                sums.view(-1, size).index_add_(0, where, (values * hill).flatten(0, 1))
-        finished = slice(top, top + stride) if row != middles[-1] else slice(top, h)
-        done = slice(max(finished.start, 0), min(finished.stop, h))
+        here, top = np.flatnonzero(centres[:, 0] == row), row - half
+        rows = strips.at(top, seed) if len(here) else []
+        for part, fused in batches.over(len(here), partial(fuse, here, row, rows)):
+            left = to_device(centres[here[part], 1] - half + margin, device)
+            blended.add(top, left, fused)
+        stop = top + stride if row != middles[-1] else h
+        done = slice(max(top, 0), min(stop, h))
+        means = blended.close(top, stop, done, slice(margin, margin + w))
         if done.start < done.stop:
-            part = lines[done.start - top : done.stop - top], slice(margin, margin + w)
-            yield done, total[:, *part] / weight[part]
-        for sums in (*total, weight):
-            sums[lines[: finished.stop - top]] = 0
+            yield done, means
 
 
 def passes_of(networks: list[Network], with_dropout: bool) -> list[Pass]:
@@ -233,7 +261,7 @@ def embed_section(
     shown: np.ndarray,
     overlap: bool,
     seed: int,
-    file: BinaryIO,
+    file: BufferedRandom,
     device: torch.device,
 ) -> np.ndarray:
     """Write the latent values of the M superpixels that are shown, float32 (M, R, L), to a file.
@@ -247,7 +275,7 @@ def embed_section(
         for rows, latent in latent_rows(passes, section, shown, overlap, seed, device):
             values = latent.cpu()[:, torch.from_numpy(shown[rows])]
             embedding[:, rows][:, shown[rows]] = values[0, :, :size].T
-            file.write(values.transpose(0, 1).contiguous().numpy())
+            file.write(values.transpose(0, 1).contiguous().numpy().data)
     return embedding
 
 
@@ -264,7 +292,7 @@ class Decoder:
         section: Section,
         shown: np.ndarray,
         anchor_prior: float | None,
-        file: BinaryIO,
+        file: BufferedRandom,
         device: torch.device,
     ) -> None:
         self.passes, self.section, self.file, self.device = passes, section, file, device
@@ -296,17 +324,17 @@ class Decoder:
         memory = [row[: n * n_genes] for row in self.memory]
         maps = memory[0].reshape(n, n_genes)
         spread = memory[2].reshape(n, n_genes) if len(memory) > 2 else None
-        expression = np.ascontiguousarray(self.section.expression[:, genes])
-        expression = to_device(expression, self.device)
+        columns = np.ascontiguousarray(self.section.expression[:, genes])
+        expression = to_device(columns, self.device)
         batches = Batches(max(1, COUNTS_AT_ONCE // n_genes))
         with torch.inference_mode():
             for part, (medians, shares) in batches.over(
                 n, lambda part: self.decode(part, genes, expression)
             ):
                 maps[part] = medians.cpu()
-                if shares is not None:
+                if spread is not None and shares is not None:
                     spread[part] = shares.cpu()
-        if self.anchors is not None:
+        if self.anchors is not None and self.prior is not None:
             measured = self.section.counts[self.section.usable, genes]
             anchor_to_spots(maps, measured, self.anchors, self.prior)
         turned = cv2.transpose(maps, memory[1].reshape(n_genes, n))
@@ -316,18 +344,19 @@ class Decoder:
 
     def decode(self, part: slice, genes: slice, expression: Tensor) -> tuple[Tensor, Tensor | None]:
         """Median (M', G') and relative spread of some superpixels and genes."""
-        latent = np.empty((part.stop - part.start, len(self.passes), self.size), np.float32)
-        self.file.seek(part.start * latent[:1].nbytes)
-        self.file.readinto(latent)
-        latent = to_device(latent, self.device)
-        maps, spread, interpolated = [], Spread(), {}
+        shape = (part.stop - part.start, len(self.passes), self.size)
+        values = np.empty(shape, np.float32)
+        self.file.seek(part.start * values[:1].nbytes)
+        self.file.readinto(values.data)
+        latent = to_device(values, self.device)
+        maps, spread, interpolated = [], Spread(), dict[Network, Tensor]()
         for number, one in enumerate(self.passes):
             network = one.network
             if network.interpolates and network not in interpolated:
                 near = to_device(self.near[part], self.device)
                 shares = network.interpolation(to_device(self.distance2[part], self.device))
                 interpolated[network] = weighted_sums(near, shares, expression)
-            counts = network.decode(latent[:, number], interpolated.get(network), genes)
+            counts = network.decode(latent[:, number], interpolated.get(network, NOTHING), genes)
             counts = network.to_counts(counts, genes)
             if one.dropout:
                 spread.add(counts)

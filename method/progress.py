@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from method.network import Network
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 PLATEAU_EPOCHS, PLATEAU_FACTOR = 6, 0.5  # learning rate: halved after so many epochs without gain
 
 
@@ -54,7 +55,7 @@ class Selection:
 def averaged(network: Network, decay: float) -> AveragedModel:
     """The moving average of the weights; over the last tenth of the steps while these are few."""
 
-    def blend(averages: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+    def blend(averages: Tensors, current: Tensors, steps: Tensor | int) -> None:
         share = min(decay, float((1 + steps) / (10 + steps)))
         for average, weights in zip(averages, current, strict=True):
             average.lerp_(weights, 1 - share)
@@ -78,14 +79,17 @@ class Progress:
         self.history: list[dict[str, float]] = []
 
     @property
-    def kept(self) -> nn.Module:
+    def kept(self) -> Network:
         """What is scored and saved: the averaged network, if there is an average."""
-        return self.network if self.average is None else self.average.module
+        if self.average is None:
+            return self.network
+        return cast(Network, self.average.module)
 
     @property
     def parts(self) -> dict[str, Any]:
-        parts = {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
-        return parts if self.average is None else {**parts, "average": self.average}
+        named: dict[str, Any] = {"network": self.network, "average": self.average}
+        named |= {"optimizer": self.optimizer, "schedule": self.schedule}
+        return {name: part for name, part in named.items() if part is not None}
 
     def content(self) -> dict[str, Any]:
         content = {name: part.state_dict() for name, part in self.parts.items()}

@@ -192,7 +192,9 @@ def read_hr_points(stage: utils.Stage, spots: pd.Index) -> tuple[np.ndarray, np.
         table = pd.read_csv(path, index_col=0, dtype=text, keep_default_na=False, encoding="utf-8")
         xy = table[["x", "y"]].astype(np.float64).to_numpy()
         second = table["parent_2"].where(table["measured"] == 0, table["parent_1"])
-        parents = np.stack([spots.get_indexer(ids) for ids in (table["parent_1"], second)], axis=1)
+        parents = np.stack(
+            [spots.get_indexer(pd.Index(ids)) for ids in (table["parent_1"], second)], axis=1
+        )
     except (ValueError, KeyError, OSError) as error:
         raise stage.error(path, f"is not a table of HR points: {error}") from error
     if len(xy) == 0 or not np.isfinite(xy).all() or (parents < 0).any():

@@ -107,12 +107,12 @@ def calibrate_spread(
 
     Each half of the held-out spots is judged by the factors of the other half.
     """
-    halves, inside = (slice(0, None, 2), slice(1, None, 2)), []
+    halves, parts = (slice(0, None, 2), slice(1, None, 2)), []
     for learn, judge in (halves, halves[::-1]):
         factors = fit_spread(measured[learn], predicted[learn], spread[learn])
         m, p, sd = measured[judge], predicted[judge], (factors * spread * predicted)[judge]
         seen = (p >= 1) & (sd > 0)
-        inside.append(needed_scale(m[seen], p[seen], sd[seen]) <= 1)
-    inside = np.concatenate(inside)
+        parts.append(needed_scale(m[seen], p[seen], sd[seen]) <= 1)
+    inside = np.concatenate(parts)
     covered = round(float(inside.mean()), 4) if len(inside) else None
     return fit_spread(measured, predicted, spread), covered
