@@ -537,7 +537,8 @@ INPUTS = (
     utils.HE, utils.LOCS, utils.RADIUS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
     utils.FEATURES, utils.MASK,
 )  # fmt: skip
-STATE_CODE = [Path(__file__), *(utils.ROOT / "method" / f"{n}.py" for n in ("network", "section"))]
+TRAINS = ("HISTEX.py", "method/grid.py", "method/network.py", "method/section.py")
+STATE_CODE = [utils.ROOT / file for file in TRAINS]  # a change in these trains states anew
 
 
 def find_preset(name: str, with_uncertainty: bool) -> Preset:

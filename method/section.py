@@ -17,10 +17,11 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 import utils
+from method import grid
 from reading import arrays, images, plain, tables
+from reading.genes import read_gene_names
 
 MIN_TISSUE_SHARE = 0.25  # of a disc; from less tissue its counts tell too little, it is left out
-SUBSAMPLES = 8  # per superpixel and axis, for the area of a disc in it
 FOLDS = 10  # every state holds out another tenth of the spots
 MIN_SPOTS = 4
 
@@ -44,7 +45,9 @@ class Section:
         self.half = math.ceil(self.radius) if self.by_area else math.floor(self.radius)
         row, col = self.patches(np.floor(self.spots).astype(int))
         if self.by_area:
-            self.areas = disc_areas(self.spots, row, col, self.radius) * self.on_tissue(row, col)
+            self.areas = grid.disc_areas(self.spots, row, col, self.radius) * self.on_tissue(
+                row, col
+            )
             share = self.areas.sum(axis=1) / (math.pi * self.radius**2)
             self.usable = share >= MIN_TISSUE_SHARE
             keep = self.usable[self.parents].all(axis=1)
@@ -60,7 +63,7 @@ class Section:
     @functools.cached_property
     def spacing(self) -> float:
         """Median distance of the HR points from their nearest one, in superpixels."""
-        return float(np.median(cKDTree(self.points).query(self.points, k=[2])[0]))
+        return grid.neighbour_distance(self.points)
 
     @functools.cached_property
     def token_statistics(self) -> tuple[np.ndarray, np.ndarray]:
@@ -159,17 +162,6 @@ def nearest(points: np.ndarray, places: np.ndarray, k: int) -> np.ndarray:
     return cKDTree(points).query(places, k=np.arange(1, k + 1))[1]
 
 
-def disc_areas(places: np.ndarray, row: np.ndarray, col: np.ndarray, radius: float) -> np.ndarray:
-    """Area (B, T) of the disc around each place (B, 2) in the superpixels row, col (B, T)."""
-    middles = (np.arange(SUBSAMPLES) + 0.5) / SUBSAMPLES
-    areas = np.empty(row.shape, np.float32)
-    for i, (y, x) in enumerate(places):
-        down = (row[i, :, None, None] + middles[:, None] - y) ** 2  # (T, subsamples, 1)
-        across = (col[i, :, None, None] + middles - x) ** 2  # (T, 1, subsamples)
-        areas[i] = (down + across <= radius**2).mean(axis=(1, 2))
-    return areas
-
-
 def token_statistics(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (F,) of the tokens of the tissue, read row by row."""
     total, squares = 0.0, 0.0
@@ -211,14 +203,14 @@ def read_section(
     stage: utils.Stage, context: int, by_area: bool
 ) -> tuple[Section, pd.Index, list[str]]:
     """All inputs, checked against each other; the ids of the spots and the names of the genes."""
-    grid = images.grid_shape(stage)
-    tissue = images.read_mask(stage, grid)
+    shape = images.grid_shape(stage)
+    tissue = images.read_mask(stage, shape)
     longest = utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
     radius = plain.read_number(
         stage, stage.path(utils.RADIUS), utils.TOKEN_PX, longest, "px of he.jpg"
     )
     locs = tables.read_locs(stage, stage.path(utils.LOCS))
-    genes = plain.read_gene_names(stage, stage.path(utils.GENE_NAMES))
+    genes = read_gene_names(stage, stage.path(utils.GENE_NAMES))
     if len(locs) < MIN_SPOTS:
         raise stage.error(
             stage.path(utils.LOCS), f"lists {len(locs)} spots; at least {MIN_SPOTS} are needed."
@@ -238,7 +230,7 @@ def read_section(
     counts = np.empty((len(locs), len(genes)), np.float32)
     counts[parents[measured, 0]] = expression[measured]
     section = Section(
-        tokens=arrays.read_array(stage, utils.FEATURES, np.float16, (*grid, None)),
+        tokens=arrays.read_array(stage, utils.FEATURES, np.float16, (*shape, None)),
         tissue=tissue,
         spots=locs[["y", "x"]].to_numpy() / utils.TOKEN_PX,
         counts=counts,

@@ -228,22 +228,6 @@ def test_tokens_are_seen_at_three_scales():
 
 
 # ----- the section -----
-@given(st.tuples(st.floats(8, 30), st.floats(8, 30)), st.floats(2, 7))
-@settings(max_examples=30, deadline=None)
-def test_disc_areas_equal_fine_sampling(place, radius):
-    half = int(np.ceil(radius + 0.5))
-    centre = np.floor(place).astype(int)
-    steps = np.arange(-half, half + 1)
-    row, col = (x.reshape(1, -1) for x in np.meshgrid(*(c + steps for c in centre), indexing="ij"))
-    got = sections.disc_areas(np.array([place]), row, col, radius)[0]
-    fine = (np.arange(64) + 0.5) / 64
-    for cell in range(0, row.size, 7):
-        down = (row[0, cell] + fine[:, None] - place[0]) ** 2
-        across = (col[0, cell] + fine - place[1]) ** 2
-        assert got[cell] == pytest.approx((down + across <= radius**2).mean(), abs=0.07)
-    assert got.sum() == pytest.approx(np.pi * radius**2, rel=0.03)
-
-
 def test_superpixels_off_the_map_or_off_tissue_have_no_area():
     tissue = np.ones(SHAPE, bool)
     tissue[:, :7] = False
