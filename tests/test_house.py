@@ -1,0 +1,123 @@
+"""The house: which room may import which, how long things are, what every --help shows."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+STAGES = {"image_calibration", "get_HR", "Histology_Extractor", "masking_non_tissue", "HISTEX"}
+ROOMS = {  # a room and those below it, from which it may import
+    "utils": set(),
+    "reading": {"utils"},
+    "method": {"utils", "reading"},
+    "stages": {"utils", "reading", "method"},
+    "prepare": {"utils", "reading", "method"},
+    "analysis": {"utils", "reading", "method"},
+    "demo": {"utils", "reading", "method", "analysis"},
+    "benchmarks": {"utils", "reading", "method", "stages", "prepare", "analysis", "demo"},
+}
+WINGS = ("prepare", "analysis")  # whose scripts stand alone
+SLOW = ("torch", "numpy", "pandas", "scipy", "cv2", "PIL", "matplotlib", "h5py", "pyvips")
+LONGEST = {"utils.py": 750, "image_calibration.py": 350}  # lines; 700 for the others
+FILES = sorted(
+    path.relative_to(ROOT)
+    for room in (".", *(ROOMS.keys() - {"utils", "stages"}))
+    for path in (ROOT / room).glob("*.py" if room == "." else "**/*.py")
+)
+TREES = {file: ast.parse((ROOT / file).read_text(encoding="utf-8")) for file in FILES}
+
+
+def is_script(file: Path) -> bool:
+    return any(
+        isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        for node in TREES[file].body
+    )
+
+
+SCRIPTS = [file for file in FILES if is_script(file)]
+
+
+def room_of(file: Path) -> str:
+    if len(file.parts) > 1:
+        return file.parts[0]
+    return "stages" if file.stem in STAGES else file.stem
+
+
+def imported_by(file: Path) -> set[Path]:
+    """Our own modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(TREES[file]):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {Path(*name.split(".")).with_suffix(".py") for name in names}
+    return found & set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_no_import_runs_upward(file):
+    room = room_of(file)
+    for other in imported_by(file):
+        assert room_of(other) in ROOMS[room] | {room}, f"{file} imports {other}"
+        if room in WINGS:
+            assert not is_script(other), f"{file} imports the script {other}"
+
+
+def test_no_two_files_import_each_other():
+    arrows = {file: imported_by(file) for file in FILES}
+
+    def reaches(start: Path) -> set[Path]:
+        seen, open_ = set(), [start]
+        while open_:
+            for other in arrows[open_.pop()] - seen:
+                seen.add(other)
+                open_.append(other)
+        return seen
+
+    assert [str(file) for file in FILES if file in reaches(file)] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_modules_and_functions_fit_the_eye(file):
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST.get(str(file), 700)
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+def test_the_default_network_is_found_at_once():
+    (network,) = (
+        node
+        for node in TREES[Path("HISTEX.py")].body
+        if isinstance(node, ast.ClassDef) and node.name == "DefaultNetwork"
+    )
+    assert network.lineno <= 150
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help_answers_at_once_and_shows_what_goes_in_and_out(script):
+    """At once: before anything slow is imported. Seconds are not measured here."""
+    code = f"""
+import runpy, sys
+sys.argv = [{str(script)!r}, "--help"]
+sys.path.insert(0, {str((ROOT / script).parent)!r})
+try:
+    runpy.run_path({str(script)!r}, run_name="__main__")
+finally:
+    print("imported:", *({SLOW!r} & sys.modules.keys()), file=sys.stderr)
+""".replace(repr(SLOW), f"set({SLOW!r})")
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "imported:"
+    assert f"python {script.as_posix()} " in done.stdout
+    assert "Reads " in done.stdout
+    assert "Writes " in done.stdout
+    assert "None" not in done.stdout
+    assert done.stdout.count("(default: (default") == 0
