@@ -3,12 +3,12 @@ every two neighbouring spots.
 
     python get_HR.py --directory data/section
 
-In    locs.csv (spot id, x, y; px of he.jpg), cnts.csv (spot id x gene, raw counts), and
-      gene-names.txt if you have a list of your own.
-Out   HRlocs.csv      x, y (px of he.jpg), measured (1 or 0), parent_1, parent_2 (spot ids). The
-                      measured spots come first, in the order of locs.csv, as their own parent_1.
-      HRcnts.npy      float32 (HR points, genes): counts of a spot, or the mean of two parents.
-      gene-names.txt  unless there is one of yours.
+Reads   locs.csv (spot id, x, y; px of he.jpg), cnts.csv (spot id x gene, raw counts), and
+        gene-names.txt if you have a list of your own.
+Writes  HRlocs.csv      x, y (px of he.jpg), measured (1 or 0), parent_1, parent_2 (spot ids). The
+                        measured spots come first, in the order of locs.csv, as their own parent_1.
+        HRcnts.npy      float32 (HR points, genes): counts of a spot, or the mean of two parents.
+        gene-names.txt  unless there is one of yours.
 
 The spots sit on a lattice: Visium's is hexagonal with 100 um pitch, that of legacy Spatial
 Transcriptomics (ST) square with 200 um. The lattice is fitted to the coordinates, at any rotation
@@ -35,20 +35,37 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import utils
+
+SCRIPT = utils.HIGH_RESOLUTION
+N_GENES = 1000  # as published
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = utils.stage_parser(__doc__)
+    parser.add_argument(
+        "--n-genes",
+        type=utils.positive,
+        default=N_GENES,
+        help="Number of most variable genes to select if there is no gene-names.txt of yours.",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
 import numpy as np
 import pandas as pd
 from scipy import sparse
 from scipy.spatial import Delaunay, cKDTree
 
-import utils
 from method.genes import most_variable
+from method.grid import neighbour_distance
 from reading import tables
 from reading.genes import read_gene_names
 
-SCRIPT = utils.HIGH_RESOLUTION
-
-N_GENES = 1000  # as published
-KNOWN_PITCHES_UM = (100.0, 200.0)  # Visium; legacy ST
+KNOWN_PITCHES_UM = (utils.VISIUM_PITCH_UM, utils.LEGACY_PITCH_UM)
 PITCH_TOLERANCE = 0.1  # further from a known pitch is worth a word: the pixel size may be wrong
 
 # Steps to the neighbours, in units of the two axes. The opposite steps give the same pairs.
@@ -249,8 +266,7 @@ def delaunay_pairs(xy: np.ndarray) -> np.ndarray:
     if len(xy) < 2:
         return np.empty((0, 2), int)
     _, lengths, directions = np.linalg.svd(xy - xy.mean(axis=0), full_matrices=False)
-    spacing = np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
-    if lengths[-1] / np.sqrt(len(xy)) < MAX_ROW_WIDTH * spacing or len(xy) == 2:
+    if lengths[-1] / np.sqrt(len(xy)) < MAX_ROW_WIDTH * neighbour_distance(xy) or len(xy) == 2:
         row = np.argsort(xy @ directions[0], kind="stable")
         pairs = np.column_stack([row[:-1], row[1:]])
     else:
@@ -365,7 +381,8 @@ def describe(lattice: Lattice | None, xy: np.ndarray) -> dict[str, object]:
     )
     if not any(abs(pitch / known - 1) < PITCH_TOLERANCE for known in KNOWN_PITCHES_UM):
         print(
-            f"note: this pitch is neither Visium's 100 um nor the 200 um of ST; if it should be, "
+            f"note: this pitch is neither Visium's {utils.VISIUM_PITCH_UM:g} um nor the "
+            f"{utils.LEGACY_PITCH_UM:g} um of ST; if it should be, "
             f"{utils.PIXEL_SIZE_RAW.name} is wrong"
         )
     return {
@@ -381,17 +398,6 @@ def describe(lattice: Lattice | None, xy: np.ndarray) -> dict[str, object]:
 # --------------------------------------------------------------------------------------------------
 # the stage
 # --------------------------------------------------------------------------------------------------
-def build_parser() -> argparse.ArgumentParser:
-    parser = utils.stage_parser(__doc__)
-    parser.add_argument(
-        "--n-genes",
-        type=utils.positive,
-        default=N_GENES,
-        help="Number of most variable genes to select if there is no gene-names.txt of yours.",
-    )
-    return parser
-
-
 def main(stage: utils.Stage) -> None:
     stage.require(utils.LOCS, utils.CNTS)
     stage.guard(utils.HR_LOCS, utils.HR_CNTS)

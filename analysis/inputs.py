@@ -208,14 +208,14 @@ def read_tables(stage: utils.Stage, genes: list[str]) -> tuple[pd.DataFrame, pd.
         if stage.find(artifact) is None:
             raise stage.error(stage.directory / artifact.name, "is missing.")
     locs = tables.read_locs(stage, stage.path(utils.LOCS))
-    counts = tables.read_counts(stage, stage.path(utils.CNTS), locs.index)
-    unknown = [gene for gene in genes if gene not in counts.columns]
-    if unknown:
+    counts, measured = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+    if unknown := pd.Index(genes).difference(measured, sort=False).tolist():
         raise stage.error(
             stage.path(utils.CNTS),
             f"lacks {len(unknown)} of the {len(genes)} genes to score: {', '.join(unknown[:5])}.",
         )
-    return locs, counts[genes]
+    columns = pd.Index(measured).get_indexer(genes)
+    return locs, pd.DataFrame(counts[:, columns].toarray(), locs.index, genes)
 
 
 def read_radius(directory: Path) -> float:

@@ -24,6 +24,7 @@ from scipy.spatial import cKDTree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from image_calibration import calibrated_shape, padded_shape
+from method.genes import most_variable
 from prepare import images
 
 VISIUM_PITCH_UM, VISIUM_RADIUS_UM = 100.0, 27.5  # centre to centre; printed spots of 55 um
@@ -161,16 +162,6 @@ def repeated_note(path: Path, separator: str) -> list[str]:
     ]
 
 
-def most_variable(counts: sparse.csr_array, n: int) -> np.ndarray:
-    """The n genes whose counts vary most between spots, in the order of the matrix.
-
-    That is the rule by which get_HR.py chooses the genes to predict.
-    """
-    mean = np.asarray(counts.mean(axis=0)).ravel()
-    variance = np.asarray(counts.power(2).mean(axis=0)).ravel() - mean**2
-    return np.sort(np.argsort(-variance, kind="stable")[:n])
-
-
 def choose_truth_genes(
     listed: list[str] | None, genes: list[str], spots: sparse.csr_array, n: int
 ) -> np.ndarray:
@@ -180,7 +171,7 @@ def choose_truth_genes(
     if listed is not None:
         place = {gene: i for i, gene in enumerate(genes)}
         return np.array([place[gene] for gene in listed])
-    return most_variable(spots, n)
+    return most_variable(spots, genes, n)
 
 
 def add_truth_option(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class _Array:
 
 
 def _from_bytes(
-    content: bytes, dtype: _Dtype, shape: tuple, order: str, axes: tuple | None = None
+    content: bytes, dtype: _Dtype, shape: tuple, order: Literal["C", "F"], axes: tuple | None = None
 ) -> np.ndarray:
     """``axes`` of a transposed array, which numpy 2.4 and later pickle as they lie in memory."""
     array = np.frombuffer(content, dtype.dtype)

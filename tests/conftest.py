@@ -1,5 +1,6 @@
 """A complete tiny sample that every test may copy, and the two ways in which tests run a stage."""
 
+import argparse
 import importlib
 import json
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import utils
@@ -125,3 +127,36 @@ def finished_sample(tmp_path_factory):
 def finished(finished_sample, tmp_path):
     """A fresh copy of the finished sample; copytree keeps times, so its records stay valid."""
     return Path(shutil.copytree(finished_sample, tmp_path / "finished A"))
+
+
+# ----- reading one file -----
+ONE_FOLDER = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture
+def stage(tmp_path) -> utils.Stage:
+    """A run of a stage in an empty folder."""
+    directory = tmp_path / "sample"
+    directory.mkdir()
+    return make_stage(directory)
+
+
+def make_stage(directory: Path, script: str = "a_test.py", **arguments) -> utils.Stage:
+    known = {"directory": directory, "force": False, "allow_stale": False, **arguments}
+    return utils.Stage(script, argparse.Namespace(**known))
+
+
+def put(stage: utils.Stage, name: str, content: str | bytes) -> Path:
+    path = stage.directory / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def outcome(read, *args):
+    """What ``read`` returns and None, or None and the message of its StageError."""
+    try:
+        return read(*args), None
+    except utils.StageError as error:
+        return None, str(error)

@@ -1,0 +1,461 @@
+"""reading/: numbers, tables, arrays and pickles of any bytes are read rightly or refused."""
+
+import codecs
+import gzip
+import io
+import os
+import pickle
+import pickletools
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ONE_FOLDER, outcome, put
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import utils
+from reading import arrays, pickles, plain, tables
+from reading.genes import read_gene_names
+
+
+# ----- numbers and lists --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0.5", 0.5), (" 0.5 \r\n", 0.5), ("\ufeff0.5\n", 0.5), ("5e-1", 0.5), ("1", 1), (".5", 0.5)],
+)
+def test_read_number(stage, text, number):
+    assert (
+        plain.read_number(stage, put(stage, "pixel-size-raw.txt", text), 0.05, 2.5, "um") == number
+    )
+
+
+@given(st.text(max_size=12))
+@ONE_FOLDER
+def test_read_number_gives_a_number_in_range_or_refuses(stage, text):
+    path = put(stage, "pixel-size-raw.txt", text.encode("utf-8", "surrogatepass"))
+    value, message = outcome(plain.read_number, stage, path, 0.05, 2.5, "um")
+    if message:
+        assert "pixel-size-raw.txt" in message
+    else:
+        assert 0.05 <= value <= 2.5
+        assert value == float(text.removeprefix("\ufeff"))
+
+
+def test_read_gene_names(stage):
+    path = put(stage, "gene-names.txt", "\ufeffMARCH1\r\n\r\n  NA \nnan\n\u03b2-Cat\n1")
+    assert read_gene_names(stage, path) == ["MARCH1", "NA", "nan", "\u03b2-Cat", "1"]
+
+
+# ----- tables -------------------------------------------------------------------------------------
+IDS = ["NA", "1", "001", "a,b", 'c"d', "sp 1", "\u00e4", "nan", "1e5", "-"]
+GENES = ["ACTB", "NA", "MARCH1", "\u03b2-Cat", "true", "2", "A,B"]
+COUNTS = pd.DataFrame(
+    np.random.default_rng(0).poisson(4, (len(IDS), len(GENES))), index=IDS, columns=GENES
+)
+
+
+def with_all_quoted(frame: pd.DataFrame) -> str:
+    return frame.to_csv(quoting=1)
+
+
+def r_style(frame: pd.DataFrame) -> str:
+    """As R's write.table writes it: the header has no cell for the ids."""
+    header, rest = frame.to_csv(sep="\t").split("\n", 1)
+    return header.removeprefix("\t") + "\n" + rest
+
+
+VARIANTS = {
+    "comma": lambda frame: frame.to_csv(),
+    "tab": lambda frame: frame.to_csv(sep="\t"),
+    "semicolon": lambda frame: frame.to_csv(sep=";"),
+    "BOM": lambda frame: "\ufeff" + frame.to_csv(),
+    "CRLF": lambda frame: frame.to_csv(lineterminator="\r\n"),
+    "quoted": with_all_quoted,
+    "R": r_style,
+    "named ids": lambda frame: frame.to_csv(index_label="barcode"),
+    "no last newline": lambda frame: frame.to_csv().rstrip("\n"),
+    "decimals": lambda frame: frame.astype(float).to_csv(),
+    "blank lines at the end": lambda frame: frame.to_csv() + "\n\n",
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_read_counts(stage, variant, zipped):
+    content = VARIANTS[variant](COUNTS).encode()
+    path = (
+        put(stage, "cnts.csv.gz", gzip.compress(content))
+        if zipped
+        else put(stage, "cnts.csv", content)
+    )
+    found, genes = tables.read_sparse_counts(stage, path, pd.Index(IDS))
+    assert genes == GENES
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found.toarray(), COUNTS.to_numpy())
+
+
+@given(order=st.permutations(range(len(IDS))), n=st.integers(1, len(IDS)))
+@ONE_FOLDER
+def test_the_order_of_rows_does_not_matter(stage, order, n):
+    """P4: counts come in the order of the locations, whatever the order of the table."""
+    path = put(stage, "cnts.csv", COUNTS.iloc[order].to_csv())
+    found, _ = tables.read_sparse_counts(stage, path, pd.Index(IDS[:n]))
+    np.testing.assert_array_equal(found.toarray(), COUNTS[:n].to_numpy())
+
+
+def test_read_locs(stage):
+    xy = pd.DataFrame({"in_tissue": 1, "y": range(10), "x": np.arange(10) / 3, "note": "a,b"}, IDS)
+    for variant in ("comma", "tab", "semicolon", "BOM", "CRLF", "R", "quoted"):
+        found = tables.read_locs(stage, put(stage, "locs-raw.csv", VARIANTS[variant](xy)))
+        assert list(found.columns) == ["x", "y"]
+        assert list(found.index) == IDS
+        np.testing.assert_array_equal(found.to_numpy(), xy[["x", "y"]].to_numpy(float))
+
+
+BAD_TABLES = {
+    "longer row": "id,A,B\ns1,1,2\ns2,3,4,5\n",
+    "shorter row": "id,A,B\ns1,1,2\ns2,3\n",
+    "longer row, text": "id,A,B\ns1,1,2\ns2,3,4,x\n",
+    "longer first row by two": "id,A,B\ns1,1,2,9,9\ns2,3,4\n",
+    "no ids": "A,B\n1,2\n3,4\n",
+    "decimal commas": "id;A;B\ns1;1,5;2\ns2;3;4\n",
+    "thousands": 'id,A,B\ns1,"1,000",2\ns2,3,4\n',
+    "hexadecimal": "id,A,B\ns1,0x10,2\ns2,3,4\n",
+    "true": "id,A,B\ns1,True,2\ns2,3,4\n",
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    BAD_TABLES,
+)
+def test_tables_that_are_refused(stage, kind):
+    path = put(stage, "cnts.csv", BAD_TABLES[kind])
+    with pytest.raises(utils.StageError, match=r"cnts\.csv"):
+        tables.read_sparse_counts(stage, path, pd.Index(["s1", "s2"]))
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.text(st.sampled_from('id,xy\t;\n\r"1.-e \0\ufeff'), max_size=60).map(str.encode),
+        st.text(st.sampled_from('id,xy\t;\n\r"1.-e '), max_size=40).map(
+            lambda text: b"id,x,y\ns1,1,2\n" + text.encode()
+        ),
+    ),
+    st.booleans(),
+)
+@settings(parent=ONE_FOLDER, max_examples=400)
+def test_read_locs_reads_or_refuses(stage, content, zipped):
+    """P6: whatever the bytes, the result is a table of finite places, or a StageError."""
+    path = put(stage, "locs.csv", content)
+    if zipped:
+        path = put(stage, "cnts.csv.gz", gzip.compress(content))
+    locs, message = outcome(tables.read_locs, stage, path)
+    if message:
+        assert path.name in message
+    else:
+        assert locs.shape[1] == 2
+        assert len(locs) > 0
+        assert np.isfinite(locs.to_numpy()).all()
+        assert locs.index.is_unique
+
+
+def test_a_damaged_gz_is_refused(stage):
+    whole = gzip.compress(COUNTS.to_csv().encode(), mtime=0)
+    for at in range(10, len(whole)):  # behind the header, whose bytes have little meaning
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x55
+        path = put(stage, "cnts.csv.gz", bytes(damaged))
+        with pytest.raises(utils.StageError, match=r"cnts\.csv\.gz"):
+            tables.read_sparse_counts(stage, path, pd.Index(IDS))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("id,A,B\ns1,1,2\n\ns2,3,\n", ["holds ''", "spot s2, column B (data row 2)"]),
+        ('id,A,B\n"s1",1,2\n"s2",3,""\n', ["holds ''", "spot s2, column B (data row 2)"]),
+        ("id,A,B\ns1,,2\ns2,3,4\n", ["holds ''", "spot s1, column A (data row 1)"]),
+        ("id,A,B\ns1,1,2\ns2,1e39,4\n", ["'1e39', read as inf", "spot s2, column A"]),
+        ("id,A,B\ns1,1,2\ns2,-inf,4\n", ["'-inf', read as -inf", "data row 2"]),
+        ("id,A,B\ns1,1,2\ns2,1_000,4\n", ["'1_000'", "spot s2, column A"]),
+        ("id;A;B\ns1;1;2\ns2;3;1,5\n", ["'1,5'", "spot s2, column B"]),
+        ('id,A,B\ns1,1,2\ns2,"1,000",4\n', ["'1,000'", "spot s2, column A"]),
+        ("id,A,B\ns1,1,2\ns2,3,4,5\n", ["has 3 fields", "'s2' (data row 2)", "expected 2"]),
+        ("id,A,B\ns1,1,2\ns2\n", ["has 0 fields", "'s2' (data row 2)", "none for column A"]),
+        ("id,A,B\ns1,1,2\ns2,3\x00,4\n", ["zero bytes"]),
+        (b"id,A,B\ns1,1,2\ns\xe9,3,4\n", ["cannot be read", "utf-8"]),
+        ("id,A,B\n\n\n", ["no spot"]),
+        ("id,A,A\ns1,1,2\n", ["names the columns A more than once"]),
+        ("id,A,B\ns1,1,2\ns1,1,2\n", ["lists the spots s1 more than once"]),
+        ("id,A,B\ns1,1,2\ns2,3,-4.5\n", ["holds -4.5 for spot s2, gene B"]),
+    ],
+)
+@pytest.mark.parametrize("size", [2**22, 8])  # of a block
+def test_the_message_names_the_cell(stage, content, words, size, monkeypatch):
+    monkeypatch.setattr(tables, "BLOCK_CHARACTERS", size)
+    path = put(stage, "cnts.csv", content)
+    with pytest.raises(utils.StageError, match=r"cnts\.csv") as error:
+        tables.read_sparse_counts(stage, path, pd.Index(["s1", "s2"]))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("quoting", [0, 1])
+@pytest.mark.parametrize("width", [1, 3000])
+def test_blocks_of_narrow_and_wide_tables_hold_the_numbers_of_python(
+    stage, width, quoting, monkeypatch
+):
+    """Against float(), number by number: whole ones, decimals, exponents and spaces."""
+    monkeypatch.setattr(tables, "BLOCK_CHARACTERS", 1000)
+    rng = np.random.default_rng(0)
+    kinds = ["{:d}", "{:d}.0", "{:d}e2", " {:d} ", "+{:d}", "{:d}.{:d}", "1{:09d}{:d}", "{:d}e-3"]
+    cells = [
+        [rng.choice(kinds).format(*rng.integers(0, 999, 2)) for _ in range(width)] for _ in range(9)
+    ]
+    spots = pd.Index([f"s{i}" for i in range(9)])
+    frame = pd.DataFrame(cells, spots, [f"G{i}" for i in range(width)])
+    path = put(stage, "cnts.csv", frame.to_csv(quoting=quoting))
+    found, _ = tables.read_sparse_counts(stage, path, spots)
+    wanted = np.array([[float(cell) for cell in row] for row in cells], np.float32)
+    np.testing.assert_array_equal(found.toarray(), wanted)
+
+
+def test_a_field_beyond_the_limit_of_csv_is_refused(stage):
+    path = put(stage, "locs.csv", "id,x,y\n" + "s" * 200_000 + ",1,2\n")
+    with pytest.raises(utils.StageError, match=r"locs\.csv"):
+        tables.read_locs(stage, path)
+
+
+# ----- arrays -------------------------------------------------------------------------------------
+def npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+def read_rgb_array(stage):
+    return arrays.read_array(stage, utils.RGB, np.uint8, (2, None, 3))
+
+
+def test_read_array(stage):
+    values = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    put(stage, "Histology_rgb.npy", npy(values))
+    found = read_rgb_array(stage)
+    np.testing.assert_array_equal(found, values)
+    assert isinstance(found, np.memmap)
+    assert not found.flags.writeable
+
+
+def test_read_array_refuses_every_truncation(stage):
+    whole = npy(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    for size in range(len(whole)):
+        put(stage, "Histology_rgb.npy", whole[:size])
+        with pytest.raises(
+            utils.StageError, match=r"Histology_rgb\.npy.*(?s:.*)Histology_Extractor"
+        ):
+            read_rgb_array(stage)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.binary(max_size=100).map(lambda junk: b"\x93NUMPY\x01\x00" + junk),
+        hnp.arrays(
+            st.sampled_from([np.uint8, np.int8, np.float16, np.float64, np.dtype("U2"), bool]),
+            hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=3),
+        ).map(npy),
+        st.builds(
+            lambda header: b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header,
+            st.sampled_from(
+                [
+                    b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 4, 3)}\n",
+                    b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, -4, 3)}\n",
+                    b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 10**99, 3)}\n",
+                    b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 99999999999999, 3)}\n",
+                    b"{'descr': '|u1', 'fortran_order': 2, 'shape': (2, 4, 3)}\n",
+                    b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 4, 3)}\n",
+                    b"{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (2, 4, 3)}\n",
+                    b"{'descr': '|u1'}\n",
+                ]
+            ),
+        ),
+    )
+)
+@settings(parent=ONE_FOLDER, max_examples=400)
+def test_read_array_reads_or_refuses(stage, content):
+    """P6, for an array: the contract's shape and type, or a StageError."""
+    put(stage, "Histology_rgb.npy", content)
+    values, message = outcome(read_rgb_array, stage)
+    if message:
+        assert "Histology_rgb.npy" in message
+    else:
+        assert values.dtype == np.uint8
+        assert values.ndim == 3
+        assert values.shape[::2] == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(b"(" * 400 + b"\n", id="400 brackets"),
+        pytest.param(b"{" * 9 + b"\n", id="9 braces"),
+        pytest.param(b"-" * 9000 + b"1\n", id="9000 signs"),
+        pytest.param(b"\n", id="nothing"),
+    ],
+)
+def test_read_array_refuses_a_hostile_header(stage, header):
+    put(
+        stage,
+        "Histology_rgb.npy",
+        b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header,
+    )
+    with pytest.raises(utils.StageError, match=r"Histology_rgb\.npy"):
+        read_rgb_array(stage)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_read_array_refuses_what_is_not_finite(stage, value):
+    values = np.ones((3, 4), np.float32)
+    values[2, 3] = value
+    put(stage, "HRcnts.npy", npy(values))
+    with pytest.raises(utils.StageError, match="not finite"):
+        arrays.read_array(stage, utils.HR_CNTS, np.float32, (3, 4))
+    found = arrays.read_array(stage, utils.HR_CNTS, np.float32, (3, 4), finite=False)
+    np.testing.assert_array_equal(found, values)
+
+
+# ----- pickles ------------------------------------------------------------------------------------
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+def evil_contents(canary: Path) -> dict[str, bytes]:
+    objects = np.empty(2, object)
+    objects[:] = Evil(canary)
+    system = f"c{os.system.__module__}\nsystem\n(S\"touch '{canary}'\"\ntR.".encode()
+    return {
+        "bare": pickle.dumps(Evil(canary)),
+        "in a dict": pickle.dumps({"cls": [np.zeros(2), Evil(canary)]}),
+        "in an object array": pickle.dumps(objects),
+        "by hand": system,
+        "eval": f"cbuiltins\neval\n(S'open({str(canary)!r}, \"w\")'\ntR.".encode(),
+        "getattr": b"cbuiltins\ngetattr\n(cnumpy\nndarray\nS'tofile'\ntR.",
+        "import": b"cimportlib\nimport_module\n(S'this'\ntR.",
+        "a dotted name": b"\x80\x04\x8c\x05numpy\x8c\x0bndarray.tofile\x93.",
+        "numpy's own exec": b"cnumpy.testing._private.utils\nruncode\n(S'1'\ntR.",
+        "numpy's own load": b"cnumpy\nload\n(S'x'\ntR.",
+    }
+
+
+@pytest.mark.parametrize("kind", evil_contents(Path()))
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, kind):
+    canary, path = tmp_path / "canary", tmp_path / "x.pickle"
+    path.write_bytes(evil_contents(canary)[kind])
+    with pytest.raises(utils.StageError, match=r"x\.pickle"):
+        pickles.read_pickle(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("spelling", ["core", "_core"])  # of numpy 1 and 2
+@pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")
+def test_read_pickle_reads_arrays(tmp_path, protocol, spelling):
+    path = tmp_path / "x.pickle"
+    written = {
+        "cls": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "more": [
+            np.float64(2.5),
+            np.arange(3)[::-1],
+            np.asfortranarray(np.eye(3)),
+            np.arange(24).reshape(2, 3, 4).transpose(1, 0, 2),
+            "text",
+            1,
+            None,
+        ],
+    }
+    path.write_bytes(respelt(written, protocol, spelling))
+    assert f"numpy.{spelling}.".encode() in path.read_bytes()
+    found = pickles.read_pickle(path)
+    np.testing.assert_array_equal(found["cls"], written["cls"])
+    assert found["cls"].dtype == np.float32
+    for mine, theirs in zip(found["more"], written["more"], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def respelt(content, protocol: int, spelling: str) -> bytes:
+    """The content pickled by a numpy that calls its core ``numpy.<spelling>``."""
+
+    class Pickler(pickle._Pickler):
+        def save_global(self, obj, name=None):
+            module = getattr(obj, "__module__", "") or ""
+            if not module.startswith("numpy._core."):
+                return super().save_global(obj, name)
+            module = module.replace("numpy._core", f"numpy.{spelling}")
+            name = name or obj.__name__
+            if self.proto >= 4:
+                self.save(module)
+                self.save(name)
+                self.write(pickle.STACK_GLOBAL)
+            else:
+                self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+            self.memoize(obj)
+
+    functions = dict.fromkeys((type(codecs.encode), type(respelt)), Pickler.save_global)
+    Pickler.dispatch = {**pickle._Pickler.dispatch, **functions}
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol).dump(content)
+    return buffer.getvalue()
+
+
+LENGTHS = b"\x8d\x8e\x95\x96"  # opcodes with a length of 8 bytes, see the next test
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=80),
+        st.text(string.printable, max_size=40).map(str.encode),
+    )
+)
+@settings(parent=ONE_FOLDER, max_examples=300)
+def test_read_pickle_reads_or_refuses(tmp_path, content):
+    path = tmp_path / "x.pickle"
+    path.write_bytes(content)
+    _, message = outcome(pickles.read_pickle, path)
+    assert message is None or "x.pickle" in message
+
+
+@pytest.mark.parametrize("opcode", LENGTHS)
+@pytest.mark.parametrize("length", [1 << 60, 1 << 63], ids=["long", "longer"])
+def test_read_pickle_refuses_impossible_lengths(tmp_path, opcode, length):
+    path = tmp_path / "x.pickle"
+    path.write_bytes(bytes([opcode]) + length.to_bytes(8, "little"))
+    with pytest.raises(utils.StageError, match=r"x\.pickle"):
+        pickles.read_pickle(path)
+
+
+def test_read_pickle_takes_no_flags_of_a_dtype(tmp_path):
+    """A dtype float32 with the flag of objects: numpy itself then takes its bytes for addresses."""
+    path = tmp_path / "x.pickle"
+    content = pickletools.optimize(pickle.dumps(np.full(4, 1.5, np.float32), protocol=2))
+    state = b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK"
+    assert content.count(state + b"\x00") == 1
+    path.write_bytes(content.replace(state + b"\x00", state + b"\x3f"))
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(utils.__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom reading import pickles\n"
+        f"print(pickles.read_pickle(Path({str(path)!r})).tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[1.5, 1.5, 1.5, 1.5]\n")
