@@ -60,17 +60,22 @@ def number_from_0(text: str) -> float:
     return number
 
 
+def check_matplotlib(stage: utils.Stage) -> None:
+    """Before any work: pictures can be drawn, if any are."""
+    if not stage.args.no_plot and importlib.util.find_spec("matplotlib") is None:
+        raise utils.StageError(
+            "The picture needs matplotlib, which is not installed.",
+            "Run: pip install -r analysis/requirements.txt, or add --no-plot",
+        )
+
+
 def guard_outputs(stage: utils.Stage, *written: Artifact) -> None:
     """Before any work: nothing of the user is in the way of what this run writes.
 
     What an earlier run wrote and this one does not is removed with the other outputs: it is out of
     date.
     """
-    if not stage.args.no_plot and importlib.util.find_spec("matplotlib") is None:
-        raise utils.StageError(
-            "The picture needs matplotlib, which is not installed.",
-            "Run: pip install -r analysis/requirements.txt, or add --no-plot",
-        )
+    check_matplotlib(stage)
     stage.guard(*written)
     for artifact in WRITTEN_BY[stage.script]:
         if artifact not in written and stage.is_mine(artifact):
