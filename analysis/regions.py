@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -333,6 +333,22 @@ def save(
                 content.to_csv(partial, index=False, lineterminator="\n", float_format="%.5g")
             else:
                 content.savefig(partial)
+
+
+def print_table(table: pd.DataFrame) -> None:
+    print(table.drop(columns="colour", errors="ignore").to_string(index=False, float_format="%.3g"))
+
+
+def print_facts(facts: dict[str, Any], margin: str = "") -> None:
+    """What the record says, on the terminal: a line per fact, or per group of facts."""
+    for name, value in facts.items():
+        if not isinstance(value, dict):
+            print(f"{margin}{name}: {value}")
+        elif any(isinstance(inner, dict) for inner in value.values()):
+            print(f"{margin}{name}:")
+            print_facts(value, margin + "  ")
+        else:
+            print(f"{margin}{name}: {', '.join(f'{key} {inner}' for key, inner in value.items())}")
 
 
 def check_output(stage: utils.Stage) -> None:

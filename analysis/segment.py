@@ -94,7 +94,6 @@ if __name__ == "__main__":
     build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
 
 from itertools import combinations
-from typing import Any
 
 import cv2
 import numpy as np
@@ -399,24 +398,6 @@ def describe(labels: np.ndarray, region: np.ndarray, markers: pd.DataFrame) -> p
     )
 
 
-def print_summary(table: pd.DataFrame, markers: pd.DataFrame, facts: dict[str, Any]) -> None:
-    print(f"{'region':>6}{'mm2':>9}{'spots':>7}  genes that are higher in it (AUC)")
-    for row in table.itertuples():
-        best = best_markers(markers, row.region, 5)
-        genes = ", ".join(f"{g} {a:.2f}" for g, a in zip(best["gene"], best["auc"], strict=True))
-        print(f"{row.region:>6}{row.mm2:>9.3f}{row.spots:>7}  {genes or f'none at q < {MAX_Q}'}")
-    if s := facts["stability"]:
-        print(
-            f"stability: ARI between partitions by {s['halves']} random halves of the tissue: "
-            f"mean {s['mean ARI']:.2f}, lowest {s['lowest ARI']:.2f}"
-        )
-    if t := facts.get("truth"):
-        print(
-            f"ARI with the {t['regions']} true regions: {t['ARI']:.3f}; k-means on interpolated "
-            f"spots {t['ARI of interpolated spots']:.3f}"
-        )
-
-
 def check_inputs(stage: utils.Stage) -> None:
     """Before any work: what is needed is there, what is written is not the user's."""
     written = [files.SEGMENTS, files.SEGMENT_TABLE, files.SEGMENT_MARKERS]
@@ -480,7 +461,8 @@ def make_segments(stage: utils.Stage) -> None:
     }
     if args.truth:
         facts["truth"] = compare_with_truth(stage, labels, spots)
-    print_summary(table, markers, facts)
+    regions.print_table(table)
+    regions.print_facts(facts)
     outputs = {files.SEGMENTS: labels, files.SEGMENT_TABLE: table, files.SEGMENT_MARKERS: markers}
     regions.save(stage, outputs)
     if not args.no_plot:
