@@ -102,7 +102,6 @@ from scipy.stats import pearson3
 from analysis import regions
 from analysis.inputs import map_files, read_map
 from analysis.scores import rounded
-from analysis.spots import interpolation_weights, superpixel_centres
 from reading import tables
 
 if TYPE_CHECKING:
@@ -415,7 +414,7 @@ def agreement(given: np.ndarray, found: np.ndarray, names: list[str]) -> dict[st
 
 def contingency(given: np.ndarray, found: np.ndarray, names: list[str]) -> pd.DataFrame:
     """A row per name given, a column per label: how often the two meet."""
-    labels = pd.Categorical.from_codes(found - 1, [*names, UNCLASSIFIED])
+    labels = pd.Categorical.from_codes(found - 1, pd.Index([*names, UNCLASSIFIED]))
     table = pd.crosstab(pd.Series(given, name="given"), labels, dropna=False)
     return table.rename_axis(columns=None).reset_index()
 
@@ -447,7 +446,7 @@ def interpolated_maps(
     """Counts of the spots, interpolated linearly: one image (rows, columns) per gene."""
     spots = regions.read_measured_spots(stage)
     column = regions.columns_of(stage, spots.genes, genes)
-    _, linear = interpolation_weights(spots.centres, superpixel_centres(tissue.shape))
+    linear = regions.interpolation_of(stage, spots.centres, tissue)
     counts = spots.counts.tocsc()
     for i in column:
         image = (linear @ counts[:, [i]].toarray()).reshape(tissue.shape)

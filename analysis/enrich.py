@@ -113,7 +113,10 @@ FLAGS = {MARKERS: ["higher"], PATTERNS: ["found_by_spots", "found_by_maps"]}  # 
 BY_SPOTS, BY_MAPS = "spots", "maps"
 TOP, MOST_ROWS = 4, 40  # sets of a list, and of all, in the picture
 LONGEST_NAME = 48  # characters of a set's name in the picture
-COLOURS = {BY_SPOTS: "#4c78a8", BY_MAPS: "#e6a532"}  # which the colour-blind tell apart
+COLOURS = {  # of circle and text, which the colour-blind tell apart
+    BY_SPOTS: ("#4c78a8", "#2f5680"),
+    BY_MAPS: ("#e6a532", "#8a5a00"),
+}
 
 
 Panel = tuple[str, set[str], set[str]]  # title, found by spots, found by maps
@@ -142,7 +145,8 @@ def read_gmt(path: Path) -> dict[str, list[str]]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise wrong(f"cannot be read as text: {error}.") from error
-    sets, line_of = {}, {}
+    sets: dict[str, list[str]] = {}
+    line_of: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -166,7 +170,7 @@ def membership(
     sets: dict[str, list[str]], genes: pd.Index, smallest: int, largest: int
 ) -> tuple[list[str], csr_array]:
     """Names of the sets of the right size, and ones (sets, genes) for their genes."""
-    at = {name: genes.get_indexer(members) for name, members in sets.items()}
+    at = {name: genes.get_indexer(pd.Index(members)) for name, members in sets.items()}
     at = {name: np.sort(columns[columns >= 0]) for name, columns in at.items()}
     at = {name: columns for name, columns in at.items() if smallest <= len(columns) <= largest}
     ends = np.cumsum([0, *map(len, at.values())])
@@ -381,34 +385,28 @@ def draw_circles(ax: Axes, only_spots: int, both: int, only_maps: int) -> None:
 
     a, b, distance = place_circles(only_spots + both, only_maps + both, both)
     widest, left, right = max(a, b), min(-a, distance - b), max(a, distance + b)
-    for x, radius, name in ((0, a, BY_SPOTS), (distance, b, BY_MAPS)):
+    center, reach = (left + right) / 2, max(right - left, 3 * widest)
+    circles = ((0, a, BY_SPOTS, only_spots + both), (distance, b, BY_MAPS, only_maps + both))
+    for x, radius, name, n in circles:
+        fill, ink = COLOURS[name]
         if radius:
-            ax.add_patch(Circle((x, 0), radius, facecolor=COLOURS[name], alpha=0.45, lw=0))
-            ax.add_patch(Circle((x, 0), radius, fill=False, ec=COLOURS[name], lw=2))
+            ax.add_patch(Circle((x, 0), radius, facecolor=fill, alpha=0.45, lw=0))
+            ax.add_patch(Circle((x, 0), radius, fill=False, ec=fill, lw=2))
+        at, text = center + (-0.27 if name == BY_SPOTS else 0.27) * reach, f"by {name}: {n}"
+        ax.text(at, 1.1 * widest, text, color=ink, ha="center", va="bottom", fontsize=11)
     beside = 0.12 * widest
-    for n, low, high, outside, align in (  # where a part lies on the line through both centres
-        (only_spots, -a, min(a, distance - b), (left - beside, 0), "right"),
-        (both, max(-a, distance - b), min(a, distance + b), (min(a, right), 0), "center"),
-        (only_maps, max(a, distance - b), distance + b, (right + beside, 0), "left"),
-    ):
-        style = {"va": "center", "fontsize": 13}
-        if n and (high - low > 0.35 * widest or align == "center"):
-            ax.text((low + high) / 2, 0, str(n), ha="center", **style)
-        elif n:
-            ax.text(*outside, str(n), ha=align, **style)
-    style = {"ha": "center", "va": "bottom", "fontsize": 11}
-    middle, reach = (left + right) / 2, max(right - left, 3 * widest)
-    for side, name, n, colour in (
-        (-1, BY_SPOTS, only_spots + both, "#2f5680"),
-        (1, BY_MAPS, only_maps + both, "#8a5a00"),
-    ):
-        x = middle + side * 0.27 * reach
-        ax.text(x, 1.1 * widest, f"by {name}: {n}", color=colour, **style)
-    ax.set(
-        xlim=(middle - 0.6 * reach, middle + 0.6 * reach),
-        ylim=(-1.1 * widest, 1.4 * widest),
-        aspect="equal",
+    parts = (  # where a part lies on the line through both centres, and where there is room beside
+        (only_spots, -a, min(a, distance - b), left - beside, "right"),
+        (both, max(-a, distance - b), min(a, distance + b), 0, ""),
+        (only_maps, max(a, distance - b), distance + b, right + beside, "left"),
     )
+    for n, low, high, outside, align in parts:
+        fits = not align or high - low > 0.35 * widest
+        at = (low + high) / 2 if fits else outside
+        if n:
+            ax.text(at, 0, str(n), ha="center" if fits else align, va="center", fontsize=13)
+    ax.set(xlim=(center - 0.6 * reach, center + 0.6 * reach), aspect="equal")
+    ax.set_ylim(-1.1 * widest, 1.4 * widest)
 
 
 def best_sets(table: pd.DataFrame, names: list[str]) -> list[str]:
@@ -435,7 +433,7 @@ def draw_dots(table: pd.DataFrame, names: list[str], max_q: float) -> Figure:
     ax = figure.subplots()
 
     def dots(part: pd.DataFrame, **style: Any) -> PathCollection:
-        size = dot_size(part["found"] / part["size"])
+        size = dot_size((part["found"] / part["size"]).to_numpy(float))
         return ax.scatter(part["list"].map(column), part["set"].map(row), s=size, **style)
 
     dots(found, color="0.92", edgecolors="0.75", linewidths=0.6)
@@ -453,14 +451,17 @@ def draw_dots(table: pd.DataFrame, names: list[str], max_q: float) -> Figure:
     ax.set_title(f"{title}; grey: q of {max_q:g} and more", fontsize=10)
     if len(sure):
         figure.colorbar(drawn, ax=ax, label="$-\\log_{10}$ q", shrink=0.7, aspect=15)
-    for share, size in dot_size(pd.Series([0.25, 0.5, 1.0], [0.25, 0.5, 1.0])).items():
+    shares = np.array([0.25, 0.5, 1.0])
+    for share, size in zip(shares, dot_size(shares), strict=True):
         ax.scatter([], [], s=size, color="0.6", label=f"{share:.0%}")
-    style = {"loc": "outside right upper", "frameon": False, "fontsize": 8, "labelspacing": 1.2}
-    figure.legend(title="of the set\nis found", **style)
+    figure.legend(
+        title="of the set\nis found", loc="outside right upper", frameon=False, fontsize=8,
+        labelspacing=1.2,
+    )  # fmt: skip
     return figure
 
 
-def dot_size(share: pd.Series) -> pd.Series:
+def dot_size(share: np.ndarray) -> np.ndarray:
     return 15 + 200 * share
 
 
@@ -492,12 +493,13 @@ def compare_findings(lists: list[GeneList], table: pd.DataFrame, max_q: float) -
     by = {genes.name: genes.found for genes in lists if genes.source == "patterns"}
     if not by:
         return {}
-    genes = [{*by[name].index[by[name]]} for name in (BY_SPOTS, BY_MAPS)]
+    genes = {name: {*found.index[found]} for name, found in by.items()}
     sure = table[table["q"] < max_q]
-    sets = [{*sure["set"][sure["list"] == name]} for name in (BY_SPOTS, BY_MAPS)]
+    sets = {name: {*sure["set"][sure["list"] == name]} for name in by}
+    title = f"genes with a pattern, of {len(by[BY_SPOTS])}"
     return {
-        "genes": (f"genes with a pattern, of {len(by[BY_SPOTS])}", *genes),
-        "sets": (f"gene sets enriched among them (q < {max_q:g})", *sets),
+        "genes": (title, genes[BY_SPOTS], genes[BY_MAPS]),
+        "sets": (f"gene sets enriched among them (q < {max_q:g})", sets[BY_SPOTS], sets[BY_MAPS]),
     }
 
 
@@ -570,7 +572,7 @@ def find_enriched(stage: utils.Stage) -> None:
         "lists": found,
     }
     if panels:
-        facts["found by"] = {name: count_parts(*parts) for name, (_, *parts) in panels.items()}
+        facts["found by"] = {name: count_parts(*panel[1:]) for name, panel in panels.items()}
     best = table[table["q"] < args.max_q].groupby("list", sort=False).head(2)
     regions.print_table(best[["list", "set", "size", "found", "ratio", "q"]])
     regions.print_facts(facts)

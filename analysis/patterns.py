@@ -98,7 +98,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.sparse import csc_array, csr_array
-from scipy.spatial import QhullError, cKDTree
+from scipy.spatial import cKDTree
 
 from analysis import regions
 from analysis.inputs import TRUTH, map_files, read_map, read_radius, read_truth
@@ -108,7 +108,6 @@ from analysis.spots import (
     interpolation_weights,
     pitch_of,
     sum_discs,
-    superpixel_centres,
 )
 
 if TYPE_CHECKING:
@@ -184,8 +183,7 @@ class Interpolation:
     superpixels are x' M x, with matrices M of spots by spots that are nearly empty.
     """
 
-    def __init__(self, centres: np.ndarray, tissue: np.ndarray, discs: csr_array) -> None:
-        _, linear = interpolation_weights(centres, superpixel_centres(tissue.shape))
+    def __init__(self, linear: csr_array, tissue: np.ndarray, discs: csr_array) -> None:
         inside = np.flatnonzero(tissue)
         at = np.full(tissue.size, -1)
         at[inside] = np.arange(len(inside))
@@ -272,7 +270,7 @@ def correlate_left_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correlation (genes,) of interpolation with the spots it has not seen; of the best mean."""
     if len(held_out) < MIN_HELD_OUT:
-        return np.full((2, counts.shape[1]), np.nan)
+        return np.full(counts.shape[1], np.nan), np.full(counts.shape[1], np.nan)
     guesses = guess_left_out(centres, counts, held_out, seed)
     measured = counts[held_out].toarray().T
     r = np.array([[pearson(*pair) for pair in zip(g.T, measured, strict=True)] for g in guesses])
@@ -325,7 +323,8 @@ class SpotsAndMaps:
 
     @functools.cached_property
     def between(self) -> Interpolation:
-        return Interpolation(self.centres, self.tissue, self.discs)
+        linear = regions.interpolation_of(self.stage, self.centres, self.tissue)
+        return Interpolation(linear, self.tissue, self.discs)
 
     def roots(self, column: int) -> np.ndarray:
         """Square roots (spots,) of the counts of a gene."""
@@ -347,10 +346,11 @@ def read_correlations(stage: utils.Stage, section: SpotsAndMaps) -> tuple[np.nda
     """Correlation (genes,) with the counts of held-out spots; which spots (M,) of the section."""
     path = stage.path(utils.HELD_OUT)
     try:
-        table = pd.read_csv(path, dtype={"gene": str}, keep_default_na=False, na_values={1: [""]})
+        empty = {"held_out_r": [""]}
+        table = pd.read_csv(path, dtype={"gene": str}, keep_default_na=False, na_values=empty)
         r = pd.to_numeric(table.set_index("gene")["held_out_r"])
         if r.abs().max() > 1 + TIE:
-            raise ValueError(f"r is {r[r.abs().idxmax()]:g}")
+            raise ValueError(f"r has the size {r.abs().max():g}")
         r = r.reindex(section.genes)
     except (ValueError, KeyError, UnicodeDecodeError) as error:
         raise stage.error(path, f"is no table of gene and held_out_r: {error!r:.200}") from error
@@ -435,14 +435,14 @@ def add_truth(table: pd.DataFrame, section: SpotsAndMaps) -> pd.DataFrame:
     truth = read_truth(stage.directory)
     if (stage.directory / TRUTH).is_file():
         stage.inputs[TRUTH] = utils.fingerprint(stage.directory / TRUTH)
-    at = pd.Index(truth.genes).get_indexer(section.genes)
+    at = pd.Index(truth.genes).get_indexer(pd.Index(section.genes))
     if truth.mean is None or (at < 0).any():
         raise utils.StageError(
             f"{stage.directory / TRUTH} does not hold the true mean of all {len(at)} genes.",
             "--truth is for simulated sections; leave it out.",
         )
     image = np.zeros(section.tissue.shape)
-    rows, columns = (min(n) for n in zip(image.shape, truth.tissue.shape, strict=True))
+    rows, columns = np.minimum(image.shape, truth.tissue.shape)
     true = []
     for i in at:
         image[:rows, :columns] = truth.mean[:rows, :columns, i] * truth.capture
@@ -450,6 +450,12 @@ def add_truth(table: pd.DataFrame, section: SpotsAndMaps) -> pd.DataFrame:
     names = ["true_I", "true_sd", "true_spot_I"]
     table = table.assign(**dict(zip(names, np.transpose(true), strict=True)))
     return table if truth.kinds is None else table.assign(kind=[truth.kinds[i] for i in at])
+
+
+COMPARED = [
+    ("maps_spot_I", "spots_I"), ("maps_spot_I", "null_spot_I"), ("maps_spot_I", "linear_spot_I"),
+    ("held_out_r", "linear_r"),
+]  # fmt: skip
 
 
 def summarise(table: pd.DataFrame) -> dict[str, Any]:
@@ -460,11 +466,8 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         **{name.replace("_", " "): int(table[name].sum()) for name in VERDICTS},
         "found by maps, not by spots": int((table.found_by_maps & ~table.found_by_spots).sum()),
         "found by spots, not by maps": int((table.found_by_spots & ~table.found_by_maps).sum()),
-        "maps_spot_I above spots_I": int((table.maps_spot_I > table.spots_I).sum()),
-        "maps_spot_I above null_spot_I": int((table.maps_spot_I > table.null_spot_I).sum()),
-        "maps_spot_I above linear_spot_I": int((table.maps_spot_I > table.linear_spot_I).sum()),
+        **{f"{a} above {b}": int((table[a] > table[b]).sum()) for a, b in COMPARED},
         "held_out_q below 0.05": int((table.held_out_q < MAX_Q).sum()),
-        "held_out_r above linear_r": int((table.held_out_r > table.linear_r).sum()),
         "held_out_r above both": int((table.held_out_r > best_around(table)).sum()),
         "medians": {name: rounded(value) for name, value in medians.items()},
     }
@@ -557,13 +560,7 @@ def find_patterns(stage: utils.Stage) -> None:
     if len(held_out) < MIN_HELD_OUT:
         stage.warn(f"{len(held_out)} held-out spots: the maps' patterns cannot be tested")
     print(f"{len(section.genes)} genes, {len(section.spots)} spots, {len(held_out)} held out")
-    try:
-        table = measure_genes(section, held_out, held_out_r, args.permutations, args.seed)
-    except QhullError as error:
-        raise stage.error(
-            stage.path(utils.LOCS),
-            "has spots that lie on a line: there is no interpolation between them.",
-        ) from error
+    table = measure_genes(section, held_out, held_out_r, args.permutations, args.seed)
     around = correlate_left_out(section.centres, section.counts, held_out, args.seed)
     table, columns = add_verdicts(table, *around), COLUMNS
     if args.truth:

@@ -7,6 +7,7 @@ are in superpixels of 8 um, (row, column), unless they say um.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 from scipy.sparse import csr_array
+from scipy.spatial import QhullError
 from scipy.special import comb
 from scipy.stats.contingency import crosstab
 
@@ -23,7 +25,7 @@ import utils
 from analysis import files
 from analysis.inputs import TRUTH, read_map, read_radius
 from analysis.page import region_colours
-from analysis.spots import disc_weights, on_tissue
+from analysis.spots import disc_weights, interpolation_weights, on_tissue, superpixel_centres
 from reading import arrays, images, tables
 
 if TYPE_CHECKING:
@@ -96,11 +98,23 @@ def discs_of(
 
 def columns_of(stage: utils.Stage, measured: pd.Index, genes: list[str]) -> np.ndarray:
     """Column (genes,) of each gene that has a map in the counts, whose genes are ``measured``."""
-    column = measured.get_indexer(genes)
+    column = measured.get_indexer(pd.Index(genes))
     if (column < 0).any():
         absent = utils.some(np.array(genes)[column < 0])
         raise stage.error(stage.path(utils.CNTS), f"lacks genes of maps: {absent}")
     return column
+
+
+def interpolation_of(stage: utils.Stage, centres: np.ndarray, tissue: np.ndarray) -> csr_array:
+    """Weights (rows * columns, spots) of linear interpolation between the spots."""
+    try:
+        return interpolation_weights(centres, superpixel_centres(tissue.shape))[1]
+    except QhullError as error:
+        raise stage.error(
+            stage.path(utils.LOCS),
+            "has spots that lie on a line: there is no interpolation between them.",
+            "Leave out --truth." if getattr(stage.args, "truth", False) else None,
+        ) from error
 
 
 def smooth(image: np.ndarray, tissue: np.ndarray, sigma_um: float) -> np.ndarray:
@@ -200,11 +214,7 @@ def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
 def areas(labels: np.ndarray, n: int) -> dict[str, np.ndarray]:
     """Columns of a table: the area of each of the labels 1..n."""
     size = np.bincount(labels.ravel(), minlength=n + 1)[1:]
-    return {
-        "superpixels": size,
-        "mm2": size * SUPERPIXEL_MM2,
-        "share_of_tissue": size / size.sum(),
-    }
+    return {"superpixels": size, "mm2": size * SUPERPIXEL_MM2, "share_of_tissue": size / size.sum()}
 
 
 def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
@@ -290,11 +300,11 @@ def draw_labels(
     ax.imshow(palette[labels], interpolation="nearest")
     bare(ax, title)
     add_scale_bar(ax, labels.shape)
-    handles, size = [], np.bincount(labels.ravel(), minlength=len(names) + 1)
+    handles, area = [], np.bincount(labels.ravel(), minlength=len(names) + 1)
     for i, name in enumerate(names, start=1):
-        text = f"{i}  {name}: {size[i] * SUPERPIXEL_MM2:.3g} mm²"
+        text = f"{i}  {name}: {area[i] * SUPERPIXEL_MM2:.3g} mm²"
         handles.append(Patch(facecolor=colours[i], edgecolor="0.3", label=text))
-        if size[i]:
+        if area[i]:
             row, column = innermost(labels == i)
             halo = [withStroke(linewidth=2.5, foreground="white")]
             ax.text(column, row, str(i), ha="center", va="center", path_effects=halo)
@@ -321,9 +331,7 @@ def read_colours(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | Non
     return np.asarray(arrays.read_array(stage, utils.RGB, np.uint8, (*shape, 3)))
 
 
-def save(
-    stage: utils.Stage, contents: dict[utils.Artifact, np.ndarray | pd.DataFrame | Figure]
-) -> None:
+def save(stage: utils.Stage, contents: Mapping[utils.Artifact, Any]) -> None:
     """Write arrays, tables and pictures; ``stage.finish`` gives all of them their names."""
     for artifact, content in contents.items():
         with stage.writing(artifact) as partial:

@@ -102,12 +102,11 @@ from scipy import stats
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.cluster.vq import vq
 from scipy.sparse import csc_array, csr_array
-from scipy.spatial import QhullError, cKDTree
+from scipy.spatial import cKDTree
 
 from analysis import regions
 from analysis.inputs import TRUTH
 from analysis.scores import rounded
-from analysis.spots import interpolation_weights, superpixel_centres
 from reading import pickles
 
 VARIANCE_KEPT, MOST_COMPONENTS = 0.95, 30  # of the principal components
@@ -134,8 +133,9 @@ def read_embedding(stage: utils.Stage) -> np.ndarray:
     path = stage.path(utils.EMBEDDINGS)
     content = pickles.read_pickle(path)
     found = content.get("cls") if isinstance(content, dict) else None
-    known = isinstance(found, np.ndarray) and found.ndim == 3 and found.dtype.kind == "f"
-    if not known or found.size == 0:
+    if not (isinstance(found, np.ndarray) and found.ndim == 3 and found.dtype.kind == "f"):
+        found = np.empty(0)
+    if found.size == 0:
         raise stage.error(path, f"does not hold {utils.EMBEDDINGS.what}.")
     return found
 
@@ -166,8 +166,10 @@ def k_means(x: np.ndarray, k: int, seed: int, starts: int = STARTS) -> np.ndarra
     if len(x) > FITTED:
         x = x[np.sort(rng.choice(len(x), FITTED, replace=False))]
     cv2.setRNGSeed(seed)
-    until = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, MOST_STEPS, SETTLED * x.std())
-    return cv2.kmeans(np.ascontiguousarray(x), k, None, until, starts, cv2.KMEANS_PP_CENTERS)[2]
+    kind = cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER
+    until = (kind, MOST_STEPS, float(SETTLED * x.std()))
+    x, labels = np.ascontiguousarray(x), np.empty((len(x), 1), np.int32)
+    return np.asarray(cv2.kmeans(x, k, labels, until, starts, cv2.KMEANS_PP_CENTERS)[2])
 
 
 def by_k_means(
@@ -334,7 +336,7 @@ def best_markers(markers: pd.DataFrame, region: int, n: int) -> pd.DataFrame:
 # the command
 # --------------------------------------------------------------------------------------------------
 def interpolated_components(
-    spots: regions.MeasuredSpots, tissue: np.ndarray, sigma_um: float
+    stage: utils.Stage, spots: regions.MeasuredSpots, tissue: np.ndarray
 ) -> np.ndarray:
     """What the spots alone tell: principal components (superpixels, components) between them.
 
@@ -342,9 +344,9 @@ def interpolated_components(
     """
     total = np.maximum(spots.counts.sum(axis=1), 1)[:, None]
     roots = np.sqrt(spots.counts.toarray() * (np.median(total) / total))
-    _, linear = interpolation_weights(spots.centres, superpixel_centres(tissue.shape))
-    maps = (linear @ roots).T.reshape(-1, *tissue.shape)
-    return principal_components(maps.astype(np.float32), tissue, sigma_um)[0]
+    linear = regions.interpolation_of(stage, spots.centres, tissue)
+    maps = (linear @ roots).astype(np.float32).T.reshape(-1, *tissue.shape)
+    return principal_components(maps, tissue, stage.args.smoothing_um)[0]
 
 
 def stability_of(partitions: list[np.ndarray]) -> dict[str, float | None] | None:
@@ -367,14 +369,7 @@ def compare_with_truth(
         raise stage.error(
             stage.directory / TRUTH, "has no true region on the tissue.", "Leave out --truth."
         )
-    try:
-        x = interpolated_components(spots, tissue, args.smoothing_um)
-    except QhullError as error:
-        raise stage.error(
-            stage.path(utils.LOCS),
-            "has spots that lie on a line: there is no interpolation between them.",
-            "Leave out --truth.",
-        ) from error
+    x = interpolated_components(stage, spots, tissue)
     plain = by_k_means(x, tissue, args.n_regions, args.seed, np.ones(len(x), bool))
     plain = label_regions(plain, tissue, args.min_region_mm2)
     return {
@@ -464,13 +459,12 @@ def make_segments(stage: utils.Stage) -> None:
     regions.print_table(table)
     regions.print_facts(facts)
     outputs = {files.SEGMENTS: labels, files.SEGMENT_TABLE: table, files.SEGMENT_MARKERS: markers}
-    regions.save(stage, outputs)
     if not args.no_plot:
         title = f"{n} regions by {METHODS[args.method]}"
         names = [genes or "no gene is higher" for genes in table["genes"]]
         rgb = regions.read_colours(stage, tissue.shape)
-        picture = regions.draw_labels(labels, names, title, rgb)
-        regions.save(stage, {files.SEGMENT_PICTURE: picture})
+        outputs[files.SEGMENT_PICTURE] = regions.draw_labels(labels, names, title, rgb)
+    regions.save(stage, outputs)
     stage.finish(**facts)
 
 

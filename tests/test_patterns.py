@@ -31,7 +31,7 @@ from test_regions import (
 import utils
 from analysis import patterns
 from analysis.scores import pearson
-from analysis.spots import disc_weights
+from analysis.spots import disc_weights, interpolation_weights, superpixel_centres
 
 OUTPUTS = ["patterns.csv", "patterns.json", "patterns.png"]
 AREA = np.pi * RADIUS**2
@@ -162,7 +162,8 @@ def test_statistics_of_interpolations_are_those_of_their_maps():
     keep = discs @ tissue.ravel() > 0.3 * AREA
     centres, discs = centres[keep], discs[keep]
     x = rng.gamma(1, 2, (len(centres), 3))
-    between = patterns.Interpolation(centres, tissue, discs)
+    linear = interpolation_weights(centres, superpixel_centres(GRID))[1]
+    between = patterns.Interpolation(linear, tissue, discs)
     i, sd = between.statistics(x)
     places = np.stack(np.indices(tissue.shape), -1).reshape(-1, 2) + 0.5
     for k in range(3):
@@ -340,6 +341,7 @@ class FakeSection(patterns.SpotsAndMaps):
     """A section that is in memory."""
 
     def __init__(self, tissue, centres, discs, counts, maps):
+        self.stage = None  # of files, which are not read
         self.tissue, self.centres, self.discs, self.maps = tissue, centres, discs, maps
         self.counts, self.genes = csc_array(counts), [*range(len(maps))]
         self.spots, self.radius, self.area = np.arange(len(centres)), RADIUS, AREA
