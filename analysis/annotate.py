@@ -487,12 +487,12 @@ def describe(
     names: list[str],
     weights: np.ndarray,
     together: np.ndarray,
-    confidence: np.ndarray,
+    found: Annotation,
 ) -> pd.DataFrame:
     """annotation.csv: a row per label, in order, unclassified last."""
     n = len(names) + 1
     columns = regions.areas(labels, n)
-    sure = np.bincount(labels[labels > 0], confidence, n + 1)[1:]
+    sure = np.bincount(labels[labels > 0], found.confidence, n + 1)[1:]
     size = columns["superpixels"]
     return pd.DataFrame(
         {
@@ -517,9 +517,8 @@ def draw_scores(scores: np.ndarray, names: list[str], markers: list[list[str]]) 
     height = 3.4 * rows / columns + 0.75  # inches
     figure = Figure(figsize=(3.9 * across, height * down + 0.2), layout="constrained", dpi=110)
     axes = figure.subplots(down, across, squeeze=False).ravel()
-    for ax, name, image, genes in zip(
-        axes, names, scores.astype(np.float32), markers, strict=False
-    ):
+    for ax, name, image, genes in zip(axes, names, scores, markers, strict=False):
+        image = image.astype(np.float32)
         top = max(float(np.nanpercentile(image, BRIGHTEST)), 1e-3)
         drawn = ax.imshow(image, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
         more = f" and {len(genes) - 3} more" if len(genes) > 4 else ""
@@ -536,19 +535,11 @@ def draw_scores(scores: np.ndarray, names: list[str], markers: list[list[str]]) 
 def check_inputs(stage: utils.Stage) -> None:
     """Before any work: what is needed is there, what is written is not the user's."""
     args = stage.args
-    written = [files.ANNOTATION, files.ANNOTATION_TABLE]
-    written += [files.ANNOTATION_SCORES, files.ANNOTATION_CONFIDENCE]
-    if not args.no_plot:
-        written += [files.ANNOTATION_PICTURE, files.ANNOTATION_SCORES_PICTURE]
-    needed = [utils.MAPS]
-    if args.spot_labels:
-        written.append(files.ANNOTATION_SPOTS)
-        needed += [utils.LOCS, utils.RADIUS]
-    if args.truth:
-        written.append(files.ANNOTATION_TRUTH)
-        needed += [utils.LOCS, utils.CNTS]
-    files.guard_outputs(stage, *written)
-    stage.require(*needed)
+    comparisons = {files.ANNOTATION_SPOTS: args.spot_labels, files.ANNOTATION_TRUTH: args.truth}
+    files.guard_outputs(stage, *(table for table, asked in comparisons.items() if not asked))
+    of_spots = [utils.LOCS, utils.RADIUS] if args.spot_labels else []
+    of_truth = [utils.LOCS, utils.CNTS] if args.truth else []
+    stage.require(utils.MAPS, *of_spots, *of_truth)
 
 
 def check_genes(
@@ -619,7 +610,7 @@ def make_annotation(stage: utils.Stage) -> None:
     found = choose_labels(sums, weights)
     del sums
     labels = label_image(found, tissue, args.chance_share)
-    table = describe(labels, names, weights, together, found.confidence)
+    table = describe(labels, names, weights, together, found)
     facts = {
         "labels": len(names),
         "genes": len(genes),
@@ -629,20 +620,23 @@ def make_annotation(stage: utils.Stage) -> None:
         "tissue mm2": rounded(table["mm2"].sum()),
         "unclassified": rounded(table["share_of_tissue"].iloc[-1]),
         "median confidence": rounded(float(np.median(found.confidence))),
-        "correlation": rounded(overall),
+        "mean correlation of all genes": rounded(overall),
         **compare(stage, labels, names, weights, genes),
     }
     regions.print_table(table)
     regions.print_facts(facts)
     scores, confidence = on_grid(found.scores, tissue), on_grid(found.confidence, tissue)
-    regions.save(stage, {files.ANNOTATION: labels, files.ANNOTATION_TABLE: table})
-    of_each = {files.ANNOTATION_SCORES: scores, files.ANNOTATION_CONFIDENCE: confidence}
-    regions.save(stage, of_each)
+    outputs: dict[utils.Artifact, Any] = {
+        files.ANNOTATION: labels,
+        files.ANNOTATION_TABLE: table,
+        files.ANNOTATION_SCORES: scores,
+        files.ANNOTATION_CONFIDENCE: confidence,
+    }
     if not args.no_plot:
         own = [markers["gene"][markers["label"] == name].tolist() for name in names]
-        picture = draw_labels(stage, labels, confidence, names)
-        regions.save(stage, {files.ANNOTATION_PICTURE: picture})
-        regions.save(stage, {files.ANNOTATION_SCORES_PICTURE: draw_scores(scores, names, own)})
+        outputs[files.ANNOTATION_PICTURE] = draw_labels(stage, labels, confidence, names)
+        outputs[files.ANNOTATION_SCORES_PICTURE] = draw_scores(scores, names, own)
+    regions.save(stage, outputs)
     stage.finish(**facts)
 
 

@@ -534,24 +534,15 @@ def check_sets(
     )
 
 
-def check_options(stage: utils.Stage) -> None:
-    """Before any work: no option is wrong, and what is written is not the user's."""
-    args, written = stage.args, [files.ENRICHMENT_TABLE]
-    if not args.no_plot:
-        written.append(files.ENRICHMENT_PICTURE)
-        if ((args.tables or stage.directory) / PATTERNS.name).is_file():
-            written.append(files.VENN)
-    files.guard_outputs(stage, *written)
+def find_enriched(stage: utils.Stage) -> None:
+    args = stage.args
+    patterned = ((args.tables or stage.directory) / PATTERNS.name).is_file()
+    files.guard_outputs(stage, *([] if patterned else [files.VENN]))
     if args.min_size > args.max_size:
         raise utils.StageError(
             f"--min-size {args.min_size} is above --max-size {args.max_size}.",
             "Give a smaller --min-size or a larger --max-size.",
         )
-
-
-def find_enriched(stage: utils.Stage) -> None:
-    args = stage.args
-    check_options(stage)
     sets = read_gmt(args.gene_sets)
     stage.use(args.gene_sets)
     lists = read_lists(stage)
@@ -576,12 +567,12 @@ def find_enriched(stage: utils.Stage) -> None:
     best = table[table["q"] < args.max_q].groupby("list", sort=False).head(2)
     regions.print_table(best[["list", "set", "size", "found", "ratio", "q"]])
     regions.print_facts(facts)
-    regions.save(stage, {files.ENRICHMENT_TABLE: table})
+    outputs: dict[utils.Artifact, Any] = {files.ENRICHMENT_TABLE: table}
     if not args.no_plot:
-        picture = draw_dots(table, [genes.name for genes in lists], args.max_q)
-        regions.save(stage, {files.ENRICHMENT_PICTURE: picture})
+        outputs[files.ENRICHMENT_PICTURE] = draw_dots(table, [*found], args.max_q)
         if panels:
-            regions.save(stage, {files.VENN: draw_venn(panels.values())})
+            outputs[files.VENN] = draw_venn(panels.values())
+    regions.save(stage, outputs)
     stage.finish(**facts)
 
 

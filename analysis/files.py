@@ -69,14 +69,16 @@ def check_matplotlib(stage: utils.Stage) -> None:
         )
 
 
-def guard_outputs(stage: utils.Stage, *written: Artifact) -> None:
+def guard_outputs(stage: utils.Stage, *unwritten: Artifact) -> None:
     """Before any work: nothing of the user is in the way of what this run writes.
 
-    What an earlier run wrote and this one does not is removed with the other outputs: it is out of
-    date.
+    That is all that its script can write but ``unwritten``, and pictures with --no-plot. What an
+    earlier run wrote of these is out of date: it is removed when the other outputs appear.
     """
     check_matplotlib(stage)
-    stage.guard(*written)
     for artifact in WRITTEN_BY[stage.script]:
-        if artifact not in written and stage.is_mine(artifact):
+        picture = artifact.name.endswith(".png")
+        if artifact not in unwritten and not (picture and stage.args.no_plot):
+            stage.guard(artifact)
+        elif stage.is_mine(artifact):
             stage.retire(artifact)

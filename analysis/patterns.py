@@ -552,8 +552,7 @@ def draw_gene(part: SubFigure, row: pd.Series, section: SpotsAndMaps, counts: np
 
 def find_patterns(stage: utils.Stage) -> None:
     args = stage.args
-    pictures = [] if args.no_plot else [files.PATTERN_PICTURE]
-    files.guard_outputs(stage, files.PATTERN_TABLE, *pictures)
+    files.guard_outputs(stage)
     stage.require(utils.MAPS, utils.HELD_OUT, utils.LOCS, utils.RADIUS, utils.CNTS)
     section = SpotsAndMaps(stage)
     held_out_r, held_out = read_correlations(stage, section)

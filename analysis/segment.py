@@ -395,8 +395,7 @@ def describe(labels: np.ndarray, region: np.ndarray, markers: pd.DataFrame) -> p
 
 def check_inputs(stage: utils.Stage) -> None:
     """Before any work: what is needed is there, what is written is not the user's."""
-    written = [files.SEGMENTS, files.SEGMENT_TABLE, files.SEGMENT_MARKERS]
-    files.guard_outputs(stage, *written, *([] if stage.args.no_plot else [files.SEGMENT_PICTURE]))
+    files.guard_outputs(stage)
     if stage.args.method == "leiden" and importlib.util.find_spec("graspologic_native") is None:
         raise utils.StageError(
             "--method leiden needs graspologic-native, which is not installed.",

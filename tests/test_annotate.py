@@ -338,6 +338,40 @@ def test_the_same_run_gives_the_same_bytes_and_an_error_changes_nothing(section,
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("name", [*OUTPUTS, "annotation-truth.csv"])
+def test_files_of_the_user_are_kept(section, name, capsys):
+    (section / name).write_text("mine")
+    assert run(section, "--truth") == 2
+    error = capsys.readouterr().err
+    assert f"{section / name} was made or edited by hand" in error
+    assert error.endswith("--truth --force\n")
+    assert (section / name).read_text() == "mine"
+    if name == "annotation.npy":
+        assert run(section, "--truth", "--force") == 0
+        np.save(section / name, 3 - np.load(section / name))
+        edited = (section / name).read_bytes()
+        assert run(section, "--truth") == 2
+        assert (section / name).read_bytes() == edited
+    if name == "annotation-truth.csv":  # without the option it is not in the way
+        assert run(section, "--no-plot") == 0
+        assert (section / name).read_text() == "mine"
+
+
+def test_what_belongs_to_an_earlier_run_goes_with_it(section):
+    assert run(section, "--truth") == 0
+    assert run(section, "--no-plot") == 0
+    for name in ("annotation-truth.csv", "annotation.png", "annotation-scores.png"):
+        assert not (section / name).exists()
+    assert run(section, "--truth") == 0
+    assert {*record(section)["outputs"]} == {*OUTPUTS, "annotation-truth.csv"}
+
+
+def test_the_old_name_of_an_option_works(section):
+    assert run(section, "--no-plot", "--level", "1") == 0
+    assert record(section)["chance share"] == 1
+    assert record(section)["options"][-2:] == ["--chance-share", "1.0"]
+
+
 def test_from_the_shell(section):
     markers = write_markers(section / "markers.csv")
     done = run_process("analysis/annotate.py", section, "--markers", str(markers), "--truth")
@@ -628,6 +662,18 @@ def test_interpolation_is_that_of_segment(section):
     at = (locs["y"] // 16).astype(int), (locs["x"] // 16).astype(int)
     np.testing.assert_allclose(image[at], counts)
     assert image.min() >= counts.min()
+
+
+def test_spots_on_a_line_have_no_interpolation(section, capsys):
+    locs = pd.read_csv(section / "locs.csv", index_col=0)
+    locs["y"] = 100.0
+    locs["x"] = np.linspace(100, 500, len(locs))
+    locs.to_csv(section / "locs.csv")
+    assert run(section, "--no-plot", "--truth") == 2
+    error = capsys.readouterr().err
+    assert "locs.csv has spots that lie on a line" in error
+    assert "Leave out --truth." in error
+    assert not (section / "annotation.npy").exists()
 
 
 def test_truth_without_the_same_names(section, capsys):
