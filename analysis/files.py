@@ -25,25 +25,6 @@ def made_by(stem: str, name: str, what: str) -> Artifact:
     return artifact
 
 
-SEGMENTS = made_by("segment", "segments.npy", "uint8 or uint16 (rows, columns), 0 for no region")
-SEGMENT_TABLE = made_by("segment", "segments.csv", "area, colour and first markers of every region")
-SEGMENT_MARKERS = made_by("segment", "segment-markers.csv", "genes that differ between regions")
-SEGMENT_PICTURE = made_by("segment", "segments.png", "picture of the regions")
-ANNOTATION = made_by("annotate", "annotation.npy", "uint8 (rows, columns), 0 for no tissue")
-ANNOTATION_TABLE = made_by("annotate", "annotation.csv", "label, area and colour of every number")
-ANNOTATION_PICTURE = made_by("annotate", "annotation.png", "picture of the labels")
-ANNOTATION_SCORES = made_by("annotate", "annotation-scores.npy", "float16 (labels, rows, columns)")
-ANNOTATION_SCORES_PICTURE = made_by("annotate", "annotation-scores.png", "picture of the scores")
-ANNOTATION_CONFIDENCE = made_by("annotate", "annotation-confidence.npy", "float16 (rows, columns)")
-ANNOTATION_SPOTS = made_by("annotate", "annotation-spots.csv", "spots of every pair of labels")
-ANNOTATION_TRUTH = made_by("annotate", "annotation-truth.csv", "superpixels of every such pair")
-PATTERN_TABLE = made_by("patterns", "patterns.csv", "how far each gene has a spatial pattern")
-PATTERN_PICTURE = made_by("patterns", "patterns.png", "picture of the genes, before and after")
-ENRICHMENT_TABLE = made_by("enrich", "enrichment.csv", "tests of every gene set and list of genes")
-ENRICHMENT_PICTURE = made_by("enrich", "enrichment.png", "picture of the best gene sets")
-VENN = made_by("enrich", "venn.png", "genes and gene sets found by spots and by maps")
-
-
 def add_output(parser: argparse.ArgumentParser) -> None:
     """``args.folder`` and ``args.no_plot``."""
     option = parser.add_argument
@@ -82,3 +63,22 @@ def guard_outputs(stage: utils.Stage, *unwritten: Artifact) -> None:
             stage.guard(artifact)
         elif stage.is_mine(artifact):
             stage.retire(artifact)
+
+
+SEGMENTS = made_by("segment", "segments.npy", "uint8 or uint16 (rows, columns), 0 for no region")
+SEGMENT_TABLE = made_by("segment", "segments.csv", "area, colour and first markers of every region")
+SEGMENT_MARKERS = made_by("segment", "segment-markers.csv", "genes that differ between regions")
+SEGMENT_PICTURE = made_by("segment", "segments.png", "picture of the regions")
+ANNOTATION = made_by("annotate", "annotation.npy", "uint8 (rows, columns), 0 for no tissue")
+ANNOTATION_TABLE = made_by("annotate", "annotation.csv", "label, area and colour of every number")
+ANNOTATION_PICTURE = made_by("annotate", "annotation.png", "picture of the labels")
+ANNOTATION_SCORES = made_by("annotate", "annotation-scores.npy", "float16 (labels, rows, columns)")
+ANNOTATION_SCORES_PICTURE = made_by("annotate", "annotation-scores.png", "picture of the scores")
+ANNOTATION_CONFIDENCE = made_by("annotate", "annotation-confidence.npy", "float16 (rows, columns)")
+ANNOTATION_SPOTS = made_by("annotate", "annotation-spots.csv", "spots of every pair of labels")
+ANNOTATION_TRUTH = made_by("annotate", "annotation-truth.csv", "superpixels of every such pair")
+PATTERN_PICTURE = made_by("patterns", "patterns.png", "picture of the genes, before and after")
+ENRICHMENT_TABLE = made_by("enrich", "enrichment.csv", "tests of every gene set and list of genes")
+ENRICHMENT_PICTURE = made_by("enrich", "enrichment.png", "picture of the best gene sets")
+VENN = made_by("enrich", "venn.png", "genes and gene sets found by spots and by maps")
+PATTERN_TABLE = made_by("patterns", "patterns.csv", "how far each gene has a spatial pattern")
