@@ -565,7 +565,8 @@ def find_enriched(stage: utils.Stage) -> None:
     if panels:
         facts["found by"] = {name: count_parts(*panel[1:]) for name, panel in panels.items()}
     best = table[table["q"] < args.max_q].groupby("list", sort=False).head(2)
-    regions.print_table(best[["list", "set", "size", "found", "ratio", "q"]])
+    columns = ["list", "set", "size", "found", "ratio", "q"]
+    regions.print_table(best[columns], "no gene set is enriched")
     regions.print_facts(facts)
     outputs: dict[utils.Artifact, Any] = {files.ENRICHMENT_TABLE: table}
     if not args.no_plot:

@@ -343,20 +343,22 @@ def save(stage: utils.Stage, contents: Mapping[utils.Artifact, Any]) -> None:
                 content.savefig(partial)
 
 
-def print_table(table: pd.DataFrame) -> None:
-    print(table.drop(columns="colour", errors="ignore").to_string(index=False, float_format="%.3g"))
+def print_table(table: pd.DataFrame, if_empty: str = "") -> None:
+    shown = table.drop(columns="colour", errors="ignore")
+    text = shown.to_string(index=False, float_format="%.3g", na_rep="")
+    print(if_empty if table.empty else text)
 
 
 def print_facts(facts: dict[str, Any], margin: str = "") -> None:
     """What the record says, on the terminal: a line per fact, or per group of facts."""
     for name, value in facts.items():
-        if not isinstance(value, dict):
-            print(f"{margin}{name}: {value}")
-        elif any(isinstance(inner, dict) for inner in value.values()):
+        inner = value if isinstance(value, dict) else {}
+        if any(isinstance(fact, dict) for fact in inner.values()):
             print(f"{margin}{name}:")
-            print_facts(value, margin + "  ")
-        else:
-            print(f"{margin}{name}: {', '.join(f'{key} {inner}' for key, inner in value.items())}")
+            print_facts(inner, margin + "  ")
+            continue
+        parts = [f"{key} {'unknown' if fact is None else fact}" for key, fact in inner.items()]
+        print(f"{margin}{name}: {', '.join(parts) or ('unknown' if value is None else value)}")
 
 
 def check_output(stage: utils.Stage) -> None:

@@ -445,6 +445,17 @@ def test_contents_are_written_by_their_kind_and_appear_together(labelled):
     assert json.loads((labelled / "x.json").read_text())["n"] == 2
 
 
+def test_facts_are_printed_line_by_line(capsys):
+    truth = {"maps": {"n": 3, "ARI": None}, "spots": {"n": 2, "ARI": 0.5}}
+    regions.print_facts({"genes": 5, "stability": None, "medians": {"r": 0.1}, "truth": truth})
+    regions.print_table(pd.DataFrame({"a": [1.23456, np.nan], "colour": "#ffffff"}))
+    regions.print_table(pd.DataFrame({"a": []}), "nothing")
+    assert capsys.readouterr().out.splitlines() == [
+        "genes: 5", "stability: unknown", "medians: r 0.1", "truth:", "  maps: n 3, ARI unknown",
+        "  spots: n 2, ARI 0.5", "   a", "1.23", "    ", "nothing",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "x", ""])
 def test_numbers_of_the_command_line(text):
     with pytest.raises((argparse.ArgumentTypeError, ValueError)):
