@@ -5,7 +5,7 @@
 Reads   cnts-super/, held-out-r.csv, HISTEX.json, locs.csv, radius.txt, cnts.csv; mask.png if it is
         there; truth.npz with --truth.
 
-Writes  patterns.csv   a row per gene, with the columns explained below
+Writes  patterns.csv   a row per gene; the docstring of this script explains the columns
         patterns.png   all genes, and maps of those that gain most
         patterns.json  the record, with numbers of genes and medians
 
