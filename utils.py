@@ -347,10 +347,13 @@ class Stage:
             )
         return there[0] if there else None
 
-    def require(self, *artifacts: Artifact) -> None:
-        """Check that the inputs exist, are finished and fresh; note hand edits and fingerprints."""
+    def require(self, *artifacts: Artifact, folder: Path | None = None) -> None:
+        """Check that the inputs exist, are finished and fresh; note hand edits and fingerprints.
+
+        They and their record may lie in another ``folder``.
+        """
         for artifact in artifacts:
-            path = self.find(artifact)
+            path = self.find(artifact, folder)
             if path is None:
                 origin = (
                     f"It is written by {artifact.made_by}. Run: {self.command(artifact.made_by)}"
@@ -359,8 +362,8 @@ class Stage:
                 )
                 names = " or ".join(artifact.names)
                 raise StageError(
-                    f"{self.directory / artifact.name} is missing: {self.script} needs {names} "
-                    f"({artifact.what}).",
+                    f"{(folder or self.directory) / artifact.name} is missing: {self.script} needs "
+                    f"{names} ({artifact.what}).",
                     origin,
                 )
             self._check_fresh(artifact, path)
@@ -383,7 +386,7 @@ class Stage:
         return self.find(artifact) or self.directory / artifact.name
 
     def _check_fresh(self, artifact: Artifact, path: Path) -> None:
-        record = read_record(self, artifact.made_by) if artifact.made_by else None
+        record = read_record(self, artifact.made_by, path.parent) if artifact.made_by else None
         if artifact.made_by is None:
             known = None
         elif record is None:
@@ -399,7 +402,7 @@ class Stage:
                 path, f"is unfinished: the last run of {artifact.made_by} was cut off."
             )
         else:
-            stale = _stale(self, artifact.made_by)
+            stale = _stale(self, artifact.made_by, path.parent)
             known = record["outputs"].get(path.name)
             if known is None and not artifact.user_may_bring:
                 raise self.error(path, f"is not listed in {record_name(artifact.made_by)}.")
@@ -422,10 +425,11 @@ class Stage:
                 print(f"{path.name}: edited since {artifact.made_by} wrote it, the edit is used")
             if edited:
                 known = None
+        name = path.name if path.parent == self.directory else str(path.resolve())
         if known is not None and _stat(path)["mtime_ns"] == known["mtime_ns"]:
-            self.inputs[path.name] = known  # unchanged, so its hash is known
+            self.inputs[name] = known  # unchanged, so its hash is known
         else:
-            self.inputs[path.name] = fingerprint(path)
+            self.inputs[name] = fingerprint(path)
 
     # ----- outputs -----
     def is_mine(self, artifact: Artifact) -> bool:
@@ -521,13 +525,14 @@ def record_name(script: str) -> str:
     return "prepare.json" if script.startswith("prepare/") else f"{Path(script).stem}.json"
 
 
-def read_record(stage: Stage, script: str) -> dict[str, Any] | None:
-    """The record of a script in this directory, or None if it has none."""
-    folder = stage.folder if script == stage.script else stage.directory
+def read_record(stage: Stage, script: str, folder: Path | None = None) -> dict[str, Any] | None:
+    """The record of a script in this directory, or in another ``folder``; None if it has none."""
+    folder = folder or (stage.folder if script == stage.script else stage.directory)
     path = folder / record_name(script)
     if not path.is_file():
         return None
-    remedy = f"Remove it and run: {stage.command(script)}"
+    force = "" if script in STAGES else " --force"  # without a record, outputs count as the user's
+    remedy = f"Remove it and run: {stage.command(script)}{force}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -545,9 +550,9 @@ def is_fingerprint(known: Any) -> bool:
     return isinstance(known, dict) and known.keys() >= {"bytes", "mtime_ns", "sha256"}
 
 
-def _stale(stage: Stage, script: str) -> tuple[str, str] | None:
+def _stale(stage: Stage, script: str, folder: Path | None = None) -> tuple[str, str] | None:
     """(script to rerun, changed file) if inputs of ``script`` or of a stage before it changed."""
-    record = read_record(stage, script)
+    record = read_record(stage, script, folder)
     if record is None or not record["finished"]:
         return None
     for name, known in record["inputs"].items():

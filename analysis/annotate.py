@@ -1,210 +1,233 @@
-"""Name the tissue by a table of marker genes, superpixel by superpixel.
+"""Label the tissue by a table of marker genes, superpixel by superpixel.
 
     python analysis/annotate.py --directory data/section --markers markers.csv
     python analysis/annotate.py --directory data/section --markers markers.csv --spot-labels lbl.tsv
 
---markers is a table with the columns gene and label, a row per marker; a gene may mark several
-labels. A column weight, if there is one, says how much a marker counts (without it, 1); what a
-label must lack has a weight below 0. Genes are matched by their exact names.
+Reads   the table --markers and the maps in cnts-super/; mask.png and Histology_rgb.npy if they are
+        there; locs.csv and radius.txt with --spot-labels; locs.csv, cnts.csv and truth.npz with
+        --truth.
 
-* Every map is turned into square roots of its counts, and these into a scale from 0 (the 5 % lowest
+Writes  annotation.npy             uint8 (rows, columns), 0 outside the tissue, else the number of a
+                                   label in the order of the table; the last one is unclassified
+        annotation.csv             area, colour and markers of every label
+        annotation-scores.npy      float16 (labels, rows, columns)
+        annotation-confidence.npy  float16 (rows, columns)
+        annotation.png, annotation-scores.png, annotation-spots.csv and annotation-truth.csv (spots
+        and superpixels of every pair of labels), annotate.json (the record)
+
+--markers is a table with the columns gene and label, one row per marker. A gene may mark several
+labels. A column weight is optional: it says how much a marker counts (1 without it). A gene that a
+label must lack has a weight below 0. Gene names must match exactly.
+
+* The counts of each map are replaced by their square roots. These are scaled from 0 (the 5 % lowest
   superpixels of the tissue) to 1 (the 5 % highest), so that abundant genes do not outvote rare
-  ones. With --smoothing-um, it is then smoothed within the tissue.
-* The score of a label is the mean of its markers less the mean of all genes that have a map, as in
-  scanpy's score_genes (negative weights: less what as many genes drawn at random would give). The
+  ones. With --smoothing-um, the map is then smoothed within the tissue.
+* The score of a label is the mean of its markers minus the mean of all genes that have a map, as in
+  scanpy's score_genes. (With negative weights: minus what as many random genes would give.) The
   label with the highest score wins.
-* It must be higher than chance. Genes drawn at random, as many as the label has, with the same
-  weights, have a score whose mean is 0 and whose variance and skewness follow from those of all
-  genes at the same superpixel. A gamma distribution that has them (Pearson's type III) tells how
-  often they stay below the winner's score; this to the power of the number of labels, how often the
-  best of as many random sets does. That is the confidence, from 0 to 1. Where it is below 1 less
-  --level, the superpixel is unclassified. So markers that mean nothing name about --level of the
-  tissue, in the mean over many such tables, and --level 1 names all of it.
+* The score must be higher than chance. Random genes, as many as the label has and with the same
+  weights, have a score with mean 0; its variance and skewness follow from those of all genes at the
+  same superpixel. A gamma distribution with these moments (Pearson's type III) gives the
+  probability that random genes stay below the score of the winner. This, to the power of the number
+  of labels, is the confidence: the probability that the best of as many random sets stays below.
+  Where it is below 1 - --chance-share, the superpixel is unclassified. So markers without any
+  meaning label about --chance-share of the tissue, on average over many such tables. --chance-share
+  1 labels all of it.
 
-The confidence is against chance, not against the second best label: annotation-scores.npy tells how
-near that is. A panel of genes that is mostly markers of one label makes this label hard to find,
-since genes drawn at random are then often markers of it. marker_correlation in annotation.csv is
-the mean correlation between the maps of a label's markers. It should be well above that of all
-genes, which is printed too: if not, they do not mark the same places.
+The confidence compares with chance, not with the second best label: annotation-scores.npy shows how
+near that is. If most genes with a map are markers of one label, this label is hard to find, since
+random genes are then often its markers. marker_correlation in annotation.csv is the mean
+correlation between the maps of a label's markers. It should be well above that of all genes, which
+is printed too. If it is not, the markers do not mark the same places.
 
-Labels may also be compared with those of others. --spot-labels is a table with the columns spot (or
-any name, but the first) and label, such as labels.csv of prepare/legacy_st.py; or, as her2st has
-it, with x, y (places on the array) and label. A spot has the annotation under most of its disc.
---truth compares with the regions of truth.npz, beside the same annotation of linearly interpolated
-spots. Labels count as the same if their names are, but for capitals.
-
-Files in: cnts-super/, mask.png and Histology_rgb.npy if they are there; locs.csv, radius.txt and
-cnts.csv for the comparisons. Files out: annotation.npy, uint8 (rows, columns), 0 outside the
-tissue, else the labels in the order of the table, the last one unclassified; annotation.csv (area
-and colour of every label), annotation.png, annotation-scores.npy, float16 (labels, rows, columns),
-annotation-scores.png, annotation-confidence.npy, float16 (rows, columns), and annotation.json;
-annotation-spots.csv and annotation-truth.csv (spots, superpixels of every pair of labels).
+The labels can be compared with others. --spot-labels is a table with the columns spot (the first
+column, whatever its name) and label, such as labels.csv of prepare/legacy_st.py; or with x, y
+(places on the array) and label, as her2st has it. A spot has the label under most of its disc.
+--truth compares with the regions of truth.npz, and does the same for an annotation of linearly
+interpolated spots. Two labels are the same if their names differ in capitals at most.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from analysis import files
+
+SCRIPT = "analysis/annotate.py"
+CHANCE_SHARE = 0.05  # of the tissue, which markers without meaning may label
+
+
+def share(text: str) -> float:
+    """argparse type: a number above 0, and 1 at most."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and 1 at most")
+    return number
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.stage_parser(__doc__)
+    files.add_output(parser)
+    option = parser.add_argument
+    markers_help = "Table with the columns gene and label, and perhaps weight."
+    option("--markers", type=Path, required=True, help=markers_help)
+    share_help = (
+        "Share of the tissue that markers without meaning may label; 1 leaves nothing unclassified."
+    )
+    option("--chance-share", type=share, default=CHANCE_SHARE, help=share_help)
+    parser.alias("--level", "--chance-share")
+    um_help = "Sigma in um of the Gaussian that smooths the maps; 0 does not smooth."
+    option("--smoothing-um", type=files.number_from_0, default=0.0, help=um_help)
+    spots_help = "Table of labels of spots to compare with (default: no comparison)."
+    option("--spot-labels", type=Path, help=spots_help)
+    option("--truth", action="store_true", help="Compare with the true regions in truth.npz.")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
+import csv
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import pearson3
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from analysis import regions
-from analysis.inputs import map_files, read_map, read_radius
+from analysis.inputs import map_files, read_map
 from analysis.scores import rounded
-from analysis.spots import disc_weights, interpolation_weights, superpixel_centres
 from reading import tables
 
-SCRIPT = "analysis/annotate.py"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 UNCLASSIFIED = "unclassified"
-LEVEL = 0.05  # share of the tissue that markers without meaning may name
 LOW, HIGH = 0.05, 0.95  # quantiles of a map that become 0 and 1
 MOST_LABELS = 254  # with unclassified, they are numbered in uint8
 PANELS_ABREAST = 4  # of annotation-scores.png
 BRIGHTEST = 99.5  # percentile of a score at which the colours end
 
 
-class Marker(NamedTuple):
-    gene: str
-    label: str
-    weight: float
-
-
 # --------------------------------------------------------------------------------------------------
 # tables
 # --------------------------------------------------------------------------------------------------
-def wrong(path: Path, problem: str, remedy: str) -> utils.StageError:
-    return utils.StageError(f"{path} {problem}", remedy)
-
-
-def read_rows(path: Path, remedy: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and rows of a small table (commas, tabs or semicolons), each with its line number.
+def read_small_table(path: Path, remedy: str) -> pd.DataFrame:
+    """A small table (commas, tabs or semicolons) as text, its rows under their line numbers.
 
     As R writes it, the header may lack the name of the first column.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise wrong(path, f"cannot be read as text: {error}.", remedy) from error
+        raise utils.StageError(f"{path} cannot be read as text: {error}.", remedy) from error
     delimiter = max(",\t;", key=lines[0].count) if lines else ","
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         numbered = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
-        raise wrong(path, f"is not a table: line {reader.line_num}: {error}.", remedy) from error
+        problem = f"is not a table: line {reader.line_num}: {error}."
+        raise utils.StageError(f"{path} {problem}", remedy) from error
     numbered = [(line, row) for line, row in numbered if any(row)]
     if len(numbered) < 2:
-        raise wrong(path, "holds no row below its header.", remedy)
-    (_, header), *rows = numbered
-    if len(rows[0][1]) == len(header) + 1:
-        header = ["", *header]
+        raise utils.StageError(f"{path} holds no row below its header.", remedy)
+    (_, names), *rows = numbered
+    if len(rows[0][1]) == len(names) + 1:
+        names = ["", *names]
     for line, row in rows:
-        if len(row) != len(header):
-            raise wrong(
-                path,
-                f"has {len(row)} fields in line {line}; its header has {len(header)}.",
-                remedy,
-            )
-    return header, rows
+        if len(row) != len(names):
+            problem = f"has {len(row)} fields in line {line}; its header has {len(names)}."
+            raise utils.StageError(f"{path} {problem}", remedy)
+    return pd.DataFrame([row for _, row in rows], [line for line, _ in rows], names, dtype=str)
 
 
-def read_markers(path: Path) -> list[Marker]:
+def read_markers(path: Path) -> pd.DataFrame:
+    """Columns gene, label and weight (float), a row per marker."""
     remedy = "Expected the columns gene and label, and perhaps weight, with a row per marker."
-    header, rows = read_rows(path, remedy)
-    if not {"gene", "label"} <= set(header):
-        raise wrong(path, f"has the columns {utils.some(header)}.", remedy)
-    markers, seen = [], {}
-    for line, row in rows:
-        cells = dict(zip(header, row, strict=True))
-        weight = cells.get("weight", "1")
-        if not (cells["gene"] and cells["label"]):
-            raise wrong(path, f"lacks a gene or a label in line {line}.", remedy)
-        if not utils.is_number(weight) or not 0 < abs(float(weight)) < np.inf:
-            raise wrong(
-                path, f"has the weight {weight!r} in line {line}; it must not be 0.", remedy
-            )
-        marker = Marker(cells["gene"], cells["label"], float(weight))
-        if marker[:2] in seen:
-            raise wrong(
-                path,
-                f"gives {marker.label} the gene {marker.gene} in lines {seen[marker[:2]]} and "
-                f"{line}.",
-                "Take one of them out.",
-            )
-        seen[marker[:2]] = line
-        markers.append(marker)
-    names = labels_of(markers)
-    same = utils.duplicates(name.casefold() for name in [*names, UNCLASSIFIED])
-    if same:
-        raise wrong(
-            path,
+
+    def refuse(problem: str, remedy: str = remedy) -> utils.StageError:
+        return utils.StageError(f"{path} {problem}", remedy)
+
+    table = read_small_table(path, remedy)
+    if not {"gene", "label"} <= set(table):
+        raise refuse(f"has the columns {utils.some(list(table))}.")
+    if "weight" not in table:
+        table["weight"] = "1"
+    table = table[["gene", "label", "weight"]]
+    lacking = table.index[(table[["gene", "label"]] == "").any(axis=1)]
+    if len(lacking):
+        raise refuse(f"lacks a gene or a label in line {lacking[0]}.")
+    weight = pd.to_numeric(table["weight"], errors="coerce")
+    for line in weight.index[~np.isfinite(weight) | (weight == 0)]:
+        found = table["weight"][line]
+        raise refuse(f"has the weight {found!r} in line {line}; it must be a number and not 0.")
+    for line in table.index[table.duplicated(["gene", "label"])]:
+        gene, label = table.loc[line, ["gene", "label"]]
+        first = table.index[(table["gene"] == gene) & (table["label"] == label)][0]
+        raise refuse(
+            f"gives {label} the gene {gene} in lines {first} and {line}.", "Take one of them out."
+        )
+    names = labels_of(table)
+    if same := utils.duplicates(name.casefold() for name in [*names, UNCLASSIFIED]):
+        raise refuse(
             f"has labels that differ in capitals alone, or are the name {UNCLASSIFIED!r}: "
             f"{utils.some(same)}.",
-            "Name them otherwise.",
+            "Give them other names.",
         )
     if len(names) > MOST_LABELS:
-        raise wrong(
-            path, f"has {len(names)} labels; expected {MOST_LABELS} at most.", "Use fewer labels."
-        )
-    check_markers(path, markers, names, "has")
-    return markers
+        problem = f"has {len(names)} labels; expected {MOST_LABELS} at most."
+        raise refuse(problem, "Use fewer labels.")
+    table = table.assign(weight=weight.astype(float))
+    check_markers(path, table, names, "has")
+    return table.reset_index(drop=True)
 
 
-def labels_of(markers: list[Marker]) -> list[str]:
+def labels_of(markers: pd.DataFrame) -> list[str]:
     """In the order of the table."""
-    return list(dict.fromkeys(marker.label for marker in markers))
+    return markers["label"].unique().tolist()
 
 
-def check_markers(path: Path, markers: list[Marker], names: list[str], problem: str) -> None:
+def check_markers(path: Path, markers: pd.DataFrame, names: list[str], problem: str) -> None:
     """Every label needs a gene that marks its presence."""
-    marked = {marker.label for marker in markers if marker.weight > 0}
-    bare = [name for name in names if name not in marked]
-    if bare:
-        raise wrong(
-            path,
-            f"{problem} no gene that marks {utils.some(bare)} (with a weight above 0).",
+    marked = {*markers["label"][markers["weight"] > 0]}
+    if bare := [name for name in names if name not in marked]:
+        raise utils.StageError(
+            f"{path} {problem} no gene that marks {utils.some(bare)} (with a weight above 0).",
             f"Add genes to these labels or take them out. Only genes with a map count: those of "
-            f"{utils.GENE_NAMES.name}, which may be extended before {utils.HIGH_RESOLUTION} and "
-            f"{utils.HISTEX} are run again.",
+            f"{utils.GENE_NAMES.name}. To have maps of more genes, add them to that file and run "
+            f"{utils.HIGH_RESOLUTION} and {utils.HISTEX} again.",
         )
 
 
-def with_maps(
-    stage: utils.Stage, path: Path, markers: list[Marker], genes: list[str]
-) -> list[Marker]:
+def with_maps(stage: utils.Stage, markers: pd.DataFrame, genes: list[str]) -> pd.DataFrame:
     """The markers that have a map, with a warning about the others."""
-    there, names = set(genes), labels_of(markers)
-    kept = [marker for marker in markers if marker.gene in there]
-    absent = list(dict.fromkeys(m.gene for m in markers if m.gene not in there))
-    if absent:
-        n = len({marker.gene for marker in markers})
+    there = markers["gene"].isin(genes)
+    kept, absent = markers[there], markers["gene"][~there].unique()
+    if len(absent):
+        n = markers["gene"].nunique()
         text = f"{len(absent)} of {n} markers have no map and are left out: {', '.join(absent)}"
         spelling = {gene.casefold(): gene for gene in genes}
         meant = [f"{g} as {spelling[g.casefold()]}" for g in absent if g.casefold() in spelling]
         if meant:
-            text += f". Written otherwise, there are {', '.join(meant)}"
+            text += f". With other capitals, there are {', '.join(meant)}"
         stage.warn(text)
-    check_markers(path, kept, names, "has, among the genes with a map,")
-    one = [name for name in names if sum(m.label == name for m in kept) == 1]
-    if one:
-        stage.warn(f"one marker alone seldom exceeds chance, as those of: {', '.join(one)}")
+    check_markers(stage.args.markers, kept, labels_of(markers), "has, among the genes with a map,")
+    times = kept["label"].value_counts(sort=False)
+    if (times == 1).any():
+        alone = ", ".join(times.index[times == 1])
+        stage.warn(f"a single marker seldom exceeds chance; these labels have one: {alone}")
     return kept
 
 
-def weight_table(markers: list[Marker], names: list[str], genes: list[str]) -> np.ndarray:
+def weight_table(markers: pd.DataFrame, names: list[str], genes: list[str]) -> np.ndarray:
     """Weights (labels, genes), 0 for what is no marker."""
-    row, column = pd.Index(names), pd.Index(genes)
-    weights = np.zeros((len(names), len(genes)))
-    for marker in markers:
-        weights[row.get_loc(marker.label), column.get_loc(marker.gene)] = marker.weight
-    return weights
+    table = markers.pivot(index="label", columns="gene", values="weight")
+    return table.reindex(index=names, columns=genes).fillna(0).to_numpy()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,7 +287,7 @@ class Annotation(NamedTuple):
     scores: np.ndarray  # (labels, superpixels) float32
 
 
-def judge(sums: Sums, weights: np.ndarray) -> Annotation:
+def choose_labels(sums: Sums, weights: np.ndarray) -> Annotation:
     """The winners, and how often the best of as many random sets of genes stays below them."""
     weights = weights[:, sums.used]
     n_labels, n = weights.shape
@@ -308,7 +331,7 @@ def drawn_moments(weights: np.ndarray) -> tuple[float, float]:
 def marker_correlations(sums: Sums, weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Mean correlation between the markers of each label (labels,), and between all genes.
 
-    It is weighted by their standard deviations; NaN for a single marker. Before ``judge``.
+    It is weighted by their standard deviations; NaN for a single marker. Before ``choose_labels``.
     """
     sets = np.vstack([weights, np.ones(weights.shape[1])])
     variance = np.append(sums.marked.var(axis=1, dtype=np.float64), sums.total.var())
@@ -322,14 +345,14 @@ def marker_correlations(sums: Sums, weights: np.ndarray) -> tuple[np.ndarray, fl
 def annotate(
     images: Iterable[np.ndarray], weights: np.ndarray, tissue: np.ndarray, sigma_um: float
 ) -> Annotation:
-    return judge(add_up(images, weights, tissue, sigma_um), weights)
+    return choose_labels(add_up(images, weights, tissue, sigma_um), weights)
 
 
-def as_labels(found: Annotation, tissue: np.ndarray, level: float) -> np.ndarray:
+def label_image(found: Annotation, tissue: np.ndarray, chance_share: float) -> np.ndarray:
     """uint8 (rows, columns): 0 outside the tissue, the label from 1, the last one unclassified."""
     labels = np.zeros(tissue.shape, np.uint8)
     none = len(found.scores) + 1
-    labels[tissue] = np.where(found.confidence >= 1 - level, found.best + 1, none)
+    labels[tissue] = np.where(found.confidence >= 1 - chance_share, found.best + 1, none)
     return labels
 
 
@@ -339,37 +362,38 @@ def as_labels(found: Annotation, tissue: np.ndarray, level: float) -> np.ndarray
 def read_spot_labels(path: Path, spots: pd.Index) -> tuple[pd.Series, int]:
     """Labels by spot id, those of ``spots`` alone; how many rows are of other spots."""
     remedy = "Expected the columns spot and label, or x, y and label as her2st has them."
-    header, rows = read_rows(path, remedy)
-    if "label" not in header:
-        raise wrong(path, f"has the columns {utils.some(header)}; label is missing.", remedy)
-    table = pd.DataFrame([row for _, row in rows], columns=header, dtype=str)
+    table = read_small_table(path, remedy)
+    if "label" not in table:
+        problem = f"has the columns {utils.some(list(table))}; label is missing."
+        raise utils.StageError(f"{path} {problem}", remedy)
     ids = table.iloc[:, 0]
-    if not ids.isin(spots).any() and {"x", "y"} <= set(header):
+    if not ids.isin(spots).any() and {"x", "y"} <= set(table):
         try:
-            x, y = (table[name].astype(float) for name in ("x", "y"))
+            places = table[["x", "y"]].astype(float).to_numpy()
         except ValueError as error:
-            raise wrong(path, f"has a place that is no number: {error}.", remedy) from error
-        ids = pd.Series([f"{a:.0f}x{b:.0f}" for a, b in zip(x, y, strict=True)])
-    labels = pd.Series(table["label"].to_numpy(), index=ids)
+            problem = f"has a place that is no number: {error}."
+            raise utils.StageError(f"{path} {problem}", remedy) from error
+        ids = pd.Series([f"{x:.0f}x{y:.0f}" for x, y in places])
+    labels = pd.Series(table["label"].to_numpy(), index=ids.to_numpy())
     labels = labels[labels != ""]
     here = labels[labels.index.isin(spots)]
     if repeated := utils.duplicates(here.index):
-        raise wrong(path, f"labels the spots {utils.some(repeated)} more than once.", remedy)
+        problem = f"labels the spots {utils.some(repeated)} more than once."
+        raise utils.StageError(f"{path} {problem}", remedy)
     if here.empty:
-        raise wrong(
-            path,
-            f"labels the spots {utils.some(labels.index)}; {utils.LOCS.name} has "
+        raise utils.StageError(
+            f"{path} labels the spots {utils.some(labels.index)}; {utils.LOCS.name} has "
             f"{utils.some(spots)}.",
             "Give the labels of this section.",
         )
     return here, len(labels) - len(here)
 
 
-def agreement(given: np.ndarray, found: np.ndarray, names: list[str]) -> dict:
+def agreement(given: np.ndarray, found: np.ndarray, names: list[str]) -> dict[str, Any]:
     """How far labels ``found`` (n,), numbers of ``names`` from 1, agree with the names ``given``.
 
-    ARI is over all; what is unclassified is a label of its own there. Accuracy is over those whose
-    given name is among the labels, and counts the unclassified as wrong.
+    The ARI is over all; what is unclassified counts as one more label there. The accuracy is over
+    those whose given name is among the labels, and counts the unclassified as wrong.
     """
     numbers = {name.casefold(): i for i, name in enumerate(names, start=1)}
     expected = np.array([numbers.get(name.casefold(), 0) for name in given])
@@ -383,50 +407,47 @@ def agreement(given: np.ndarray, found: np.ndarray, names: list[str]) -> dict:
             "unclassified": rounded(1 - sure.mean()),
             "accuracy": rounded(right.mean()),
             "accuracy of the classified": rounded(right[sure].mean()) if sure.any() else None,
-            "balanced accuracy": rounded(np.mean(of_each)),
+            "balanced accuracy": rounded(float(np.mean(of_each))),
         }
     return facts
 
 
 def contingency(given: np.ndarray, found: np.ndarray, names: list[str]) -> pd.DataFrame:
     """A row per name given, a column per label: how often the two meet."""
-    found = pd.Categorical.from_codes(found - 1, [*names, UNCLASSIFIED])
-    table = pd.crosstab(pd.Series(given, name="given"), found, dropna=False)
+    labels = pd.Categorical.from_codes(found - 1, pd.Index([*names, UNCLASSIFIED]))
+    table = pd.crosstab(pd.Series(given, name="given"), labels, dropna=False)
     return table.rename_axis(columns=None).reset_index()
 
 
 def compare_spots(
     stage: utils.Stage, labels: np.ndarray, names: list[str]
-) -> tuple[dict, pd.DataFrame]:
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """Agreement with --spot-labels, and the table of pairs."""
     path = stage.args.spot_labels
     locs = tables.read_locs(stage, stage.path(utils.LOCS))
     given, others = read_spot_labels(path, locs.index)
-    stage.inputs[path.name] = utils.fingerprint(path)
+    stage.use(path)
     if others:
         stage.warn(f"{path.name}: {others} labels are of spots that are not in {utils.LOCS.name}")
-    centres = locs.loc[given.index, ["y", "x"]].to_numpy() / utils.TOKEN_PX
-    discs = disc_weights(centres, read_radius(stage.directory), labels.shape)
+    discs, _ = regions.discs_of(stage, regions.centres_of(locs.loc[given.index]), labels > 0)
     found, _ = regions.spot_labels(labels, discs)
     on = found > 0
     if not on.any():
-        raise wrong(path, "labels no spot on the tissue.", "Give the labels of this section.")
-    given = given.to_numpy(str)
-    facts = {
-        "labelled spots on the tissue": int(on.sum()),
-        **agreement(given[on], found[on], names),
-    }
-    return facts, contingency(given[on], found[on], names)
+        problem = "labels no spot on the tissue."
+        raise utils.StageError(f"{path} {problem}", "Give the labels of this section.")
+    pair = given.to_numpy(str)[on], found[on]
+    facts = {"labelled spots on the tissue": int(on.sum()), **agreement(*pair, names)}
+    return facts, contingency(*pair, names)
 
 
-def interpolated_maps(stage: utils.Stage, genes: list[str], tissue: np.ndarray):
-    """Counts of the spots, interpolated linearly: a generator of images, one per gene."""
-    locs = tables.read_locs(stage, stage.path(utils.LOCS))
-    counts, measured = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
-    column = regions.columns_of(stage, measured, genes)
-    centres = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
-    _, linear = interpolation_weights(centres, superpixel_centres(tissue.shape))
-    counts = counts.tocsc()
+def interpolated_maps(
+    stage: utils.Stage, genes: list[str], tissue: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Counts of the spots, interpolated linearly: one image (rows, columns) per gene."""
+    spots = regions.read_measured_spots(stage)
+    column = regions.columns_of(stage, spots.genes, genes)
+    linear = regions.interpolation_of(stage, spots.centres, tissue)
+    counts = spots.counts.tocsc()
     for i in column:
         image = (linear @ counts[:, [i]].toarray()).reshape(tissue.shape)
         yield image.clip(0)  # rounding can make it negative
@@ -434,7 +455,7 @@ def interpolated_maps(stage: utils.Stage, genes: list[str], tissue: np.ndarray):
 
 def compare_truth(
     stage: utils.Stage, tissue: np.ndarray, labels: dict[str, np.ndarray], names: list[str]
-) -> tuple[dict, pd.DataFrame]:
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """Agreement of labels (rows, columns) by method with the true regions; the table of pairs."""
     true, true_names = regions.read_true_regions(stage, tissue.shape)
     scored = (true > 0) & tissue
@@ -445,12 +466,10 @@ def compare_truth(
             f"{utils.some(np.unique(given))}.",
             "Name labels as the regions are named, or leave --truth out.",
         )
-    facts, tables = {}, []
-    for method, image in labels.items():
-        facts[method] = agreement(given, image[scored].astype(int), names)
-        tables.append(contingency(given, image[scored].astype(int), names))
-        tables[-1].insert(0, "method", method)
-    return facts, pd.concat(tables, ignore_index=True)
+    found = {method: image[scored].astype(int) for method, image in labels.items()}
+    facts = {method: agreement(given, numbers, names) for method, numbers in found.items()}
+    pairs = {method: contingency(given, numbers, names) for method, numbers in found.items()}
+    return facts, pd.concat(pairs, names=["method"]).reset_index("method").reset_index(drop=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -464,59 +483,31 @@ def on_grid(values: np.ndarray, tissue: np.ndarray) -> np.ndarray:
 
 
 def describe(
-    labels: np.ndarray, names: list[str], counts: np.ndarray, together: np.ndarray, confidence
+    labels: np.ndarray,
+    names: list[str],
+    weights: np.ndarray,
+    together: np.ndarray,
+    found: Annotation,
 ) -> pd.DataFrame:
     """annotation.csv: a row per label, in order, unclassified last."""
     n = len(names) + 1
-    number = np.arange(1, n + 1)
-    size = np.bincount(labels.ravel(), minlength=n + 1)[1:]
-    sure = np.bincount(labels[labels > 0], confidence, n + 1)[1:]
+    columns = regions.areas(labels, n)
+    sure = np.bincount(labels[labels > 0], found.confidence, n + 1)[1:]
+    size = columns["superpixels"]
     return pd.DataFrame(
         {
-            "label": number,
+            "label": np.arange(1, n + 1),
             "name": [*names, UNCLASSIFIED],
-            "markers": np.append(counts, 0),
+            "markers": np.append((weights != 0).sum(1), 0),
             "marker_correlation": np.append(together, np.nan),
-            "superpixels": size,
-            "mm2": size * regions.SUPERPIXEL_MM2,
-            "share_of_tissue": size / size.sum(),
+            **columns,
             "mean_confidence": np.where(size > 0, sure / np.maximum(size, 1), np.nan),
             "colour": regions.label_colours(n, grey=n),
         }
     )
 
 
-def report(table: pd.DataFrame, facts: dict) -> str:
-    width = max(len(name) for name in table["name"]) + 2
-    lines = [f"{'label':<{width}}{'mm2':>8}{'share':>8}{'markers':>9}  their mean correlation"]
-    for row in table.itertuples():
-        together = "" if np.isnan(row.marker_correlation) else f"{row.marker_correlation:.2f}"
-        markers = row.markers or ""
-        lines.append(
-            f"{row.name:<{width}}{row.mm2:>8.3f}{row.share_of_tissue:>8.1%}{markers:>9}  {together}"
-        )
-    lines.append(f"mean correlation of all {facts['genes']} genes: {facts['correlation']:.2f}")
-    if "spots" in facts:
-        lines.append(f"labels of spots: {in_words(facts['spots'])}")
-    lines += [f"truth, {way}: {in_words(found)}" for way, found in facts.get("truth", {}).items()]
-    return "\n".join(lines)
-
-
-def in_words(found: dict) -> str:
-    ari = "unknown" if found["ARI"] is None else f"{found['ARI']:.3f}"
-    text = f"ARI {ari} over {found['n']:,}"
-    if not found["of the labels"]:
-        return f"{text}; no name is the same"
-    sure = found["accuracy of the classified"]
-    return (
-        f"{text}; of {found['of the labels']:,} with a name of a label, right "
-        f"{found['accuracy']:.1%} (of the classified {'none' if sure is None else f'{sure:.1%}'}, "
-        f"mean of the labels {found['balanced accuracy']:.1%}), unclassified "
-        f"{found['unclassified']:.1%}"
-    )
-
-
-def draw_scores(scores: np.ndarray, names: list[str], markers: list[list[str]]):
+def draw_scores(scores: np.ndarray, names: list[str], markers: list[list[str]]) -> Figure:
     """A map per label: 0 is what genes drawn at random have; each has colours of its own."""
     from matplotlib.figure import Figure
 
@@ -526,9 +517,8 @@ def draw_scores(scores: np.ndarray, names: list[str], markers: list[list[str]]):
     height = 3.4 * rows / columns + 0.75  # inches
     figure = Figure(figsize=(3.9 * across, height * down + 0.2), layout="constrained", dpi=110)
     axes = figure.subplots(down, across, squeeze=False).ravel()
-    for ax, name, image, genes in zip(
-        axes, names, scores.astype(np.float32), markers, strict=False
-    ):
+    for ax, name, image, genes in zip(axes, names, scores, markers, strict=False):
+        image = image.astype(np.float32)
         top = max(float(np.nanpercentile(image, BRIGHTEST)), 1e-3)
         drawn = ax.imshow(image, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
         more = f" and {len(genes) - 3} more" if len(genes) > 4 else ""
@@ -542,139 +532,117 @@ def draw_scores(scores: np.ndarray, names: list[str], markers: list[list[str]]):
     return figure
 
 
-def share(text: str) -> float:
-    """argparse type: a number above 0, and 1 at most."""
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and 1 at most")
-    return number
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = regions.parser_of(__doc__)
-    option = parser.add_argument
-    option("--markers", type=Path, required=True, help="Table of gene, label and perhaps weight.")
-    option(
-        "--level",
-        type=share,
-        default=LEVEL,
-        help=f"Share of the tissue that markers without meaning may name; without it, {LEVEL}. "
-        f"1 leaves nothing unclassified.",
-    )
-    option(
-        "--smoothing-um",
-        type=regions.not_below_zero,
-        default=0.0,
-        help="Sigma of a Gaussian in um by which maps are smoothed; without it, 0, which is none.",
-    )
-    option("--spot-labels", type=Path, help="Table of labels of spots to compare with.")
-    option("--truth", action="store_true", help="Compare with the regions of truth.npz.")
-    return parser
-
-
 def check_inputs(stage: utils.Stage) -> None:
+    """Before any work: what is needed is there, what is written is not the user's."""
     args = stage.args
-    regions.check_output(stage)
-    stage.require(utils.MAPS)
-    if args.spot_labels or args.truth:
-        stage.require(utils.LOCS)
-    if args.spot_labels:
-        stage.require(utils.RADIUS)
-    if args.truth:
-        stage.require(utils.CNTS)
-
-
-def run_annotation(stage: utils.Stage) -> None:
-    args = stage.args
-    check_inputs(stage)
-    files = map_files(stage.directory)
-    genes = list(files)
-    markers = with_maps(stage, args.markers, read_markers(args.markers), genes)
-    stage.inputs[args.markers.name] = utils.fingerprint(args.markers)
-    names = labels_of(markers)
-    weights = weight_table(markers, names, genes)
-    tissue = regions.tissue_of(stage, np.isfinite(read_map(next(iter(files.values())))))
-    print(f"{tissue.sum():,} superpixels of tissue, {len(genes)} genes, {len(names)} labels")
-
-    images = (regions.read_checked(stage, path, tissue) for path in files.values())
-    sums = add_up(images, weights, tissue, args.smoothing_um)
-    check_genes(stage, markers, names, genes, sums.used)
-    weights = np.where(sums.used, weights, 0)
-    together, overall = marker_correlations(sums, weights)
-    found = judge(sums, weights)
-    del sums
-    labels = as_labels(found, tissue, args.level)
-    table = describe(labels, names, (weights != 0).sum(1), together, found.confidence)
-    facts = {
-        "labels": len(names),
-        "genes": len(genes),
-        "markers": int((weights != 0).any(0).sum()),
-        "level": args.level,
-        "smoothing um": args.smoothing_um,
-        "tissue mm2": rounded(tissue.sum() * regions.SUPERPIXEL_MM2),
-        "unclassified": rounded(table["share_of_tissue"].iloc[-1]),
-        "median confidence": rounded(np.median(found.confidence)),
-        "correlation": rounded(overall),
-    }
-    tables = {"annotation.csv": table}
-    if args.spot_labels:
-        facts["spots"], tables["annotation-spots.csv"] = compare_spots(stage, labels, names)
-    if args.truth:
-        plain = annotate(
-            interpolated_maps(stage, genes, tissue), weights, tissue, args.smoothing_um
-        )
-        methods = {"maps": labels, "interpolated spots": as_labels(plain, tissue, args.level)}
-        facts["truth"], tables["annotation-truth.csv"] = compare_truth(
-            stage, tissue, methods, names
-        )
-    print(report(table, facts))
-    arrays = {
-        "annotation": labels,
-        "annotation-confidence": on_grid(found.confidence, tissue),
-        "annotation-scores": on_grid(found.scores, tissue),
-    }
-    figures = {}
-    if not args.no_plot:
-        own = [[m.gene for m in markers if m.label == name] for name in names]
-        figures["annotation-scores"] = draw_scores(arrays["annotation-scores"], names, own)
-        figures["annotation"] = regions.draw_labels(
-            labels,
-            table["name"].tolist(),
-            f"{len(names)} labels by marker genes",
-            regions.read_colours(stage, tissue.shape),
-            (
-                arrays["annotation-confidence"].astype(np.float32),
-                f"confidence; below {1 - args.level:g}, unclassified",
-            ),
-            grey=len(names) + 1,
-        )
-    regions.write(stage, "annotation", facts, arrays, tables, figures)
+    comparisons = {files.ANNOTATION_SPOTS: args.spot_labels, files.ANNOTATION_TRUTH: args.truth}
+    files.guard_outputs(stage, *(table for table, asked in comparisons.items() if not asked))
+    of_spots = [utils.LOCS, utils.RADIUS] if args.spot_labels else []
+    of_truth = [utils.LOCS, utils.CNTS] if args.truth else []
+    stage.require(utils.MAPS, *of_spots, *of_truth)
 
 
 def check_genes(
-    stage: utils.Stage, markers: list[Marker], names: list[str], genes: list[str], used: np.ndarray
+    stage: utils.Stage, markers: pd.DataFrame, genes: list[str], used: np.ndarray
 ) -> None:
     """Enough genes must vary over the tissue: those of a label, and others to compare with."""
-    varying = {gene for gene, varies in zip(genes, used, strict=True) if varies}
-    kept = [marker for marker in markers if marker.gene in varying]
-    constant = sorted({marker.gene for marker in markers} - varying)
-    if constant:
+    varying, names = {*np.array(genes)[used]}, labels_of(markers)
+    kept = markers[markers["gene"].isin(varying)]
+    if constant := sorted({*markers["gene"]} - varying):
         stage.warn(f"left out, since their maps are the same everywhere: {', '.join(constant)}")
     check_markers(stage.args.markers, kept, names, "has, among the genes whose map varies,")
     for name in names:
-        own = {marker.gene for marker in kept if marker.label == name}
+        own = {*kept["gene"][kept["label"] == name]}
         if own == varying:
-            raise wrong(
-                stage.args.markers,
-                f"gives {name} all {len(own)} genes whose map varies: there is no other gene to "
-                f"compare with.",
+            raise utils.StageError(
+                f"{stage.args.markers} gives {name} all {len(own)} genes whose map varies: there "
+                f"is no other gene to compare with.",
                 "Give the label fewer genes, or make maps of more.",
             )
 
 
-def main(argv: list[str] | None = None) -> int:
-    return utils.run_stage(run_annotation, SCRIPT, build_parser(), argv)
+def draw_labels(
+    stage: utils.Stage, labels: np.ndarray, confidence: np.ndarray, names: list[str]
+) -> Figure:
+    """Labels and confidence (rows, columns) beside the H&E."""
+    title = f"{len(names)} labels by marker genes"
+    text = f"confidence; below {1 - stage.args.chance_share:g}, unclassified"
+    rgb, extra = regions.read_colours(stage, labels.shape), (confidence.astype(np.float32), text)
+    every = [*names, UNCLASSIFIED]
+    return regions.draw_labels(labels, every, title, rgb, extra, grey=len(every))
+
+
+def compare(
+    stage: utils.Stage, labels: np.ndarray, names: list[str], weights: np.ndarray, genes: list[str]
+) -> dict[str, Any]:
+    """Save the tables of --spot-labels and --truth; what the record says about them."""
+    args, tissue, facts = stage.args, labels > 0, {}
+    if args.spot_labels:
+        facts["spots"], table = compare_spots(stage, labels, names)
+        regions.save(stage, {files.ANNOTATION_SPOTS: table})
+    if args.truth:
+        images = interpolated_maps(stage, genes, tissue)
+        plain = annotate(images, weights, tissue, args.smoothing_um)
+        interpolated = label_image(plain, tissue, args.chance_share)
+        methods = {"maps": labels, "interpolated spots": interpolated}
+        facts["truth"], table = compare_truth(stage, tissue, methods, names)
+        regions.save(stage, {files.ANNOTATION_TRUTH: table})
+    return facts
+
+
+def make_annotation(stage: utils.Stage) -> None:
+    args = stage.args
+    check_inputs(stage)
+    maps = map_files(stage.directory)
+    genes = list(maps)
+    markers = with_maps(stage, read_markers(args.markers), genes)
+    stage.use(args.markers)
+    names = labels_of(markers)
+    weights = weight_table(markers, names, genes)
+    tissue = regions.tissue_of(stage, np.isfinite(read_map(next(iter(maps.values())))))
+    print(f"{tissue.sum():,} superpixels of tissue, {len(genes)} genes, {len(names)} labels")
+
+    images = (regions.read_checked(stage, path, tissue) for path in maps.values())
+    sums = add_up(images, weights, tissue, args.smoothing_um)
+    check_genes(stage, markers, genes, sums.used)
+    weights = np.where(sums.used, weights, 0)
+    together, overall = marker_correlations(sums, weights)
+    found = choose_labels(sums, weights)
+    del sums
+    labels = label_image(found, tissue, args.chance_share)
+    table = describe(labels, names, weights, together, found)
+    facts = {
+        "labels": len(names),
+        "genes": len(genes),
+        "markers": int((weights != 0).any(0).sum()),
+        "chance share": args.chance_share,
+        "smoothing um": args.smoothing_um,
+        "tissue mm2": rounded(table["mm2"].sum()),
+        "unclassified": rounded(table["share_of_tissue"].iloc[-1]),
+        "median confidence": rounded(float(np.median(found.confidence))),
+        "mean correlation of all genes": rounded(overall),
+        **compare(stage, labels, names, weights, genes),
+    }
+    regions.print_table(table)
+    regions.print_facts(facts)
+    scores, confidence = on_grid(found.scores, tissue), on_grid(found.confidence, tissue)
+    outputs: dict[utils.Artifact, Any] = {
+        files.ANNOTATION: labels,
+        files.ANNOTATION_TABLE: table,
+        files.ANNOTATION_SCORES: scores,
+        files.ANNOTATION_CONFIDENCE: confidence,
+    }
+    if not args.no_plot:
+        own = [markers["gene"][markers["label"] == name].tolist() for name in names]
+        outputs[files.ANNOTATION_PICTURE] = draw_labels(stage, labels, confidence, names)
+        outputs[files.ANNOTATION_SCORES_PICTURE] = draw_scores(scores, names, own)
+    regions.save(stage, outputs)
+    stage.finish(**facts)
+
+
+def run(argv: list[str] | None = None) -> int:
+    return utils.run_stage(make_annotation, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

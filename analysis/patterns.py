@@ -1,97 +1,126 @@
-"""Spatial patterns before (spots) and after (maps), gene by gene, each beside what chance reaches.
+"""Test for spatial patterns before (spots) and after (maps), gene by gene, and compare with chance.
 
     python analysis/patterns.py --directory data/section
 
-Moran's I tells whether neighbours are alike: about 0 as by chance, 1 at most. Everything is
-computed on square roots of counts per spot, whose counting noise has a standard deviation of 0.5
-whatever the gene; those of maps are multiplied by the area of a spot first. Two places count as
-neighbours if they are spots less than 1.3 pitches apart, or superpixels of the tissue that share a
-side. ``_I`` and ``_sd`` (standard deviation, the spatial variability) are of superpixels, but for
-spots_I and spots_sd; ``_spot_I`` is of what the spots' discs hold, on the same graph as spots_I:
+Reads   cnts-super/, held-out-r.csv, HISTEX.json, locs.csv, radius.txt, cnts.csv; mask.png if it is
+        there; truth.npz with --truth.
 
-* spots: the counts measured. spots_p is by permutation of the counts over the spots, spots_q is
+Writes  patterns.csv   a row per gene; the docstring of this script explains the columns
+        patterns.png   all genes, and maps of those that gain most
+        patterns.json  the record, with numbers of genes and medians
+
+Moran's I says whether neighbours are alike: it is about 0 by chance and 1 at most. It is computed
+on square roots of counts per spot, whose counting noise has a standard deviation of 0.5 for every
+gene; maps are first multiplied by the area of a spot. Two places are neighbours if they are spots
+less than 1.3 pitches apart, or superpixels of the tissue that share a side. Columns that end in
+``_I`` or ``_sd`` (standard deviation, the spatial variability) are of superpixels, except spots_I
+and spots_sd. ``_spot_I`` is of the totals over the discs of the spots, with the same neighbours as
+spots_I. Their names begin with
+
+* spots: the measured counts. spots_p comes from permuting the counts over the spots; spots_q is
   corrected for all genes (Benjamini and Hochberg).
 * maps: the maps of HISTEX.py.
 * linear: the measured counts interpolated linearly, without any histology.
-* null: the same interpolation of the same counts permuted over the spots: as smooth, but without a
-  pattern. Given is the value that 95 % of the permutations do not reach.
+* null: the same interpolation of counts permuted over the spots: as smooth, but without a pattern.
+  The value is the one that 95 % of the permutations do not reach.
 
-Whatever is smooth has a high Moran's I: a map's I above that of its spots is no evidence, and so is
-not the I of superpixels, where even permuted counts reach 0.95, while a sharp and true map has
-less. (A map is also smooth in other ways than an interpolation: all genes share the networks. So no
-null by interpolation can be enough.) What no smoothing of mere noise can lift is the correlation
-with counts that the predicting network has not seen (held-out-r.csv). Counts permuted over the M
-spots held out have correlations of mean 0 and variance 1 / (M - 1) with anything; but if a few
-spots hold all the counts, high ones are far more frequent than by a normal distribution. So
-held_out_p is by permutation as well: the share of permuted counts that reach held_out_r with the
-totals of the map in these spots. (They stand for the predictions, which HISTEX.py does not keep.
-Permuted, only their distribution matters, and theirs is nearly the same.) held_out_q is corrected
-for all genes.
+Everything smooth has a high Moran's I. So it proves nothing that the I of a map is above that of
+its spots. Nor does the I of superpixels: even permuted counts reach 0.95, and a sharp and true map
+has less. (A map is also smooth in other ways than an interpolation is, since all genes share the
+networks. So no null by interpolation can be enough.) But smoothing of mere noise cannot raise the
+correlation with counts that the network has not seen (held-out-r.csv). Counts permuted over the M
+held-out spots have correlations of mean 0 and variance 1 / (M - 1) with anything. If a few spots
+hold all the counts, high ones are far more frequent than by a normal distribution. So held_out_p is
+by permutation as well: the share of permuted counts that reach held_out_r with the totals of the
+map in these spots. (These totals stand for the predictions, which HISTEX.py does not keep. After
+permutation only their distribution matters, which is nearly the same.) held_out_q is corrected for
+all genes.
 
-Where there is a pattern, smoothing the spots around tells of unseen spots as well. That is what a
-map has to exceed; a tenth of all spots is left out at a time, as in HISTEX.py. linear_r is the
-correlation that interpolation reaches. It has the noise of two or three spots, so that of a gene
-with few counts a plain mean over more spots tells more: smooth_r is the best of three such means,
-Gaussians of 0.5, 1 and 2 pitches, chosen by the very counts it is compared by, which favours it.
+Where there is a pattern, smoothing the surrounding spots also predicts held-out spots. A map must
+do better than that. For the comparison a tenth of all spots is left out at a time, as in HISTEX.py.
+linear_r is the correlation that interpolation reaches. It has the noise of two or three spots; for
+a gene with few counts, a mean over more spots does better. So smooth_r is the best of three means,
+Gaussians of 0.5, 1 and 2 pitches. It is chosen by the same counts with which it is compared, which
+favours it.
 
-So a gene is
+A gene is
 
 * found_by_spots, if spots_q is below 0.05: its measured counts have a pattern;
-* found_by_maps, if held_out_q is below 0.05 and maps_spot_I exceeds null_spot_I: its map has a
-  pattern, smoothing alone does not make it, and it is there where the network has not looked;
-* enhanced, if it is found by the maps and held_out_r exceeds linear_r and smooth_r: with the
-  histology and the other genes, the map tells more of unseen places than smoothing the spots around
-  them does. For a single gene this last comparison has no test; the numbers of genes on either side
-  say how sure it is.
+* found_by_maps, if held_out_q is below 0.05 and maps_spot_I is above null_spot_I: its map has a
+  pattern that smoothing alone does not make, and that is there where the network has not looked;
+* enhanced, if it is found by the maps and held_out_r is above linear_r and smooth_r: with the
+  histology and the other genes, the map predicts unseen places better than smoothing of the
+  surrounding spots does. This last comparison has no test for a single gene; the numbers of genes
+  on either side show how sure it is.
 
-The pattern may be that of the depth, for counts are taken as they are. --normalise divides spots
-and maps by their totals over genes, as is usual, but that gives a pattern to genes which have none:
-in simulated sections it finds nearly all of the noise genes. held_out_r is of counts as they are.
+The pattern may be that of the sequencing depth, since counts are taken as they are. --normalise
+divides spots and maps by their totals over genes, as is usual. But this gives a pattern to genes
+that have none: in simulated sections it finds nearly all of the noise genes. held_out_r is of
+counts as they are.
 
-Files in: cnts-super/, held-out-r.csv, HISTEX.json, locs.csv, radius.txt, cnts.csv, and mask.png if
-it is there. Files out: patterns.csv (a row per gene), patterns.png and patterns.json. With --truth,
-also the statistics of the ``mean`` of truth.npz (true_I, true_sd, true_spot_I), and how many genes
-of each of its ``kinds`` are found.
+With --truth, patterns.csv has the statistics of the ``mean`` of truth.npz as well (true_I, true_sd,
+true_spot_I), and the record says how many genes of each of its ``kinds`` are found.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from analysis import files
+
+SCRIPT = "analysis/patterns.py"
+PERMUTATIONS = 999
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.stage_parser(__doc__)
+    files.add_output(parser)
+    option = parser.add_argument
+    n_help = "Number of permutations of the counts over the spots."
+    option("--permutations", type=utils.positive, default=PERMUTATIONS, help=n_help)
+    option("--seed", type=utils.not_negative, default=0, help="Seed of the permutations.")
+    normalise_help = "Divide the counts of spots and maps by their totals over genes."
+    option("--normalise", action="store_true", help=normalise_help)
+    option("--truth", action="store_true", help="Compare with the expected counts in truth.npz.")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
+import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.sparse import csc_array, csr_array
-from scipy.spatial import QhullError, cKDTree
+from scipy.spatial import cKDTree
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from analysis import regions
 from analysis.inputs import TRUTH, map_files, read_map, read_radius, read_truth
 from analysis.scores import is_constant, pearson, rounded
 from analysis.spots import (
-    disc_weights,
     gaussian_weights,
     interpolation_weights,
-    on_tissue,
     pitch_of,
     sum_discs,
-    superpixel_centres,
 )
-from reading import tables
 
-SCRIPT = "analysis/patterns.py"
-PERMUTATIONS = 999
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
+
 AT_ONCE = 64  # permutations: what they take fits into the processor's cache, 3 times as fast
 NEIGHBOURS_WITHIN = 1.3  # pitches: more than 1, less than the 1.41 of a square lattice's diagonal
 MIN_SPOTS = 10  # among fewer, hardly any arrangement is surprising
 MIN_HELD_OUT = 3  # with fewer, a correlation has no distribution
 LEFT_OUT = 0.1  # share of the spots that interpolation does not see, as in HISTEX.py
 MEANS_WITHIN = (0.5, 1.0, 2.0)  # sigmas of Gaussian means over the spots around, in pitches
-LEVEL = 0.05  # of q, and of the null's upper end
+MAX_Q = 0.05
+NULL_END = 0.95  # quantile of the permutations that a map must exceed
 TIE = 1e-9  # I that differ by less are equal: rounding depends on the order of summation
 SHOWN = 4  # genes in the picture
 PANEL_INCHES = 3.3  # width of a map in it
@@ -102,6 +131,17 @@ KINDS_OF_FINDING = {  # colours that the colour-blind tell apart
     "maps, no more than smoothing": "#e6a532",
     "enhanced": "#b5306b",
 }
+VERDICTS = ["found_by_spots", "found_by_maps", "enhanced"]
+MEASURED = [
+    "gene", "counts", "spots_I", "spots_sd", "spots_p", "maps_I", "maps_sd", "maps_spot_I",
+    "linear_I", "linear_sd", "linear_spot_I", "null_I", "null_sd", "null_spot_I", "held_out_r",
+    "held_out_p",
+]  # fmt: skip
+COLUMNS = [
+    "gene", "counts", "spots_I", "spots_p", "spots_q", "maps_I", "linear_I", "null_I",
+    "maps_spot_I", "linear_spot_I", "null_spot_I", "spots_sd", "maps_sd", "linear_sd", "null_sd",
+    "held_out_r", "held_out_p", "held_out_q", "linear_r", "smooth_r", *VERDICTS,
+]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,8 +183,7 @@ class Interpolation:
     superpixels are x' M x, with matrices M of spots by spots that are nearly empty.
     """
 
-    def __init__(self, centres: np.ndarray, tissue: np.ndarray, discs: csr_array) -> None:
-        _, linear = interpolation_weights(centres, superpixel_centres(tissue.shape))
+    def __init__(self, linear: csr_array, tissue: np.ndarray, discs: csr_array) -> None:
         inside = np.flatnonzero(tissue)
         at = np.full(tissue.size, -1)
         at[inside] = np.arange(len(inside))
@@ -231,7 +270,7 @@ def correlate_left_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correlation (genes,) of interpolation with the spots it has not seen; of the best mean."""
     if len(held_out) < MIN_HELD_OUT:
-        return np.full((2, counts.shape[1]), np.nan)
+        return np.full(counts.shape[1], np.nan), np.full(counts.shape[1], np.nan)
     guesses = guess_left_out(centres, counts, held_out, seed)
     measured = counts[held_out].toarray().T
     r = np.array([[pearson(*pair) for pair in zip(g.T, measured, strict=True)] for g in guesses])
@@ -241,7 +280,7 @@ def correlate_left_out(
 # --------------------------------------------------------------------------------------------------
 # the command
 # --------------------------------------------------------------------------------------------------
-class Section:
+class SpotsAndMaps:
     """The spots on the tissue of a sample, and the files of its maps."""
 
     def __init__(self, stage: utils.Stage) -> None:
@@ -252,29 +291,26 @@ class Section:
             raise stage.error(stage.path(utils.MAPS), "names no gene in its index.csv.")
         first = read_map(next(iter(self.files.values())))
         self.tissue = regions.tissue_of(stage, np.isfinite(first))
-        locs = tables.read_locs(stage, stage.path(utils.LOCS))
-        counts, names = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
-        column = regions.columns_of(stage, names, self.genes)
-        centres = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
-        radius = read_radius(stage.directory)
-        discs = disc_weights(centres, radius, self.tissue.shape)
-        keep = on_tissue(discs, np.where(self.tissue, 1.0, np.nan), radius)
+        spots = regions.read_measured_spots(stage)
+        column = regions.columns_of(stage, spots.genes, self.genes)
+        discs, keep = regions.discs_of(stage, spots.centres, self.tissue)
         if keep.sum() < MIN_SPOTS:
             raise stage.error(
                 stage.path(utils.LOCS),
                 f"has {keep.sum()} spots on the tissue; expected {MIN_SPOTS} at least.",
             )
-        self.every_spot, self.spots = locs.index, locs.index[keep]
-        self.centres, self.discs = centres[keep], discs[keep]
-        self.counts = csc_array(counts[keep][:, column], dtype=np.float64)
-        self.radius, self.area = radius, np.pi * radius**2  # superpixels
+        self.every_spot, self.spots = spots.ids, spots.ids[keep]
+        self.centres, self.discs = spots.centres[keep], discs[keep]
+        self.counts = csc_array(spots.counts[keep][:, column], dtype=np.float64)
+        self.radius = read_radius(stage.directory)  # superpixels
+        self.area = np.pi * self.radius**2
         self.scale, self.map_scale = np.ones(len(self.spots)), np.ones(self.tissue.shape)
         if stage.args.normalise:
             self.scale = 1 / np.maximum(self.counts.sum(axis=1), 1)
             self.scale /= np.median(self.scale)
-            total = sum(
-                np.where(self.tissue, self.map(gene), 0).astype(float) for gene in self.genes
-            )
+            total = np.zeros(self.tissue.shape)
+            for gene in self.genes:
+                total += np.where(self.tissue, self.map(gene), 0)
             self.map_scale = 1 / np.maximum(total, 1 / self.area)  # a count per spot, at least
             self.map_scale /= np.median(self.map_scale[self.tissue])
 
@@ -287,7 +323,8 @@ class Section:
 
     @functools.cached_property
     def between(self) -> Interpolation:
-        return Interpolation(self.centres, self.tissue, self.discs)
+        linear = regions.interpolation_of(self.stage, self.centres, self.tissue)
+        return Interpolation(linear, self.tissue, self.discs)
 
     def roots(self, column: int) -> np.ndarray:
         """Square roots (spots,) of the counts of a gene."""
@@ -305,14 +342,15 @@ class Section:
         return *of_map, float(morans_i(totals, self.neighbours)[0])
 
 
-def read_held_out(stage: utils.Stage, section: Section) -> tuple[np.ndarray, np.ndarray]:
+def read_correlations(stage: utils.Stage, section: SpotsAndMaps) -> tuple[np.ndarray, np.ndarray]:
     """Correlation (genes,) with the counts of held-out spots; which spots (M,) of the section."""
     path = stage.path(utils.HELD_OUT)
     try:
-        table = pd.read_csv(path, dtype={"gene": str}, keep_default_na=False, na_values={1: [""]})
+        empty = {"held_out_r": [""]}
+        table = pd.read_csv(path, dtype={"gene": str}, keep_default_na=False, na_values=empty)
         r = pd.to_numeric(table.set_index("gene")["held_out_r"])
         if r.abs().max() > 1 + TIE:
-            raise ValueError(f"r is {r[r.abs().idxmax()]:g}")
+            raise ValueError(f"r has the size {r.abs().max():g}")
         r = r.reindex(section.genes)
     except (ValueError, KeyError, UnicodeDecodeError) as error:
         raise stage.error(path, f"is no table of gene and held_out_r: {error!r:.200}") from error
@@ -334,7 +372,11 @@ def read_held_out(stage: utils.Stage, section: Section) -> tuple[np.ndarray, np.
 
 
 def measure_genes(
-    section: Section, held_out: np.ndarray, held_out_r: np.ndarray, permutations: int, seed: int
+    section: SpotsAndMaps,
+    held_out: np.ndarray,
+    held_out_r: np.ndarray,
+    permutations: int,
+    seed: int,
 ) -> pd.DataFrame:
     """Moran's I, standard deviations and p of every gene, a map in memory at a time."""
     neighbours, between = section.neighbours, section.between
@@ -353,7 +395,7 @@ def measure_genes(
         spots_i, *linear = (float(found[0]) for found in of_spots(x[:, None]))
         permuted = [of_spots(x[order]) for order in orders]
         null_spots_i, *null = (np.concatenate(parts) for parts in zip(*permuted, strict=True))
-        ends = [float(np.quantile(values, 1 - LEVEL)) for values in null]
+        ends = [float(np.quantile(values, NULL_END)) for values in null]
         counts, image = section.counts[:, [i]].toarray().ravel(), section.map(gene)
         totals = section.totals(image, held_out)
         rows.append(
@@ -366,20 +408,7 @@ def measure_genes(
     return pd.DataFrame(rows, columns=MEASURED)
 
 
-MEASURED = [
-    "gene", "counts", "spots_I", "spots_sd", "spots_p", "maps_I", "maps_sd", "maps_spot_I",
-    "linear_I", "linear_sd", "linear_spot_I", "null_I", "null_sd", "null_spot_I", "held_out_r",
-    "held_out_p",
-]  # fmt: skip
-COLUMNS = [
-    "gene", "counts", "spots_I", "spots_p", "spots_q", "maps_I", "linear_I", "null_I",
-    "maps_spot_I", "linear_spot_I", "null_spot_I", "spots_sd", "maps_sd", "linear_sd", "null_sd",
-    "held_out_r", "held_out_p", "held_out_q", "linear_r", "smooth_r", "found_by_spots",
-    "found_by_maps", "enhanced",
-]  # fmt: skip
-
-
-def judge(table: pd.DataFrame, linear_r: np.ndarray, smooth_r: np.ndarray) -> pd.DataFrame:
+def add_verdicts(table: pd.DataFrame, linear_r: np.ndarray, smooth_r: np.ndarray) -> pd.DataFrame:
     """The measured table with what the spots around tell, and the verdicts."""
     table = table.assign(
         spots_q=stats.false_discovery_control(table["spots_p"]),
@@ -387,9 +416,9 @@ def judge(table: pd.DataFrame, linear_r: np.ndarray, smooth_r: np.ndarray) -> pd
         linear_r=linear_r,
         smooth_r=smooth_r,
     )
-    found_by_maps = (table["held_out_q"] < LEVEL) & (table["maps_spot_I"] > table["null_spot_I"])
+    found_by_maps = (table["held_out_q"] < MAX_Q) & (table["maps_spot_I"] > table["null_spot_I"])
     return table.assign(
-        found_by_spots=table["spots_q"] < LEVEL,
+        found_by_spots=table["spots_q"] < MAX_Q,
         found_by_maps=found_by_maps,
         enhanced=found_by_maps & (table["held_out_r"] > best_around(table)),
     )
@@ -400,20 +429,20 @@ def best_around(table: pd.DataFrame) -> pd.Series:
     return table[["linear_r", "smooth_r"]].max(axis=1)
 
 
-def add_truth(table: pd.DataFrame, section: Section) -> pd.DataFrame:
+def add_truth(table: pd.DataFrame, section: SpotsAndMaps) -> pd.DataFrame:
     """The statistics of the true expectation, and the kinds of the genes."""
     stage = section.stage
     truth = read_truth(stage.directory)
     if (stage.directory / TRUTH).is_file():
         stage.inputs[TRUTH] = utils.fingerprint(stage.directory / TRUTH)
-    at = pd.Index(truth.genes).get_indexer(section.genes)
+    at = pd.Index(truth.genes).get_indexer(pd.Index(section.genes))
     if truth.mean is None or (at < 0).any():
         raise utils.StageError(
             f"{stage.directory / TRUTH} does not hold the true mean of all {len(at)} genes.",
             "--truth is for simulated sections; leave it out.",
         )
     image = np.zeros(section.tissue.shape)
-    rows, columns = (min(n) for n in zip(image.shape, truth.tissue.shape, strict=True))
+    rows, columns = np.minimum(image.shape, truth.tissue.shape)
     true = []
     for i in at:
         image[:rows, :columns] = truth.mean[:rows, :columns, i] * truth.capture
@@ -423,10 +452,13 @@ def add_truth(table: pd.DataFrame, section: Section) -> pd.DataFrame:
     return table if truth.kinds is None else table.assign(kind=[truth.kinds[i] for i in at])
 
 
-VERDICTS = ["found_by_spots", "found_by_maps", "enhanced"]
+COMPARED = [
+    ("maps_spot_I", "spots_I"), ("maps_spot_I", "null_spot_I"), ("maps_spot_I", "linear_spot_I"),
+    ("held_out_r", "linear_r"),
+]  # fmt: skip
 
 
-def summarise(table: pd.DataFrame) -> dict:
+def summarise(table: pd.DataFrame) -> dict[str, Any]:
     """Counts of genes, and medians over all of them."""
     medians = table.select_dtypes("float").drop(columns=["counts"], errors="ignore").median()
     facts = {
@@ -434,11 +466,8 @@ def summarise(table: pd.DataFrame) -> dict:
         **{name.replace("_", " "): int(table[name].sum()) for name in VERDICTS},
         "found by maps, not by spots": int((table.found_by_maps & ~table.found_by_spots).sum()),
         "found by spots, not by maps": int((table.found_by_spots & ~table.found_by_maps).sum()),
-        "maps_spot_I above spots_I": int((table.maps_spot_I > table.spots_I).sum()),
-        "maps_spot_I above null_spot_I": int((table.maps_spot_I > table.null_spot_I).sum()),
-        "maps_spot_I above linear_spot_I": int((table.maps_spot_I > table.linear_spot_I).sum()),
-        "held_out_q below 0.05": int((table.held_out_q < LEVEL).sum()),
-        "held_out_r above linear_r": int((table.held_out_r > table.linear_r).sum()),
+        **{f"{a} above {b}": int((table[a] > table[b]).sum()) for a, b in COMPARED},
+        "held_out_q below 0.05": int((table.held_out_q < MAX_Q).sum()),
         "held_out_r above both": int((table.held_out_r > best_around(table)).sum()),
         "medians": {name: rounded(value) for name, value in medians.items()},
     }
@@ -450,31 +479,7 @@ def summarise(table: pd.DataFrame) -> dict:
     return facts
 
 
-def report(facts: dict) -> str:
-    n, medians = facts["genes"], facts["medians"]
-    lines = [
-        f"{n} genes; found by spots {facts['found by spots']}, by maps {facts['found by maps']} "
-        f"({facts['found by maps, not by spots']} of them not by spots), "
-        f"enhanced {facts['enhanced']}",
-        f"Moran's I over spots, medians: measured {medians['spots_I']}, maps "
-        f"{medians['maps_spot_I']}, interpolation {medians['linear_spot_I']}, its null (95 %) "
-        f"{medians['null_spot_I']}",
-        f"  maps above measured in {facts['maps_spot_I above spots_I']} genes, above the null in "
-        f"{facts['maps_spot_I above null_spot_I']}, above interpolation in "
-        f"{facts['maps_spot_I above linear_spot_I']}",
-        f"correlation with unseen spots, medians: maps {medians['held_out_r']}, interpolation "
-        f"{medians['linear_r']}, smoothing {medians['smooth_r']}",
-        f"  maps above permuted spots (q < {LEVEL}) in {facts['held_out_q below 0.05']} genes, "
-        f"above interpolation in {facts['held_out_r above linear_r']}, above smoothing as well in "
-        f"{facts['held_out_r above both']}",
-    ]
-    for kind, found in facts.get("kinds", {}).items():
-        numbers = ", ".join(f"{name.replace('_', ' ')} {found[name]}" for name in VERDICTS)
-        lines.append(f"  {kind}: {found['genes']} genes, {numbers}")
-    return "\n".join(lines)
-
-
-def draw(table: pd.DataFrame, section: Section):
+def draw(table: pd.DataFrame, section: SpotsAndMaps) -> Figure:
     """Both comparisons of all genes; spots, interpolation and map of those enhanced most."""
     from matplotlib.figure import Figure
 
@@ -491,7 +496,7 @@ def draw(table: pd.DataFrame, section: Section):
     return figure
 
 
-def draw_genes(axes, table: pd.DataFrame) -> None:
+def draw_genes(axes: np.ndarray, table: pd.DataFrame) -> None:
     found = np.select(
         [table["enhanced"], table["found_by_maps"], table["found_by_spots"]],
         [*reversed(KINDS_OF_FINDING)][:3],
@@ -522,7 +527,7 @@ def draw_genes(axes, table: pd.DataFrame) -> None:
     axes[1].set_title("above the line is more than smoothing gives", fontsize=10)
 
 
-def draw_gene(part, row: pd.Series, section: Section, counts: np.ndarray) -> None:
+def draw_gene(part: SubFigure, row: pd.Series, section: SpotsAndMaps, counts: np.ndarray) -> None:
     """Counts per spot: measured, interpolated, and the map, on one scale."""
     shape = section.tissue.shape
     image = np.where(section.tissue, section.map(row["gene"]), np.nan) * section.area
@@ -530,9 +535,7 @@ def draw_gene(part, row: pd.Series, section: Section, counts: np.ndarray) -> Non
     axes, style = part.subplots(1, 3), {"cmap": "magma", "vmin": 0, "vmax": top}
     axes[0].imshow(np.where(section.tissue, 1, np.nan), cmap="gray", vmin=0, vmax=1.7)
     y, x = section.centres.T - 0.5
-    points = (
-        2 * section.radius * PANEL_INCHES * 72 / shape[1]
-    )  # a spot's diameter, as large as it is
+    points = 2 * section.radius * PANEL_INCHES * 72 / shape[1]  # diameter of a spot on the map
     axes[0].scatter(x, y, c=counts, s=max(points, 2) ** 2, linewidths=0, **style)
     axes[0].set(xlim=(-0.5, shape[1] - 0.5), ylim=(shape[0] - 0.5, -0.5), aspect="equal")
     axes[1].imshow(section.between.image(counts, shape), interpolation="nearest", **style)
@@ -547,43 +550,21 @@ def draw_gene(part, row: pd.Series, section: Section, counts: np.ndarray) -> Non
     part.colorbar(picture, ax=list(axes), extend="max", label="counts per spot", pad=0.01)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = regions.parser_of(__doc__)
-    option = parser.add_argument
-    option(
-        "--permutations",
-        type=utils.positive,
-        default=PERMUTATIONS,
-        help=f"Of the counts over the spots; without it, {PERMUTATIONS}.",
-    )
-    option("--seed", type=utils.not_negative, default=0, help="Of the permutations; without it, 0.")
-    option("--normalise", action="store_true", help="Divide spots and maps by their totals.")
-    option("--truth", action="store_true", help="Compare with the mean of truth.npz.")
-    return parser
-
-
 def find_patterns(stage: utils.Stage) -> None:
     args = stage.args
-    regions.check_output(stage)
+    files.guard_outputs(stage)
     stage.require(utils.MAPS, utils.HELD_OUT, utils.LOCS, utils.RADIUS, utils.CNTS)
-    section = Section(stage)
-    held_out_r, held_out = read_held_out(stage, section)
+    section = SpotsAndMaps(stage)
+    held_out_r, held_out = read_correlations(stage, section)
     if len(held_out) < MIN_HELD_OUT:
         stage.warn(f"{len(held_out)} held-out spots: the maps' patterns cannot be tested")
     print(f"{len(section.genes)} genes, {len(section.spots)} spots, {len(held_out)} held out")
-    try:
-        table = measure_genes(section, held_out, held_out_r, args.permutations, args.seed)
-    except QhullError as error:
-        raise stage.error(
-            stage.path(utils.LOCS),
-            "has spots that lie on a line: there is no interpolation between them.",
-        ) from error
+    table = measure_genes(section, held_out, held_out_r, args.permutations, args.seed)
     around = correlate_left_out(section.centres, section.counts, held_out, args.seed)
-    table = judge(table, *around)
-    extra = []
+    table, columns = add_verdicts(table, *around), COLUMNS
     if args.truth:
         table = add_truth(table, section)
-        extra = [name for name in ("true_I", "true_sd", "true_spot_I", "kind") if name in table]
+        columns = [*COLUMNS, *table.columns.difference([*COLUMNS, *MEASURED], sort=False)]
     facts = {
         "spots": len(section.spots),
         "held-out spots": len(held_out),
@@ -591,15 +572,16 @@ def find_patterns(stage: utils.Stage) -> None:
         "seed": args.seed,
         **summarise(table),
     }
-    print(report(facts))
-    figures = {} if args.no_plot else {"patterns": draw(table, section)}
-    tables = {"patterns.csv": table[COLUMNS + extra]}
-    regions.write(stage, "patterns", facts, None, tables, figures)
+    regions.print_facts(facts)
+    regions.save(stage, {files.PATTERN_TABLE: table[columns]})
+    if not args.no_plot:
+        regions.save(stage, {files.PATTERN_PICTURE: draw(table, section)})
+    stage.finish(**facts)
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None = None) -> int:
     return utils.run_stage(find_patterns, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -1,4 +1,4 @@
-"""What segment.py, annotate.py and patterns.py share: labels on the grid, their spots and pictures.
+"""What segment.py, annotate.py and patterns.py share: maps, spots, labels on the grid, pictures.
 
 Labels (rows, columns) are whole numbers: 0 outside the tissue, else 1, 2, ... Places and lengths
 are in superpixels of 8 um, (row, column), unless they say um.
@@ -6,25 +6,31 @@ are in superpixels of 8 um, (row, column), unless they say um.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
 from scipy import ndimage
 from scipy.sparse import csr_array
+from scipy.spatial import QhullError
 from scipy.special import comb
+from scipy.stats.contingency import crosstab
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis.inputs import TRUTH, read_map
+from analysis import files
+from analysis.inputs import TRUTH, read_map, read_radius
 from analysis.page import region_colours
-from reading import arrays, images
+from analysis.spots import disc_weights, interpolation_weights, on_tissue, superpixel_centres
+from reading import arrays, images, tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUPERPIXEL_MM2 = (utils.SUPERPIXEL_UM / 1000) ** 2
 SCALE_BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
@@ -61,13 +67,54 @@ def read_checked(stage: utils.Stage, path: Path, tissue: np.ndarray) -> np.ndarr
     return image
 
 
-def columns_of(stage: utils.Stage, measured: list[str], genes: list[str]) -> np.ndarray:
-    """Where the counts ``measured`` hold the genes of the maps (genes,)."""
-    column = pd.Index(measured).get_indexer(genes)
+class MeasuredSpots(NamedTuple):
+    """The spots of locs.csv with their counts."""
+
+    ids: pd.Index
+    centres: np.ndarray  # (spots, 2)
+    counts: csr_array  # (spots, genes) float32
+    genes: pd.Index
+
+
+def read_measured_spots(stage: utils.Stage) -> MeasuredSpots:
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    counts, genes = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
+    return MeasuredSpots(locs.index, centres_of(locs), counts, pd.Index(genes))
+
+
+def centres_of(locs: pd.DataFrame) -> np.ndarray:
+    """Centres (spots, 2) of a table with x and y in pixels of he.jpg."""
+    return locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
+
+
+def discs_of(
+    stage: utils.Stage, centres: np.ndarray, tissue: np.ndarray
+) -> tuple[csr_array, np.ndarray]:
+    """Area (spots, rows * columns) of the discs; which discs (spots,) lie on the tissue."""
+    radius = read_radius(stage.directory)
+    discs = disc_weights(centres, radius, tissue.shape)
+    return discs, on_tissue(discs, np.where(tissue, 1.0, np.nan), radius)
+
+
+def columns_of(stage: utils.Stage, measured: pd.Index, genes: list[str]) -> np.ndarray:
+    """Column (genes,) of each gene that has a map in the counts, whose genes are ``measured``."""
+    column = measured.get_indexer(pd.Index(genes))
     if (column < 0).any():
-        lacking = [gene for gene, i in zip(genes, column, strict=True) if i < 0]
-        raise stage.error(stage.path(utils.CNTS), f"lacks genes of maps: {utils.some(lacking)}")
+        absent = utils.some(np.array(genes)[column < 0])
+        raise stage.error(stage.path(utils.CNTS), f"lacks genes of maps: {absent}")
     return column
+
+
+def interpolation_of(stage: utils.Stage, centres: np.ndarray, tissue: np.ndarray) -> csr_array:
+    """Weights (rows * columns, spots) of linear interpolation between the spots."""
+    try:
+        return interpolation_weights(centres, superpixel_centres(tissue.shape))[1]
+    except QhullError as error:
+        raise stage.error(
+            stage.path(utils.LOCS),
+            "has spots that lie on a line: there is no interpolation between them.",
+            "Leave out --truth." if getattr(stage.args, "truth", False) else None,
+        ) from error
 
 
 def smooth(image: np.ndarray, tissue: np.ndarray, sigma_um: float) -> np.ndarray:
@@ -158,12 +205,16 @@ def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
     """
     if len(a) < 2:
         return np.nan
-    _, a = np.unique(a, return_inverse=True)
-    _, b = np.unique(b, return_inverse=True)
-    both = np.bincount(a * (b.max() + 1) + b)
-    pairs, first, second = (comb(n, 2).sum() for n in (both, np.bincount(a), np.bincount(b)))
+    both = crosstab(a, b).count
+    pairs, first, second = (comb(n, 2).sum() for n in (both, both.sum(1), both.sum(0)))
     expected, most = first * second / comb(len(a), 2), (first + second) / 2
     return 1.0 if most == expected else float((pairs - expected) / (most - expected))
+
+
+def areas(labels: np.ndarray, n: int) -> dict[str, np.ndarray]:
+    """Columns of a table: the area of each of the labels 1..n."""
+    size = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+    return {"superpixels": size, "mm2": size * SUPERPIXEL_MM2, "share_of_tissue": size / size.sum()}
 
 
 def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
@@ -193,26 +244,7 @@ def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.nd
 # --------------------------------------------------------------------------------------------------
 # pictures and files
 # --------------------------------------------------------------------------------------------------
-def check_output(stage: utils.Stage) -> None:
-    """Before any work, not after it."""
-    folder = stage.args.output
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise utils.StageError(
-            f"--output {folder} is a file; it must be a folder.",
-            f"Name another one, or leave --output out for {stage.directory}.",
-        )
-    if stage.args.no_plot:
-        return
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise utils.StageError(
-            "The picture needs matplotlib, which is not installed.",
-            "Run: pip install -r analysis/requirements.txt, or add --no-plot",
-        ) from error
-
-
-def add_scale_bar(ax, shape: tuple[int, int]) -> None:
+def add_scale_bar(ax: Axes, shape: tuple[int, int]) -> None:
     """A bar of about a fifth of the width, below the lower left corner of the map."""
     wanted = shape[1] * utils.SUPERPIXEL_UM / 5
     um = min(SCALE_BARS_UM, key=lambda length: abs(length - wanted))
@@ -222,7 +254,7 @@ def add_scale_bar(ax, shape: tuple[int, int]) -> None:
     ax.text(width / 2, shape[0] * 1.035, text, ha="center", va="top", fontsize=9)
 
 
-def bare(ax, title: str) -> None:
+def bare(ax: Axes, title: str) -> None:
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.set_title(title, fontsize=10)
@@ -242,7 +274,7 @@ def draw_labels(
     rgb: np.ndarray | None,
     extra: tuple[np.ndarray, str] | None = None,
     grey: int | None = None,
-):
+) -> Figure:
     """The H&E if there is one, the labels with their numbers and legend, and an ``extra`` map.
 
     ``names`` are those of 1, 2, ...; the label ``grey`` has no colour: it stands for none.
@@ -268,11 +300,11 @@ def draw_labels(
     ax.imshow(palette[labels], interpolation="nearest")
     bare(ax, title)
     add_scale_bar(ax, labels.shape)
-    handles, size = [], np.bincount(labels.ravel(), minlength=len(names) + 1)
+    handles, area = [], np.bincount(labels.ravel(), minlength=len(names) + 1)
     for i, name in enumerate(names, start=1):
-        text = f"{i}  {name}: {size[i] * SUPERPIXEL_MM2:.3g} mm²"
+        text = f"{i}  {name}: {area[i] * SUPERPIXEL_MM2:.3g} mm²"
         handles.append(Patch(facecolor=colours[i], edgecolor="0.3", label=text))
-        if size[i]:
+        if area[i]:
             row, column = innermost(labels == i)
             halo = [withStroke(linewidth=2.5, foreground="white")]
             ax.text(column, row, str(i), ha="center", va="center", path_effects=halo)
@@ -299,65 +331,36 @@ def read_colours(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | Non
     return np.asarray(arrays.read_array(stage, utils.RGB, np.uint8, (*shape, 3)))
 
 
-def write(
-    stage: utils.Stage,
-    stem: str,
-    facts: dict,
-    arrays: dict[str, np.ndarray] | None = None,
-    tables: dict[str, pd.DataFrame] | None = None,
-    figures: dict[str, Any] | None = None,
-) -> None:
-    """Arrays and pictures by file stem, tables by file name; the record ``stem``.json last.
-
-    All are written before the first takes its name: a disk that is full leaves the old ones whole.
-    """
-    folder = stage.args.output or stage.directory
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "script": stage.script,
-        "options": stage.options,
-        **facts,
-        "warnings": stage.notes,
-        "inputs": stage.inputs,
-    }
-    names = [f"{name}.npy" for name in arrays or {}] + [*(tables or {})]
-    names += [*(f"{name}.png" for name in figures or {}), f"{stem}.json"]
-    with contextlib.ExitStack() as files:  # what is entered first takes its name last
-        partial = {name: files.enter_context(utils.atomic(folder / name)) for name in names[::-1]}
-        for name, array in (arrays or {}).items():
-            np.save(partial[f"{name}.npy"], array, allow_pickle=False)
-        for name, table in (tables or {}).items():
-            table.to_csv(partial[name], index=False, lineterminator="\n", float_format="%.5g")
-        for name, figure in (figures or {}).items():
-            figure.savefig(partial[f"{name}.png"])
-        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-        partial[f"{stem}.json"].write_text(text, encoding="utf-8")
-    print(f"wrote {', '.join(names)} in {folder}")
+def save(stage: utils.Stage, contents: Mapping[utils.Artifact, Any]) -> None:
+    """Write arrays, tables and pictures; ``stage.finish`` gives all of them their names."""
+    for artifact, content in contents.items():
+        with stage.writing(artifact) as partial:
+            if isinstance(content, np.ndarray):
+                np.save(partial, content, allow_pickle=False)
+            elif isinstance(content, pd.DataFrame):
+                content.to_csv(partial, index=False, lineterminator="\n", float_format="%.5g")
+            else:
+                content.savefig(partial)
 
 
-# --------------------------------------------------------------------------------------------------
-# the command line
-# --------------------------------------------------------------------------------------------------
-def parser_of(doc: str) -> argparse.ArgumentParser:
-    """Parser with the arguments that these scripts share."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    option = parser.add_argument
-    option("--directory", type=utils.sample_directory, required=True, help="Folder of the sample.")
-    option("--output", type=Path, help="Folder for the results; without it, the sample's own.")
-    option("--no-plot", action="store_true", help="No picture, which needs matplotlib.")
-    option(
-        "--allow-stale",
-        action="store_true",
-        help="Use inputs even if the stage that made them is out of date.",
-    )
-    return parser
+def print_table(table: pd.DataFrame, if_empty: str = "") -> None:
+    shown = table.drop(columns="colour", errors="ignore")
+    text = shown.to_string(index=False, float_format="%.3g", na_rep="")
+    print(if_empty if table.empty else text)
 
 
-def not_below_zero(text: str) -> float:
-    """argparse type: a number of 0 or more."""
-    number = float(text)
-    if not 0 <= number < np.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return number
+def print_facts(facts: dict[str, Any], margin: str = "") -> None:
+    """What the record says, on the terminal: a line per fact, or per group of facts."""
+    for name, value in facts.items():
+        inner = value if isinstance(value, dict) else {}
+        if any(isinstance(fact, dict) for fact in inner.values()):
+            print(f"{margin}{name}:")
+            print_facts(inner, margin + "  ")
+            continue
+        parts = [f"{key} {'unknown' if fact is None else fact}" for key, fact in inner.items()]
+        print(f"{margin}{name}: {', '.join(parts) or ('unknown' if value is None else value)}")
+
+
+def check_output(stage: utils.Stage) -> None:
+    """For evaluate.py, until it guards its outputs: matplotlib is there, if it is needed."""
+    files.check_matplotlib(stage)

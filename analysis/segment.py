@@ -1,80 +1,114 @@
-"""Segment the tissue into regions of alike expression, at the resolution of the maps.
+"""Segment the tissue into regions of similar expression, at the resolution of the maps.
 
     python analysis/segment.py --directory data/section
     python analysis/segment.py --directory data/section --method leiden --n-regions 12
 
-What is segmented are the latent maps of HISTEX.py (embeddings-gene.pickle): they hold the spots and
-the histology in 128 numbers a superpixel. They are smoothed within the tissue (Gaussian of
-``--smoothing-um``) and turned into their principal components, as many as hold 95 % of the
-variance. Then one of three methods:
+Reads   embeddings-gene.pickle, locs.csv, radius.txt, cnts.csv; mask.png and Histology_rgb.npy if
+        they are there; truth.npz with --truth.
+
+Writes  segments.npy         uint8 or uint16 (rows, columns), 0 for no region
+        segments.csv         area, colour and first markers of every region
+        segment-markers.csv  a row per gene and region: fold change, AUC, p and q
+        segments.png         the regions beside the H&E
+        segment.json         the record, with the stability; with --truth, also how well the regions
+                             agree with the true ones
+
+The regions are made from the latent maps of HISTEX.py (embeddings-gene.pickle), which describe the
+spots and the histology by 128 numbers per superpixel. They are smoothed within the tissue (Gaussian
+of ``--smoothing-um``) and reduced to the principal components that hold 95 % of the variance. Then
+one of three methods divides the superpixels:
 
 * kmeans: the best of several starts (k-means++), fitted to 50,000 superpixels drawn at random.
-* hierarchical: k-means with 100 centres, which Ward's method joins to regions. For a tree of
-  regions, ask for more or fewer of them: they nest.
-* leiden: blocks of superpixels (at most 20,000 of them) are the nodes of a graph; each is joined to
-  its 15 nearest in expression, weighted by how many neighbours the two share. The resolution of
-  Leiden's method is searched for the number of regions asked for.
+* hierarchical: k-means with 100 centres, which Ward's method joins to regions. The regions form a
+  tree: those of a small ``--n-regions`` contain those of a larger one.
+* leiden: the nodes of a graph are blocks of superpixels, at most 20,000. Each is joined to its 15
+  nearest in expression; a weight says how many neighbours the two share. The script searches the
+  resolution of Leiden's method that gives the number of regions asked for.
 
 Connected pieces smaller than ``--min-region-mm2`` are merged into the region with which they share
-the longest border, and regions are numbered by their area. What is outside mask.png is no region.
+the longest border. Regions are numbered by their area. What lies outside mask.png has no region.
 
-The number of regions, 8 if you do not give it, is a choice and no finding: stability tells how far
-it can be trusted. The partition is made anew ``--seeds`` times, each time from a random half of the
-tissue (squares of 200 um) and for all of it. The adjusted Rand index (ARI) of every two is 1 if
-they agree and 0 if they agree as by chance. Under about 0.8, borders depend on chance; try fewer
-regions, or more smoothing. A high one says that the cut can be repeated, not that it is sharp: a
-gradient can be cut just as stably.
+The number of regions is your choice, not a finding. The stability tells how far to trust it: the
+partition is made again ``--n-halves`` times, each time from a random half of the tissue (squares of
+200 um), and extended to all of it. The adjusted Rand index (ARI) of two partitions is 1 if they
+agree and 0 if they agree as by chance. If the mean ARI is under about 0.8, borders depend on
+chance: try fewer regions, or more smoothing. A high ARI says that the cut can be repeated. It does
+not say that the border is sharp: a gradient can be cut just as stably.
 
-Marker genes. Superpixels of a map are no independent observations, so genes are tested at the spots
-that were measured, all genes of cnts.csv: a spot belongs to the region under most of its disc.
-Counts are divided by the spot's total and multiplied by the median total. Given are the log2 fold
-change of the means, within against without (0.05 counts added to both), the AUC (probability that a
-spot within has more than one without; 0.5 is chance), p by the two-sided Mann-Whitney test and q by
-Benjamini and Hochberg over all genes and regions; auc_counts and q_counts are those of the counts
-as they are. A gene is ``higher`` in a region if it has more there either way, both q below 0.05.
-The share alone would not do: where there are few counts, as in fat, even a gene that is the same
-everywhere makes up more of them; nor the counts: where there are many, every gene has more. The
-regions were found in the same counts: q ranks genes, and does not prove that the region exists.
+Marker genes. The superpixels of a map are not independent observations. So genes are tested at the
+measured spots, with all genes of cnts.csv; a spot belongs to the region under most of its disc.
+Counts are divided by the total of the spot and multiplied by the median total. The table holds the
+log2 fold change of the means, inside against outside (0.05 counts are added to both); the AUC
+(probability that a spot inside has more than a spot outside; 0.5 is chance); p of the two-sided
+Mann-Whitney test; and q by Benjamini and Hochberg over all genes and regions. auc_counts and
+q_counts are those of the raw counts. A gene is ``higher`` in a region if both AUC are above 0.5 and
+both q below 0.05. The share alone would not do: where there are few counts, as in fat, even a gene
+that is the same everywhere makes up more of them. Nor would the counts: where there are many, every
+gene has more. The regions were found in the same counts: q ranks genes, and does not prove that the
+region exists.
 
-Files in: embeddings-gene.pickle, locs.csv, radius.txt, cnts.csv; mask.png and Histology_rgb.npy if
-they are there. Files out: segments.npy, uint8 or uint16 (rows, columns), 0 for no region,
-segments.csv (area, colour and first markers of every region), markers.csv, segments.png and
-segments.json. With --truth, also the ARI with the regions of truth.npz, beside that of k-means on
-linearly interpolated spots.
+--truth: the record holds the ARI with the regions of truth.npz, beside that of k-means on linearly
+interpolated spots.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import sys
-from itertools import combinations
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from analysis import files
+
+SCRIPT = "analysis/segment.py"
+METHODS = {"kmeans": "k-means", "hierarchical": "Ward's method", "leiden": "Leiden's method"}
+N_REGIONS, N_HALVES = 8, 5
+SMOOTHING_UM = 8.0  # more of it makes rings, of what lies between two kinds of tissue
+MIN_REGION_MM2 = 0.005
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.stage_parser(__doc__)
+    files.add_output(parser)
+    option = parser.add_argument
+    option("--method", choices=list(METHODS), default="kmeans", help="How to divide the tissue.")
+    n_help = "Number of kinds of region."
+    option("--n-regions", type=utils.positive, default=N_REGIONS, help=n_help)
+    um_help = "Sigma in um of the Gaussian that smooths the latent maps; 0 does not smooth."
+    option("--smoothing-um", type=files.number_from_0, default=SMOOTHING_UM, help=um_help)
+    mm2_help = "Area in mm2; smaller pieces are merged into a neighbouring region."
+    option("--min-region-mm2", type=files.number_from_0, default=MIN_REGION_MM2, help=mm2_help)
+    option("--seed", type=utils.not_negative, default=0, help="Seed of the random numbers.")
+    halves_help = (
+        "Number of random halves of the tissue used to measure stability; at least 2 (1 skips the "
+        "measurement)."
+    )
+    option("--n-halves", type=utils.positive, default=N_HALVES, help=halves_help)
+    parser.alias("--seeds", "--n-halves")
+    option("--truth", action="store_true", help="Compare with the true regions in truth.npz.")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
+from itertools import combinations
 
 import cv2
 import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.vq import vq
 from scipy.sparse import csc_array, csr_array
-from scipy.spatial import QhullError, cKDTree
+from scipy.spatial import cKDTree
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from analysis import regions
-from analysis.inputs import TRUTH, read_radius
+from analysis.inputs import TRUTH
 from analysis.scores import rounded
-from analysis.spots import (
-    disc_weights,
-    interpolation_weights,
-    on_tissue,
-    superpixel_centres,
-)
-from reading import pickles, tables
+from reading import pickles
 
-SCRIPT = "analysis/segment.py"
-N_REGIONS = 8
-SMOOTHING_UM = 8.0  # more of it makes rings, of what lies between two kinds of tissue
-MIN_REGION_MM2 = 0.005
 VARIANCE_KEPT, MOST_COMPONENTS = 0.95, 30  # of the principal components
 FITTED = 50_000  # superpixels by which k-means finds its centres
 SQUARE = 25  # superpixels, 200 um: side of what is in one half of the tissue or in the other
@@ -87,7 +121,7 @@ MIN_SPOTS = 5  # on either side of a test; with fewer, no p value can be small
 PSEUDO_COUNT = 0.05  # per spot, in fold changes: without it, absent genes would have infinite ones
 GENES_AT_ONCE = 256
 TIE = 1e-9  # counts that differ by less are equal: 1 of 3 is 2 of 6
-LEVEL = 0.05  # of q
+MAX_Q = 0.05
 NAMED = 3  # genes a region in the picture
 
 
@@ -99,8 +133,9 @@ def read_embedding(stage: utils.Stage) -> np.ndarray:
     path = stage.path(utils.EMBEDDINGS)
     content = pickles.read_pickle(path)
     found = content.get("cls") if isinstance(content, dict) else None
-    known = isinstance(found, np.ndarray) and found.ndim == 3 and found.dtype.kind == "f"
-    if not known or found.size == 0:
+    if not (isinstance(found, np.ndarray) and found.ndim == 3 and found.dtype.kind == "f"):
+        found = np.empty(0)
+    if found.size == 0:
         raise stage.error(path, f"does not hold {utils.EMBEDDINGS.what}.")
     return found
 
@@ -125,27 +160,16 @@ def principal_components(
 # --------------------------------------------------------------------------------------------------
 # partitions
 # --------------------------------------------------------------------------------------------------
-def nearest_centre(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index (n,) of the nearest of the centres, and the squared distance to it, in blocks."""
-    nearest, distance = np.empty(len(x), np.int64), np.empty(len(x), np.float64)
-    for start in range(0, len(x), FITTED):
-        part = x[start : start + FITTED]
-        squares = (centres**2).sum(1) - 2 * part @ centres.T
-        best = squares.argmin(1)
-        nearest[start : start + FITTED] = best
-        left = squares[np.arange(len(part)), best] + (part**2).sum(1)
-        distance[start : start + FITTED] = left.clip(0)
-    return nearest, distance
-
-
 def k_means(x: np.ndarray, k: int, seed: int, starts: int = STARTS) -> np.ndarray:
     """Centres (k, dims) of the best of several starts, fitted to at most FITTED rows of x."""
     rng = np.random.default_rng(seed)
     if len(x) > FITTED:
         x = x[np.sort(rng.choice(len(x), FITTED, replace=False))]
     cv2.setRNGSeed(seed)
-    until = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, MOST_STEPS, SETTLED * x.std())
-    return cv2.kmeans(np.ascontiguousarray(x), k, None, until, starts, cv2.KMEANS_PP_CENTERS)[2]
+    kind = cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER
+    until = (kind, MOST_STEPS, float(SETTLED * x.std()))
+    x, labels = np.ascontiguousarray(x), np.empty((len(x), 1), np.int32)
+    return np.asarray(cv2.kmeans(x, k, labels, until, starts, cv2.KMEANS_PP_CENTERS)[2])
 
 
 def by_k_means(
@@ -153,14 +177,14 @@ def by_k_means(
 ) -> np.ndarray:
     """Partition (superpixels,) by numbers from 0, by what is ``fitted`` (superpixels,) of it."""
     some = x[fitted]
-    return nearest_centre(x, k_means(some, min(k, len(some)), seed))[0]
+    return vq(x, k_means(some, min(k, len(some)), seed))[0]
 
 
 def by_ward(x: np.ndarray, tissue: np.ndarray, k: int, seed: int, fitted: np.ndarray) -> np.ndarray:
     some = x[fitted]
     centres = k_means(some, min(max(WARD_CENTRES, k), len(some)), seed, starts=1)
     joined = fcluster(linkage(centres, "ward"), k, "maxclust") - 1 if len(centres) > 1 else [0]
-    return np.asarray(joined)[nearest_centre(x, centres)[0]]
+    return np.asarray(joined)[vq(x, centres)[0]]
 
 
 def by_leiden(
@@ -182,23 +206,22 @@ def by_leiden(
 
 
 def leiden(x: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """Partition (n,) of rows; of all resolutions tried, that whose number of parts is nearest k."""
+    """Partition (n,) of rows; of all resolutions tried, the one that gives nearest to k parts."""
     from graspologic_native import leiden_csr
 
     graph = shared_neighbours(x)
     parts = graph.indptr.astype(np.int64), graph.indices.astype(np.int32), graph.data
-    low, high, best = 1e-3, 10.0, None
+    low, high = 1e-3, 10.0
+    tried: list[np.ndarray] = []
     for _ in range(SEARCHES):
-        middle = float(np.sqrt(low * high))
-        _, found = leiden_csr(*parts, len(x), resolution=middle, iterations=ROUNDS, seed=seed)
-        communities = np.array([found[node] for node in range(len(x))])
-        n = communities.max() + 1
-        if best is None or abs(n - k) < abs(best.max() + 1 - k):
-            best = communities
+        resolution = float(np.sqrt(low * high))
+        _, found = leiden_csr(*parts, len(x), resolution=resolution, iterations=ROUNDS, seed=seed)
+        tried.append(np.array([found[node] for node in range(len(x))]))
+        n = tried[-1].max() + 1
         if n == k:
             break
-        low, high = (middle, high) if n < k else (low, middle)
-    return best
+        low, high = (resolution, high) if n < k else (low, resolution)
+    return min(tried, key=lambda partition: abs(partition.max() + 1 - k))
 
 
 def square_of(tissue: np.ndarray, side: int) -> tuple[np.ndarray, int]:
@@ -228,11 +251,10 @@ def shared_neighbours(x: np.ndarray) -> csr_array:
     return common
 
 
-METHODS = {"kmeans": by_k_means, "hierarchical": by_ward, "leiden": by_leiden}
-TITLES = {"kmeans": "k-means", "hierarchical": "Ward's method", "leiden": "Leiden's method"}
+CUTS = {"kmeans": by_k_means, "hierarchical": by_ward, "leiden": by_leiden}
 
 
-def as_labels(partition: np.ndarray, tissue: np.ndarray, min_mm2: float) -> np.ndarray:
+def label_regions(partition: np.ndarray, tissue: np.ndarray, min_mm2: float) -> np.ndarray:
     """Labels (rows, columns) of a partition (superpixels,), small pieces merged, by size."""
     labels = np.zeros(tissue.shape, np.int64)
     labels[tissue] = partition + 1
@@ -253,13 +275,8 @@ def rank_tests(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.n
     n, first = len(values), inside.sum(0)[:, None].astype(float)
     ranks = stats.rankdata(values, axis=0)
     u = inside.T.astype(float) @ ranks - first * (first + 1) / 2
-    ordered = np.sort(ranks, axis=0)
-    ties = np.zeros(values.shape[1])
-    for gene in range(values.shape[1]):
-        times = np.unique(ordered[:, gene], return_counts=True)[1].astype(float)
-        ties[gene] = (times**3 - times).sum()
-    pairs = first * (n - first)
-    sd = np.sqrt(pairs / 12 * np.maximum(n + 1 - ties / (n * (n - 1)), 0))
+    pairs, untied = first * (n - first), np.apply_along_axis(stats.tiecorrect, 0, ranks)
+    sd = np.sqrt(pairs * (n + 1) / 12 * untied)
     z = (np.abs(u - pairs / 2) - 0.5).clip(0) / np.where(sd > 0, sd, np.inf)
     return u / pairs, 2 * stats.norm.sf(z)
 
@@ -294,7 +311,7 @@ def find_markers(counts: csr_array, genes: pd.Index, region: np.ndarray) -> pd.D
     table = pd.concat(parts, ignore_index=True)
     for name in ("", "_counts"):
         table[f"q{name}"] = stats.false_discovery_control(table[f"p{name}"])
-    both = (table["q"] < LEVEL) & (table["q_counts"] < LEVEL)
+    both = (table["q"] < MAX_Q) & (table["q_counts"] < MAX_Q)
     table["higher"] = both & (table["auc"] > 0.5) & (table["auc_counts"] > 0.5)
     order = np.lexsort([table["gene"], -table["auc"], table["region"]])
     return table.iloc[order][MARKER_COLUMNS]
@@ -319,31 +336,31 @@ def best_markers(markers: pd.DataFrame, region: int, n: int) -> pd.DataFrame:
 # the command
 # --------------------------------------------------------------------------------------------------
 def interpolated_components(
-    centres: np.ndarray, counts: csr_array, tissue: np.ndarray, sigma_um: float
+    stage: utils.Stage, spots: regions.MeasuredSpots, tissue: np.ndarray
 ) -> np.ndarray:
-    """What the spots alone tell: their principal components (superpixels, components) between them.
+    """What the spots alone tell: principal components (superpixels, components) between them.
 
     Square roots of the counts by total, interpolated linearly.
     """
-    total = np.maximum(counts.sum(axis=1), 1)[:, None]
-    roots = np.sqrt(counts.toarray() * (np.median(total) / total))
-    _, linear = interpolation_weights(centres, superpixel_centres(tissue.shape))
-    maps = (linear @ roots).T.reshape(-1, *tissue.shape)
-    return principal_components(maps.astype(np.float32), tissue, sigma_um)[0]
+    total = np.maximum(spots.counts.sum(axis=1), 1)[:, None]
+    roots = np.sqrt(spots.counts.toarray() * (np.median(total) / total))
+    linear = regions.interpolation_of(stage, spots.centres, tissue)
+    maps = (linear @ roots).astype(np.float32).T.reshape(-1, *tissue.shape)
+    return principal_components(maps, tissue, stage.args.smoothing_um)[0]
 
 
-def agreement(partitions: list[np.ndarray]) -> dict | None:
-    """ARI between every two partitions (superpixels,)."""
+def stability_of(partitions: list[np.ndarray]) -> dict[str, float | None] | None:
+    """ARI between every two partitions (superpixels,); None if there are fewer than two."""
     aris = [regions.adjusted_rand(a, b) for a, b in combinations(partitions, 2)]
     if not aris:
         return None
-    mean, lowest = rounded(np.mean(aris)), rounded(np.min(aris))
+    mean, lowest = rounded(float(np.mean(aris))), rounded(min(aris))
     return {"halves": len(partitions), "mean ARI": mean, "lowest ARI": lowest}
 
 
 def compare_with_truth(
-    stage: utils.Stage, labels: np.ndarray, centres: np.ndarray, counts: csr_array
-) -> dict:
+    stage: utils.Stage, labels: np.ndarray, spots: regions.MeasuredSpots
+) -> dict[str, float | None]:
     """ARI with the true regions, of the labels and of what the spots alone tell."""
     args, tissue = stage.args, labels > 0
     true, _ = regions.read_true_regions(stage, labels.shape)
@@ -352,16 +369,9 @@ def compare_with_truth(
         raise stage.error(
             stage.directory / TRUTH, "has no true region on the tissue.", "Leave out --truth."
         )
-    try:
-        x = interpolated_components(centres, counts, tissue, args.smoothing_um)
-    except QhullError as error:
-        raise stage.error(
-            stage.path(utils.LOCS),
-            "has spots that lie on a line: there is no interpolation between them.",
-            "Leave out --truth.",
-        ) from error
+    x = interpolated_components(stage, spots, tissue)
     plain = by_k_means(x, tissue, args.n_regions, args.seed, np.ones(len(x), bool))
-    plain = as_labels(plain, tissue, args.min_region_mm2)
+    plain = label_regions(plain, tissue, args.min_region_mm2)
     return {
         "regions": len(np.unique(true[scored])),
         "ARI": rounded(regions.adjusted_rand(labels[scored], true[scored])),
@@ -369,80 +379,46 @@ def compare_with_truth(
     }
 
 
-def report(table: pd.DataFrame, markers: pd.DataFrame, facts: dict) -> str:
-    lines = [f"{'region':>6}{'mm2':>9}{'spots':>7}  genes that are higher in it (AUC)"]
-    for row in table.itertuples():
-        best = best_markers(markers, row.region, 5)
-        genes = ", ".join(f"{g} {a:.2f}" for g, a in zip(best["gene"], best["auc"], strict=True))
-        lines.append(f"{row.region:>6}{row.mm2:>9.3f}{row.spots:>7}  {genes or 'none at q < 0.05'}")
-    if facts["stability"]:
-        s = facts["stability"]
-        lines.append(
-            f"stability: ARI between partitions by {s['halves']} random halves of the tissue "
-            f"{s['mean ARI']:.2f} in the mean, {s['lowest ARI']:.2f} at least"
+def describe(labels: np.ndarray, region: np.ndarray, markers: pd.DataFrame) -> pd.DataFrame:
+    """segments.csv: a row per region; ``region`` (spots,) is that of each spot, 0 for none."""
+    n = int(labels.max())
+    return pd.DataFrame(
+        {
+            "region": np.arange(1, n + 1),
+            **regions.areas(labels, n),
+            "spots": np.bincount(region, minlength=n + 1)[1:],
+            "colour": regions.label_colours(n),
+            "genes": [", ".join(best_markers(markers, i + 1, NAMED)["gene"]) for i in range(n)],
+        }
+    )
+
+
+def check_inputs(stage: utils.Stage) -> None:
+    """Before any work: what is needed is there, what is written is not the user's."""
+    files.guard_outputs(stage)
+    if stage.args.method == "leiden" and importlib.util.find_spec("graspologic_native") is None:
+        raise utils.StageError(
+            "--method leiden needs graspologic-native, which is not installed.",
+            "Run: pip install -r analysis/requirements.txt, or leave out --method.",
         )
-    if "truth" in facts:
-        t = facts["truth"]
-        lines.append(
-            f"ARI with the {t['regions']} true regions: {t['ARI']:.3f}; k-means on interpolated "
-            f"spots {t['ARI of interpolated spots']:.3f}"
-        )
-    return "\n".join(lines)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = regions.parser_of(__doc__)
-    option = parser.add_argument
-    option("--method", choices=list(METHODS), default="kmeans", help="How; without it, kmeans.")
-    option(
-        "--n-regions",
-        type=utils.positive,
-        default=N_REGIONS,
-        help=f"Number of kinds of region; without it, {N_REGIONS}.",
-    )
-    option(
-        "--smoothing-um",
-        type=regions.not_below_zero,
-        default=SMOOTHING_UM,
-        help=f"Sigma of the Gaussian in um; without it, {SMOOTHING_UM:g}. 0 is none.",
-    )
-    option(
-        "--min-region-mm2",
-        type=regions.not_below_zero,
-        default=MIN_REGION_MM2,
-        help=f"Smaller pieces are merged; without it, {MIN_REGION_MM2:g} mm2.",
-    )
-    option("--seed", type=utils.not_negative, default=0, help="Of the partition; without it, 0.")
-    option(
-        "--seeds",
-        type=utils.positive,
-        default=5,
-        help="Halves of the tissue by which stability is measured; without it, 5. 1 is no measure.",
-    )
-    option("--truth", action="store_true", help="Compare with the regions of truth.npz.")
-    return parser
-
-
-def check_options(stage: utils.Stage) -> None:
-    regions.check_output(stage)
-    if stage.args.method == "leiden":
-        try:
-            import graspologic_native  # noqa: F401
-        except ImportError as error:
-            raise utils.StageError(
-                "--method leiden needs graspologic-native, which is not installed.",
-                "Run: pip install -r analysis/requirements.txt, or leave out --method.",
-            ) from error
-
-
-def run_segmentation(stage: utils.Stage) -> None:
-    args = stage.args
-    check_options(stage)
     stage.require(utils.EMBEDDINGS, utils.LOCS, utils.RADIUS, utils.CNTS)
-    locs = tables.read_locs(stage, stage.path(utils.LOCS))
-    counts, genes = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
-    centres, radius = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, read_radius(stage.directory)
 
+
+def make_partitions(
+    stage: utils.Stage, x: np.ndarray, tissue: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The partition (superpixels,) by all of the tissue, and those by its random halves."""
+    args, cut = stage.args, CUTS[stage.args.method]
+    whole = cut(x, tissue, args.n_regions, args.seed, np.ones(len(x), bool))
+    seeds = range(args.seed, args.seed + args.n_halves) if args.n_halves > 1 else ()
+    halves = [cut(x, tissue, args.n_regions, seed, half_of(tissue, seed)) for seed in seeds]
+    return whole, halves
+
+
+def make_segments(stage: utils.Stage) -> None:
+    args = stage.args
+    check_inputs(stage)
+    spots = regions.read_measured_spots(stage)
     embedding = read_embedding(stage)
     tissue = regions.tissue_of(stage, np.isfinite(embedding).all(0))
     if args.n_regions > tissue.sum():
@@ -452,66 +428,48 @@ def run_segmentation(stage: utils.Stage) -> None:
         )
     x, explained = principal_components(embedding, tissue, args.smoothing_um)
     del embedding
-    print(
-        f"{len(x):,} superpixels of tissue, {x.shape[1]} components ({explained:.0%} of variance)"
-    )
-    cut, k = METHODS[args.method], args.n_regions
-    whole = cut(x, tissue, k, args.seed, np.ones(len(x), bool))
-    labels = as_labels(whole, tissue, args.min_region_mm2)
-    seeds = [args.seed + i for i in range(args.seeds if args.seeds > 1 else 0)]
-    halves = [cut(x, tissue, k, seed, half_of(tissue, seed)) for seed in seeds]
+    print(f"{len(x):,} superpixels, {x.shape[1]} components ({explained:.0%} of the variance)")
+    whole, halves = make_partitions(stage, x, tissue)
+    labels = label_regions(whole, tissue, args.min_region_mm2)
     n = int(labels.max())
-    if n != k:
-        stage.warn(f"{n} regions in place of {k}: --method and --min-region-mm2 gave no other")
-
-    discs = disc_weights(centres, radius, tissue.shape)
-    region, _ = regions.spot_labels(labels, discs)
-    region[~on_tissue(discs, np.where(tissue, 1.0, np.nan), radius)] = 0
-    markers = find_markers(counts, pd.Index(genes), region)
-    untested = sorted({*range(1, n + 1)} - {*markers["region"]})
-    if untested:
+    if n != args.n_regions:
+        stage.warn(
+            f"{n} regions in place of {args.n_regions}: --method and --min-region-mm2 gave no other"
+        )
+    discs, on_tissue = regions.discs_of(stage, spots.centres, tissue)
+    region = np.where(on_tissue, regions.spot_labels(labels, discs)[0], 0)
+    markers = find_markers(spots.counts, spots.genes, region)
+    if untested := sorted({*range(1, n + 1)} - {*markers["region"]}):
         stage.warn(f"no markers of region {utils.some(untested)}: under {MIN_SPOTS} spots")
-    best = [best_markers(markers, i, NAMED)["gene"] for i in range(1, n + 1)]
-    names = [", ".join(genes) for genes in best]
-    size = np.bincount(labels.ravel(), minlength=n + 1)[1:]
-    table = pd.DataFrame(
-        {
-            "region": np.arange(1, n + 1),
-            "superpixels": size,
-            "mm2": size * regions.SUPERPIXEL_MM2,
-            "share_of_tissue": size / size.sum(),
-            "spots": np.bincount(region, minlength=n + 1)[1:],
-            "colour": regions.label_colours(n),
-            "genes": names,
-        }
-    )
+    table = describe(labels, region, markers)
     facts = {
         "method": args.method,
         "regions": n,
         "seed": args.seed,
-        "tissue mm2": rounded(size.sum() * regions.SUPERPIXEL_MM2),
+        "tissue mm2": rounded(table["mm2"].sum()),
         "components": x.shape[1],
         "share of variance": rounded(explained),
-        "stability": agreement(halves),
+        "stability": stability_of(halves),
         "spots": int((region > 0).sum()),
         "markers": int(markers["higher"].sum()),
     }
     if args.truth:
-        facts["truth"] = compare_with_truth(stage, labels, centres, counts)
-    print(report(table, markers, facts))
-    figures = {}
+        facts["truth"] = compare_with_truth(stage, labels, spots)
+    regions.print_table(table)
+    regions.print_facts(facts)
+    outputs = {files.SEGMENTS: labels, files.SEGMENT_TABLE: table, files.SEGMENT_MARKERS: markers}
     if not args.no_plot:
-        title = f"{n} regions by {TITLES[args.method]}"
+        title = f"{n} regions by {METHODS[args.method]}"
+        names = [genes or "no gene is higher" for genes in table["genes"]]
         rgb = regions.read_colours(stage, tissue.shape)
-        shown = [name or "no gene is higher" for name in names]
-        figures["segments"] = regions.draw_labels(labels, shown, title, rgb)
-    found = {"segments.csv": table, "markers.csv": markers}
-    regions.write(stage, "segments", facts, {"segments": labels}, found, figures)
+        outputs[files.SEGMENT_PICTURE] = regions.draw_labels(labels, names, title, rgb)
+    regions.save(stage, outputs)
+    stage.finish(**facts)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return utils.run_stage(run_segmentation, SCRIPT, build_parser(), argv)
+def run(argv: list[str] | None = None) -> int:
+    return utils.run_stage(make_segments, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

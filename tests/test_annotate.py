@@ -17,7 +17,6 @@ from test_evaluate import write_maps
 
 import utils
 from analysis import annotate, regions
-from analysis.annotate import Marker
 
 GRID, OFF = (24, 36), 3  # superpixels; columns off the tissue
 REGIONS = ("", "nest", "Stroma", "fat")
@@ -81,11 +80,11 @@ def write_markers(path, table=None, weights=None):
 
 def run(directory, *options, table=None):
     markers = write_markers(directory / "markers.csv", table)
-    return annotate.main(["--directory", str(directory), "--markers", str(markers), *options])
+    return annotate.run(["--directory", str(directory), "--markers", str(markers), *options])
 
 
 def record(directory):
-    return json.loads((directory / "annotation.json").read_text())
+    return json.loads((directory / "annotate.json").read_text())
 
 
 def stack(values, shape=(1, -1)):
@@ -194,18 +193,18 @@ def test_markers_without_meaning_name_about_the_level(level):
         for row, k in zip(weights, (3, 5, 6, 8, 10), strict=True):
             row[rng.choice(len(values), k, replace=False)] = 1
         found = annotate.annotate(images, weights, tissue, 0)
-        named.append((annotate.as_labels(found, tissue, level) <= 5).mean())
+        named.append((annotate.label_image(found, tissue, level) <= 5).mean())
     assert 0.6 * level < np.mean(named) < 1.1 * level  # by the normal distribution, 1.3 to 1.9
     weights = np.kron(np.eye(5, 12), np.ones(8))  # those that go together
     found = annotate.annotate(images, weights, tissue, 0)
-    assert (annotate.as_labels(found, tissue, level) <= 5).mean() > 0.3
+    assert (annotate.label_image(found, tissue, level) <= 5).mean() > 0.3
 
 
 @pytest.mark.usefixtures("unscaled")
 def test_genes_that_are_all_alike_name_nothing():
     values, tissue = np.ones((6, 4)), np.ones((1, 4), bool)
     found = annotate.annotate(stack(values), np.eye(2, 6), tissue, 0)
-    assert (annotate.as_labels(found, tissue, 0.05) == 3).all()
+    assert (annotate.label_image(found, tissue, 0.05) == 3).all()
     np.testing.assert_allclose(found.confidence, 0.25)
     assert (found.best == 0).all()  # of equal scores, the first label's
 
@@ -213,9 +212,9 @@ def test_genes_that_are_all_alike_name_nothing():
 def test_labels_are_numbered_from_one_and_the_last_is_none():
     tissue = np.array([[True, False, True, True]])
     found = annotate.Annotation(np.array([1, 0, 1]), np.array([0.96, 0.95, 0.94]), np.zeros((2, 3)))
-    assert annotate.as_labels(found, tissue, 0.05).tolist() == [[2, 0, 1, 3]]
-    assert annotate.as_labels(found, tissue, 1).tolist() == [[2, 0, 1, 2]]
-    assert annotate.as_labels(found, tissue, 0.05).dtype == np.uint8
+    assert annotate.label_image(found, tissue, 0.05).tolist() == [[2, 0, 1, 3]]
+    assert annotate.label_image(found, tissue, 1).tolist() == [[2, 0, 1, 2]]
+    assert annotate.label_image(found, tissue, 0.05).dtype == np.uint8
 
 
 @pytest.mark.usefixtures("unscaled")
@@ -273,7 +272,7 @@ def test_a_known_section_is_named(section, capsys):
     assert (best == labels)[named].mean() > 0.99  # but for the rounding of float16
     facts = record(section)
     assert facts["unclassified"] == pytest.approx((labels == 4).sum() / (true > 0).sum(), abs=1e-4)
-    assert {"cnts-super", "markers.csv"} <= set(facts["inputs"])
+    assert {"cnts-super", str(section / "markers.csv")} <= set(facts["inputs"])
     for name in ("annotation.png", "annotation-scores.png"):
         with Image.open(section / name) as picture:
             assert min(picture.size) > 300
@@ -289,7 +288,7 @@ def test_mixed_up_markers_name_little(section):
 
 
 def test_level_one_names_everything(section):
-    assert run(section, "--no-plot", "--level", "1") == 0
+    assert run(section, "--no-plot", "--chance-share", "1") == 0
     labels = np.load(section / "annotation.npy")
     assert set(np.unique(labels)) == {0, 1, 2, 3}
     assert (labels == true_regions()).mean() > 0.93
@@ -300,8 +299,8 @@ def test_weights_count(section):
     table, shares = {"any": ["NEST0", "STROMA0", "NEST1", "STROMA1"], "fat": ["FAT0", "FAT1"]}, []
     for weight in (1, -1):
         markers = write_markers(section / "m.csv", table, [weight, 1, weight, 1, 1, 1])
-        options = ["--markers", str(markers), "--level", "1", "--no-plot"]
-        assert annotate.main(["--directory", str(section), *options]) == 0
+        options = ["--markers", str(markers), "--chance-share", "1", "--no-plot"]
+        assert annotate.run(["--directory", str(section), *options]) == 0
         labels, true = np.load(section / "annotation.npy"), true_regions()
         shares.append([(labels[true == i] == 1).mean() for i in (1, 2)])
     (nest, stroma), (without_nest, still_stroma) = shares
@@ -313,7 +312,7 @@ def test_output_folder_and_no_plot(section, tmp_path):
     before = sorted(path.name for path in section.iterdir())
     assert run(section, "--output", str(tmp_path / "a" / "b"), "--no-plot") == 0
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == sorted(
-        [name for name in OUTPUTS if not name.endswith(".png")] + ["annotation.json"]
+        [name for name in OUTPUTS if not name.endswith(".png")] + ["annotate.json"]
     )
     assert sorted(p.name for p in section.iterdir()) == sorted([*before, "markers.csv"])
 
@@ -339,12 +338,46 @@ def test_the_same_run_gives_the_same_bytes_and_an_error_changes_nothing(section,
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("name", [*OUTPUTS, "annotation-truth.csv"])
+def test_files_of_the_user_are_kept(section, name, capsys):
+    (section / name).write_text("mine")
+    assert run(section, "--truth") == 2
+    error = capsys.readouterr().err
+    assert f"{section / name} was made or edited by hand" in error
+    assert error.endswith("--truth --force\n")
+    assert (section / name).read_text() == "mine"
+    if name == "annotation.npy":
+        assert run(section, "--truth", "--force") == 0
+        np.save(section / name, 3 - np.load(section / name))
+        edited = (section / name).read_bytes()
+        assert run(section, "--truth") == 2
+        assert (section / name).read_bytes() == edited
+    if name == "annotation-truth.csv":  # without the option it is not in the way
+        assert run(section, "--no-plot") == 0
+        assert (section / name).read_text() == "mine"
+
+
+def test_what_belongs_to_an_earlier_run_goes_with_it(section):
+    assert run(section, "--truth") == 0
+    assert run(section, "--no-plot") == 0
+    for name in ("annotation-truth.csv", "annotation.png", "annotation-scores.png"):
+        assert not (section / name).exists()
+    assert run(section, "--truth") == 0
+    assert {*record(section)["outputs"]} == {*OUTPUTS, "annotation-truth.csv"}
+
+
+def test_the_old_name_of_an_option_works(section):
+    assert run(section, "--no-plot", "--level", "1") == 0
+    assert record(section)["chance share"] == 1
+    assert record(section)["options"][-2:] == ["--chance-share", "1.0"]
+
+
 def test_from_the_shell(section):
     markers = write_markers(section / "markers.csv")
     done = run_process("analysis/annotate.py", section, "--markers", str(markers), "--truth")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "truth, maps" in done.stdout
+    assert "truth:\n  maps: n 792, ARI" in done.stdout
     done = run_process("analysis/annotate.py", section, "--markers", "nowhere.csv")
     assert done.returncode == 2
     assert done.stderr.startswith("error: nowhere.csv cannot be read as text")
@@ -361,14 +394,15 @@ def test_from_the_shell(section):
 )
 def test_tables_in_many_hands(tmp_path, text):
     (tmp_path / "m.csv").write_text(text, encoding="utf-8")
-    assert annotate.read_markers(tmp_path / "m.csv") == [
-        Marker("A", "x", 1.0), Marker("B", "y y", 1.0),
-    ]  # fmt: skip
+    markers = annotate.read_markers(tmp_path / "m.csv")
+    assert markers.to_dict("list") == {
+        "gene": ["A", "B"], "label": ["x", "y y"], "weight": [1.0, 1.0],
+    }  # fmt: skip
 
 
 def test_r_leaves_out_the_name_of_the_first_column(tmp_path):
     (tmp_path / "m.csv").write_text('"gene","label"\n"1","A","x"\n"2","B","y"\n')
-    assert [m.gene for m in annotate.read_markers(tmp_path / "m.csv")] == ["A", "B"]
+    assert annotate.read_markers(tmp_path / "m.csv")["gene"].tolist() == ["A", "B"]
 
 
 @pytest.mark.parametrize(
@@ -381,10 +415,22 @@ def test_r_leaves_out_the_name_of_the_first_column(tmp_path):
         ("gene,label\nA,x\n\n,x\n", "lacks a gene or a label in line 4."),
         ("gene,label\nA,\n", "lacks a gene or a label in line 2."),
         ("gene,label\nA,x\nA,y\nA,x\n", "gives x the gene A in lines 2 and 4."),
-        ("gene,label,weight\nA,x,0\n", "has the weight '0' in line 2; it must not be 0."),
-        ("gene,label,weight\nA,x,\n", "has the weight '' in line 2; it must not be 0."),
-        ("gene,label,weight\nA,x,inf\n", "has the weight 'inf' in line 2; it must not be 0."),
-        ("gene,label,weight\nA,x,nan\n", "has the weight 'nan' in line 2; it must not be 0."),
+        (
+            "gene,label,weight\nA,x,0\n",
+            "has the weight '0' in line 2; it must be a number and not 0.",
+        ),
+        (
+            "gene,label,weight\nA,x,\n",
+            "has the weight '' in line 2; it must be a number and not 0.",
+        ),
+        (
+            "gene,label,weight\nA,x,inf\n",
+            "has the weight 'inf' in line 2; it must be a number and not 0.",
+        ),
+        (
+            "gene,label,weight\nA,x,nan\n",
+            "has the weight 'nan' in line 2; it must be a number and not 0.",
+        ),
         (
             "gene,label\nA,T cell\nB,t Cell\n",
             "has labels that differ in capitals alone, or are the name 'unclassified': t cell.",
@@ -425,10 +471,10 @@ def test_absent_genes_are_named_with_other_spellings(section, capsys):
     assert run(section, "--no-plot", table=table) == 0
     out = capsys.readouterr().out
     assert (
-        "warning: 2 of 6 markers have no map and are left out: Nest1, GONE. Written otherwise, "
+        "warning: 2 of 6 markers have no map and are left out: Nest1, GONE. With other capitals, "
         "there are Nest1 as NEST1\n" in out
     )
-    assert "warning: one marker alone seldom exceeds chance, as those of: nest, s\n" in out
+    assert "warning: a single marker seldom exceeds chance; these labels have one: nest, s\n" in out
     assert pd.read_csv(section / "annotation.csv")["markers"].tolist() == [1, 2, 1, 0]
     assert len(record(section)["warnings"]) == 2
 
@@ -484,8 +530,8 @@ def test_maps_out_of_date(section, capsys):
 @pytest.mark.parametrize("level", ["0", "1.1", "-1", "nan", "x"])
 def test_bad_levels(section, capsys, level):
     with pytest.raises(SystemExit):
-        run(section, "--level", level)
-    assert "--level" in capsys.readouterr().err
+        run(section, "--chance-share", level)
+    assert "argument --chance-share" in capsys.readouterr().err
 
 
 # ----- labels of spots -----
@@ -576,7 +622,7 @@ def test_labels_of_spots_are_compared(section, capsys):
     table = pd.read_csv(section / "annotation-spots.csv", index_col=0)
     assert table.columns.tolist() == [*NAMES, "unclassified"]
     assert table.sum(axis=1).to_dict() == labels["label"][:-1].value_counts().to_dict()
-    assert "lbl.csv" in record(section)["inputs"]
+    assert str(section / "lbl.csv") in record(section)["inputs"]
 
 
 def test_labels_of_spots_off_the_tissue(section, capsys):
@@ -592,7 +638,7 @@ def test_labels_of_spots_off_the_tissue(section, capsys):
 
 # ----- truth -----
 def test_truth_is_compared_beside_interpolated_spots(section):
-    assert run(section, "--no-plot", "--truth", "--level", "1") == 0
+    assert run(section, "--no-plot", "--truth", "--chance-share", "1") == 0
     facts, true = record(section)["truth"], true_regions()
     maps, linear = facts["maps"], facts["interpolated spots"]
     labels = np.load(section / "annotation.npy")
@@ -616,6 +662,18 @@ def test_interpolation_is_that_of_segment(section):
     at = (locs["y"] // 16).astype(int), (locs["x"] // 16).astype(int)
     np.testing.assert_allclose(image[at], counts)
     assert image.min() >= counts.min()
+
+
+def test_spots_on_a_line_have_no_interpolation(section, capsys):
+    locs = pd.read_csv(section / "locs.csv", index_col=0)
+    locs["y"] = 100.0
+    locs["x"] = np.linspace(100, 500, len(locs))
+    locs.to_csv(section / "locs.csv")
+    assert run(section, "--no-plot", "--truth") == 2
+    error = capsys.readouterr().err
+    assert "locs.csv has spots that lie on a line" in error
+    assert "Leave out --truth." in error
+    assert not (section / "annotation.npy").exists()
 
 
 def test_truth_without_the_same_names(section, capsys):

@@ -74,11 +74,10 @@ def _section(tmp_path_factory):
     locs.to_csv(directory / "locs.csv")
     pd.DataFrame(np.ones((5, len(GENES)), int), ids, GENES).to_csv(directory / "cnts.csv")
     write_record(directory, utils.CALIBRATION, [], ["locs.csv"])
-    markers_table().to_csv(directory / "markers.csv", index=False)
+    markers_table().to_csv(directory / "segment-markers.csv", index=False)
     patterns_table().to_csv(directory / "patterns.csv", index=False)
-    for name in ("segments.json", "patterns.json"):
-        inputs = {"cnts.csv": utils.fingerprint(directory / "cnts.csv")}
-        (directory / name).write_text(json.dumps({"inputs": inputs}))
+    write_record(directory, "analysis/segment.py", ["cnts.csv"], ["segment-markers.csv"])
+    write_record(directory, "analysis/patterns.py", ["cnts.csv"], ["patterns.csv"])
     write_gmt(directory / "sets.gmt", SETS)
     return directory
 
@@ -90,7 +89,7 @@ def section(_section, tmp_path):
 
 def run(directory, *options):
     gmt = directory / "sets.gmt"
-    return enrich.main(["--directory", str(directory), "--gene-sets", str(gmt), *options])
+    return enrich.run(["--directory", str(directory), "--gene-sets", str(gmt), *options])
 
 
 def read(directory, name="enrichment.csv"):
@@ -305,13 +304,15 @@ def test_a_known_section(section, capsys):
     assert table.loc["maps", "SECOND"]["size"] == 5  # NA has no map
     assert ("spots", "MIXED") not in table.index  # three of its genes have a map
     assert ("region 1", "SMALL") not in table.index
-    facts = json.loads((section / "enrichment.json").read_text())
+    facts = json.loads((section / "enrich.json").read_text())
     assert facts["lists"]["region 1"] == {
         "genes": 6, "background": 42, "sets tested": 4, "enriched": 1, "enriched by ranks": 1,
     }  # fmt: skip
     assert facts["found by"]["genes"] == {"spots only": 1, "both": 5, "maps only": 5}
     assert facts["found by"]["sets"]["both"] == 1
-    assert {"sets.gmt", "markers.csv", "patterns.csv", "cnts.csv"} <= set(facts["inputs"])
+    assert {str(section / "sets.gmt"), "segment-markers.csv", "patterns.csv", "cnts.csv"} <= set(
+        facts["inputs"]
+    )
     assert "region 1" in capsys.readouterr().out
     for name in ("enrichment.png", "venn.png"):
         with Image.open(section / name) as picture:
@@ -321,10 +322,10 @@ def test_a_known_section(section, capsys):
 def test_lists_obey_their_thresholds(section):
     table = markers_table()
     table.loc[0, "log2_fold"], table.loc[1, "q"] = 0.5, 0.05  # neither above nor below
-    table.to_csv(section / "markers.csv", index=False)
+    table.to_csv(section / "segment-markers.csv", index=False)
     assert run(section, "--no-plot") == 0
     assert read(section).loc["region 1", "FIRST"]["found"] == 4
-    assert run(section, "--no-plot", "--level", "0.1", "--log2-fold", "0.4") == 0
+    assert run(section, "--no-plot", "--max-q", "0.1", "--log2-fold", "0.4") == 0
     assert read(section).loc["region 1", "FIRST"]["found"] == 6
 
 
@@ -333,7 +334,7 @@ def test_genes_that_only_make_up_more_of_few_counts_are_no_list(section):
     table = markers_table()
     mine = (table["region"] == 1) & table["gene"].isin(SETS["FIRST"])
     table.loc[mine, ["auc_counts", "higher"]] = 0.05, False
-    table.to_csv(section / "markers.csv", index=False)
+    table.to_csv(section / "segment-markers.csv", index=False)
     assert run(section, "--no-plot") == 0
     row = read(section).loc["region 1", "FIRST"]
     assert (row["found"], row["rank_auc"]) == (0, 0)
@@ -355,25 +356,27 @@ def test_genes_without_counts_are_no_background(section):
     assert row["p"] == pytest.approx(1 / comb(37, 6), rel=1e-3)
 
 
-@pytest.mark.parametrize("lost", ["markers.csv", "patterns.csv"])
+@pytest.mark.parametrize("lost", ["segment-markers.csv", "patterns.csv"])
 def test_one_of_the_tables_is_enough(section, capsys, lost):
     (section / lost).unlink()
     assert run(section) == 0
-    left = {"markers.csv": ["spots", "maps"], "patterns.csv": ["region 1", "region 2"]}[lost]
+    left = {"segment-markers.csv": ["spots", "maps"], "patterns.csv": ["region 1", "region 2"]}[
+        lost
+    ]
     assert list(dict.fromkeys(read(section).index.get_level_values(0))) == left
-    assert (section / "venn.png").exists() == (lost == "markers.csv")
+    assert (section / "venn.png").exists() == (lost == "segment-markers.csv")
     assert f"without {lost}: run analysis/" in capsys.readouterr().out
 
 
 def test_tables_of_another_folder(section, tmp_path):
     (tmp_path / "t").mkdir()
-    for name in ("markers.csv", "patterns.csv", "segments.json", "patterns.json"):
+    for name in ("segment-markers.csv", "patterns.csv", "segment.json", "patterns.json"):
         (section / name).rename(tmp_path / "t" / name)
     assert run(section, "--no-plot") == 2
     assert run(section, "--no-plot", "--tables", str(tmp_path / "t"),
                "--output", str(tmp_path / "o")) == 0  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
-        "enrichment.csv", "enrichment.json",
+        "enrich.json", "enrichment.csv",
     ]  # fmt: skip
 
 
@@ -403,7 +406,7 @@ def test_nothing_found_is_no_error(section, capsys):
     markers, patterns = markers_table(), patterns_table()
     markers["q"] = 1.0
     patterns[["found_by_spots", "found_by_maps"]] = False
-    markers.to_csv(section / "markers.csv", index=False)
+    markers.to_csv(section / "segment-markers.csv", index=False)
     patterns.to_csv(section / "patterns.csv", index=False)
     assert run(section) == 0
     assert "warning: region 1: 0 genes, 4 sets to test" in capsys.readouterr().out
@@ -420,11 +423,19 @@ def breaks(section, name, change):
 @pytest.mark.parametrize(
     ("name", "change", "problem"),
     [
-        ("markers.csv", lambda t: t.drop(columns="auc"), "is not a table of region, gene, "),
-        ("markers.csv", lambda t: t.assign(q="high"), "is not a table of region, gene, "),
-        ("markers.csv", lambda t: t.iloc[:0], "holds no gene."),
-        ("markers.csv", lambda t: t.replace("G03", "X"), "genes that cnts.csv lacks: X, X."),
-        ("markers.csv", lambda t: pd.concat([t, t[:1]]), "has 1 G00 more than once."),
+        (
+            "segment-markers.csv",
+            lambda t: t.drop(columns="auc"),
+            "is not a table of region, gene, ",
+        ),
+        ("segment-markers.csv", lambda t: t.assign(q="high"), "is not a table of region, gene, "),
+        ("segment-markers.csv", lambda t: t.iloc[:0], "holds no gene."),
+        (
+            "segment-markers.csv",
+            lambda t: t.replace("G03", "X"),
+            "genes that cnts.csv lacks: X, X.",
+        ),
+        ("segment-markers.csv", lambda t: pd.concat([t, t[:1]]), "has 1 G00 more than once."),
         ("patterns.csv", lambda t: t.assign(found_by_maps="maybe"), "found_by_maps is not True"),
         ("patterns.csv", lambda t: pd.concat([t, t[3:4]]), "has G03 more than once."),
         ("patterns.csv", lambda t: t.replace("G03", "X"), "genes that cnts.csv lacks: X."),
@@ -436,17 +447,17 @@ def test_bad_tables(section, capsys, name, change, problem):
     error = capsys.readouterr().err
     assert problem in error
     assert str(section / name) in error
-    script = {"markers.csv": "segment.py", "patterns.csv": "patterns.py"}[name]
+    script = {"segment-markers.csv": "segment.py", "patterns.csv": "patterns.py"}[name]
     assert f"Run: python analysis/{script} --directory" in error
     assert not (section / "enrichment.csv").exists()
 
 
 def test_without_any_table(section, capsys):
-    (section / "markers.csv").unlink()
+    (section / "segment-markers.csv").unlink()
     (section / "patterns.csv").unlink()
     assert run(section) == 2
     error = capsys.readouterr().err
-    assert "Neither markers.csv nor patterns.csv is in" in error
+    assert "Neither segment-markers.csv nor patterns.csv is in" in error
     assert "segment.py" in error
     assert "patterns.py" in error
 
@@ -458,12 +469,59 @@ def test_tables_out_of_date(section, capsys):
     error = capsys.readouterr().err
     assert "cnts.csv has changed since analysis/segment.py read it" in error
     assert run(section, "--no-plot", "--allow-stale") == 0
-    (section / "segments.json").unlink()
+    (section / "segment.json").unlink()
     (section / "patterns.json").write_text("[1]")
     assert run(section, "--no-plot") == 2
     captured = capsys.readouterr()
-    assert "markers.csv: without segments.json, taken as your own" in captured.out
-    assert "patterns.json is not a readable record" in captured.err
+    assert "segment-markers.csv: not made by analysis/segment.py, taken as your own" in captured.out
+    assert "patterns.json is not a record of analysis/patterns.py" in captured.err
+
+
+def test_markers_of_an_earlier_segment_are_not_read(section, capsys):
+    (section / "segment-markers.csv").rename(section / "markers.csv")
+    assert run(section, "--no-plot") == 2
+    error = capsys.readouterr().err
+    assert f"{section / 'markers.csv'} was written by an earlier analysis/segment.py" in error
+    assert f'Run: python analysis/segment.py --directory "{section}" --force (or move' in error
+    (section / "markers.csv").write_text("gene,label\nG00,mine\n")  # a table of the user's own
+    assert run(section, "--no-plot") == 0
+    assert (section / "markers.csv").read_text() == "gene,label\nG00,mine\n"
+
+
+def test_a_record_of_before_is_refused_with_what_to_run(section, capsys):
+    (section / "patterns.json").write_text('{"script": "analysis/patterns.py", "inputs": {}}')
+    assert run(section, "--no-plot") == 2
+    error = capsys.readouterr().err
+    assert "patterns.json is not a record of analysis/patterns.py" in error
+    assert f'python analysis/patterns.py --directory "{section}" --force' in error
+
+
+@pytest.mark.parametrize("name", ["enrichment.csv", "enrichment.png", "venn.png"])
+def test_files_of_the_user_are_kept(section, name, capsys):
+    (section / name).write_text("mine")
+    assert run(section) == 2
+    error = capsys.readouterr().err
+    assert f"{section / name} was made or edited by hand" in error
+    assert "--force" in error
+    assert (section / name).read_text() == "mine"
+    assert run(section, "--force") == 0
+    assert run(section) == 0
+    with (section / name).open("a") as file:
+        file.write("edited")
+    assert run(section) == 2
+
+
+def test_the_old_name_of_an_option_works(section):
+    assert run(section, "--no-plot", "--level", "0.1") == 0
+    assert json.loads((section / "enrich.json").read_text())["options"][-2:] == ["--max-q", "0.1"]
+
+
+def test_pictures_of_an_earlier_run_go_with_it(section):
+    assert run(section) == 0
+    assert run(section, "--no-plot") == 0
+    assert not (section / "enrichment.png").exists()
+    assert not (section / "venn.png").exists()
+    assert run(section) == 0
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from test_regions import (
 import utils
 from analysis import patterns
 from analysis.scores import pearson
-from analysis.spots import disc_weights
+from analysis.spots import disc_weights, interpolation_weights, superpixel_centres
 
 OUTPUTS = ["patterns.csv", "patterns.json", "patterns.png"]
 AREA = np.pi * RADIUS**2
@@ -64,7 +64,7 @@ def save_truth(directory, mean, genes, **more):
 
 
 def run_patterns(directory, *options):
-    return patterns.main(["--directory", str(directory), "--no-plot", *options])
+    return patterns.run(["--directory", str(directory), "--no-plot", *options])
 
 
 def result(directory):
@@ -162,7 +162,8 @@ def test_statistics_of_interpolations_are_those_of_their_maps():
     keep = discs @ tissue.ravel() > 0.3 * AREA
     centres, discs = centres[keep], discs[keep]
     x = rng.gamma(1, 2, (len(centres), 3))
-    between = patterns.Interpolation(centres, tissue, discs)
+    linear = interpolation_weights(centres, superpixel_centres(GRID))[1]
+    between = patterns.Interpolation(linear, tissue, discs)
     i, sd = between.statistics(x)
     places = np.stack(np.indices(tissue.shape), -1).reshape(-1, 2) + 0.5
     for k in range(3):
@@ -293,7 +294,7 @@ def test_verdicts_by_hand():
         held_out_p=[0.001, 0.01, 0.02, 0.001, 1],
     )  # fmt: skip
     linear_r, smooth_r = np.array([0.9, 0.3, 0.3, 0, 0]), np.array([0, 0.65, 0.5, 0, 0])
-    found = patterns.judge(table, linear_r, smooth_r)
+    found = patterns.add_verdicts(table, linear_r, smooth_r)
     # q of spots: 0.001 * 5 / 2, 0.02 * 5 / 3, 0.2 * 5 / 4, as the first, 0.5
     np.testing.assert_allclose(found["spots_q"], [0.0025, 0.1 / 3, 0.25, 0.0025, 0.5])
     assert found["found_by_spots"].tolist() == [True, True, False, True, False]
@@ -325,7 +326,7 @@ def test_null_genes_are_not_found():
     section = FakeSection(tissue, centres, discs, counts, maps)
     table = patterns.measure_genes(section, held_out, r, 499, 0)
     around = patterns.correlate_left_out(centres, csc_array(counts), held_out, 0)
-    table = patterns.judge(table, *around)
+    table = patterns.add_verdicts(table, *around)
     assert (table["maps_spot_I"] > table["null_spot_I"]).mean() > 0.95  # this alone finds them all
     assert (table["maps_spot_I"] > table["spots_I"]).mean() > 0.95
     assert table["null_I"].median() > 0.9
@@ -336,10 +337,11 @@ def test_null_genes_are_not_found():
     assert abs(table["spots_I"].mean() + 1 / (len(keep) - 1)) < 0.01
 
 
-class FakeSection(patterns.Section):
+class FakeSection(patterns.SpotsAndMaps):
     """A section that is in memory."""
 
     def __init__(self, tissue, centres, discs, counts, maps):
+        self.stage = None  # of files, which are not read
         self.tissue, self.centres, self.discs, self.maps = tissue, centres, discs, maps
         self.counts, self.genes = csc_array(counts), [*range(len(maps))]
         self.spots, self.radius, self.area = np.arange(len(centres)), RADIUS, AREA
@@ -379,7 +381,7 @@ def test_smoothing_is_no_improvement():
     section = FakeSection(tissue, centres, discs, counts, maps)
     table = patterns.measure_genes(section, held_out, r, 199, 0)
     around = patterns.correlate_left_out(centres, csc_array(counts), held_out, 0)
-    table = patterns.judge(table, *around)
+    table = patterns.add_verdicts(table, *around)
     assert (table["maps_spot_I"] > table["spots_I"]).all()
     assert table["found_by_maps"].mean() > 0.8
     assert (table["held_out_r"] > table["linear_r"]).mean() > 0.8  # that alone would be enough
@@ -449,8 +451,8 @@ def test_genes_of_regions_are_found_and_others_are_not(labelled, capsys):
         json.loads((labelled / "HISTEX.json").read_text())["held_out_spots"]
     )
     out = capsys.readouterr().out
-    assert "6 genes; found by spots 3, by maps 3 (0 of them not by spots), enhanced 3" in out
-    assert "flat: 3 genes, found by spots 0, found by maps 0, enhanced 0" in out
+    assert "found by spots: 3\nfound by maps: 3\nenhanced: 3\nfound by maps, not by spots: 0" in out
+    assert "  flat: genes 3, found_by_spots 0, found_by_maps 0, enhanced 0" in out
     assert {*record["inputs"]} == {
         "cnts-super", "held-out-r.csv", "locs.csv", "radius.txt", "cnts.csv", "mask.png",
         "truth.npz",
@@ -494,18 +496,57 @@ def test_normalising_takes_the_depth_away(tmp_path, capsys):
     assert (table["maps_sd"] < 1e-3).all()
 
 
+def results_of(directory):
+    """Bytes of all files but the record, which holds the time of the run."""
+    return {name: kept for name, kept in snapshot(directory).items() if name != "patterns.json"}
+
+
 def test_a_rerun_overwrites_and_is_the_same(labelled, tmp_path, capsys):
     options = ["--directory", str(labelled), "--permutations", "19"]
-    assert patterns.main(options) == 0
-    assert "wrote patterns.csv, patterns.png, patterns.json" in capsys.readouterr().out
-    first = snapshot(labelled)
-    assert patterns.main(options) == 0
-    assert snapshot(labelled) == first
+    assert patterns.run(options) == 0
+    out = capsys.readouterr().out
+    assert "wrote patterns.csv" in out
+    assert "wrote patterns.png" in out
+    first = results_of(labelled)
+    assert patterns.run(options) == 0
+    assert results_of(labelled) == first
     assert first["patterns.png"][:4] == b"\x89PNG"
-    assert patterns.main([*options, "--seed", "1", "--output", str(tmp_path / "new")]) == 0
-    assert snapshot(labelled) == first
+    assert patterns.run([*options, "--seed", "1", "--output", str(tmp_path / "new")]) == 0
+    assert results_of(labelled) == first
     assert sorted(snapshot(tmp_path / "new")) == OUTPUTS
     assert snapshot(tmp_path / "new")["patterns.csv"] != first["patterns.csv"]
+
+
+@pytest.mark.parametrize("name", ["patterns.csv", "patterns.png"])
+def test_files_of_the_user_are_kept(labelled, name, capsys):
+    options = ["--directory", str(labelled), "--permutations", "1"]
+    (labelled / name).write_text("mine")
+    before = snapshot(labelled)
+    assert patterns.run(options) == 2
+    error = capsys.readouterr().err
+    assert f"{labelled / name} was made or edited by hand" in error
+    assert f'--directory "{labelled}" --permutations 1 --force' in error
+    assert snapshot(labelled) == before
+    assert patterns.run([*options, "--force"]) == 0
+    with (labelled / name).open("a") as file:
+        file.write("edited")
+    edited = snapshot(labelled)
+    assert patterns.run(options) == 2
+    assert snapshot(labelled) == edited
+
+
+def test_results_of_before_are_refused_with_commands_that_work(labelled, capsys):
+    """The record had the same name, but no outputs."""
+    (labelled / "patterns.json").write_text('{"script": "analysis/patterns.py", "inputs": {}}')
+    (labelled / "patterns.csv").write_text("gene\n")
+    assert run_patterns(labelled, "--permutations", "1") == 2
+    error = capsys.readouterr().err
+    assert "patterns.json is not a record of analysis/patterns.py" in error
+    assert "Remove it and run: python analysis/patterns.py" in error
+    assert error.endswith("--permutations 1 --force\n")
+    (labelled / "patterns.json").unlink()
+    assert run_patterns(labelled, "--permutations", "1", "--force") == 0
+    assert run_patterns(labelled, "--permutations", "1") == 0
 
 
 def test_as_a_user(labelled):
@@ -520,7 +561,7 @@ def test_without_held_out_spots_nothing_is_found_by_maps(labelled, n, capsys):
     """As after --preset published, which holds none out."""
     record = json.loads((labelled / "HISTEX.json").read_text())
     add_to_record(labelled, held_out_spots=record["held_out_spots"][:n])
-    assert patterns.main(["--directory", str(labelled), "--permutations", "99"]) == 0
+    assert patterns.run(["--directory", str(labelled), "--permutations", "99"]) == 0
     assert f"{n} held-out spots: the maps' patterns cannot be tested" in capsys.readouterr().out
     table, record = result(labelled)
     assert table["found_by_spots"].sum() == 3
@@ -536,7 +577,7 @@ def test_the_picture_shows_what_the_table_says(labelled, capsys):
         "analysis/patterns.py",
         patterns.build_parser().parse_args(["--directory", str(labelled)]),
     )
-    section = patterns.Section(stage)
+    section = patterns.SpotsAndMaps(stage)
     assert run_patterns(labelled, "--permutations", "99") == 0
     table = result(labelled)[0].reset_index()
     table["enhanced"] = [True, False, True, False, False, False]
@@ -680,9 +721,11 @@ def test_bad_truth(labelled, case, capsys):
 def test_output_and_matplotlib_are_checked_first(labelled, capsys, monkeypatch):
     before = snapshot(labelled)
     assert run_patterns(labelled, "--output", str(labelled / "cnts.csv")) == 2
-    assert "is a file; it must be a folder" in capsys.readouterr().err
+    assert (
+        "cnts.csv is a file; analysis/patterns.py writes into a folder" in capsys.readouterr().err
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert patterns.main(["--directory", str(labelled)]) == 2
+    assert patterns.run(["--directory", str(labelled)]) == 2
     assert "The picture needs matplotlib" in capsys.readouterr().err
     assert snapshot(labelled) == before
 

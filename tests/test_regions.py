@@ -17,7 +17,7 @@ from PIL import Image
 from test_evaluate import write_maps
 
 import utils
-from analysis import regions
+from analysis import files, regions
 from analysis.spots import disc_weights
 
 GRID = (56, 70)  # superpixels: whole tiles
@@ -114,7 +114,7 @@ def snapshot(directory):
 
 
 def stage_of(directory, **arguments):
-    arguments = {"output": None, "allow_stale": False} | arguments
+    arguments = {"allow_stale": False, "force": False} | arguments
     return utils.Stage("analysis/x.py", argparse.Namespace(directory=directory, **arguments))
 
 
@@ -422,36 +422,42 @@ def test_the_picture_has_the_colours_of_the_regions(labelled):
 
 
 # ----- files -----
-def test_files_appear_together_or_not_at_all(labelled):
+def test_contents_are_written_by_their_kind_and_appear_together(labelled):
     class Torn:
         def savefig(self, path):
             Path(path).write_text("half")
             raise OSError(28, "no space left", str(path))
 
-    stage, table = stage_of(labelled), pd.DataFrame({"a": [1.5], "b": ["x"]})
-    regions.write(stage, "x", {"n": 1}, {"x": np.arange(3)}, {"x.csv": table})
     before = snapshot(labelled)
-    assert before["x.csv"] == b"a,b\n1.5,x\n"
-    assert json.loads(before["x.json"])["n"] == 1
+    stage, table = stage_of(labelled), pd.DataFrame({"a": [1.5], "b": ["x"]})
+    contents = {files.SEGMENTS: np.arange(3), files.SEGMENT_TABLE: table}
+    regions.save(stage, contents)
+    assert not {"segments.npy", "segments.csv"} & {*snapshot(labelled)}
     with pytest.raises(OSError, match="no space"):
-        regions.write(
-            stage, "x", {"n": 2}, {"x": np.arange(4)}, {"x.csv": table[:0]}, {"x": Torn()}
-        )
+        regions.save(stage, {files.SEGMENT_PICTURE: Torn()})
+    stage.discard()
     assert snapshot(labelled) == before
-    regions.write(stage, "x", {"n": 2}, {"x": np.arange(4)}, {"x.csv": table[:0]})
-    assert np.load(labelled / "x.npy").tolist() == [0, 1, 2, 3]
+    stage = stage_of(labelled)
+    regions.save(stage, contents)
+    stage.finish(n=2)
+    assert np.load(labelled / "segments.npy").tolist() == [0, 1, 2]
+    assert (labelled / "segments.csv").read_bytes() == b"a,b\n1.5,x\n"
     assert json.loads((labelled / "x.json").read_text())["n"] == 2
 
 
-def test_an_output_folder_is_made(labelled, tmp_path):
-    before = snapshot(labelled)
-    regions.write(stage_of(labelled, output=tmp_path / "a" / "b"), "x", {})
-    assert [*snapshot(tmp_path / "a")] == ["b/x.json"]
-    assert snapshot(labelled) == before
+def test_facts_are_printed_line_by_line(capsys):
+    truth = {"maps": {"n": 3, "ARI": None}, "spots": {"n": 2, "ARI": 0.5}}
+    regions.print_facts({"genes": 5, "stability": None, "medians": {"r": 0.1}, "truth": truth})
+    regions.print_table(pd.DataFrame({"a": [1.23456, np.nan], "colour": "#ffffff"}))
+    regions.print_table(pd.DataFrame({"a": []}), "nothing")
+    assert capsys.readouterr().out.splitlines() == [
+        "genes: 5", "stability: unknown", "medians: r 0.1", "truth:", "  maps: n 3, ARI unknown",
+        "  spots: n 2, ARI 0.5", "   a", "1.23", "    ", "nothing",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "x", ""])
 def test_numbers_of_the_command_line(text):
     with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        regions.not_below_zero(text)
-    assert regions.not_below_zero("0") == 0
+        files.number_from_0(text)
+    assert files.number_from_0("0") == 0

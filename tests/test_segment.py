@@ -30,9 +30,11 @@ from test_regions import (
 import utils
 from analysis import regions, segment
 
-METHODS = list(segment.METHODS)
+METHODS = list(segment.CUTS)
 EVERY = slice(None)
-OUTPUTS = ["markers.csv", "segments.csv", "segments.json", "segments.npy", "segments.png"]
+OUTPUTS = [
+    "segment-markers.csv", "segment.json", "segments.csv", "segments.npy", "segments.png",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def labelled(_labelled, tmp_path):
 
 
 def run_segment(directory, *options):
-    return segment.main(["--directory", str(directory), "--no-plot", *options])
+    return segment.run(["--directory", str(directory), "--no-plot", *options])
 
 
 def result(directory):
@@ -57,8 +59,8 @@ def result(directory):
     return (
         np.load(directory / "segments.npy"),
         pd.read_csv(directory / "segments.csv"),
-        pd.read_csv(directory / "markers.csv", **text),
-        json.loads((directory / "segments.json").read_text()),
+        pd.read_csv(directory / "segment-markers.csv", **text),
+        json.loads((directory / "segment.json").read_text()),
     )
 
 
@@ -81,7 +83,7 @@ def test_known_regions_are_found(labelled, method, capsys):
     assert record["truth"]["regions"] == 3
     assert 0.2 < record["truth"]["ARI of interpolated spots"] < 1
     assert record["stability"] == {"halves": 5, "mean ARI": 1.0, "lowest ARI": 1.0}
-    assert "ARI with the 3 true regions: 1.000" in capsys.readouterr().out
+    assert "truth: regions 3, ARI 1.0, ARI of interpolated spots" in capsys.readouterr().out
     assert table["region"].tolist() == [1, 2, 3]
     areas = np.sort(np.bincount(true.ravel())[1:])[::-1]
     assert table["superpixels"].tolist() == areas.tolist()
@@ -107,7 +109,7 @@ def test_smoothing_finds_regions_in_noise(tmp_path, method):
     write_embedding(directory, np.where(true > 0, image.transpose(2, 0, 1), np.nan))
     found = {}
     for um in ("0", "24"):
-        options = ("--method", method, "--n-regions", "3", "--smoothing-um", um, "--seeds", "1")
+        options = ("--method", method, "--n-regions", "3", "--smoothing-um", um, "--n-halves", "1")
         assert run_segment(directory, *options, "--min-region-mm2", "0") == 0
         found[um] = agreement(result(directory)[0], true)
     assert found["24"] > 0.75
@@ -128,7 +130,7 @@ def test_stability_tells_regions_from_none(labelled, method):
     assert run_segment(labelled, *options) == 0
     assert result(labelled)[3]["stability"]["mean ARI"] < 0.7
     first = result(labelled)[0]
-    assert run_segment(labelled, *options, "--seeds", "1") == 0
+    assert run_segment(labelled, *options, "--n-halves", "1") == 0
     assert result(labelled)[3]["stability"] is None
     assert (result(labelled)[0] == first).all()
 
@@ -156,7 +158,7 @@ def test_a_part_decides_for_all():
     x = (np.eye(3)[true] * 5 + rng.normal(0, 0.2, (1500, 3))).astype(np.float32)
     tissue = np.ones((30, 50), bool)
     fitted = np.arange(1500) % 2 == 0
-    for method, cut in segment.METHODS.items():
+    for method, cut in segment.CUTS.items():
         assert regions.adjusted_rand(cut(x, tissue, 3, 0, fitted), true) == 1, method
         blind = cut(x, tissue, 2, 0, fitted & (true < 2))
         assert regions.adjusted_rand(blind[true < 2], true[true < 2]) == 1, method
@@ -167,7 +169,7 @@ def test_a_part_decides_for_all():
 
 
 def test_a_tree_of_regions_nests(labelled):
-    options = ("--method", "hierarchical", "--min-region-mm2", "0", "--seeds", "1")
+    options = ("--method", "hierarchical", "--min-region-mm2", "0", "--n-halves", "1")
     found = {}
     for n in (3, 5, 9):
         assert run_segment(labelled, *options, "--n-regions", str(n)) == 0
@@ -179,7 +181,7 @@ def test_a_tree_of_regions_nests(labelled):
 
 
 def test_pieces_are_as_large_as_asked(labelled):
-    options = ("--n-regions", "6", "--smoothing-um", "0", "--seeds", "1")
+    options = ("--n-regions", "6", "--smoothing-um", "0", "--n-halves", "1")
     for mm2 in ("0", "0.01"):
         assert run_segment(labelled, *options, "--min-region-mm2", mm2) == 0
         labels = result(labelled)[0]
@@ -218,7 +220,9 @@ def test_constant_maps_are_one_region(labelled, capsys):
     write_embedding(labelled, np.where(true_labels() > 0, np.ones((3, 1, 1)), np.nan))
     for method in METHODS:
         assert (
-            run_segment(labelled, "--n-regions", "3", "--method", method, "--truth", "--seeds", "1")
+            run_segment(
+                labelled, "--n-regions", "3", "--method", method, "--truth", "--n-halves", "1"
+            )
             == 0
         )
         out = capsys.readouterr().out
@@ -231,22 +235,13 @@ def test_constant_maps_are_one_region(labelled, capsys):
 
 
 # ----- partitions -----
-def test_the_nearest_centre_in_blocks(monkeypatch):
-    monkeypatch.setattr(segment, "FITTED", 7)
-    rng = np.random.default_rng(0)
-    x, centres = rng.normal(size=(50, 4)), rng.normal(size=(6, 4))
-    squares = ((x[:, None] - centres) ** 2).sum(2)
-    nearest, distance = segment.nearest_centre(x, centres)
-    assert (nearest == squares.argmin(1)).all()
-    np.testing.assert_allclose(distance, squares.min(1), atol=1e-9)
-
-
 def test_k_means_is_a_minimum_of_its_own(monkeypatch):
     """Every centre is the mean of its own, and no other partition of few points is better."""
     rng = np.random.default_rng(0)
     x = rng.normal(0, 1, (12, 2)).astype(np.float32)
     centres = segment.k_means(x, 2, 0)
-    nearest, distance = segment.nearest_centre(x, centres)
+    nearest = ((x[:, None] - centres) ** 2).sum(2).argmin(1)
+    distance = ((x - centres[nearest]) ** 2).sum(1)
     for i in range(2):
         np.testing.assert_allclose(centres[i], x[nearest == i].mean(0), atol=1e-4)
     every = [np.array([n >> i & 1 for i in range(12)]) for n in range(1, 2**11)]
@@ -441,24 +436,81 @@ def test_spots_belong_to_the_region_of_their_disc(labelled):
 
 
 # ----- files, pictures, reruns -----
+def results_of(directory):
+    """Bytes of all files but the record, which holds the time of the run."""
+    return {name: kept for name, kept in snapshot(directory).items() if name != "segment.json"}
+
+
 def test_a_rerun_overwrites_and_is_the_same(labelled, tmp_path, capsys):
-    assert segment.main(["--directory", str(labelled)]) == 0
-    assert "wrote segments.npy, segments.csv, markers.csv" in capsys.readouterr().out
-    first = snapshot(labelled)
-    assert segment.main(["--directory", str(labelled)]) == 0
-    assert snapshot(labelled) == first
+    assert segment.run(["--directory", str(labelled)]) == 0
+    out = capsys.readouterr().out
+    assert all(f"wrote {name}" in out for name in OUTPUTS if not name.endswith(".json"))
+    first = results_of(labelled)
+    assert segment.run(["--directory", str(labelled)]) == 0
+    assert results_of(labelled) == first
     assert first["segments.png"][:4] == b"\x89PNG"
     assert run_segment(labelled, "--n-regions", "3") == 0
-    again = snapshot(labelled)
+    again = results_of(labelled)
     assert np.load(labelled / "segments.npy").max() == 3
+    assert {*first} - {*again} == {"segments.png"}  # it showed the regions of before
     changed = {name for name in again if again[name] != first[name]}
-    assert changed == {*OUTPUTS} - {"segments.png"}
+    assert changed == {*OUTPUTS} - {"segments.png", "segment.json"}
     options = ["--directory", str(labelled), "--output", str(tmp_path / "new" / "folder")]
-    assert segment.main(options) == 0
-    assert snapshot(labelled) == again
+    assert segment.run(options) == 0
+    assert results_of(labelled) == again
     assert sorted(snapshot(tmp_path / "new" / "folder")) == OUTPUTS
     same = snapshot(tmp_path / "new" / "folder")
     assert same["segments.npy"] == first["segments.npy"]
+
+
+@pytest.mark.parametrize("name", ["segments.npy", "segments.csv", "segment-markers.csv"])
+def test_files_of_the_user_are_kept(labelled, name, capsys):
+    """Those brought without a record, and those edited after a run; --force replaces them."""
+    (labelled / "markers.csv").write_text("gene,label\nA,mine\n")  # as the README has it
+    (labelled / name).write_text("brought")
+    before = snapshot(labelled)
+    assert run_segment(labelled, "--n-regions", "3") == 2
+    error = capsys.readouterr().err
+    assert f"{labelled / name} was made or edited by hand" in error
+    assert f'--directory "{labelled}" --no-plot --n-regions 3 --force' in error
+    assert snapshot(labelled) == before
+    assert run_segment(labelled, "--n-regions", "3", "--force") == 0
+    assert (labelled / "markers.csv").read_bytes() == before["markers.csv"]
+    with (labelled / name).open("ab") as file:
+        file.write(b"edited")
+    edited = snapshot(labelled)
+    assert run_segment(labelled, "--n-regions", "2") == 2
+    assert "was made or edited by hand" in capsys.readouterr().err
+    assert snapshot(labelled) == edited
+    assert run_segment(labelled, "--n-regions", "2", "--force") == 0
+    assert result(labelled)[0].max() == 2
+
+
+def test_a_picture_of_the_user_is_neither_replaced_nor_removed(labelled, capsys):
+    (labelled / "segments.png").write_bytes(b"mine")
+    assert segment.run(["--directory", str(labelled), "--n-regions", "3"]) == 2
+    assert "segments.png was made or edited by hand" in capsys.readouterr().err
+    assert run_segment(labelled, "--n-regions", "3") == 0  # this writes no picture
+    assert (labelled / "segments.png").read_bytes() == b"mine"
+
+
+def test_results_of_before_are_refused_with_a_command_that_works(labelled, capsys):
+    """The record was segments.json, without outputs."""
+    (labelled / "segments.json").write_text('{"script": "analysis/segment.py", "inputs": {}}')
+    np.save(labelled / "segments.npy", true_labels().astype(np.uint8))
+    assert run_segment(labelled, "--n-regions", "3") == 2
+    assert "--n-regions 3 --force" in capsys.readouterr().err
+    assert run_segment(labelled, "--n-regions", "3", "--force") == 0
+    assert run_segment(labelled, "--n-regions", "3") == 0
+
+
+def test_the_old_name_of_an_option_works(labelled, capsys):
+    assert run_segment(labelled, "--n-regions", "3", "--seeds", "2") == 0
+    assert result(labelled)[3]["stability"]["halves"] == 2
+    assert result(labelled)[3]["options"][-2:] == ["--n-halves", "2"]
+    with pytest.raises(SystemExit):
+        segment.run(["--help"])
+    assert "--seeds" not in capsys.readouterr().out
 
 
 def test_the_record_names_what_was_read(labelled):
@@ -477,14 +529,14 @@ def test_as_a_user(labelled):
     done = run_process("analysis/segment.py", labelled, "--n-regions", "3")
     assert done.returncode == 0, done.stderr
     assert "edited since HISTEX.py" not in done.stdout
-    assert sorted(p.name for p in labelled.glob("*seg*")) == OUTPUTS[1:]
+    assert sorted(p.name for p in labelled.glob("*seg*")) == OUTPUTS
 
 
 def test_without_a_mask_and_an_image(labelled):
     (labelled / "mask.png").unlink()
     add_to_record(labelled, inputs={})
     (labelled / "Histology_rgb.npy").unlink()
-    assert segment.main(["--directory", str(labelled), "--n-regions", "3"]) == 0
+    assert segment.run(["--directory", str(labelled), "--n-regions", "3"]) == 0
     assert agreement(result(labelled)[0], true_labels()) > 0.9
 
 
@@ -520,7 +572,7 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_inputs(labelled, case, capsys):
     change, message = BAD_INPUTS[case]
-    assert run_segment(labelled, "--n-regions", "3", "--seeds", "1") == 0
+    assert run_segment(labelled, "--n-regions", "3", "--n-halves", "1") == 0
     change(labelled)
     before = snapshot(labelled)
     capsys.readouterr()
@@ -539,7 +591,10 @@ def test_stale_inputs_are_used_if_told_so(labelled, capsys):
 
 BAD_OPTIONS = {
     "more regions than superpixels": (["--n-regions", "99999"], "--n-regions is 99999; the tissue"),
-    "a file": (["--output", "cnts.csv"], "is a file; it must be a folder"),
+    "a file": (
+        ["--output", "cnts.csv"],
+        "cnts.csv is a file; analysis/segment.py writes into a folder",
+    ),
     "no truth": (["--truth"], "does not tell the true regions"),
 }
 
@@ -557,8 +612,8 @@ def test_bad_options(labelled, case, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "option",
-    [("--n-regions", "0"), ("--smoothing-um", "-1"), ("--min-region-mm2", "nan"), ("--seeds", "0"),
-     ("--seed", "-1"), ("--method", "magic")],
+    [("--n-regions", "0"), ("--smoothing-um", "-1"), ("--min-region-mm2", "nan"),
+     ("--n-halves", "0"), ("--seed", "-1"), ("--method", "magic")],
 )  # fmt: skip
 def test_options_out_of_range(labelled, option, capsys):
     with pytest.raises(SystemExit):
@@ -589,7 +644,7 @@ def test_what_is_not_installed(labelled, capsys, monkeypatch):
     assert run_segment(labelled, "--method", "leiden") == 2
     assert "needs graspologic-native" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert segment.main(["--directory", str(labelled)]) == 2
+    assert segment.run(["--directory", str(labelled)]) == 2
     error = capsys.readouterr().err
     assert "The picture needs matplotlib" in error
     assert "--no-plot" in error
@@ -604,5 +659,7 @@ def test_few_spots_give_no_markers(tmp_path, capsys):
         table.sort_index().iloc[70:74].to_csv(directory / name)
     assert run_segment(directory, "--allow-stale", "--n-regions", "3") == 0
     assert "no markers of region 1, 2, 3: under 5 spots" in capsys.readouterr().out
-    assert (directory / "markers.csv").read_text() == ",".join(segment.MARKER_COLUMNS) + "\n"
+    assert (directory / "segment-markers.csv").read_text() == ",".join(
+        segment.MARKER_COLUMNS
+    ) + "\n"
     assert RATES.shape == (3, len(GENES))
