@@ -66,6 +66,8 @@ METHODS = {  # in the order of the table
     "default": "**HISTEX, default preset**",
 }
 PRESETS = ("published", "default")
+COMPARING = ("benchmarks/baselines.py", "analysis/spots.py")  # code of the other predictors
+SCORING = ("analysis/inputs.py", "analysis/scores.py", "reading/*.py")
 SEED_STRIDE = 1000
 SCORES = {  # name in the results: measure and bin of analysis/scores.py
     "r 1x": ("r", 1), "r 2x": ("r", 2), "r 4x": ("r", 4),
@@ -100,8 +102,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-import reading
-from analysis import inputs, scores, spots
+from analysis import inputs, scores
 from benchmarks import baselines, simulate_sections
 
 
@@ -148,13 +149,12 @@ def copy_code(work: Path) -> Code:
                 copy = partial / path.relative_to(ROOT)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
-    read = sorted(Path(reading.__file__).parent.glob("*.py"))
     return Code(
         folder,
         first=utils.hash_of(path for path in scripts if path.name != utils.HISTEX),
         histex=utils.hash_of(scripts),
-        comparing=utils.hash_of([Path(module.__file__) for module in (baselines, spots)]),
-        scoring=utils.hash_of([*(Path(module.__file__) for module in (inputs, scores)), *read]),
+        comparing=utils.hash_of(utils.ROOT / name for name in COMPARING),
+        scoring=utils.hash_of(path for name in SCORING for path in utils.ROOT.glob(name)),
     )
 
 

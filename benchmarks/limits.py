@@ -63,8 +63,8 @@ def padded(side: int) -> int:
 
 def by_opencv(folder: Path, side: int, stage: Facts) -> Work:
     def work() -> None:
-        half = cv2.resize(cv2.imread(str(folder / "he-raw.tif")), None, None, 0.5, 0.5,
-                          cv2.INTER_AREA)  # fmt: skip
+        raw = np.asarray(cv2.imread(str(folder / "he-raw.tif")))
+        half = cv2.resize(raw, None, None, 0.5, 0.5, cv2.INTER_AREA)
         more = padded(side) - len(half)
         image = cv2.copyMakeBorder(half, 0, more, 0, more, cv2.BORDER_CONSTANT, None, [255] * 3)
         cv2.imwrite(str(folder / "plain.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])

@@ -484,11 +484,11 @@ def draw(results: Results, path: Path) -> None:
                 if points and (series, key) != ("limit", "gb"):  # of no interest
                     ax.loglog(*zip(*points, strict=True), "o-", color=colour, ms=4, label=series)
             ax.set(xlabel=CASES[rows[0]["name"]].counted, ylabel=unit)
-            for axis, numbers in ((ax.xaxis, EngFormatter(sep="")), (ax.yaxis, "{x:g}")):
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            for axis in (ax.xaxis, ax.yaxis):
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_minor_locator(NullLocator())
-                plain = isinstance(numbers, str)
-                axis.set_major_formatter(StrMethodFormatter(numbers) if plain else numbers)
             ax.grid(color="0.9")
             ax.spines[["top", "right"]].set_visible(False)
         slope = exponent([r["amount"] for r in rows], [r["stage"]["seconds"] for r in rows])

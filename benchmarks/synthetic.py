@@ -22,7 +22,7 @@ from scipy.ndimage import gaussian_filter
 
 import utils
 from benchmarks.measure import script_command
-from prepare.common import hexagonal_lattice
+from benchmarks.simulate_sections import lattice
 
 GENES, FEATURES = 1_000, 1_024  # as many as HISTEX.py predicts by default, and as UNI has
 RAW_PIXEL_UM = 0.25  # a scan at 40x
@@ -65,15 +65,16 @@ def scan_tiles(side: int, pixel_um: float, glass: bool) -> Iterator[np.ndarray]:
             shifted = np.ix_(*((steps + start) % TEXTURE_PX for start in starts))
             pixels = tissue[shifted]
             if glass:
-                inside = in_tissue(*np.ix_(top + steps + 0.5, left + steps + 0.5), side)
+                inside = in_tissue((top + steps)[:, None], left + steps, side)
                 pixels = np.where(inside[..., None], pixels, bare[shifted])
             yield pixels
 
 
-def lattice(side_um: float) -> np.ndarray:
-    """Places (N, 2), x and y in um, of the spots on a square section."""
-    first, last = utils.VISIUM_PITCH_UM / 2, side_um - utils.VISIUM_PITCH_UM / 2
-    return hexagonal_lattice((first, first, last, last), utils.VISIUM_PITCH_UM)
+def spot_places(side_um: float) -> np.ndarray:
+    """Places (N, 2), x and y in um, of Visium's spots on a square section, row by row."""
+    pitch = utils.VISIUM_PITCH_UM
+    xy = pitch / 2 + lattice(0, math.ceil(1.2 * side_um / pitch), pitch)
+    return xy[(xy <= side_um - pitch / 2).all(1)]
 
 
 def side_for(spots: int) -> int:
@@ -103,8 +104,8 @@ def write_section(
     )  # fmt: skip
     (folder / utils.PIXEL_SIZE_RAW.name).write_text(f"{pixel_um}\n")
     (folder / utils.RADIUS_RAW.name).write_text(f"{utils.VISIUM_RADIUS_UM / pixel_um}\n")
-    xy = lattice(side * pixel_um) / pixel_um
-    xy = xy[in_tissue(*xy.T, side)] if glass else xy[:spots]
+    xy = spot_places(side * pixel_um) / pixel_um
+    xy = xy[in_tissue(xy[:, 1], xy[:, 0], side)] if glass else xy[:spots]
     names = [f"spot{i:05d}" for i in range(len(xy))]
     pd.DataFrame(xy, names, ["x", "y"]).to_csv(folder / utils.LOCS_RAW.name)
     rng = np.random.default_rng(1)
@@ -162,8 +163,8 @@ def make_image(folder: Path, side: int) -> None:
 def make_features(folder: Path, side: int) -> None:
     write_section(folder, side * utils.TOKEN_PX, genes=1, glass=True)
     run_stage(utils.CALIBRATION, folder)
-    steps = np.arange(side) + 0.5
-    write_extracted(folder, side, in_tissue(*np.ix_(steps, steps), side))
+    steps = np.arange(side)
+    write_extracted(folder, side, in_tissue(steps[:, None], steps, side))
 
 
 def make_map(folder: Path, side: int, spots: int | None = None) -> None:
