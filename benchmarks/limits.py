@@ -1,7 +1,7 @@
 """Plain ways, what one would write first, and limits of the machine, for benchmarks/scaling.py.
 
-Each gets the folder of a section, its size and the facts of the stage just measured. It returns the
-work to be timed, with all that is imported and made ready before, or facts.
+Each gets the folder of a section, its size and the facts of the stage just measured. What is
+imported at the head of this file is not timed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import shutil
 import sys
 import time
 import timeit
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +38,16 @@ KMEANS_ROUNDS = 10
 PRODUCTS = re.compile(r"::(addmm|mm|bmm|baddbmm|_embedding_bag.*)$")
 ATTENTION = re.compile(r"::_scaled_dot_product.*$")  # its products and its softmax
 MATMUL_SIDE, MATMUL_ROUNDS = 2048, 8
-WRITTEN_BYTES = 1_000_000_000  # by which the speed of the disk is measured
-Work = Callable[[], Facts | None]
+WRITTEN_BLOCKS = 60  # of 16 MiB, by which the speed of the disk is measured
 
 
 def timed(way: str, folder: Path, size: int, stage: Facts) -> Facts:
-    """Facts of a function of this file; work that did a part is taken ``times`` as long."""
-    work: Work | Facts = globals()[way](folder, size, stage)
-    if isinstance(work, dict):
-        return work
-    start, cpu = time.perf_counter(), time.process_time()
-    more = work() or {}
-    times = more.pop("times", 1)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    """Seconds and peak memory of a function of this file, unless it tells its own."""
+    start = time.perf_counter()
+    facts: Facts | None = globals()[way](folder, size, stage)
+    seconds = time.perf_counter() - start
     gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTES / 1e9
-    return {"seconds": seconds * times, "cpu": cpu * times, "gb": gb, **more}
+    return {"seconds": seconds, "gb": gb, **(facts or {})}
 
 
 def padded(side: int) -> int:
@@ -61,65 +55,58 @@ def padded(side: int) -> int:
     return math.ceil(side / 2 / utils.TILE_PX) * utils.TILE_PX
 
 
-def by_opencv(folder: Path, side: int, stage: Facts) -> Work:
-    def work() -> None:
-        raw = np.asarray(cv2.imread(str(folder / "he-raw.tif")))
-        half = cv2.resize(raw, None, None, 0.5, 0.5, cv2.INTER_AREA)
-        more = padded(side) - len(half)
-        image = cv2.copyMakeBorder(half, 0, more, 0, more, cv2.BORDER_CONSTANT, None, [255] * 3)
-        cv2.imwrite(str(folder / "plain.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-
-    return work
+def by_opencv(folder: Path, side: int, stage: Facts) -> None:
+    raw = np.asarray(cv2.imread(str(folder / "he-raw.tif")))
+    half = cv2.resize(raw, None, None, 0.5, 0.5, cv2.INTER_AREA)
+    more = padded(side) - len(half)
+    image = cv2.copyMakeBorder(half, 0, more, 0, more, cv2.BORDER_CONSTANT, None, [255] * 3)
+    cv2.imwrite(str(folder / "plain.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
 
 
-def by_libvips(folder: Path, side: int, stage: Facts) -> Work:
-    def work() -> None:
-        raw = pyvips.Image.new_from_file(str(folder / "he-raw.tif"), access="sequential")
-        image = raw.shrink(2, 2).embed(0, 0, padded(side), padded(side), extend="white")
-        image.jpegsave(str(folder / "limit.jpg"), Q=JPEG_QUALITY, subsample_mode="off")
-
-    return work
+def by_libvips(folder: Path, side: int, stage: Facts) -> None:
+    raw = pyvips.Image.new_from_file(str(folder / "he-raw.tif"), access="sequential")
+    image = raw.shrink(2, 2).embed(0, 0, padded(side), padded(side), extend="white")
+    image.jpegsave(str(folder / "limit.jpg"), Q=JPEG_QUALITY, subsample_mode="off")
 
 
-def all_pairs(folder: Path, spots: int, stage: Facts) -> Work:
-    def work() -> None:
-        locs = pd.read_csv(folder / utils.LOCS.name, index_col=0)
-        counts = pd.read_csv(folder / utils.CNTS.name, index_col=0).loc[locs.index]
-        distance = cdist(locs, locs)
-        np.fill_diagonal(distance, np.inf)
-        near = distance < 1.2 * np.median(distance.min(axis=1))
-        first, second = np.nonzero(np.triu(near))
-        for name, values in (("counts", counts), ("places", locs)):
-            array = values.to_numpy(np.float32)
-            between = (array[first] + array[second]) / 2
-            np.save(folder / f"plain-{name}.npy", np.concatenate([array, between]))
-
-    return work
+def all_pairs(folder: Path, spots: int, stage: Facts) -> None:
+    locs = pd.read_csv(folder / utils.LOCS.name, index_col=0)
+    counts = pd.read_csv(folder / utils.CNTS.name, index_col=0).loc[locs.index]
+    distance = cdist(locs, locs)
+    np.fill_diagonal(distance, np.inf)
+    near = distance < 1.2 * np.median(distance.min(axis=1))
+    first, second = np.nonzero(np.triu(near))
+    for name, values in (("counts", counts), ("places", locs)):
+        array = values.to_numpy(np.float32)
+        between = (array[first] + array[second]) / 2
+        np.save(folder / f"plain-{name}.npy", np.concatenate([array, between]))
 
 
-def table_alone(folder: Path, spots: int, stage: Facts) -> Work:
-    return lambda: {"genes": len(pd.read_csv(folder / utils.CNTS.name, index_col=0).columns)}
+def table_alone(folder: Path, spots: int, stage: Facts) -> None:
+    pd.read_csv(folder / utils.CNTS.name, index_col=0)
 
 
-def tile_by_tile(folder: Path, side: int, stage: Facts) -> Work:
-    """Of random pixels, all tiles one after the other; nothing overlaps."""
+def tile_by_tile(folder: Path, side: int, stage: Facts) -> Facts:
     tile = (utils.TOKENS_PER_TILE, utils.TOKENS_PER_TILE)
     return network(tile, 1, math.ceil(side / utils.TILE_PX) ** 2)
 
 
-def network_alone(folder: Path, side: int, stage: Facts) -> Work:
+def network_alone(folder: Path, side: int, stage: Facts) -> Facts:
     """As many tiles as the stage ran, as large, with the same setting of the C library."""
     import Histology_Extractor as extractor
 
     extractor.keep_freed_memory()
     rows, columns = (extractor.CNN_TILING.side(extent) for extent in stage["grid"])
     computed = stage["tiles"] * rows * columns / math.prod(stage["grid"])
-    work = network((rows, columns), stage["batch"], stage["tiles"])
-    return lambda: {"times": work()["times"], "computed": computed}
+    facts = network((rows, columns), stage["batch"], stage["tiles"])
+    return {"seconds": facts["seconds"], "computed": computed}
 
 
-def network(tile: tuple[int, int], batch: int, tiles: int) -> Callable[[], Facts]:
-    """The embedded network on one batch of tiles (rows, columns in tokens) over and over."""
+def network(tile: tuple[int, int], batch: int, tiles: int) -> Facts:
+    """Seconds of the embedded network for so many tiles (rows, columns in tokens) of noise.
+
+    By one batch over and over, for BARE_SECONDS at least.
+    """
     import torch
 
     import Histology_Extractor as extractor
@@ -127,38 +114,26 @@ def network(tile: tuple[int, int], batch: int, tiles: int) -> Callable[[], Facts
     model = extractor.load_backbone(extractor.LITE, None, None).model
     pixels = np.random.default_rng(0).random((batch, 3, *tile), np.float32) * 2 - 1
     x = torch.nn.functional.interpolate(torch.from_numpy(pixels), scale_factor=utils.TOKEN_PX)
+    done, seconds = 0, 0.0
     with torch.inference_mode():
         extractor.tile_tokens(model, x)
-
-    def work() -> Facts:
-        rounds, start = 0, time.perf_counter()
-        with torch.inference_mode():
-            while time.perf_counter() - start < BARE_SECONDS:
-                extractor.tile_tokens(model, x)
-                rounds += 1
-        done = rounds * batch
-        part = {"sample": f"{done:,} of {tiles:,}"} if done < tiles else {}
-        return {"times": tiles / done, **part}
-
-    return work
+        start = time.perf_counter()
+        while seconds < BARE_SECONDS:
+            extractor.tile_tokens(model, x)
+            done, seconds = done + batch, time.perf_counter() - start
+    sample = {"sample": f"{done:,} of {tiles:,}"} if done < tiles else {}
+    return {"seconds": seconds * tiles / done, **sample}
 
 
-def cluster_in_two(folder: Path, side: int, stage: Facts) -> Work:
-    def work() -> None:
-        tokens = (
-            np.load(folder / utils.FEATURES.name).astype(np.float32).reshape(-1, synthetic.FEATURES)
-        )
-        kmeans2(tokens, 2, iter=KMEANS_ROUNDS, minit="points", rng=0)
-
-    return work
+def cluster_in_two(folder: Path, side: int, stage: Facts) -> None:
+    tokens = np.load(folder / utils.FEATURES.name).astype(np.float32)
+    tokens = tokens.reshape(-1, tokens.shape[2])
+    kmeans2(tokens, 2, iter=KMEANS_ROUNDS, minit="points", rng=0)
 
 
-def reading_alone(folder: Path, side: int, stage: Facts) -> Work:
-    def work() -> None:
-        with (folder / utils.FEATURES.name).open("rb") as file, Path(os.devnull).open("wb") as null:
-            shutil.copyfileobj(file, null, 1 << 24)
-
-    return work
+def reading_alone(folder: Path, side: int, stage: Facts) -> None:
+    with (folder / utils.FEATURES.name).open("rb") as file, Path(os.devnull).open("wb") as null:
+        shutil.copyfileobj(file, null, 1 << 24)
 
 
 def training_products(folder: Path, spots: int, stage: Facts) -> Facts:
@@ -191,11 +166,10 @@ def write_speed(folder: Path) -> float:
     """Bytes per second of writing to the disk itself."""
     block, start = os.urandom(1 << 24), time.perf_counter()
     with (folder / "limit.bin").open("wb") as file:
-        for _ in range(WRITTEN_BYTES // len(block)):
-            file.write(block)
+        file.writelines([block] * WRITTEN_BLOCKS)
         file.flush()
         os.fsync(file.fileno())
-    return WRITTEN_BYTES / (time.perf_counter() - start)
+    return WRITTEN_BLOCKS * len(block) / (time.perf_counter() - start)
 
 
 def watched(command: list[str], watch: contextlib.AbstractContextManager[Any]) -> Any:
