@@ -31,29 +31,14 @@ import hashlib
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from benchmarks.measure import (
-    FIRST_STAGES,
-    ROOT,
-    TRUTH_FILE,
-    Facts,
-    add_sections,
-    cached,
-    copy_user_files,
-    origin,
-    run_benchmark,
-    run_measured,
-    script_command,
-    user_files,
-    write,
-)
-from benchmarks.measure import table as markdown
+from benchmarks import measure
+from benchmarks.measure import ROOT, TRUTH_FILE, Facts, add_sections, cached
 
 SCRIPT = "benchmarks/accuracy.py"
 METHODS = {  # in the order of the table
@@ -160,8 +145,8 @@ def copy_code(work: Path) -> Code:
 
 def section_key(code: Code, directory: Path) -> str:
     """Of the files after the first four stages."""
-    files = user_files(directory)
-    return digest(code.first, *files, *(file.name for file in files), FIRST_STAGES)
+    files = measure.user_files(directory)
+    return digest(code.first, *files, *(file.name for file in files), measure.FIRST_STAGES)
 
 
 def maps_key(code: Code, section: str, task: Task) -> str:
@@ -179,7 +164,9 @@ def score_key(code: Code, maps: str, truth: Path) -> str:
 def run_script(code: Path, command: tuple[str, ...], directory: Path, log: Path) -> float:
     """Seconds that a script took on a directory."""
     script, *options = command
-    seconds = run_measured(script_command(script, directory, *options, root=code), log)["seconds"]
+    seconds = measure.run_measured(
+        measure.script_command(script, directory, *options, root=code), log
+    )["seconds"]
     return float(seconds)
 
 
@@ -190,9 +177,11 @@ def prepare_section(code: Code, source: Path, work: Path) -> tuple[Path, float]:
     def make() -> Facts:
         if not folder.exists():
             with utils.atomic(folder) as partial:
-                copy_user_files(source, partial)
+                measure.copy_user_files(source, partial)
         log = work / "stages.log"
-        seconds = sum(run_script(code.folder, command, folder, log) for command in FIRST_STAGES)
+        seconds = sum(
+            run_script(code.folder, command, folder, log) for command in measure.FIRST_STAGES
+        )
         return {"seconds": round(seconds, 1)}
 
     return folder, cached(folder / "prepared.json", make)["seconds"]
@@ -343,19 +332,12 @@ def run_section(code: Code, source: Path, work: Path, args: argparse.Namespace) 
 # --------------------------------------------------------------------------------------------------
 # the table
 # --------------------------------------------------------------------------------------------------
-def text(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3f}"
-
-
 def cell(runs: list[Facts], names: list[str]) -> str:
     """Mean of each score over the runs, and with several the standard deviation below."""
-    columns = [[run["scores"][name] for run in runs] for name in names]
-    means = [None if None in column else float(np.mean(column)) for column in columns]
-    line = " / ".join(text(mean) for mean in means)
-    if len(runs) > 1:
-        spread = [None if None in c else float(np.std(c, ddof=1)) for c in columns]
-        line += "<br>± " + " / ".join(text(s) for s in spread)
-    return line
+    found = np.array([[run["scores"][name] for name in names] for run in runs], float)
+    lines = [found.mean(0)] + ([found.std(0, ddof=1)] if len(runs) > 1 else [])
+    shown = [["unknown" if np.isnan(v) else f"{v:.3f}" for v in line] for line in lines]
+    return "<br>± ".join(" / ".join(line) for line in shown)
 
 
 def table(results: list[Facts], methods: list[str], names: list[str], timed: bool) -> list[str]:
@@ -372,7 +354,7 @@ def table(results: list[Facts], methods: list[str], names: list[str], timed: boo
         rows.append([METHODS[method], *cells])
     best = [cell([{"scores": result[scores.CEILING]}], names) for result in results]
     rows.append(["ceiling", *best, *[""] * timed])
-    return markdown(["method", *heads], rows)
+    return measure.table(["method", *heads], rows)
 
 
 def report(results: list[Facts], args: argparse.Namespace) -> str:
@@ -401,7 +383,7 @@ def report(results: list[Facts], args: argparse.Namespace) -> str:
         "",
         *sections,
         "",
-        *origin(args.command),
+        *measure.origin(args.command),
     ]
     return "\n".join(lines)
 
@@ -409,27 +391,18 @@ def report(results: list[Facts], args: argparse.Namespace) -> str:
 # --------------------------------------------------------------------------------------------------
 # the command
 # --------------------------------------------------------------------------------------------------
-def benchmark(args: argparse.Namespace, work: Path) -> None:
+def main(args: argparse.Namespace) -> None:
+    check(args)
     args.methods = [method for method in METHODS if method in args.methods]
-    work.mkdir(parents=True, exist_ok=True)
-    code = copy_code(work)
-    sources = sections_of(args, work)
-    results = [run_section(code, source, work / name, args) for name, source in sources.items()]
-    write(args.output, report(results, args))
+    with measure.kept_or_temporary(args.keep) as work:
+        code, sections = copy_code(work), sections_of(args, work).items()
+        results = [run_section(code, source, work / name, args) for name, source in sections]
+    measure.write(args.output, report(results, args))
     print(f"wrote {args.output}")
 
 
-def main(args: argparse.Namespace) -> None:
-    check(args)
-    if args.keep is not None:
-        benchmark(args, args.keep)
-        return
-    with tempfile.TemporaryDirectory(prefix="histex-") as work:
-        benchmark(args, Path(work))
-
-
 def run(argv: list[str] | None = None) -> int:
-    return run_benchmark(main, SCRIPT, build_parser(), argv)
+    return measure.run_benchmark(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
+from scipy.ndimage import uniform_filter
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
@@ -69,12 +69,7 @@ def read_section(directory: Path, genes: list[str]) -> Section:
 
 def add_neighbourhoods(tokens: np.ndarray) -> np.ndarray:
     """The tokens (h, w, F) and their means over windows of each of SCALES: (h, w, 3 F)."""
-    border = cv2.BORDER_REFLECT
-    layers = np.ascontiguousarray(np.moveaxis(tokens, 2, 0))
-    means = [
-        np.dstack([cv2.blur(layer, (side, side), borderType=border) for layer in layers])
-        for side in SCALES
-    ]
+    means = [uniform_filter(tokens, (side, side, 1), mode="reflect") for side in SCALES]
     return np.concatenate([tokens, *means], axis=2)
 
 

@@ -32,22 +32,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from benchmarks.measure import (
-    FIRST_STAGES,
-    Facts,
-    add_keep,
-    origin,
-    run_benchmark,
-    run_measured,
-    script_command,
-    start_up,
-    table,
-    write,
-)
+from benchmarks import measure
+from benchmarks.measure import Facts
 
 SCRIPT = "benchmarks/kills.py"
 STAGES = (
-    *FIRST_STAGES,
+    *measure.FIRST_STAGES,
     (utils.HISTEX, "--epochs", "8", "--n-states", "2", "--device", "cpu", "--n-plots", "2"),
 )
 RESUMED = ("goes on after epoch", "taken from")  # what a run says that found finished work
@@ -71,7 +61,7 @@ def build_parser() -> utils.Parser:
     option = parser.add_argument
     option("--directory", type=utils.sample_directory,
            help="Section to use (default: one is simulated).")  # fmt: skip
-    add_keep(parser)
+    measure.add_keep(parser)
     option("--kills", type=utils.positive, default=50, help="Trials, spread over the stages.")
     option("--seed", type=utils.not_negative, default=0, help="Seed of the moments.")
     option("--output", type=Path,
@@ -120,8 +110,8 @@ def attempt(stage: tuple[str, ...], directory: Path, log: Path, after: float = m
     """What a run took; it is killed if it has not ended ``after`` seconds."""
     log.unlink(missing_ok=True)
     script, *options = stage
-    command, moment = script_command(script, directory, *options), time.monotonic() + after
-    return run_measured(command, log, lambda: time.monotonic() >= moment)
+    command, moment = measure.script_command(script, directory, *options), time.monotonic() + after
+    return measure.run_measured(command, log, lambda: time.monotonic() >= moment)
 
 
 def moment(directory: Path, before: dict[str, str], script: str) -> str:
@@ -201,12 +191,12 @@ def report(counts: dict[str, Counter[str]], command: str) -> str:
         "Every stage, killed by SIGKILL at random moments and run again; identical: all files then",
         "had the bytes of an undisturbed run. How it is done: the head of `benchmarks/kills.py`.",
         "",
-        *table(
+        *measure.table(
             ["stage", *COLUMNS.values()],
             ([script, *(count[column] for column in COLUMNS)] for script, count in rows.items()),
         ),
         "",
-        *origin(command),
+        *measure.origin(command),
     ]
     return "\n".join(lines)
 
@@ -218,25 +208,27 @@ def main(args: argparse.Namespace) -> None:
     if raw is None:
         raw = args.keep / "raw"
         shutil.rmtree(raw, ignore_errors=True)
-        made = script_command("benchmarks/simulate_sections.py", raw, "--seed", str(args.seed))
+        made = measure.script_command(
+            "benchmarks/simulate_sections.py", raw, "--seed", str(args.seed)
+        )
         subprocess.run(made, check=True)
     draw = random.Random(args.seed)
     folders, seconds = undisturbed(raw, args.keep)
     counts = {}
     for stage, before, after, end in zip(STAGES, folders, folders[1:], seconds, strict=False):
-        begin = min(start_up(stage[0], args.keep / "imports.log"), end)
+        begin = min(measure.start_up(stage[0], args.keep / "imports.log"), end)
         counts[stage[0]] = try_stage(stage, before, after, begin, end, args, draw)
         print(f"{stage[0]}: {dict(counts[stage[0]])}", file=sys.stderr, flush=True)
     text = report(counts, args.command)
     print(text)
     if args.output:
-        write(args.output, text)
+        measure.write(args.output, text)
     if any(count["identical"] != count["trials"] for count in counts.values()):
         raise SystemExit(1)
 
 
 def run(argv: list[str] | None = None) -> int:
-    return run_benchmark(main, SCRIPT, build_parser(), argv)
+    return measure.run_benchmark(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Nothing slow is imported here, for the command line of every benchmark needs thi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -14,8 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,15 @@ def copy_user_files(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
+@contextlib.contextmanager
+def kept_or_temporary(keep: Path | None) -> Iterator[Path]:
+    """A folder that the user named, or one that is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="histex-") as temporary:
+        folder = keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
 def script_command(
     script: str, directory: Path, *options: str, root: Path | str = ROOT
 ) -> list[str]:
@@ -69,18 +80,22 @@ def run_measured(command: list[str], log: Path, until: Callable[[], bool] | None
     start, reached = time.perf_counter(), False
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    while True:
-        waits = until is None or reached
-        ended, status, usage = os.wait4(process.pid, 0 if waits else os.WNOHANG)
-        if not reached:
-            seconds = time.perf_counter() - start
-        if ended:
-            break
-        if until is not None and until():
-            reached = True
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            time.sleep(POLL_SECONDS)
+    try:
+        while True:
+            waits = until is None or reached
+            ended, status, usage = os.wait4(process.pid, 0 if waits else os.WNOHANG)
+            if not reached:
+                seconds = time.perf_counter() - start
+            if ended:
+                break
+            if until is not None and until():
+                reached = True
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                time.sleep(POLL_SECONDS)
+    except BaseException:  # Ctrl-C does not reach a session of its own
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode and not reached:
         print(log.read_text(encoding="utf-8", errors="replace")[-2000:], file=sys.stderr)

@@ -80,6 +80,7 @@ if __name__ == "__main__":
 
 import functools
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -189,7 +190,6 @@ class Case:
 
     script: str
     unit: str  # of the sizes
-    counted: str  # what the exponent is about
     small: tuple[int, ...]
     full: tuple[int, ...]
     make: str  # function of synthetic.py
@@ -201,20 +201,25 @@ class Case:
     options: tuple[str, ...] = ()
     budgets: tuple[Budget, ...] = ()
 
+    @property
+    def counted(self) -> str:
+        """What the exponent is about."""
+        return self.unit.removesuffix(" side")
+
     def amount(self, size: int) -> int:
         return size if self.unit == "spots" else size**2
 
 
 CASES = dict(zip(STAGES, (
     Case(
-        utils.CALIBRATION, "px side", "pixels", (600, 1_000, 1_600, 2_500),
+        utils.CALIBRATION, "pixels side", (600, 1_000, 1_600, 2_500),
         (2_500, 5_000, 10_000, 20_000), "make_scan", run_script,
         ("libvips alone, in bands", "by_libvips"), ("OpenCV, the whole image", "by_opencv"), 5,
         budgets=(Budget(20_000, "1.5 GB at most", "gb", 1.5),
                  Budget(20_000, "2 x the limit at most", "times", 2)),
     ),
     Case(
-        utils.HIGH_RESOLUTION, "spots", "spots", (100, 250, 500, 1_000),
+        utils.HIGH_RESOLUTION, "spots", (100, 250, 500, 1_000),
         (1_000, 2_500, 5_000, 14_000), "make_spots", run_script,
         ("pandas.read_csv of the counts alone", "table_alone"),
         ("a table of the distances of all pairs of spots", "all_pairs"), 16, 2,
@@ -222,7 +227,7 @@ CASES = dict(zip(STAGES, (
                  Budget(14_000, "9 s at most", "seconds", 9)),
     ),
     Case(
-        utils.EXTRACTOR, "px side", "pixels", (448, 672, 896, 1_344),
+        utils.EXTRACTOR, "pixels side", (448, 672, 896, 1_344),
         (1_120, 2_240, 4_480, 8_960), "make_image", run_extractor,
         ("the bare network on as many tiles, same malloc", "network_alone"),
         ("the network on one tile of 224 px after the other", "tile_by_tile"),
@@ -231,7 +236,7 @@ CASES = dict(zip(STAGES, (
                  Budget(0, "120 % of the tokens computed at most", "computed", 1.2)),
     ),
     Case(
-        utils.MASKING, "superpixels side", "superpixels", (84, 112, 168, 252),
+        utils.MASKING, "superpixels side", (84, 112, 168, 252),
         (336, 686, 1_036, 1_372), "make_features", run_script,
         ("reading the tokens alone", "reading_alone"),
         ("k-means in two of all tokens in float32, 10 rounds", "cluster_in_two"), 6_200,
@@ -239,14 +244,14 @@ CASES = dict(zip(STAGES, (
                  Budget(1_372, "20 s at most", "seconds", 20)),
     ),
     Case(
-        utils.HISTEX, "spots", "spots", (50, 100, 200, 400),
+        utils.HISTEX, "spots", (50, 100, 200, 400),
         (600, 1_250, 2_500, 5_000), "make_training", run_training,
         ("its matrix products at the speed of a plain one", "training_products"),
         ("the published preset", "published"),
         budgets=(Budget(5_000, "4 GB at most", "gb", 4),),
     ),
     Case(
-        utils.HISTEX, "superpixels side", "superpixels", (56, 84, 112, 168),
+        utils.HISTEX, "superpixels side", (56, 84, 112, 168),
         (336, 686, 1_036, 1_372), "make_map", run_prediction,
         ("its matrix products at the speed of a plain one", "prediction_products"),
         ("the published preset", "published"),
@@ -390,11 +395,11 @@ def verdict(result: Facts) -> str:
 
 def main_table(results: Results) -> list[str]:
     rows = []
-    for label, row in ((label, row) for label, rows in results.items() for row in rows):
+    for row in itertools.chain(*results.values()):
         stage, limit = row["stage"], {**row["limit"], "gb": None}
         beaten = " **beaten**" if limit["seconds"] > stage["seconds"] else ""
         rows.append([
-            label, f"{row['size']:,} {CASES[row['name']].unit}", f"{stage['seconds']:,.2f}",
+            row["label"], f"{row['size']:,} {CASES[row['name']].unit}", f"{stage['seconds']:,.2f}",
             f"{stage['cpu']:,.2f}", f"{stage['gb']:.2f}", compared(row["plain"], stage),
             compared(limit, stage) + beaten, verdict(row),
         ])  # fmt: skip
@@ -405,8 +410,8 @@ def main_table(results: Results) -> list[str]:
 def before_and_after(results: Results) -> list[str]:
     """A table of what another checkout took for the same; nothing if none was measured."""
     rows = []
-    for label, row in ((label, row) for label, rows in results.items() for row in rows):
-        cells = [label, f"{row['size']:,} {CASES[row['name']].unit}"]
+    for row in itertools.chain(*results.values()):
+        cells = [row["label"], f"{row['size']:,} {CASES[row['name']].unit}"]
         for key in ("seconds", "cpu", "gb"):
             then, now = row["before"][key], row["stage"][key]
             cells += [f"{then:,.2f}", f"{now:,.2f} ({now / then:.2g}x)"]
@@ -418,28 +423,22 @@ def before_and_after(results: Results) -> list[str]:
 
 
 def exponents(results: Results) -> list[str]:
+    """Growth exponents of each stage; and what its plain way and its limit are."""
     lines = []
     for label, rows in results.items():
+        case, last = CASES[rows[0]["name"]], rows[-1]
         amounts = [row["amount"] for row in rows]
         start_up = statistics.median(row["start_up"] for row in rows)
         seconds = [row["stage"]["seconds"] for row in rows]
         beyond, gb = [s - start_up for s in seconds], [row["stage"]["gb"] for row in rows]
         slopes = [f"{exponent(amounts, column):.2f}" for column in (seconds, beyond, gb)]
-        lines.append([label, CASES[rows[0]["name"]].counted, *slopes, f"{start_up:.1f}"])
-    heads = ("stage", "against", "seconds", "seconds beyond start-up", "peak memory",
-             "start-up (s)")  # fmt: skip
-    return measure.table(heads, lines)
-
-
-def legend(results: Results) -> list[str]:
-    lines = []
-    for label, rows in results.items():
-        case, last = CASES[rows[0]["name"]], rows[-1]
-        sample = last["plain"].get("sample")
-        part = f" (by a sample: {sample} at the largest size)" if sample else ""
+        sample = f" ({last['plain']['sample']} measured)" if "sample" in last["plain"] else ""
         speed = f" ({last['limit']['speed']})" if "speed" in last["limit"] else ""
-        lines.append(f"* {label}: plain way: {case.plain[0]}{part}; limit: {case.limit[0]}{speed}")
-    return lines
+        ways = [case.plain[0] + sample, case.limit[0] + speed]
+        lines.append([label, case.counted, *slopes, f"{start_up:.1f}", *ways])
+    heads = ("stage", "against", "seconds", "seconds beyond start-up", "peak memory",
+             "start-up (s)", "plain way", "limit")  # fmt: skip
+    return measure.table(heads, lines)
 
 
 def report(results: Results, changed: Results, command: str, picture: str) -> str:
@@ -453,13 +452,9 @@ def report(results: Results, changed: Results, command: str, picture: str) -> st
         "",
         f"![Seconds and peak memory against size]({picture})" if results else "",
         "",
-        "Growth exponents (1: in proportion to the size):",
+        "Growth exponents (1: in proportion to the size), plain ways and limits:",
         "",
         *exponents(results),
-        "",
-        "Plain ways and limits:",
-        "",
-        *legend(results),
         *before_and_after(changed),
         "",
         "Run:",

@@ -77,6 +77,9 @@ from demo.tissue import (
     spaced_points,
 )
 
+Rng, Size = np.random.Generator, tuple[int, int]  # rows, columns in um
+Grid = np.ndarray  # (S, S), of points 1 um apart
+
 
 @dataclass(frozen=True)
 class Design:
@@ -123,9 +126,7 @@ def signed_distance(inside: np.ndarray) -> np.ndarray:
     return (outer - inner).clip(-1e4, 1e4)
 
 
-def mucosa(
-    x: np.ndarray, y: np.ndarray, size: tuple[int, int], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def mucosa(x: Grid, y: Grid, size: Size, rng: Rng) -> tuple[Grid, Grid]:
     """Crypts that stand in rows on a muscular wall; the hidden zone is the crypts' own axis."""
     side = len(x)
     rows = size[0]
@@ -148,9 +149,7 @@ def mucosa(
     return compartment, np.clip(depth / 0.5, 0, 1)
 
 
-def lobules(
-    x: np.ndarray, y: np.ndarray, size: tuple[int, int], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def lobules(x: Grid, y: Grid, size: Size, rng: Rng) -> tuple[Grid, Grid]:
     """Lobules around central veins; the hidden zone runs from the vein to the lobule's border."""
     side = len(x)
     veins = spaced_points(400, [-150, -150], [size[1] + 150, size[0] + 150], 290, rng)
@@ -180,9 +179,7 @@ def lobules(
     return compartment, to_vein / (to_vein + to_border / 2 + 1)
 
 
-def cords(
-    x: np.ndarray, y: np.ndarray, size: tuple[int, int], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def cords(x: Grid, y: Grid, size: Size, rng: Rng) -> tuple[Grid, Grid]:
     """A labyrinth of tumour cords in fibrous stroma; the hidden zone is a broad front across it."""
     side = len(x)
     wave = 3.4 * smooth_field(side, 260, rng) + (0.6 * x + 0.8 * y) / rng.uniform(24, 30)
@@ -205,7 +202,7 @@ def cords(
 LAYOUTS = {"mucosa": mucosa, "lobules": lobules, "cords": cords}
 
 
-def make_layout(design: Design, rng: np.random.Generator) -> Layout:
+def make_layout(design: Design, rng: Rng) -> Layout:
     """Compartments and fields on a square that holds the section; beyond it lies glass.
 
     ``visible border`` and the fields that demo/ asks for follow the compartments; ``hidden 0`` is
@@ -233,7 +230,7 @@ def make_layout(design: Design, rng: np.random.Generator) -> Layout:
     return Layout(compartment, fields)
 
 
-def thin_cells(layout: Layout, cells: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+def thin_cells(layout: Layout, cells: pd.DataFrame, rng: Rng) -> pd.DataFrame:
     """Fewer cells in some regions, and in others other cells than demo/ would put there."""
     xy = cells[["x", "y"]].to_numpy()
     side = len(layout.compartment)
@@ -246,9 +243,7 @@ def thin_cells(layout: Layout, cells: pd.DataFrame, rng: np.random.Generator) ->
     return cells[keep].reset_index(drop=True)
 
 
-def stain(
-    layout: Layout, cells: pd.DataFrame, design: Design, rng: np.random.Generator
-) -> np.ndarray:
+def stain(layout: Layout, cells: pd.DataFrame, design: Design, rng: Rng) -> np.ndarray:
     """The H&E image, uint8 (rows, columns, 3), at the pixel size of the design."""
     eosin, haematoxylin = stain_densities(layout, cells, rng)
     side = len(eosin)
@@ -280,9 +275,7 @@ def gene_table() -> pd.DataFrame:
     return pd.DataFrame({"kind": kinds}, index=pd.Index(names, name="gene"))
 
 
-def log_folds(
-    layout: Layout, cells: pd.DataFrame, kinds: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def log_folds(layout: Layout, cells: pd.DataFrame, kinds: np.ndarray, rng: Rng) -> np.ndarray:
     """Logarithm of each gene's rate in each cell (cells, genes), up to a constant per gene."""
     xy = cells[["nx", "ny"]].to_numpy()
     types = (cells.type.to_numpy()[:, None] == np.array(TYPES)).astype(np.float32)
@@ -306,11 +299,7 @@ def log_folds(
 
 
 def expression_rates(
-    layout: Layout,
-    cells: pd.DataFrame,
-    genes: pd.DataFrame,
-    molecules: float,
-    rng: np.random.Generator,
+    layout: Layout, cells: pd.DataFrame, genes: pd.DataFrame, molecules: float, rng: Rng
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Expected molecules (cells, genes); the same with bursts; ambient molecules (genes,)."""
     rates = np.exp(log_folds(layout, cells, genes.kind.to_numpy(), rng))
@@ -363,7 +352,7 @@ def catch(
     radius: float,
     efficiency: np.ndarray,
     n_genes: int,
-    rng: np.random.Generator,
+    rng: Rng,
 ) -> np.ndarray:
     """Counts (spots, genes): the molecules within each disc, kept with the spot's efficiency."""
     distance, spot = cKDTree(spots).query(xy)

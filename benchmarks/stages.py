@@ -16,21 +16,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from benchmarks.measure import (
-    EXTRACTOR_OPTIONS,
-    TRUTH_FILE,
-    copy_user_files,
-    origin,
-    run_benchmark,
-    run_measured,
-    script_command,
-    table,
-)
+from benchmarks import measure
 
 SCRIPT = "benchmarks/stages.py"
 
@@ -39,7 +29,7 @@ def build_parser() -> utils.Parser:
     parser = utils.Parser(__doc__)
     option = parser.add_argument
     option("--directory", type=utils.sample_directory, required=True, help="Sample to copy.")
-    option("--extractor", default=shlex.join(EXTRACTOR_OPTIONS),
+    option("--extractor", default=shlex.join(measure.EXTRACTOR_OPTIONS),
            help="Options of Histology_Extractor.py, in quotes.")  # fmt: skip
     option("--histex", default="",
            help="Options of HISTEX.py, in quotes (default: none).")  # fmt: skip
@@ -48,35 +38,28 @@ def build_parser() -> utils.Parser:
     return parser
 
 
-def measure(args: argparse.Namespace, work: Path) -> None:
-    copy_user_files(args.directory, work)
-    truth, options = args.directory / TRUTH_FILE, dict.fromkeys(utils.STAGES, "")
-    options |= {utils.EXTRACTOR: args.extractor, utils.HISTEX: args.histex}
-    heads, rows = ("stage", "wall time (s)", "peak memory (GB)"), []
-    for script, text in options.items():
-        command = script_command(script, work, *shlex.split(text))
-        facts = run_measured(command, work / "benchmark.log")
-        stage = " ".join([script, text]).strip()
-        rows.append((stage, f"{facts['seconds']:.1f}", f"{facts['gb']:.2f}"))
-        print(f"{stage}: {rows[-1][1]} s", file=sys.stderr, flush=True)
-    print("\n".join([*table(heads, rows), "", *origin(args.command)]), flush=True)
-    if truth.is_file():
-        print(flush=True)
-        shutil.copyfile(truth, work / TRUTH_FILE)
-        command = script_command("analysis/evaluate.py", work, "--no-plot")
-        subprocess.run(command, check=True)
-
-
 def main(args: argparse.Namespace) -> None:
-    if args.keep:
-        measure(args, args.keep)
-        return
-    with tempfile.TemporaryDirectory(prefix="histex-") as work:
-        measure(args, Path(work))
+    options = dict.fromkeys(utils.STAGES, "")
+    options |= {utils.EXTRACTOR: args.extractor, utils.HISTEX: args.histex}
+    rows, truth = [], args.directory / measure.TRUTH_FILE
+    with measure.kept_or_temporary(args.keep) as work:
+        measure.copy_user_files(args.directory, work)
+        for script, text in options.items():
+            command = measure.script_command(script, work, *shlex.split(text))
+            facts = measure.run_measured(command, work / "benchmark.log")
+            stage = " ".join([script, text]).strip()
+            rows.append((stage, f"{facts['seconds']:.1f}", f"{facts['gb']:.2f}"))
+            print(f"{stage}: {rows[-1][1]} s", file=sys.stderr, flush=True)
+        table = measure.table(("stage", "wall time (s)", "peak memory (GB)"), rows)
+        print("\n".join([*table, "", *measure.origin(args.command), ""]), flush=True)
+        if truth.is_file():
+            shutil.copyfile(truth, work / truth.name)
+            command = measure.script_command("analysis/evaluate.py", work, "--no-plot")
+            subprocess.run(command, check=True)
 
 
 def run(argv: list[str] | None = None) -> int:
-    return run_benchmark(main, SCRIPT, build_parser(), argv)
+    return measure.run_benchmark(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
