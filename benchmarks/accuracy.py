@@ -51,7 +51,11 @@ METHODS = {  # in the order of the table
     "default": "**HISTEX, default preset**",
 }
 PRESETS = ("published", "default")
-COMPARING = ("benchmarks/baselines.py", "analysis/spots.py")  # code of the other predictors
+COMPARING = (
+    "benchmarks/baselines.py",
+    "analysis/spots.py",
+    "method/grid.py",
+)  # code of the other predictors
 SCORING = ("analysis/inputs.py", "analysis/scores.py", "reading/*.py")
 SEED_STRIDE = 1000
 SCORES = {  # name in the results: measure and bin of analysis/scores.py
@@ -138,7 +142,7 @@ def copy_code(work: Path) -> Code:
         folder,
         first=utils.hash_of(path for path in scripts if path.name != utils.HISTEX),
         histex=utils.hash_of(scripts),
-        comparing=utils.hash_of(utils.ROOT / name for name in COMPARING),
+        comparing=utils.hash_of(path for name in COMPARING for path in utils.ROOT.glob(name)),
         scoring=utils.hash_of(path for name in SCORING for path in utils.ROOT.glob(name)),
     )
 

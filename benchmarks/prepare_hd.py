@@ -26,7 +26,7 @@ import pyarrow.parquet
 import tifffile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.measure import ROOT, processor, run_measured
+from benchmarks.stages import ROOT, processor, run_measured
 
 BIN_UM, PIXEL_UM = 2.0, 0.5
 MARGIN_PX = 400
@@ -145,8 +145,7 @@ def main(args: argparse.Namespace) -> None:
             command += ["--outs", str(work / "outs"), "--image", str(work / "scan.tif")]
             command += ["--directory", str(work / "sample")]
             command += ["--truth-genes", str(args.truth_genes)]
-            facts = run_measured(command, work / "log.txt")
-            seconds, memory = facts["seconds"], facts["gb"]
+            seconds, memory = run_measured(command, work / "log.txt")
             with h5py.File(folder / MATRIX) as file:
                 entries = len(file["matrix/data"])
             print(

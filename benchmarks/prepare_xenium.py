@@ -26,7 +26,7 @@ import tifffile
 from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.measure import ROOT, processor, run_measured
+from benchmarks.stages import ROOT, processor, run_measured
 
 RUN_UM, IMAGE_UM = 0.2125, 0.27  # um per pixel of the run and of the H&E
 CELL_UM2, SPREAD_UM = 150.0, 4.0  # area of a cell, spread of its molecules
@@ -121,8 +121,7 @@ def main(args: argparse.Namespace) -> None:
             command += ["--alignment", str(work / "alignment.csv")]
             command += ["--directory", str(work / "sample")]
             command += ["--truth-genes", str(args.truth_genes)]
-            facts = run_measured(command, work / "log.txt")
-            seconds, memory = facts["seconds"], facts["gb"]
+            seconds, memory = run_measured(command, work / "log.txt")
             print(
                 f"| {n_cells:,} | {molecules:,} | {side / 1000:.2f} | {made:.0f} | {seconds:.0f} | "
                 f"{memory:.2f} |",
