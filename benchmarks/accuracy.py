@@ -51,11 +51,8 @@ METHODS = {  # in the order of the table
     "default": "**HISTEX, default preset**",
 }
 PRESETS = ("published", "default")
-COMPARING = (
-    "benchmarks/baselines.py",
-    "analysis/spots.py",
-    "method/grid.py",
-)  # code of the other predictors
+# Code that decides the other predictors' maps, and the scores; HISTEX's is in ``copy_code``.
+COMPARING = ("benchmarks/baselines.py", "analysis/spots.py", "method/grid.py")
 SCORING = ("analysis/inputs.py", "analysis/scores.py", "reading/*.py")
 SEED_STRIDE = 1000
 SCORES = {  # name in the results: measure and bin of analysis/scores.py
