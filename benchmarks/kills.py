@@ -44,7 +44,7 @@ RESUMED = ("goes on after epoch", "taken from")  # what a run says that found fi
 AGAIN = 3  # every so many kills, the next run is killed too
 TRIES = 10  # to kill a run before it ends
 RECORDS = {utils.record_name(script) for script, *_ in STAGES}
-TIMES = ("seconds", "ended", "mtime_ns", "seconds_training", "seconds_prediction")
+TIMES = ("seconds", "ended", "mtime_ns", "seconds_training", "seconds_prediction", "commit")
 COLUMNS = {  # what is counted, and its name in the table
     "kills": "killed",
     "before": "before anything was written",

@@ -74,7 +74,8 @@ def script_command(
 def run_measured(command: list[str], log: Path, until: Callable[[], bool] | None = None) -> Facts:
     """Seconds, CPU seconds (cpu) and peak memory (gb) of a command; its output goes to ``log``.
 
-    All are those that the operating system counts; mapped pages of files are memory. The command is
+    All are those that the operating system counts; mapped pages of files are memory, and that of a
+    process starts from the peak of the one that starts it, which must be small. The command is
     killed with its children as soon as ``until()`` is true; then the seconds are those up to there.
     """
     start, reached = time.perf_counter(), False
