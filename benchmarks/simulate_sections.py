@@ -77,7 +77,8 @@ from demo.tissue import (
     spaced_points,
 )
 
-Rng, Size = np.random.Generator, tuple[int, int]  # rows, columns in um
+Rng = np.random.Generator
+Size = tuple[int, int]  # rows, columns in um
 Grid = np.ndarray  # (S, S), of points 1 um apart
 
 
