@@ -1,13 +1,12 @@
-"""Time and peak memory of the scripts in analysis/ on one finished section.
+"""Measure time and peak memory of the scripts in analysis/ on one finished section.
 
     python benchmarks/analyses.py --directory data/section
 
-For a section of 812 x 812 superpixels and 1,000 genes, write its files by benchmarks/scaling.py
---section-mm 6.5 and run the five scripts on them.
-
-What the scripts ask for besides is made up: 10 labels of 8 markers and 500 sets of 20 genes, drawn
-at random, and discs of 10 um, 12 um apart, for cells. Results go into a folder that is removed.
-Prints a table in Markdown.
+Reads   a sample after all five scripts. For one of 812 x 812 superpixels and 1,000 genes, write its
+        files by benchmarks/scaling.py --section-mm 6.5 and run the five scripts on them. What else
+        the scripts ask for is made up: 10 labels of 8 markers and 500 sets of 20 genes, drawn at
+        random, and discs of 10 um, 12 um apart, for cells.
+Writes  a table in Markdown on the screen; the results themselves go into a folder that is removed.
 """
 
 from __future__ import annotations
@@ -15,16 +14,34 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from benchmarks.measure import origin, run_benchmark, run_measured, script_command, table
+
+SCRIPT = "benchmarks/analyses.py"
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.Parser(__doc__)
+    parser.add_argument(
+        "--directory",
+        type=utils.sample_directory,
+        required=True,
+        help="A sample after all five scripts.",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
 
 import numpy as np
 import tifffile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from analysis.inputs import map_files, read_map
-from benchmarks import scaling
-from benchmarks.stages import ROOT, processor
 
 LABELS, MARKERS = 10, 8  # markers of each label
 SETS, GENES_OF_SET = 500, 20
@@ -54,7 +71,7 @@ def write_cells(path: Path, shape: tuple[int, int]) -> None:
     across = -(-columns // pitch)
     x = np.arange(columns)
 
-    def bands():
+    def bands() -> Iterator[np.ndarray]:
         for top in range(0, rows, utils.TOKEN_PX):
             y = np.arange(top, top + utils.TOKEN_PX)[:, None]
             inside = (y % pitch - pitch / 2) ** 2 + (x % pitch - pitch / 2) ** 2 < radius**2
@@ -82,31 +99,30 @@ def commands(made: Path) -> list[tuple[str, ...]]:
     ]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    option = parser.add_argument
-    option("--directory", type=Path, required=True, help="A sample after all five scripts.")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    directory = build_parser().parse_args(argv).directory
+def main(args: argparse.Namespace) -> None:
+    directory: Path = args.directory
     genes = (directory / utils.GENE_NAMES.name).read_text(encoding="utf-8").split()
     with tempfile.TemporaryDirectory() as folder:
-        made, rng = Path(folder), np.random.default_rng(0)
+        made, rng, rows = Path(folder), np.random.default_rng(0), []
         write_markers(made / "made-up.csv", genes, rng)
         write_sets(made / "made-up.gmt", genes, rng)
         grid = read_map(next(iter(map_files(directory).values()))).shape
         write_cells(made / "made-up.tif", grid)
-        print(f"{grid[0]} x {grid[1]} superpixels, {len(genes)} genes; {processor()}\n")
-        print("| script | seconds | CPU seconds | peak memory (GB) |\n|---|---|---|---|")
         for script, *options in commands(made):
-            command = scaling.script_command(ROOT / "analysis", script, directory, *options)
-            facts = scaling.run_process(command, made / "benchmark.log")
+            command = script_command(f"analysis/{script}", directory, *options)
+            facts = run_measured(command, made / "benchmark.log")
             name = f"{script} {options[-1] if options[-2] in ('--method', '--format') else ''}"
-            figures = f"{facts['seconds']:.1f} | {facts['cpu']:.1f} | {facts['gb']:.2f}"
-            print(f"| {name.strip()} | {figures} |", flush=True)
+            figures = [f"{facts['seconds']:.1f}", f"{facts['cpu']:.1f}", f"{facts['gb']:.2f}"]
+            rows.append([name.strip(), *figures])
+            print(*rows[-1], file=sys.stderr, flush=True)
+    print(f"{grid[0]} x {grid[1]} superpixels, {len(genes)} genes\n")
+    heads = ["script", "seconds", "CPU seconds", "peak memory (GB)"]
+    print("\n".join([*table(heads, rows), "", *origin(args.command)]))
+
+
+def run(argv: list[str] | None = None) -> int:
+    return run_benchmark(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
+from scipy.ndimage import uniform_filter
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
@@ -69,12 +69,7 @@ def read_section(directory: Path, genes: list[str]) -> Section:
 
 def add_neighbourhoods(tokens: np.ndarray) -> np.ndarray:
     """The tokens (h, w, F) and their means over windows of each of SCALES: (h, w, 3 F)."""
-    border = cv2.BORDER_REFLECT
-    layers = np.ascontiguousarray(np.moveaxis(tokens, 2, 0))
-    means = [
-        np.dstack([cv2.blur(layer, (side, side), borderType=border) for layer in layers])
-        for side in SCALES
-    ]
+    means = [uniform_filter(tokens, (side, side, 1), mode="reflect") for side in SCALES]
     return np.concatenate([tokens, *means], axis=2)
 
 
@@ -197,13 +192,14 @@ def pad_discs(areas: csr_array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train_mlp(
-    tokens: Tensor, where: Tensor, share: Tensor, target: Tensor, held: np.ndarray, seed: int
+    tokens: Tensor, discs: tuple[Tensor, Tensor], target: Tensor, held: np.ndarray, seed: int
 ) -> nn.Module:
     """One network, as it was when it predicted the spots ``held`` best.
 
     The mean over the disc is compared with the target (N, G) by its square error. tokens are
-    (h * w, F); where, share (N, T).
+    (h * w, F); discs are those of ``pad_discs``.
     """
+    where, share = discs
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     network = make_mlp(tokens.shape[1], target.shape[1])
@@ -244,12 +240,13 @@ def mlp(section: Section, seed: int, n_states: int = N_STATES) -> np.ndarray:
     where, share = pad_discs(section.areas[np.flatnonzero(section.usable)])
     h, w, f = section.tokens.shape
     tokens = torch.from_numpy(section.tokens.reshape(-1, f))
-    arrays = [torch.from_numpy(a) for a in (where, share, ((counts - low) / extent))]
+    target = torch.from_numpy((counts - low) / extent)
+    discs = torch.from_numpy(where), torch.from_numpy(share)
     folds = np.random.default_rng(seed).permutation(len(counts)) % min(FOLDS, len(counts))
     states = []
     for i in range(n_states):
         held = np.flatnonzero(folds == i % (folds.max() + 1))
-        network = train_mlp(tokens, *arrays, held, seed + i)
+        network = train_mlp(tokens, discs, target, held, seed + i)
         with torch.inference_mode():
             parts = [network(part) for part in tokens.split(4096)]
         states.append(torch.cat(parts).numpy())

@@ -17,9 +17,10 @@ demo gains nothing here:
 3. Counts. Every cell bursts: a gamma factor per gene and cell, of a shape drawn per gene, makes
    counts over-dispersed (negative binomial). Spots catch molecules with unequal efficiency.
 
-Files out: those of demo/simulate.py, with the same content. ``mean`` in truth.npz is the
-expectation before the bursts, which nobody can predict: its correlation with the counts is a
-ceiling that a predictor could reach.
+Reads   nothing; --seed decides everything.
+Writes  the files of demo/simulate.py, with the same content. ``mean`` in truth.npz is the
+        expectation before the bursts, which nobody can predict: its correlation with the counts is
+        a ceiling that a predictor could reach.
 """
 
 from __future__ import annotations
@@ -29,14 +30,31 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from benchmarks.measure import run_benchmark
+
+SCRIPT = "benchmarks/simulate_sections.py"
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.Parser(__doc__)
+    option = parser.add_argument
+    option("--directory", type=utils.sample_directory, required=True, help="Folder to write.")
+    option("--seed", type=utils.not_negative, default=0,
+           help="Another seed is another section; seed modulo 3 chooses the design.")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
 import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy.spatial import cKDTree
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from demo.simulate import bin_molecules, expected_counts, scatter_molecules
 from demo.stain import PIXEL_UM, stain_densities
 from demo.tissue import (
@@ -58,6 +76,10 @@ from demo.tissue import (
     smooth_field,
     spaced_points,
 )
+
+Rng = np.random.Generator
+Size = tuple[int, int]  # rows, columns in um
+Grid = np.ndarray  # (S, S), of points 1 um apart
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,7 @@ def signed_distance(inside: np.ndarray) -> np.ndarray:
     return (outer - inner).clip(-1e4, 1e4)
 
 
-def mucosa(x, y, size, rng) -> tuple[np.ndarray, np.ndarray]:
+def mucosa(x: Grid, y: Grid, size: Size, rng: Rng) -> tuple[Grid, Grid]:
     """Crypts that stand in rows on a muscular wall; the hidden zone is the crypts' own axis."""
     side = len(x)
     rows = size[0]
@@ -128,7 +150,7 @@ def mucosa(x, y, size, rng) -> tuple[np.ndarray, np.ndarray]:
     return compartment, np.clip(depth / 0.5, 0, 1)
 
 
-def lobules(x, y, size, rng) -> tuple[np.ndarray, np.ndarray]:
+def lobules(x: Grid, y: Grid, size: Size, rng: Rng) -> tuple[Grid, Grid]:
     """Lobules around central veins; the hidden zone runs from the vein to the lobule's border."""
     side = len(x)
     veins = spaced_points(400, [-150, -150], [size[1] + 150, size[0] + 150], 290, rng)
@@ -158,7 +180,7 @@ def lobules(x, y, size, rng) -> tuple[np.ndarray, np.ndarray]:
     return compartment, to_vein / (to_vein + to_border / 2 + 1)
 
 
-def cords(x, y, size, rng) -> tuple[np.ndarray, np.ndarray]:
+def cords(x: Grid, y: Grid, size: Size, rng: Rng) -> tuple[Grid, Grid]:
     """A labyrinth of tumour cords in fibrous stroma; the hidden zone is a broad front across it."""
     side = len(x)
     wave = 3.4 * smooth_field(side, 260, rng) + (0.6 * x + 0.8 * y) / rng.uniform(24, 30)
@@ -181,7 +203,7 @@ def cords(x, y, size, rng) -> tuple[np.ndarray, np.ndarray]:
 LAYOUTS = {"mucosa": mucosa, "lobules": lobules, "cords": cords}
 
 
-def make_layout(design: Design, rng: np.random.Generator) -> Layout:
+def make_layout(design: Design, rng: Rng) -> Layout:
     """Compartments and fields on a square that holds the section; beyond it lies glass.
 
     ``visible border`` and the fields that demo/ asks for follow the compartments; ``hidden 0`` is
@@ -201,14 +223,15 @@ def make_layout(design: Design, rng: np.random.Generator) -> Layout:
             signed_distance(np.isin(compartment, [GLAND, TUMOUR])) / BORDER_UM
         ),
     }
-    scales = np.exp(rng.uniform(*np.log(FIELD_SCALES_UM), N_FIELDS - 1))
+    shortest, longest = np.log(FIELD_SCALES_UM)
+    scales = np.exp(rng.uniform(shortest, longest, N_FIELDS - 1))
     inside = compartment != GLASS
     for i, field in enumerate([zone, *(smooth_field(side, scale, rng) for scale in scales)]):
         fields[f"hidden {i}"] = (field - field[inside].mean()) / field[inside].std()
     return Layout(compartment, fields)
 
 
-def thin_cells(layout: Layout, cells: pd.DataFrame, rng) -> pd.DataFrame:
+def thin_cells(layout: Layout, cells: pd.DataFrame, rng: Rng) -> pd.DataFrame:
     """Fewer cells in some regions, and in others other cells than demo/ would put there."""
     xy = cells[["x", "y"]].to_numpy()
     side = len(layout.compartment)
@@ -221,7 +244,7 @@ def thin_cells(layout: Layout, cells: pd.DataFrame, rng) -> pd.DataFrame:
     return cells[keep].reset_index(drop=True)
 
 
-def stain(layout: Layout, cells: pd.DataFrame, design: Design, rng) -> np.ndarray:
+def stain(layout: Layout, cells: pd.DataFrame, design: Design, rng: Rng) -> np.ndarray:
     """The H&E image, uint8 (rows, columns, 3), at the pixel size of the design."""
     eosin, haematoxylin = stain_densities(layout, cells, rng)
     side = len(eosin)
@@ -253,7 +276,7 @@ def gene_table() -> pd.DataFrame:
     return pd.DataFrame({"kind": kinds}, index=pd.Index(names, name="gene"))
 
 
-def log_folds(layout: Layout, cells: pd.DataFrame, kinds: np.ndarray, rng) -> np.ndarray:
+def log_folds(layout: Layout, cells: pd.DataFrame, kinds: np.ndarray, rng: Rng) -> np.ndarray:
     """Logarithm of each gene's rate in each cell (cells, genes), up to a constant per gene."""
     xy = cells[["nx", "ny"]].to_numpy()
     types = (cells.type.to_numpy()[:, None] == np.array(TYPES)).astype(np.float32)
@@ -276,7 +299,9 @@ def log_folds(layout: Layout, cells: pd.DataFrame, kinds: np.ndarray, rng) -> np
     return (fold - np.median(fold, axis=0)).clip(-MAX_LOG_FOLD, MAX_LOG_FOLD)
 
 
-def expression_rates(layout, cells, genes, molecules: float, rng) -> tuple[np.ndarray, ...]:
+def expression_rates(
+    layout: Layout, cells: pd.DataFrame, genes: pd.DataFrame, molecules: float, rng: Rng
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Expected molecules (cells, genes); the same with bursts; ambient molecules (genes,)."""
     rates = np.exp(log_folds(layout, cells, genes.kind.to_numpy(), rng))
     rates *= CELL_TYPES.rna[cells.type].to_numpy()[:, None] ** 0.5
@@ -295,15 +320,20 @@ def expression_rates(layout, cells, genes, molecules: float, rng) -> tuple[np.nd
 # --------------------------------------------------------------------------------------------------
 # spots
 # --------------------------------------------------------------------------------------------------
+def lattice(first: int, end: int, pitch: float, square: bool = False) -> np.ndarray:
+    """Points (N, 2), x and y, of the rows and columns from ``first`` to before ``end``.
+
+    (0, 0) is one of them; hexagonal unless ``square``.
+    """
+    j, i = (index.ravel() for index in np.mgrid[first:end, first:end])
+    return np.column_stack([i, j] if square else [i + (j % 2) / 2, j * np.sqrt(0.75)]) * pitch
+
+
 def spot_lattice(layout: Layout, design: Design) -> np.ndarray:
     """Centres (N, 2), x and y in um, of the spots whose disc lies in the image and on tissue."""
     pitch, radius = design.pitch_um, design.radius_um
     reach = int(2 * max(design.size_um) / pitch)
-    j, i = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    if design.square:
-        points = np.column_stack([i.ravel(), j.ravel()]) * pitch
-    else:
-        points = np.column_stack([(i + (j % 2) / 2).ravel(), (j * np.sqrt(0.75)).ravel()]) * pitch
+    points = lattice(-reach, reach + 1, pitch, design.square)
     turn = np.deg2rad(design.turn_deg)
     turned = points @ [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
     rows, cols = design.size_um
@@ -316,7 +346,15 @@ def spot_lattice(layout: Layout, design: Design) -> np.ndarray:
     return xy[(under != GLASS).mean(1) >= MIN_SPOT_TISSUE]
 
 
-def catch(xy, gene, spots, radius: float, efficiency, n_genes: int, rng) -> np.ndarray:
+def catch(
+    xy: np.ndarray,
+    gene: np.ndarray,
+    spots: np.ndarray,
+    radius: float,
+    efficiency: np.ndarray,
+    n_genes: int,
+    rng: Rng,
+) -> np.ndarray:
     """Counts (spots, genes): the molecules within each disc, kept with the spot's efficiency."""
     distance, spot = cKDTree(spots).query(xy)
     kept = (distance <= radius) & (rng.random(len(xy)) < efficiency[spot])
@@ -372,21 +410,13 @@ def simulate(directory: Path, design: Design, seed: int) -> None:
     )
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--directory", type=utils.sample_directory, required=True, help="Folder to write."
-    )
-    parser.add_argument(
-        "--seed",
-        type=utils.not_negative,
-        default=0,
-        help="Another seed is another section; the seed modulo 3 chooses the design.",
-    )
-    args = parser.parse_args(argv)
+def main(args: argparse.Namespace) -> None:
     simulate(args.directory, DESIGNS[args.seed % len(DESIGNS)], args.seed)
-    return 0
+
+
+def run(argv: list[str] | None = None) -> int:
+    return run_benchmark(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

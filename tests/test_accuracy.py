@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 
 import utils
 from analysis import inputs, spots
-from benchmarks import accuracy, baselines, simulate_sections
+from benchmarks import accuracy, baselines, measure, simulate_sections
 from benchmarks.simulate_sections import Design
 from demo.tissue import TYPES, Layout
 
@@ -376,17 +376,16 @@ def scripts(finished_sample, monkeypatch):
 
 def benchmark(source, work, *options):
     methods = ("nearest", "linear", "ridge", "ridge+residual", "published", "default")
-    return accuracy.main(
+    return accuracy.run(
         ["--directory", str(source), "--keep", str(work), "--output", str(work / "R.md"),
-         "--seeds", "2", "--methods", *methods, *options]
+         "--n-seeds", "2", "--methods", *methods, *options]
     )  # fmt: skip
 
 
 def test_runs_once_and_goes_on_where_it_was_cut_off(source, scripts, tmp_path):
     work = tmp_path / "bench"
     scripts.fail_at = "1000"  # the second seed
-    with pytest.raises(KeyboardInterrupt):
-        benchmark(source, work)
+    assert benchmark(source, work) == 130
     assert not (work / "R.md").exists()
     assert [c[0] for c in scripts.calls] == [*(c[0] for c in PIPELINE[:4]), *["HISTEX.py"] * 2]
     scripts.fail_at, scripts.calls = "", []
@@ -408,6 +407,8 @@ def test_what_changed_is_run_again_and_nothing_else(source, scripts, tmp_path, m
     root.mkdir()
     for script in accuracy.ROOT.glob("*.py"):
         shutil.copyfile(script, root / script.name)
+    for room in ("method", "reading"):
+        shutil.copytree(accuracy.ROOT / room, root / room)
     monkeypatch.setattr(accuracy, "ROOT", root)
     predicted = []
     for name in ("nearest", "ridge"):
@@ -433,9 +434,10 @@ def test_what_changed_is_run_again_and_nothing_else(source, scripts, tmp_path, m
     assert "7" in scripts.histex[0]
     monkeypatch.setattr(accuracy, "SCORES", {"r 1x": ("r", 1), **accuracy.SCORES, "x": ("rho", 1)})
     assert rerun() == ([], ["nearest", "ridge"])  # scored again, from the maps that are there
-    with (root / "get_HR.py").open("a") as file:
-        file.write("# edited\n")
-    assert rerun() == (everything, ["nearest", "ridge"])
+    for path in ("get_HR.py", "reading/tables.py"):
+        with (root / path).open("a") as file:
+            file.write("# edited\n")
+        assert rerun() == (everything, ["nearest", "ridge"])
 
 
 def test_a_real_script_that_fails_is_reported(source, tmp_path, capsys):
@@ -477,7 +479,7 @@ def test_bad_input(case, source, tmp_path, capsys):
     arguments = ["--output", str(output), "--keep", str(tmp_path / "work")]
     if directories:
         arguments += ["--directory", *map(str, directories)]
-    assert accuracy.main(arguments) == 2
+    assert accuracy.run(arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert said in message
@@ -526,8 +528,8 @@ def test_report_names_machine_commit_and_command(source, scripts, tmp_path):
         assert text.count(f"| {row} | ") == 2  # r, then SSIM and RMSE
     assert "MLP" not in text
     assert "* command: `python benchmarks/accuracy.py --directory " in text
-    assert accuracy.commit() in text
-    assert accuracy.processor() in text
+    assert measure.commit() in text
+    assert measure.processor() in text
     assert f"* {source.name}: " in text
     assert "8 genes" in text
     assert "500 epochs, 5 states" in text

@@ -1,8 +1,10 @@
-"""benchmarks/scaling.py, kills.py, analyses.py: what they compute, and short runs of stages."""
+"""The benchmarks: what they compute, and short runs of measured stages."""
 
 import json
 import math
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ from conftest import PIPELINE, ROOT, run
 
 import utils
 from analysis import annotate, enrich
-from benchmarks import analyses, kills, scaling
+from benchmarks import analyses, kills, measure, scaling
 
 SLOW = "import time\n\ntime.sleep(2)"
 
@@ -30,7 +32,8 @@ def result(seconds: float, gb: float, size: int = 20_000) -> dict:
     stage = {"seconds": seconds, "cpu": seconds, "gb": gb}
     return {
         "name": "image_calibration", "label": "image_calibration", "size": size,
-        "amount": size**2, "start_up": 0.5, "stage": stage, "limit": limit, "plain": None,
+        "amount": size**2, "start_up": 0.5, "stage": stage, "limit": limit,
+        "plain": {"needs": 32.0}, "before": None,
     }  # fmt: skip
 
 
@@ -46,12 +49,18 @@ def test_budgets_are_judged_from_their_size_on():
 
 def test_the_table_tells_seconds_and_ratios():
     rows = {"image_calibration": [result(2, 0.5, 5_000), result(8, 0.9)]}
-    text = "\n".join(scaling.table(rows))
-    assert "| 8.00 | 8.00 | 0.90 |" in text
+    text = "\n".join(scaling.main_table(rows))
+    assert "| 8.00 | 8.00 | 0.90 | needs 32 GB | " in text
     assert "4.00 (0.5x)" in text
     # pixels grow 16-fold, seconds 4-fold, and beyond the start-up 5-fold
     slopes = scaling.exponents(rows)[-1]
     assert f"| 0.50 | {math.log(5) / math.log(16):.2f} |" in slopes
+
+
+def test_a_limit_that_the_stage_beats_is_marked():
+    assert "(0.99x)" in scaling.main_table({"": [result(4.04, 1)]})[-1]
+    assert "**beaten**" not in scaling.main_table({"": [result(4.04, 1)]})[-1]
+    assert "(1x) **beaten**" in scaling.main_table({"": [result(3.99, 1)]})[-1]
 
 
 def test_before_and_after_are_told_apart():
@@ -66,6 +75,8 @@ def test_another_checkout_is_measured_on_the_same_inputs(tmp_path):
     other.mkdir()
     for name in ("get_HR.py", "utils.py"):
         shutil.copy(ROOT / name, other / name)
+    for room in ("method", "reading"):
+        shutil.copytree(ROOT / room, other / room)
     # one that takes a second longer
     (other / "get_HR.py").write_text(
         (ROOT / "get_HR.py")
@@ -77,7 +88,7 @@ def test_another_checkout_is_measured_on_the_same_inputs(tmp_path):
     )
     command = ["--keep", str(tmp_path), "--stages", "get_HR", "--sizes", "40"]
     command += ["--output", str(tmp_path / "S.md")]
-    assert scaling.main([*command, "--before", str(other)]) == 0
+    assert scaling.run([*command, "--before", str(other)]) == 0
     found = scaling.read_results(tmp_path, before=True)["get_HR"][0]
     assert found["before"]["seconds"] > found["stage"]["seconds"] + 1
     assert scaling.read_results(tmp_path) == {}
@@ -89,7 +100,7 @@ def test_a_stage_is_measured_and_kept(name, tmp_path, capsys):
     small = {"get_HR": "40", "masking_non_tissue": "28"}[name]
     command = ["--keep", str(tmp_path), "--stages", name, "--sizes", small]
     command += ["--output", str(tmp_path / "S.md")]
-    assert scaling.main(command) == 0
+    assert scaling.run(command) == 0
     (path,) = (tmp_path / "results").glob(f"{name}-{small}-*.json")
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["stage"]["seconds"] > 0
@@ -99,7 +110,7 @@ def test_a_stage_is_measured_and_kept(name, tmp_path, capsys):
     assert f"| {name} | {small} " in (tmp_path / "S.md").read_text(encoding="utf-8")
     assert (tmp_path / "s.png").stat().st_size > 1000
     path.write_text(json.dumps({**found, "start_up": 1234.0}), encoding="utf-8")
-    assert scaling.main(command) == 0  # taken as it was kept
+    assert scaling.run(command) == 0  # taken as it was kept
     assert "| 1234.0 |" in (tmp_path / "S.md").read_text(encoding="utf-8")
 
 
@@ -132,7 +143,7 @@ def test_a_killed_stage_is_tried_again(sample, tmp_path, monkeypatch):
     assert run(script, sample) == 0
     after = tmp_path / "after"
     shutil.copytree(sample, after)
-    kills.run(stage, after, tmp_path / "log")
+    kills.attempt(stage, after, tmp_path / "log")
     moments = iter([0.05, 60.0, 0.05, 0.05, 0.05])
     draw = SimpleNamespace(uniform=lambda *_: next(moments))
     args = SimpleNamespace(kills=3 * len(kills.STAGES), keep=tmp_path)
@@ -173,7 +184,59 @@ def test_every_analysis_is_measured(finished, monkeypatch, capsys):
     assert {script for script, *_ in every} == scripts - {"evaluate.py"}
     report = [command for command in every if command[0] == "report.py"]
     monkeypatch.setattr(analyses, "commands", lambda made: report)
-    analyses.main(["--directory", str(finished)])
+    assert analyses.run(["--directory", str(finished)]) == 0
     said = capsys.readouterr().out
     assert said.startswith("28 x 42 superpixels, 8 genes")
     assert "| report.py | " in said
+    assert f"* command: `python benchmarks/analyses.py --directory '{finished}'`" in said
+
+
+# ----- measure -----
+def test_a_process_is_measured_and_killed_in_time(tmp_path):
+    log, words = tmp_path / "log", "import time; x = b'1' * 300_000_000; print('made', flush=True)"
+    facts = scaling.in_child("measure", "run_measured", [sys.executable, "-c", words], log)
+    assert 0.3 < facts["gb"] < 0.4
+    assert not facts["killed"]
+    endless = [sys.executable, "-c", f"{words}; time.sleep(60)"]
+    facts = measure.run_measured(endless, log, lambda: log.read_text().count("made") == 2)
+    assert facts["killed"]
+    assert facts["seconds"] < 30
+    with pytest.raises(utils.StageError, match="ended with 3"):
+        measure.run_measured([sys.executable, "-c", "raise SystemExit(3)"], log)
+
+
+def test_what_is_kept_is_not_made_again(tmp_path):
+    path, made = tmp_path / "results" / "a.json", []
+    for _ in range(2):
+        found = measure.cached(path, lambda: made.append(1) or {"r": 0.5})
+        assert found == {"r": 0.5}
+    assert made == [1]
+
+
+def test_tables_are_markdown():
+    assert measure.table(["a", "b"], [[1, "x"]]) == ["| a | b |", "|---|---|", "| 1 | x |"]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")
+                   if "def build_parser" in path.read_text(encoding="utf-8")
+                   and path.stem not in ("ablations", "prepare_hd", "prepare_xenium"))
+)  # fmt: skip
+def test_help_tells_an_example_files_and_defaults_without_slow_imports(name):
+    words = f"""
+import runpy, sys
+sys.argv = ["{name}.py", "--help"]
+try:
+    runpy.run_path("{ROOT / "benchmarks" / name}.py", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+slow = {{"numpy", "pandas", "torch", "cv2", "scipy", "matplotlib"}} & set(sys.modules)
+assert not slow, slow
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"    python benchmarks/{name}.py --" in said
+    assert "\nReads " in said
+    assert "\nWrites " in said
+    assert "None" not in said
