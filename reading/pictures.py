@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
+import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,29 @@ class Misfit(ValueError):
 def open_picture(path: Path, access: str = "sequential") -> pyvips.Image:
     """The header; pixels are decoded later. By ``access`` "random", rows may be asked for in any
     order: the picture is then decoded once, into memory or, from 100 MB, a temporary file."""
-    image = pyvips.Image.new_from_file(str(path), access=access, fail_on="warning")
-    if image.get("vips-loader").startswith("jpeg") and is_filled_up(path):
-        raise pyvips.Error("the end of the JPEG is missing: it is filled up with zeros")
+    options = {"access": access, "fail_on": "warning"}
+    image = pyvips.Image.new_from_file(str(path), **options)
+    kind = image.get("vips-loader")
+    if kind.startswith("tiff"):  # unlimited: a strip may be as large as the image
+        return pyvips.Image.tiffload(str(path), unlimited=True, **options)
+    if kind.startswith("jpeg"):
+        if is_filled_up(path):
+            raise pyvips.Error("the end of the JPEG is missing: it is filled up with zeros")
+        return pyvips.Image.new_from_source(in_pieces(path), "", **options)
     return image
+
+
+def in_pieces(path: Path) -> pyvips.Source:
+    """A file that is read as it is decoded: libvips maps a JPEG, which takes memory for all of it.
+
+    The file is closed when the last image that comes of it goes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    source = pyvips.SourceCustom()
+    source.on_read(lambda n: os.read(descriptor, n))
+    source.on_seek(lambda offset, whence: os.lseek(descriptor, offset, whence))
+    weakref.finalize(source, os.close, descriptor)
+    return source
 
 
 def is_filled_up(path: Path) -> bool:
@@ -104,7 +125,7 @@ def check(image: pyvips.Image, path: Path) -> None:
             f"CMYK, each with or without alpha."
         )
     for number in range(1, fact(image, "n-pages", 1)):
-        page = pyvips.Image.tiffload(str(path), page=number)
+        page = pyvips.Image.tiffload(str(path), page=number, unlimited=True)
         if page.width * page.height > image.width * image.height:
             raise Misfit(
                 f"starts with a page of {image.width} x {image.height} px, but page {number + 1} "
