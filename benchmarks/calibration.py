@@ -8,8 +8,8 @@ Writes  a table in Markdown to the console: wall seconds, CPU seconds and peak m
 
 An image of each size and format is drawn, calibrated from 0.2737 to 0.5 um per pixel by each
 program in turn, and removed. A process of its own draws it: what this one has held would count as
-memory of the programs that it starts. The limit is ``vips resize``: the same decoding, the same kernel and
-the same encoding, without spots, padding, checks or a record.
+memory of the programs that it starts. The limit is ``vips resize``: the same decoding, the same
+kernel and the same encoding, without spots, padding, checks or a record.
 """
 
 from __future__ import annotations
