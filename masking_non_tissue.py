@@ -2,9 +2,9 @@
 
     python masking_non_tissue.py --directory data/section
 
-In    Histology_feature_map.npy, Histology_rgb.npy; he.jpg and locs.csv for the picture
-Out   mask.png           8 bit (rows, columns), 255 tissue, 0 bare slide, a pixel per superpixel
-      mask-overlay.png   the outline on the H&E, with the spots: look at it
+Reads   Histology_feature_map.npy, Histology_rgb.npy; he.jpg and locs.csv for the picture
+Writes  mask.png           8 bit (rows, columns), 255 tissue, 0 bare slide, a pixel per superpixel
+        mask-overlay.png   the outline on the H&E, with the spots: look at it
 
 The mask is yours to edit in any painting program: whatever is not black counts as tissue. HISTEX.py
 uses the edit, and this script replaces neither an edited mask nor one that you brought, unless
@@ -22,10 +22,27 @@ that fills the image in half, and loses small pieces.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+
+import utils
+
+SCRIPT = utils.MASKING
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.stage_parser(__doc__)
+    parser.add_argument(
+        "--seed",
+        type=utils.not_negative,
+        default=0,
+        help="Seed of the random choice among the seeds.",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
 
 import cv2
 import numpy as np
@@ -34,10 +51,7 @@ from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter, uniform_filter
 from skimage.morphology import remove_small_holes, remove_small_objects
 
-import utils
 from reading import arrays, images, tables
-
-SCRIPT = utils.MASKING
 
 # Optical density is -log(colour / white), mean over R, G, B. Measured on three scans (legacy ST,
 # Visium HD, rendered Xenium): bare slide 0.00-0.08, with texture (see below) under 0.008, also with
@@ -173,28 +187,6 @@ def draw_overlay(picture: np.ndarray, mask: np.ndarray, locs: pd.DataFrame) -> n
     return picture
 
 
-def read_thumbnail(stage: utils.Stage, path: Path) -> np.ndarray:
-    """The image, its longest side at most ``OVERLAY_PX``; a JPEG is not decoded at full size."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (OVERLAY_PX, OVERLAY_PX))
-            image.thumbnail((OVERLAY_PX, OVERLAY_PX))
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise stage.error(path, f"is not a whole image: {error}") from error
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = utils.stage_parser(__doc__)
-    parser.add_argument(
-        "--seed",
-        type=utils.not_negative,
-        default=0,
-        help="Seed of the random choice among the seeds.",
-    )
-    return parser
-
-
 def main(stage: utils.Stage) -> None:
     stage.require(utils.HE, utils.LOCS, utils.FEATURES, utils.RGB)
     stage.guard(utils.MASK, utils.MASK_OVERLAY)
@@ -203,7 +195,7 @@ def main(stage: utils.Stage) -> None:
     rgb = arrays.read_array(stage, utils.RGB, np.uint8, (*grid, 3))
     locs = tables.read_locs(stage, stage.path(utils.LOCS))
 
-    picture = read_thumbnail(stage, stage.path(utils.HE))
+    picture = images.thumbnail(stage, stage.path(utils.HE), OVERLAY_PX)
 
     mask = clean(classify(tokens, np.asarray(rgb), stage.args.seed))
     if not mask.any():

@@ -5,13 +5,9 @@ Frames. x (column) and y (row) are continuous pixels from the left upper edge of
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,60 +15,26 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from prepare import slides
+from prepare.slides import Region, Slide
 
 COPIED = (".jpg", ".jpeg", ".png")  # image_calibration.py reads them as they are
 MIN_INSIDE = 0.95  # share of the in-tissue spots that must fall on the image
 MAX_PIXEL_SIZE_ERROR = 0.05  # relative, between the metadata of an image and the spots
-STRIP_PX = 512  # side of a tile of he-raw.tif; so many rows are in memory while it is written
 THUMBNAIL_PX = 1200  # longer side of check.png
-
-
-@dataclass
-class Region:
-    """A rectangle of a slide; x, y and sides in px of its full resolution.
-
-    ``slide`` is what slides.open_slide gives: ``read_region(x, y, width, height, downsample)``
-    takes px of full resolution and returns uint8 (height // downsample, width // downsample, 3).
-    """
-
-    slide: Any
-    x: int
-    y: int
-    width: int
-    height: int
-    downsample: int = 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the image that is written."""
-        return self.height // self.downsample, self.width // self.downsample
-
-    def read(self, top: int, bottom: int, shrink: int = 1) -> np.ndarray:
-        """Rows top to bottom of the image written, shrunk by a further whole factor."""
-        step = self.downsample
-        height, width = ((side // shrink) * shrink for side in (bottom - top, self.shape[1]))
-        return self.slide.read_region(
-            self.x, self.y + top * step, width * step, height * step, step * shrink
-        )
 
 
 def share_inside(xy: np.ndarray, shape: tuple[int, int]) -> float:
     return float(((xy >= 0) & (xy < shape[::-1])).all(axis=1).mean())
 
 
-def open_image(path: Path) -> Any:
-    """The slide or image at a path, opened but not loaded: see slides.open_slide.
-
-    ``size`` (width, height), ``pixel_size_um`` (None if unknown), ``downsamples``,
-    ``read_region(x, y, width, height, downsample)``, ``thumbnail(max_side)``.
-    """
+def open_image(path: Path) -> Slide:
+    """The slide or image at a path, opened but not loaded."""
     if not path.is_file():
         raise utils.StageError(
             f"{path} is missing or no file; expected the H&E image at full resolution.",
             "Give it by --image FILE.",
         )
-    from prepare import slides
-
     return slides.open_slide(path)
 
 
@@ -108,7 +70,7 @@ def place_image(
 
 
 def place_slide(
-    slide: Any,
+    slide: Slide,
     locs: pd.DataFrame,
     pixel_size_um: float,
     margin_um: float | None = None,
@@ -120,8 +82,6 @@ def place_slide(
     ``check`` is to see the whole of it. ``downsample`` is a whole factor, by default the one that
     brings the image near to 0.5 um per px.
     """
-    from prepare import slides
-
     step = downsample or slides.whole_factor(pixel_size_um)
     low, high = np.zeros(2, int), np.array(slide.size)
     xy = locs[["x", "y"]].to_numpy()
@@ -164,55 +124,12 @@ def check_metadata(path: Path, pixel_size_um: float, trusted: bool, option: str)
     )
 
 
-def micrometres(text: str) -> float:
-    """argparse type: a length in um, above zero."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no length in um above zero")
-    return value
-
-
-def add_image_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--crop-um",
-        type=micrometres,
-        metavar="MARGIN",
-        help="Cut the image to the spots and a margin of so many um; default: the whole image.",
-    )
-    parser.add_argument(
-        "--downsample",
-        type=utils.positive,
-        help="Shrink the image by this whole factor; default: JPEG and PNG are copied as they are, "
-        "slides and TIFF shrunk to about 0.5 um per px.",
-    )
-
-
 def write_image(image: Path | np.ndarray | Region, partial: Path) -> None:
     """he-raw: a copy of the file, or a lossless TIFF, written a row of tiles at a time."""
     if isinstance(image, Path):
         shutil.copyfile(image, partial)
-        return
-    import tifffile
-
-    shape = image_shape(image)
-    with tifffile.TiffWriter(partial, bigtiff=3 * shape[0] * shape[1] > 2**31) as tiff:
-        tiff.write(
-            tiles(image), shape=(*shape, 3), dtype=np.uint8, photometric="rgb",
-            tile=(STRIP_PX, STRIP_PX), compression="zlib", metadata=None,
-        )  # fmt: skip
-
-
-def tiles(image: np.ndarray | Region) -> Iterator[np.ndarray]:
-    """Tiles of STRIP_PX square, row by row, those at the edges filled up with white."""
-    rows, columns = image_shape(image)
-    for top in range(0, rows, STRIP_PX):
-        bottom = min(top + STRIP_PX, rows)
-        strip = image.read(top, bottom) if isinstance(image, Region) else image[top:bottom]
-        for left in range(0, columns, STRIP_PX):
-            tile = np.full((STRIP_PX, STRIP_PX, 3), 255, np.uint8)
-            part = strip[:, left : left + STRIP_PX]
-            tile[: part.shape[0], : part.shape[1]] = part
-            yield tile
+    else:
+        slides.write_tiff(image, partial)
 
 
 def thumbnail(image: Path | np.ndarray | Region) -> np.ndarray:

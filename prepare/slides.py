@@ -4,13 +4,13 @@
     python prepare/slides.py --image SLIDE --directory DIR --region X Y WIDTH HEIGHT
 
 Reads   .svs, .ndpi, .mrxs and kin through OpenSlide; TIFF, BigTIFF, OME-TIFF and their pyramids
-        through tifffile; JPEG and PNG through Pillow
+        through tifffile; JPEG and PNG through libvips
 Writes  he-raw.tif           the slide or a region of it, shrunk by a whole factor
         pixel-size-raw.txt   um per pixel, from the metadata or --pixel-size
 
 The other prepare scripts read their images through ``open_slide``. A slide is never in memory as a
 whole: a region is read from its own tiles, at the coarsest level that serves the factor asked for.
-Only JPEG and PNG files have to be decoded in one piece.
+JPEG and PNG are decoded once, from 100 MB into a temporary file.
 
 Frames. x, y, width, height are pixels of full resolution, x to the right, y down; what lies off the
 slide, or was not scanned, is white.
@@ -22,19 +22,65 @@ import argparse
 import contextlib
 import re
 import sys
-import warnings
-import xml.etree.ElementTree as ElementTree
-from collections import OrderedDict
 from pathlib import Path
-
-import cv2
-import numpy as np
-from PIL import ExifTags, Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from image_calibration import FORMATS, misfit, to_rgb
-from prepare import common, images, sample
+
+SCRIPT = "prepare/slides.py"
+
+
+def pixel_size(text: str) -> float:
+    """argparse type: um per pixel."""
+    value = float(text)
+    if not utils.MIN_PIXEL_SIZE_UM <= value <= utils.MAX_PIXEL_SIZE_UM:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not between {utils.MIN_PIXEL_SIZE_UM} and {utils.MAX_PIXEL_SIZE_UM} um"
+        )
+    return value
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.Parser(__doc__)
+    parser.add_argument("--image", type=Path, required=True, help="Slide or image.")
+    parser.add_argument(
+        "--directory",
+        type=utils.sample_directory,
+        required=True,
+        help="Sample folder to write into; made if it does not exist.",
+    )
+    parser.add_argument(
+        "--region",
+        type=utils.not_negative,
+        nargs=4,
+        metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        help="Rectangle in pixels of full resolution (default: the whole slide).",
+    )
+    parser.add_argument(
+        "--pixel-size",
+        type=pixel_size,
+        metavar="UM",
+        help="um per pixel of full resolution (default: what the metadata say).",
+    )
+    utils.add_force(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+import pyvips
+
+from reading import pictures
 
 OPENSLIDE_SUFFIXES = (
     ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm",
@@ -57,6 +103,7 @@ RESOLUTION_UNITS = {2: 25_400.0, 3: 10_000.0}  # TIFF: um per inch and per centi
 MAX_ANISOTROPY = 0.01  # relative difference of the pixel's width and height
 FINEST_SHARE = 0.05  # he-raw may be this much coarser than 0.5 um per pixel
 WHITE = 255
+STRIP_PX = 512  # side of a tile of he-raw.tif; so many rows are in memory while it is written
 
 
 # -------------------------------------------------------------------------------------------------
@@ -141,7 +188,7 @@ class Slide:
         except utils.StageError:
             raise
         except Exception as error:  # damaged tiles raise whatever their decoder raises
-            raise common.broken(
+            raise utils.broken(
                 self.path, f"cannot be decoded at x {x}, y {y} of level {level}: {error!r:.200}"
             ) from error
 
@@ -225,7 +272,7 @@ class TiffSlide(Slide):
         self.tiff.filehandle.seek(offset)
         data = self.tiff.filehandle.read(n_bytes)
         if len(data) != n_bytes:
-            raise common.broken(self.path, f"is cut off: {n_bytes - len(data)} bytes are missing.")
+            raise utils.broken(self.path, f"is cut off: {n_bytes - len(data)} bytes are missing.")
         decoded = page.decode(data, index, jpegtables=page.jpegtables)[0]
         segment = np.asarray(decoded).reshape(decoded.shape[-3:])
         self.cache[key] = segment
@@ -260,30 +307,27 @@ class OpenSlideSlide(Slide):
 
 
 class PictureSlide(Slide):
-    """JPEG or PNG: one level, decoded whole when first read."""
+    """JPEG or PNG: one level, decoded once, when its first rows are read."""
 
     def __init__(self, path: Path) -> None:
-        Image.MAX_IMAGE_PIXELS = utils.MAX_HE_PIXELS
-        with Image.open(path, formats=FORMATS) as image:
-            size, problem = image.size, misfit(image)
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if turned != 1:
-            problem = (
-                f"has EXIF orientation {turned}, so viewers turn it; spots refer to it as stored."
-            )
-        if problem:
-            raise utils.StageError(f"{path} {problem}", "Then run the same command.")
-        self.pixels: np.ndarray | None = None
-        super().__init__(path, [size], None)
+        image = pictures.open_picture(path, access="random")
+        try:
+            pictures.check(image, path)
+        except pictures.Misfit as misfit:
+            remedy = f"{misfit.remedy} Then run the same command."
+            raise utils.StageError(f"{path} {misfit.problem}", remedy) from misfit
+        self.image, _ = pictures.to_rgb(image, path)
+        super().__init__(path, [(image.width, image.height)], None)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        if self.pixels is None:
-            with Image.open(self.path, formats=FORMATS) as image:
-                self.pixels = np.asarray(to_rgb(image))
-        return self.pixels[y : y + height, x : x + width].copy()
+        return self.image.crop(x, y, width, height).numpy()
 
-    def close(self) -> None:
-        self.pixels = None
+    def thumbnail(self, max_side: int) -> np.ndarray:
+        """As of any slide, but a JPEG is decoded at a fraction of its size."""
+        try:
+            return pictures.shrunk(self.path, max_side)
+        except pyvips.Error as error:
+            raise utils.broken(self.path, f"cannot be decoded: {pictures.reason(error)}") from error
 
 
 def open_slide(path: Path) -> Slide:
@@ -296,18 +340,16 @@ def open_slide(path: Path) -> Slide:
             return OpenSlideSlide(path)
         if start in TIFF_STARTS:
             return TiffSlide(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, on odd metadata
-            return PictureSlide(path)
+        return PictureSlide(path)
     except (utils.StageError, ImportError):
         raise
     except FileNotFoundError as error:
         raise utils.StageError(f"{path} is missing.", "Give the H&E image by --image.") from error
     except Exception as error:  # damaged headers raise nearly anything
-        raise common.broken(path, f"is no whole slide or image: {error!r:.300}") from error
+        raise utils.broken(path, f"is no whole slide or image: {error!r:.300}") from error
 
 
-def import_openslide():
+def import_openslide() -> ModuleType:
     try:
         import openslide
     except (ImportError, OSError) as error:
@@ -321,7 +363,7 @@ def import_openslide():
 # -------------------------------------------------------------------------------------------------
 # TIFF
 # -------------------------------------------------------------------------------------------------
-def tiff_levels(tiff) -> list[list]:
+def tiff_levels(tiff: Any) -> list[list[Any]]:
     """Pages of each level of the largest image in a TIFF, full resolution first.
 
     Pyramids are kept in SubIFDs (OME-TIFF, QuPath, Xenium), or as pages one after the other.
@@ -336,7 +378,7 @@ def tiff_levels(tiff) -> list[list]:
     return sorted(same, key=lambda pages: -pages[0].imagewidth)
 
 
-def check_tiff_page(path: Path, pages: list) -> None:
+def check_tiff_page(path: Path, pages: list[Any]) -> None:
     page, n = pages[0], len(pages)
     colours = {"RGB", "YCBCR", "MINISBLACK"}
     samples = n if n > 1 else page.samplesperpixel
@@ -357,14 +399,16 @@ def check_tiff_page(path: Path, pages: list) -> None:
         )
 
 
-def segment_shape(page) -> tuple[int, int]:
+def segment_shape(page: Any) -> tuple[int, int]:
     """Rows and columns of a tile or strip."""
     if page.is_tiled:
         return page.tilelength, page.tilewidth
     return min(page.rowsperstrip, page.imagelength), page.imagewidth
 
 
-def put(region: np.ndarray, segment: np.ndarray, corner: tuple[int, int], channel: int | None):
+def put(
+    region: np.ndarray, segment: np.ndarray, corner: tuple[int, int], channel: int | None
+) -> None:
     """Copy what of a segment lies in the region; ``corner`` is its (row, col) in the region."""
     (row, column), (height, width) = corner, region.shape[:2]
     top, left = max(row, 0), max(column, 0)
@@ -394,7 +438,7 @@ def opaque_rgb(pixels: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def tiff_pixel_size(tiff, page) -> float | None:
+def tiff_pixel_size(tiff: Any, page: Any) -> float | None:
     """um per pixel from OME-XML, or else from the resolution of the first page if it is sane."""
     if tiff.is_ome and tiff.ome_metadata:
         size = ome_pixel_size(tiff.ome_metadata, page.imagewidth)
@@ -440,6 +484,59 @@ def sane_pixel_size(x: float | None, y: float | None) -> float | None:
 
 
 # -------------------------------------------------------------------------------------------------
+# he-raw.tif
+# -------------------------------------------------------------------------------------------------
+@dataclass
+class Region:
+    """A rectangle of a slide; x, y and sides in px of its full resolution."""
+
+    slide: Slide
+    x: int
+    y: int
+    width: int
+    height: int
+    downsample: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the image that is written."""
+        return self.height // self.downsample, self.width // self.downsample
+
+    def read(self, top: int, bottom: int, shrink: int = 1) -> np.ndarray:
+        """Rows top to bottom of the image written, shrunk by a further whole factor."""
+        step = self.downsample
+        height, width = ((side // shrink) * shrink for side in (bottom - top, self.shape[1]))
+        return self.slide.read_region(
+            self.x, self.y + top * step, width * step, height * step, step * shrink
+        )
+
+
+def write_tiff(image: np.ndarray | Region, path: Path) -> None:
+    """A lossless tiled TIFF, written a row of tiles at a time."""
+    import tifffile
+
+    shape = image.shape[:2]
+    with tifffile.TiffWriter(path, bigtiff=3 * shape[0] * shape[1] > 2**31) as tiff:
+        tiff.write(
+            tiles(image), shape=(*shape, 3), dtype=np.uint8, photometric="rgb",
+            tile=(STRIP_PX, STRIP_PX), compression="zlib", metadata=None,
+        )  # fmt: skip
+
+
+def tiles(image: np.ndarray | Region) -> Iterator[np.ndarray]:
+    """Tiles of STRIP_PX square, row by row, those at the edges filled up with white."""
+    rows, columns = image.shape[:2]
+    for top in range(0, rows, STRIP_PX):
+        bottom = min(top + STRIP_PX, rows)
+        strip = image.read(top, bottom) if isinstance(image, Region) else image[top:bottom]
+        for left in range(0, columns, STRIP_PX):
+            tile = np.full((STRIP_PX, STRIP_PX, 3), 255, np.uint8)
+            part = strip[:, left : left + STRIP_PX]
+            tile[: part.shape[0], : part.shape[1]] = part
+            yield tile
+
+
+# -------------------------------------------------------------------------------------------------
 # command line
 # -------------------------------------------------------------------------------------------------
 def whole_factor(pixel_size_um: float) -> int:
@@ -447,7 +544,7 @@ def whole_factor(pixel_size_um: float) -> int:
     return max(1, int(utils.PIXEL_SIZE_UM / pixel_size_um + FINEST_SHARE))
 
 
-def cut_region(slide: Slide, region: list[int] | None, pixel_size_um: float) -> images.Region:
+def cut_region(slide: Slide, region: list[int] | None, pixel_size_um: float) -> Region:
     """The region (x, y, width, height), or the whole slide, shrunk to about 0.5 um per pixel."""
     x, y, width, height = region or (0, 0, *slide.size)
     if (
@@ -468,11 +565,14 @@ def cut_region(slide: Slide, region: list[int] | None, pixel_size_um: float) -> 
             f"is shrunk {step} times.",
             "Give a larger --region.",
         )
-    return images.Region(slide, x, y, width // step * step, height // step * step, step)
+    return Region(slide, x, y, width // step * step, height // step * step, step)
 
 
-def cut(args: argparse.Namespace) -> None:
+def main(stage: utils.Stage) -> None:
+    args = stage.args
+    stage.guard(utils.HE_RAW, utils.PIXEL_SIZE_RAW)
     with open_slide(args.image) as slide:
+        stage.use(args.image)
         pixel_size = args.pixel_size or slide.pixel_size_um
         if pixel_size is None:
             raise utils.StageError(
@@ -480,70 +580,22 @@ def cut(args: argparse.Namespace) -> None:
                 "Run the same command with --pixel-size UM, um per pixel of full resolution.",
             )
         region = cut_region(slide, args.region, pixel_size)
-        others = [args.directory / n for n in (*utils.HE_RAW.names, utils.PIXEL_SIZE_RAW.name)]
-        there = [path for path in others if path.exists()]
-        if there and not args.force:
-            raise utils.StageError(
-                f"{there[0]} is there already; it would be replaced.",
-                "Choose another --directory, or run the same command with --force.",
-            )
-        args.directory.mkdir(parents=True, exist_ok=True)
-        target = args.directory / "he-raw.tif"
-        with (
-            utils.atomic(target) as partial,
-            utils.atomic(args.directory / utils.PIXEL_SIZE_RAW.name) as text,
-        ):
-            images.write_image(region, partial)
-            sample.write_text(text, f"{pixel_size * region.downsample:.8g}\n")
-        for path in there:
-            if path.name in utils.HE_RAW.names and path != target:
-                path.unlink()
+        stage.retire(utils.HE_RAW)  # one of another name
+        with stage.writing(utils.HE_RAW, "he-raw.tif") as partial:
+            write_tiff(region, partial)
+        with stage.writing(utils.PIXEL_SIZE_RAW) as partial:
+            partial.write_text(f"{pixel_size * region.downsample:.8g}\n", encoding="utf-8")
         rows, columns = region.shape
         print(
-            f"wrote {target}: {columns} x {rows} px at {pixel_size * region.downsample:.5g} um per "
+            f"he-raw.tif: {columns} x {rows} px at {pixel_size * region.downsample:.5g} um per "
             f"pixel\nx, y of the slide become (x - {region.x}) / {region.downsample}, "
             f"(y - {region.y}) / {region.downsample} in locs-raw.csv"
         )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--image", type=Path, required=True, help="Slide or image.")
-    parser.add_argument(
-        "--directory",
-        type=utils.sample_directory,
-        required=True,
-        help="Sample folder to write into; made if it does not exist.",
-    )
-    parser.add_argument(
-        "--region",
-        type=utils.not_negative,
-        nargs=4,
-        metavar=("X", "Y", "WIDTH", "HEIGHT"),
-        help="Rectangle in pixels of full resolution; default: the whole slide.",
-    )
-    parser.add_argument(
-        "--pixel-size",
-        type=pixel_size,
-        metavar="UM",
-        help="um per pixel of full resolution, instead of what the metadata say.",
-    )
-    parser.add_argument("--force", action="store_true", help="Replace an he-raw that is there.")
-    return parser
-
-
-def pixel_size(text: str) -> float:
-    """argparse type: um per pixel."""
-    value = float(text)
-    if not utils.MIN_PIXEL_SIZE_UM <= value <= utils.MAX_PIXEL_SIZE_UM:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not between {utils.MIN_PIXEL_SIZE_UM} and {utils.MAX_PIXEL_SIZE_UM} um"
-        )
-    return value
+        stage.finish(region=[region.x, region.y, region.width, region.height])
 
 
 def run(argv: list[str] | None = None) -> int:
-    return sample.exit_code(cut, build_parser().parse_args(argv))
+    return utils.run_stage(main, SCRIPT, build_parser(), argv, makes_folders=True)
 
 
 if __name__ == "__main__":

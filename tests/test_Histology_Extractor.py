@@ -416,7 +416,9 @@ def test_bands_are_read_in_turn_some_rows_at_a_time():
     rest = list(got)
     np.testing.assert_array_equal(rest[0], image.image[160:448])
     np.testing.assert_array_equal(rest[1], image.image[352:640])
-    assert image.asked == [(0, 224), (224, 288), (160, 384), (384, 448), (352, 576), (576, 640)]
+    assert image.asked == [(0, 224), (224, 288), (288, 448), (448, 640)]  # none of them twice
+    assert len(list(extractor.bands(image, [0, 22], 18))) == 2
+    assert image.asked[4:] == [(0, 224), (224, 288), (352, 576), (576, 640)]  # of one rank of two
     assert list(extractor.bands(image, [], 18)) == []
 
 

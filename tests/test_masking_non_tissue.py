@@ -12,6 +12,7 @@ from scipy import ndimage
 
 import masking_non_tissue as masking
 import utils
+from reading import images
 
 SPECK, HOLE = (masking.superpixels(area) for area in (masking.MIN_SPECK_MM2, masking.MIN_HOLE_MM2))
 
@@ -407,7 +408,8 @@ def test_the_picture_of_a_large_section_is_small(finished, tmp_path):
     path = tmp_path / "he.jpg"
     Image.new("RGB", (3360, 448), (200, 120, 160)).save(path)
     args = masking.build_parser().parse_args(["--directory", str(finished)])
-    thumbnail = masking.read_thumbnail(utils.Stage(masking.SCRIPT, args), path)
+    stage = utils.Stage(masking.SCRIPT, args)
+    thumbnail = images.thumbnail(stage, path, masking.OVERLAY_PX)
     assert max(thumbnail.shape) <= masking.OVERLAY_PX
     assert thumbnail.shape[1] / thumbnail.shape[0] == pytest.approx(7.5, rel=0.02)
 

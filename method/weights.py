@@ -1,0 +1,51 @@
+"""Weights of a network from a file that may come from anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from utils import StageError
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name from a .safetensors or torch file; nothing in the file can run code."""
+    remedy = "Give a file that holds the weights of --backbone and nothing else: --weights FILE"
+    if not path.is_file():
+        raise StageError(f"--weights {path} is not a file.", remedy)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise a dozen kinds on damaged bytes
+        raise StageError(
+            f"--weights {path} is cut off or damaged, or holds more than tensors, which is refused "
+            f"because it could run code ({type(error).__name__}).",
+            remedy,
+        ) from error
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise StageError(f"--weights {path} does not hold tensors by name.", remedy)
+    return weights
+
+
+def load_strictly(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    def shape(of: dict[str, torch.Tensor], name: str) -> str:
+        return str(tuple(of[name].shape)) if name in of else "absent"
+
+    wanted = model.state_dict()
+    differing = [
+        f"\n  {name}: {shape(weights, name)}, expected {shape(wanted, name)}"
+        for name in dict.fromkeys([*wanted, *weights])
+        if shape(weights, name) != shape(wanted, name)
+    ]
+    if differing:
+        raise StageError(
+            f"{path} does not fit --backbone: {len(differing)} parameters differ, such as"
+            + "".join(differing[:5]),
+            "Give the weights of this backbone with --weights, or name theirs with --backbone.",
+        )
+    model.load_state_dict(weights, strict=True)
