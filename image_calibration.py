@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import io
 import mmap
-import os
 import struct
 import sys
 import warnings
@@ -48,6 +47,7 @@ from PIL import ExifTags, Image
 from scipy.spatial import cKDTree
 
 import utils
+from method.calibration import calibrated_shape, machine_memory, padded_shape
 from reading import images, plain, tables
 
 SCRIPT = utils.CALIBRATION
@@ -69,7 +69,6 @@ UNCOMPRESSED, JPEG, YCBCR, SEPARATE = 1, 7, 6, 2  # of Compression, Photometric.
 HEADER_BYTES = 8  # of a TIFF
 JPEG_RESTART, JPEG_END = b"\xff\xd7", b"\xff\xd9"  # the eighth restart marker; the end marker
 WHITE = (255, 255, 255)
-SAME_SCALE = 1e-4  # a pixel size this close to 0.5 um, relatively, is 0.5 um: do not resample
 BAND_PX = 448  # rows at a time: whole tiles, and 8 k rows of blocks as restarts count up to 8
 BAND_BYTES = 24  # most that all steps together hold of a pixel of a band
 VALUES_AT_ONCE = 2**16  # summed at a time; more would not stay in the cache
@@ -250,14 +249,6 @@ def check_size(
     utils.check_disk(stage.directory, 3 * rows * columns, "The calibrated image")
 
 
-def machine_memory() -> int | None:
-    """Bytes of RAM, or None where the system does not tell. What is free right now would mislead:
-    systems fill it with cached files."""
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def broken(stage: utils.Stage, path: Path, reason: object) -> utils.StageError:
     return stage.error(
         path,
@@ -381,19 +372,6 @@ def scale_locs(locs: pd.DataFrame, raw: tuple[int, int], shape: tuple[int, int])
 # -------------------------------------------------------------------------------------------------
 # geometry
 # -------------------------------------------------------------------------------------------------
-def calibrated_shape(raw: tuple[int, int], pixel_size: float) -> tuple[int, int]:
-    """(rows, columns) of an image brought to 0.5 um per pixel, before padding."""
-    scale = pixel_size / utils.PIXEL_SIZE_UM
-    if abs(scale - 1) < SAME_SCALE:
-        return raw
-    return round(raw[0] * scale), round(raw[1] * scale)
-
-
-def padded_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    rows, columns = (-(-side // utils.TILE_PX) * utils.TILE_PX for side in shape)
-    return rows, columns
-
-
 def report(
     path: Path, pixel_size: float, raw: tuple[int, int], shape: tuple[int, int]
 ) -> dict[str, object]:

@@ -146,6 +146,11 @@ class StageError(ValueError):
         super().__init__(f"{problem}\n{remedy}")
 
 
+def broken(path: Path, problem: str) -> StageError:
+    """A StageError about a file of the user's that is damaged or not what it is taken for."""
+    return StageError(f"{path} {problem}", "Copy or download it again, then run the same command.")
+
+
 # ------------------------------------------------------------------------------------------------
 # fingerprints and atomic writes
 # ------------------------------------------------------------------------------------------------
@@ -286,6 +291,7 @@ class Stage:
         self.inputs: dict[str, dict[str, Any]] = {}
         self.pending: list[tuple[Path, Path]] = []
         self.outdated: list[Path] = []
+        self.made_folder = False
         self.notes: list[str] = []
         if not (self.directory.is_dir() or (makes_folders and not self.directory.exists())):
             found = "is a file" if self.directory.exists() else "does not exist"
@@ -430,14 +436,20 @@ class Stage:
     # ----- outputs -----
     def is_mine(self, artifact: Artifact) -> bool:
         """True if the artifact is an unedited output of the last run of this script."""
-        path, record = self.find(artifact, self.folder), read_record(self, self.script)
-        if path is None or record is None:
-            return False
+        path = self.find(artifact, self.folder)
+        return path is not None and path in self._own()
+
+    def _own(self) -> list[Path]:
+        """The unedited outputs of the last run of this script."""
+        record = read_record(self, self.script)
+        if record is None:
+            return []
         # A run that was cut off while it put its outputs in place left some old and some new ones.
-        keys = ("outputs",) if record["finished"] else ("pending", "previous")
-        return any(
-            path.name in record[key] and same_as(path, record[key][path.name]) for key in keys
+        written = (
+            [record["outputs"]] if record["finished"] else [record["pending"], record["previous"]]
         )
+        known = [(self.folder / name, file) for files in written for name, file in files.items()]
+        return [path for path, file in known if path.exists() and same_as(path, file)]
 
     def guard(self, *artifacts: Artifact) -> None:
         """Refuse to replace an output that was edited or brought by the user, unless --force."""
@@ -457,7 +469,9 @@ class Stage:
     @contextlib.contextmanager
     def writing(self, artifact: Artifact, name: str | None = None) -> Iterator[Path]:
         """Yield a temporary path for an output; ``finish`` gives it its real name."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            self.made_folder = True
         path = self.folder / (name or artifact.name)
         partial = partial_name(path)
         self.pending.append((partial, path))
@@ -471,10 +485,17 @@ class Stage:
         if (path := self.find(artifact, self.folder)) is not None:
             self.outdated.append(path)
 
+    def retire_rest(self) -> None:
+        """The same for all that the last run wrote, except what was edited since."""
+        self.outdated += self._own()
+
     def discard(self) -> None:
-        """Remove the temporary files of a run that did not finish."""
+        """Remove the temporary files of a run that did not finish, and the folder that it made."""
         for partial, _ in self.pending:
             _remove(partial)
+        if self.made_folder:
+            with contextlib.suppress(OSError):  # not empty: the run did finish
+                self.folder.rmdir()
 
     def finish(self, **facts: Any) -> None:
         """Put the outputs in place, then write the record: the last write says that all is well."""
@@ -485,15 +506,15 @@ class Stage:
         unfinished = {"finished": False, "pending": outputs, "previous": previous}
         record_path = self.folder / record_name(self.script)
         _write_json(record_path, {"script": self.script, **unfinished})
-        for partial, path in self.pending:
-            _put(partial, path)  # keeps size and mtime, so that the fingerprint holds
-            print(f"wrote {path.name}: {outputs[path.name]['bytes'] / 1e6:,.2f} MB")
-        for path in self.outdated:
+        for path in sorted(set(self.outdated) - {path for _, path in self.pending}):
             aside = partial_name(path)  # half a folder would be taken for the user's own
             with contextlib.suppress(FileNotFoundError):
                 path.rename(aside)
             _remove(aside)
             print(f"removed {path.name}, which belonged to an earlier run")
+        for partial, path in self.pending:  # after the above: never two alternatives side by side
+            _put(partial, path)  # keeps size and mtime, so that the fingerprint holds
+            print(f"wrote {path.name}: {outputs[path.name]['bytes'] / 1e6:,.2f} MB")
         hidden = ("login", "options")
         arguments = {key: str(value) for key, value in vars(self.args).items() if key not in hidden}
         if getattr(self.args, "login", None):
@@ -704,7 +725,8 @@ def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             continue
         options.append(action.option_strings[-1])
         if action.nargs != 0:
-            options.append("***" if action.dest == "login" else str(value))
+            values = value if isinstance(value, list) else [value]
+            options += ["***"] if action.dest == "login" else map(str, values)
     return options
 
 

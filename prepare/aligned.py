@@ -95,7 +95,7 @@ def check_alignment(xy: np.ndarray, slide: slides.Slide, placing: Placing) -> No
         return
     remedy = (
         "Give the alignment that belongs to this very image, at its full resolution. If the image "
-        "shows a part of the section only, name that: --region X Y WIDTH HEIGHT."
+        "shows a part of the section only, name it: --region-um X Y WIDTH HEIGHT."
     )
     if share_on(slide, placing.inverted, xy) >= images.MIN_INSIDE:
         remedy = INVERTED

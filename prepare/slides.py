@@ -34,7 +34,7 @@ from PIL import ExifTags, Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from image_calibration import FORMATS, misfit, to_rgb
-from prepare import common, images, sample
+from prepare import images
 
 OPENSLIDE_SUFFIXES = (
     ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm",
@@ -141,7 +141,7 @@ class Slide:
         except utils.StageError:
             raise
         except Exception as error:  # damaged tiles raise whatever their decoder raises
-            raise common.broken(
+            raise utils.broken(
                 self.path, f"cannot be decoded at x {x}, y {y} of level {level}: {error!r:.200}"
             ) from error
 
@@ -225,7 +225,7 @@ class TiffSlide(Slide):
         self.tiff.filehandle.seek(offset)
         data = self.tiff.filehandle.read(n_bytes)
         if len(data) != n_bytes:
-            raise common.broken(self.path, f"is cut off: {n_bytes - len(data)} bytes are missing.")
+            raise utils.broken(self.path, f"is cut off: {n_bytes - len(data)} bytes are missing.")
         decoded = page.decode(data, index, jpegtables=page.jpegtables)[0]
         segment = np.asarray(decoded).reshape(decoded.shape[-3:])
         self.cache[key] = segment
@@ -304,7 +304,7 @@ def open_slide(path: Path) -> Slide:
     except FileNotFoundError as error:
         raise utils.StageError(f"{path} is missing.", "Give the H&E image by --image.") from error
     except Exception as error:  # damaged headers raise nearly anything
-        raise common.broken(path, f"is no whole slide or image: {error!r:.300}") from error
+        raise utils.broken(path, f"is no whole slide or image: {error!r:.300}") from error
 
 
 def import_openslide():
@@ -494,7 +494,7 @@ def cut(args: argparse.Namespace) -> None:
             utils.atomic(args.directory / utils.PIXEL_SIZE_RAW.name) as text,
         ):
             images.write_image(region, partial)
-            sample.write_text(text, f"{pixel_size * region.downsample:.8g}\n")
+            text.write_text(f"{pixel_size * region.downsample:.8g}\n")
         for path in there:
             if path.name in utils.HE_RAW.names and path != target:
                 path.unlink()
@@ -543,7 +543,8 @@ def pixel_size(text: str) -> float:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return sample.exit_code(cut, build_parser().parse_args(argv))
+    args = build_parser().parse_args(argv)
+    return utils.exit_code(lambda: cut(args), args.directory, "the sample is as it was")
 
 
 if __name__ == "__main__":

@@ -515,5 +515,5 @@ def test_the_source_folder_is_not_overwritten(image, tmp_path, capsys):
     write_plain(f"{tmp_path}/", image)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert scverse.run(["--tables", str(tmp_path), "--directory", str(tmp_path)]) == 2
-    assert "would be overwritten" in capsys.readouterr().err
+    assert "would overwrite it" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

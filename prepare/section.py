@@ -1,6 +1,6 @@
-"""What the prepare scripts share: the section they fill in, images, genes, lattices, the check.
+"""One section as a prepare script fills it in, and the check of how its parts fit together.
 
-A prepare script reads one vendor's files and fills a ``Section``; sample.py checks and writes it.
+A prepare script reads one vendor's files and fills a ``PreparedSection``; sample.py writes it.
 
 Frames and units. Arrays are (row, col); x (column) and y (row) are coordinates in continuous pixels
 from the left upper edge of the first pixel. ``locs`` refers to the image that is written.
@@ -9,8 +9,9 @@ Letters in shapes: N spots, G genes, h x w superpixels of he.jpg.
 
 from __future__ import annotations
 
-import argparse
 import sys
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,25 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from scipy import sparse
-from scipy.spatial import cKDTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from image_calibration import calibrated_shape, padded_shape
+from method.genes import most_variable
+from method.grid import lattice_pitch
 from prepare import images
+from reading.genes import read_genes
 
-VISIUM_PITCH_UM, VISIUM_RADIUS_UM = 100.0, 27.5  # centre to centre; printed spots of 55 um
-LEGACY_PITCH_UM, LEGACY_RADIUS_UM = 200.0, 50.0
 MAX_PITCH_ERROR = 0.05  # relative, between the measured and the expected pitch
-N_TRUTH_GENES = 300  # 812 x 812 superpixels of 300 genes are 0.8 GB when they are scored
-CHUNK = 2_000_000  # molecules accumulated at a time
-TISSUE_COLOUR, OTHER_COLOUR, OUTSIDE_COLOUR = (0, 110, 60), (150, 150, 150), (220, 30, 30)
+DAMAGED = (ValueError, OSError, EOFError, KeyError, TypeError, zlib.error)  # by damaged tables
+Colour = tuple[int, int, int]
+TISSUE_COLOUR, OTHER_COLOUR, WARNING_COLOUR = (0, 110, 60), (150, 150, 150), (220, 30, 30)
 
 
 # -------------------------------------------------------------------------------------------------
 # what a prepare script fills in
 # -------------------------------------------------------------------------------------------------
 @dataclass
-class Truth:
+class CountedTruth:
     """Counts per superpixel of he.jpg: sparse (h * w, G) or an array (h, w, G)."""
 
     counts: sparse.csr_array | np.ndarray
@@ -47,23 +47,22 @@ class Truth:
 
 
 @dataclass
-class Section:
+class PreparedSection:
     """One section, ready to be checked and written.
 
-    ``image`` is a file, an array (rows, columns, 3), or a Region. ``counts`` is a table with spot
-    ids as index and genes as columns, or sparse (N, G) whose rows are ``spots`` (by default the
-    spots of ``locs``, in their order) and whose columns are ``genes``. Rows are joined to ``locs``
-    by id; spots without a location are left out.
+    ``image`` is a file, an array (rows, columns, 3), or a Region. Rows of ``counts`` are ``spots``
+    (default: the spots of ``locs``, in their order), columns are ``genes``. Rows are joined to
+    ``locs`` by id; spots without a location are left out.
     """
 
     image: Path | np.ndarray | images.Region
     pixel_size_um: float  # of the image written
     locs: pd.DataFrame  # index: spot id; x, y in px of the image written; in-tissue spots
-    counts: sparse.csr_array | pd.DataFrame
+    counts: sparse.csr_array
     genes: list[str]
     radius_px: float
     pitch_um: float  # expected: 100 for Visium, 200 for legacy ST
-    truth: Truth | None = None
+    truth: CountedTruth | None = None
     notes: list[str] = field(default_factory=list)
     spots: list[str] | None = None
     off_tissue: pd.DataFrame | None = None  # x, y of spots without tissue, to be drawn only
@@ -71,15 +70,11 @@ class Section:
     gene_names: list[str] | None = None  # for gene-names.txt
     sources: list[Path] = field(default_factory=list)  # files read, for the record
     scales: dict[str, float] = field(default_factory=dict)  # of smaller copies of the image
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)  # by file name, spot id as index
+    tables: dict[utils.Artifact, pd.DataFrame] = field(default_factory=dict)  # spot id as index
     facts: dict[str, Any] = field(default_factory=dict)  # numbers for the record
 
     def __post_init__(self) -> None:
         self.locs.index = self.locs.index.astype(str)
-        if isinstance(self.counts, pd.DataFrame):
-            self.spots = [str(spot) for spot in self.counts.index]
-            self.counts = self.counts[self.genes].to_numpy()
-        matrix = sparse.csr_array(self.counts)
         rows = pd.Index(self.locs.index if self.spots is None else self.spots)
         for name, values in (
             ("spots", rows),
@@ -101,7 +96,8 @@ class Section:
             )
         if len(rows) > len(order):
             self.notes.append(f"{len(rows) - len(order)} spots without a location are left out")
-        self.counts, self.spots = matrix[order], list(self.locs.index)
+        self.counts = sparse.csr_array(self.counts)[order]
+        self.spots = list(self.locs.index)
         values = self.counts.data
         if not len(values) or not np.isfinite(values).all() or (values < 0).any():
             raise utils.StageError(
@@ -115,15 +111,42 @@ class Section:
         return self.locs[["x", "y"]].to_numpy(float)
 
 
-def broken(path: Path, problem: str) -> utils.StageError:
-    return utils.StageError(
-        f"{path} {problem}", "Copy or download it again, then run the same command."
-    )
+# -------------------------------------------------------------------------------------------------
+# tables and genes
+# -------------------------------------------------------------------------------------------------
+def read_numbers(
+    path: Path,
+    read: Callable[[Path], pd.DataFrame],
+    columns: Sequence[str] | None = None,
+    text: Sequence[str] = (),
+    optional: Sequence[str] = (),
+) -> pd.DataFrame:
+    """The ``columns`` of the table that ``read`` makes of a file, by default all of them.
+
+    All are finite numbers (float64) but those in ``text``; the ``optional`` ones may be missing. A
+    file that holds something else is named in a StageError.
+    """
+    try:
+        table = read(path)
+        wanted = list(table.columns) if columns is None else list(columns)
+        if missing := [name for name in wanted if name not in table]:
+            raise utils.broken(
+                path,
+                f"has the columns {utils.some(table.columns)}; {missing[0]} is missing; expected "
+                f"{', '.join(wanted)}.",
+            )
+        numbers = [name for name in wanted if name not in text]
+        numbers += [name for name in optional if name in table]
+        values = table[numbers].apply(pd.to_numeric).astype(float)
+    except utils.StageError:
+        raise
+    except DAMAGED as error:
+        raise utils.broken(path, f"is no whole table of numbers: {error}") from error
+    if values.empty or not np.isfinite(values.to_numpy()).all():
+        raise utils.broken(path, "is empty or has empty cells.")
+    return values.assign(**{name: table[name] for name in text}) if text else values
 
 
-# -------------------------------------------------------------------------------------------------
-# genes
-# -------------------------------------------------------------------------------------------------
 def unique_symbols(symbols: list[str], ids: list[str]) -> list[str]:
     """Gene symbols made unique, in their order: no counts are merged.
 
@@ -161,174 +184,28 @@ def repeated_note(path: Path, separator: str) -> list[str]:
     ]
 
 
-def most_variable(counts: sparse.csr_array, n: int) -> np.ndarray:
-    """The n genes whose counts vary most between spots, in the order of the matrix.
-
-    That is the rule by which get_HR.py chooses the genes to predict.
-    """
-    mean = np.asarray(counts.mean(axis=0)).ravel()
-    variance = np.asarray(counts.power(2).mean(axis=0)).ravel() - mean**2
-    return np.sort(np.argsort(-variance, kind="stable")[:n])
+def genes_of_option(given: str | None, genes: list[str]) -> list[str] | None:
+    """The genes of --genes, all of them among ``genes``; None without the option."""
+    return None if given is None else read_genes(given, genes, "the counts")
 
 
 def choose_truth_genes(
     listed: list[str] | None, genes: list[str], spots: sparse.csr_array, n: int
 ) -> np.ndarray:
-    """Positions of the genes of truth.npz: the listed ones, or the n most variable; none if 0."""
+    """Columns of the genes of truth.npz: the listed ones, or the n most variable; none if 0."""
     if n == 0:
         return np.empty(0, np.int64)
     if listed is not None:
-        place = {gene: i for i, gene in enumerate(genes)}
-        return np.array([place[gene] for gene in listed])
-    return most_variable(spots, n)
-
-
-def add_truth_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--truth-genes",
-        type=utils.not_negative,
-        default=N_TRUTH_GENES,
-        help=f"Genes in truth.npz: so many of the most variable (default {N_TRUTH_GENES}), or all "
-        "of --genes; 0 for no truth.npz.",
-    )
-
-
-def read_gene_list(path: Path | None, genes: list[str]) -> list[str] | None:
-    """The genes of --genes FILE, one a line, all of them among ``genes``; None without a file."""
-    if path is None:
-        return None
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise utils.StageError(f"{path} cannot be read: {error}", "Give a text file.") from error
-    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    unknown = [name for name in names if name not in set(genes)]
-    if unknown or not names:
-        found = (
-            f"names {utils.some(unknown)}, which the counts do not have" if names else "is empty"
-        )
-        raise utils.StageError(
-            f"{path} {found}; their genes are like {utils.some(genes)}.",
-            "Mend the list, one gene a line, then run the same command.",
-        )
-    return names
-
-
-# -------------------------------------------------------------------------------------------------
-# lattices, discs, grids
-# -------------------------------------------------------------------------------------------------
-def fit_affine(lattice_um: np.ndarray, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares: xy = origin + lattice_um @ axes. Returns origin (2,) and axes (2, 2).
-
-    ``axes`` holds px per um: row 0 is the step along the first lattice axis.
-    """
-    design = np.column_stack([np.ones(len(xy)), lattice_um])
-    solution, _, rank, _ = np.linalg.lstsq(design, xy, rcond=None)
-    if rank < 3:
-        raise utils.StageError(
-            f"The {len(xy)} positions lie on one line, so no lattice can be fitted to them.",
-            "Give the positions of the whole array.",
-        )
-    return solution[0], solution[1:]
-
-
-def pixel_size_of(axes: np.ndarray) -> float:
-    """um per px of a fitted lattice, by area: any rotation and flip gives the same."""
-    return float(1 / np.sqrt(abs(np.linalg.det(axes))))
-
-
-def hexagonal_lattice(box: tuple[float, float, float, float], pitch: float) -> np.ndarray:
-    """Centres (N, 2), x and y, of Visium's lattice within (left, top, right, bottom), inclusive.
-
-    Rows are pitch * sqrt(3) / 2 apart and every other row is shifted by half a pitch; the first
-    spot lies at (left, top).
-    """
-    left, top, right, bottom = box
-    rows = np.arange(0, np.floor((bottom - top) / (pitch * np.sqrt(3) / 2) + 1e-9) + 1)
-    points = []
-    for row in rows:
-        x = np.arange(left + (row % 2) * pitch / 2, right + 1e-9 * pitch, pitch)
-        points.append(np.column_stack([x, np.full(len(x), top + row * pitch * np.sqrt(3) / 2)]))
-    return np.concatenate(points) if points else np.empty((0, 2))
-
-
-def disc_of(xy: np.ndarray, centres: np.ndarray, radius: float) -> np.ndarray:
-    """Index (M,) of the disc in which a point (M, 2) lies, edge included; -1 for none.
-
-    Discs do not overlap on Visium's lattice, so that every point has one disc at most.
-    """
-    distance, index = cKDTree(centres).query(xy, k=1, distance_upper_bound=radius * (1 + 1e-12))
-    return np.where(np.isfinite(distance), index, -1)
-
-
-def pseudo_spots(
-    xy: np.ndarray,
-    gene: np.ndarray,
-    centres: np.ndarray,
-    radius: float,
-    n_genes: int,
-    weight: np.ndarray | None = None,
-) -> sparse.csr_array:
-    """Counts (discs, genes) of molecules at ``xy`` (M, 2) with gene index ``gene`` (M,)."""
-    disc = disc_of(xy, centres, radius)
-    caught = disc >= 0
-    weight = np.ones(len(gene)) if weight is None else weight
-    entries = (weight[caught], (disc[caught], gene[caught]))
-    return sparse.csr_array(sparse.coo_array(entries, shape=(len(centres), n_genes)))
-
-
-def sum_rows(target: np.ndarray, matrix: sparse.csr_array, n: int) -> sparse.csr_array:
-    """Rows of a matrix (M, G) added up into (n, G) by their target (M,); -1 goes nowhere."""
-    used = np.flatnonzero(target >= 0)
-    entries = (np.ones(len(used)), (target[used], used))
-    return sparse.csr_array(entries, shape=(n, matrix.shape[0])) @ matrix
-
-
-def superpixel_grid(
-    raw_shape: tuple[int, int], pixel_size_um: float
-) -> tuple[tuple[int, int], np.ndarray]:
-    """((h, w), factor): superpixels of he.jpg, and superpixels per px of he-raw along x and y.
-
-    These are the sizes and the exact ratios that image_calibration.py uses.
-    """
-    shape = calibrated_shape(raw_shape, pixel_size_um)
-    rows, columns = padded_shape(shape)
-    factor = np.array([shape[1] / raw_shape[1], shape[0] / raw_shape[0]]) / utils.TOKEN_PX
-    return (rows // utils.TOKEN_PX, columns // utils.TOKEN_PX), factor
-
-
-def accumulate(
-    row: np.ndarray,
-    col: np.ndarray,
-    gene: np.ndarray,
-    weight: np.ndarray | None,
-    shape: tuple[int, int, int],
-) -> tuple[sparse.csr_array, float]:
-    """Counts (h * w, G) of molecules at continuous (row, col) in superpixels, and those outside.
-
-    A molecule belongs to superpixel floor(row), floor(col); molecules that share one add up. Each
-    is in the counts exactly once, or its weight is in the sum outside.
-    """
-    h, w, n_genes = shape
-    total, outside = sparse.csr_array((h * w, n_genes)), 0.0
-    for start in range(0, len(row), CHUNK):
-        part = slice(start, start + CHUNK)
-        amount = np.ones(len(row[part])) if weight is None else np.asarray(weight[part], float)
-        r, c = np.floor(row[part]), np.floor(col[part])
-        inside = (r >= 0) & (r < h) & (c >= 0) & (c < w)  # false for NaN as well
-        outside += float(amount[~inside].sum())
-        cell = r[inside].astype(np.int64) * w + c[inside].astype(np.int64)
-        entries = (amount[inside], (cell, np.asarray(gene[part])[inside]))
-        total = total + sparse.csr_array(sparse.coo_array(entries, shape=total.shape))
-    return total, outside
+        return pd.Index(genes).get_indexer(listed)
+    return most_variable(spots, genes, n)
 
 
 # -------------------------------------------------------------------------------------------------
 # the check that people look at
 # -------------------------------------------------------------------------------------------------
 @dataclass
-class Report:
-    """What ``check`` measured, for the record and for check.png."""
+class SpotFit:
+    """What ``check_fit`` measured, for the record and for check.png."""
 
     spots: int
     spots_on_image: int
@@ -348,23 +225,12 @@ class Report:
         )
 
 
-def spot_pitch(xy: np.ndarray) -> float:
-    """Median distance of the spots (N, 2) to their second nearest neighbours; nan for one spot.
-
-    On a lattice the nearest is no nearer; where spots are off it by some um, as in legacy ST, the
-    nearest would be nearer than the pitch by several per cent.
-    """
-    if len(xy) < 2:
-        return float("nan")
-    return float(np.median(cKDTree(xy).query(xy, k=min(3, len(xy)))[0][:, -1]))
-
-
-def check(section: Section) -> Report:
+def check_fit(section: PreparedSection) -> SpotFit:
     """Measure how spots, image and pixel size fit together; StageError if they do not."""
     shape, xy = images.image_shape(section.image), section.xy
     array = section.locs if section.array is None else section.array
-    pitch = spot_pitch(array[["x", "y"]].to_numpy(float))
-    report = Report(
+    pitch = lattice_pitch(array[["x", "y"]].to_numpy(float))
+    fit = SpotFit(
         spots=len(xy),
         spots_on_image=round(images.share_inside(xy, shape) * len(xy)),
         pitch_px=pitch,
@@ -373,30 +239,30 @@ def check(section: Section) -> Report:
         pixel_size_um=section.pixel_size_um,
         image_size=shape[::-1],
     )
-    if report.spots_on_image < images.MIN_INSIDE * report.spots:
+    if fit.spots_on_image < images.MIN_INSIDE * fit.spots:
         (left, top), (right, bottom) = xy.min(axis=0), xy.max(axis=0)
         raise utils.StageError(
-            f"Only {report.spots_on_image} of {report.spots} in-tissue spots "
-            f"({report.spots_on_image / report.spots:.1%}) fall on the image, expected "
+            f"Only {fit.spots_on_image} of {fit.spots} in-tissue spots "
+            f"({fit.spots_on_image / fit.spots:.1%}) fall on the image, expected "
             f"{images.MIN_INSIDE:.0%}: x runs from {left:.0f} to {right:.0f} and y from {top:.0f} "
             f"to {bottom:.0f}, but the image has {shape[1]} columns and {shape[0]} rows.",
             likely_cause(xy, shape, section.scales),
         )
-    error = report.pitch_um / section.pitch_um - 1
+    error = fit.pitch_um / section.pitch_um - 1
     if abs(error) > MAX_PITCH_ERROR:  # false for a single spot
         raise utils.StageError(
             f"The spots are {pitch:.2f} px x {section.pixel_size_um:.5g} um = "
-            f"{report.pitch_um:.1f} um apart; expected {section.pitch_um:g} um within "
-            f"{MAX_PITCH_ERROR:.0%}, found {error:+.1%}.{other_platform(report.pitch_um)}",
+            f"{fit.pitch_um:.1f} um apart; expected {section.pitch_um:g} um within "
+            f"{MAX_PITCH_ERROR:.0%}, found {error:+.1%}.{other_platform(fit.pitch_um)}",
             f"The pixel size would have to be {section.pitch_um / pitch:.5g} um. Give the image to "
             f"which the coordinates refer, at full resolution, and its own pixel size.",
         )
-    return report
+    return fit
 
 
 def other_platform(pitch_um: float) -> str:
     """A hint if the spots have the pitch of a platform, which may not be the one expected."""
-    for name, pitch in (("Visium", VISIUM_PITCH_UM), ("legacy ST", LEGACY_PITCH_UM)):
+    for name, pitch in (("Visium", utils.VISIUM_PITCH_UM), ("legacy ST", utils.LEGACY_PITCH_UM)):
         if abs(pitch_um / pitch - 1) <= MAX_PITCH_ERROR:
             return f" It is the pitch of {name}: is it that platform?"
     return ""
@@ -426,14 +292,14 @@ def likely_cause(xy: np.ndarray, shape: tuple[int, int], scales: dict[str, float
     return "They belong to another image, or this one was cropped. Give the original image."
 
 
-def draw_check(section: Section, report: Report, path: Path) -> None:
+def draw_check(section: PreparedSection, fit: SpotFit, path: Path) -> None:
     """check.png: the spots on a thumbnail, in and off the tissue and the image, and the numbers."""
     small = images.thumbnail(section.image)
     shape = images.image_shape(section.image)
     scale = np.array([small.shape[1] / shape[1], small.shape[0] / shape[0]])
     radius = max(section.radius_px * scale.mean(), 1.5)
     font = ImageFont.load_default(max(11, round(small.shape[1] / 70)))
-    lines = check_lines(section, report)
+    lines = check_lines(section, fit)
     line_height = font.size * 1.45
     header = round(line_height * (len(lines) + 0.7))
     picture = Image.new("RGB", (small.shape[1], small.shape[0] + header), "white")
@@ -452,26 +318,26 @@ def draw_check(section: Section, report: Report, path: Path) -> None:
     picture.save(path)
 
 
-def check_lines(section: Section, report: Report) -> list[tuple[str, tuple[int, int, int]]]:
+def check_lines(section: PreparedSection, fit: SpotFit) -> list[tuple[str, Colour]]:
     """The words above check.png, each line with the colour in which its spots are drawn."""
-    missed = report.spots - report.spots_on_image
+    missed = fit.spots - fit.spots_on_image
     off = 0 if section.off_tissue is None else len(section.off_tissue)
     black = (0, 0, 0)
     lines = [
-        (f"{report.spots} spots in tissue (green), {missed} of them off the image", TISSUE_COLOUR),
+        (f"{fit.spots} spots in tissue (green), {missed} of them off the image", TISSUE_COLOUR),
         (f"{off} spots off the tissue (grey), left out", OTHER_COLOUR),
         (
-            f"pitch {report.pitch_px:.2f} px x {report.pixel_size_um:.5g} um per pixel = "
-            f"{report.pitch_um:.1f} um, expected {report.expected_pitch_um:g} um",
+            f"pitch {fit.pitch_px:.2f} px x {fit.pixel_size_um:.5g} um per pixel = "
+            f"{fit.pitch_um:.1f} um, expected {fit.expected_pitch_um:g} um",
             black,
         ),
         (
-            f"image {report.image_size[0]} x {report.image_size[1]} px = "
-            f"{report.image_size[0] * report.pixel_size_um / 1000:.2f} x "
-            f"{report.image_size[1] * report.pixel_size_um / 1000:.2f} mm; "
+            f"image {fit.image_size[0]} x {fit.image_size[1]} px = "
+            f"{fit.image_size[0] * fit.pixel_size_um / 1000:.2f} x "
+            f"{fit.image_size[1] * fit.pixel_size_um / 1000:.2f} mm; "
             f"{len(section.genes)} genes, {section.counts.sum():,.0f} molecules",
             black,
         ),
-        ("Do the circles cover the tissue, and nothing else? If not, stop.", OUTSIDE_COLOUR),
+        ("Do the circles cover the tissue, and nothing else? If not, stop.", WARNING_COLOUR),
     ]  # fmt: skip
     return lines
