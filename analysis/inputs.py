@@ -12,7 +12,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from reading import images, pickles, plain, tables
+from reading import genes, images, pickles, plain, tables
 
 SCRIPT = "analysis/evaluate.py"
 TRUTH, PUBLISHED_TRUTH = "truth.npz", "genes_3D.pkl"
@@ -125,7 +125,7 @@ def read_gene_names(directory: Path) -> list[str]:
     path = stage.find(utils.GENE_NAMES)
     if path is None:
         raise stage.error(directory / utils.GENE_NAMES.name, "is missing.")
-    return plain.read_gene_names(stage, path)
+    return genes.read_gene_names(stage, path)
 
 
 def read_mask(directory: Path, shape: tuple[int, int]) -> np.ndarray:
