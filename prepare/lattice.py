@@ -88,6 +88,13 @@ def hexagonal_lattice(box: tuple[float, float, float, float], pitch: float) -> n
     return np.concatenate(points) if points else np.empty((0, 2))
 
 
+def visium_spots(width_um: float, height_um: float) -> np.ndarray:
+    """Centres (N, 2), x and y in um, of Visium's spots whose discs lie whole within an area."""
+    radius = utils.VISIUM_RADIUS_UM
+    box = (radius, radius, width_um - radius, height_um - radius)
+    return hexagonal_lattice(box, utils.VISIUM_PITCH_UM)
+
+
 def named_spots(centres: np.ndarray) -> pd.DataFrame:
     """x, y of pseudo-spots (N, 2), called spot00000, spot00001, ..."""
     return pd.DataFrame(centres, [f"spot{i:05d}" for i in range(len(centres))], ["x", "y"])

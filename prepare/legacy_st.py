@@ -49,16 +49,11 @@ import pandas as pd
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from prepare import images, lattice, sample
-from prepare.section import (
-    PreparedSection,
-    genes_of_option,
-    read_numbers,
-    repeated_note,
-)
+from prepare import images, lattice, sample, section
 
 LABELS = utils.Artifact(("labels.csv",), None, "spot id, a pathologist's label")
 SPOT_COLUMNS = ["x", "y", "pixel_x", "pixel_y"]
+OPTIONAL_COLUMNS = ["new_x", "new_y", "selected"]
 LABEL_COLUMNS = ["x", "y", "label"]
 MAX_RESIDUAL_UM = 50.0  # of a spot from the fitted array, root mean square: half a spot
 MAX_MISSING = 0.2  # share of the selected spots without counts: else of another section
@@ -72,7 +67,9 @@ def read_tabs(path: Path) -> pd.DataFrame:
 
 def read_selection(path: Path) -> pd.DataFrame:
     """Index: spot id "10x13"; column, row (on the array), x, y (px), new_x, new_y, selected."""
-    table = read_numbers(path, read_tabs, SPOT_COLUMNS, optional=["new_x", "new_y", "selected"])
+    table = section.read_numbers(
+        path, read_tabs, SPOT_COLUMNS, optional=["new_x", "new_y", "selected"]
+    )
     place = table[["x", "y"]]
     if (place != place.round()).to_numpy().any():
         raise utils.broken(path, "has fractions in x or y; expected whole places on the array.")
@@ -94,7 +91,7 @@ def read_count_table(path: Path) -> pd.DataFrame:
             raise utils.broken(path, "has one column only; expected tabs between the columns.")
         return table
 
-    table = read_numbers(path, read)
+    table = section.read_numbers(path, read)
     values = table.to_numpy()
     if (values < 0).any() or (values != np.floor(values)).any():
         raise utils.broken(path, "holds negative numbers or fractions; expected raw counts.")
@@ -118,7 +115,7 @@ def fit_square_array(spots: pd.DataFrame, path: Path) -> tuple[float, pd.DataFra
 
 def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """(label by spot id, notes). Labels have no id; their x, y are the spots' new_x, new_y."""
-    table = read_numbers(path, read_tabs, LABEL_COLUMNS, text=["label"])
+    table = section.read_numbers(path, read_tabs, LABEL_COLUMNS, text=["label"])
     tree = cKDTree(spots[["new_x", "new_y"]].to_numpy())
     distance, nearest = tree.query(table[["x", "y"]].to_numpy())
     found = distance <= SAME_SPOT * np.sqrt(2)
@@ -139,7 +136,7 @@ def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str
     return labels, notes
 
 
-def prepare(args: argparse.Namespace) -> PreparedSection:
+def prepare(args: argparse.Namespace) -> section.PreparedSection:
     spots, counts = read_selection(args.spots), read_count_table(args.counts)
     fitted, ideal = fit_square_array(spots, args.spots)
     size = args.pixel_size or fitted
@@ -164,7 +161,7 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
     notes = images.check_metadata(
         args.image, size, args.pixel_size is not None, f"--pixel-size {size:.4g}"
     )
-    notes += repeated_note(args.counts, "\t")
+    notes += section.repeated_note(args.counts, "\t")
     if missing:
         notes.append(f"{missing} selected spots without counts are left out")
     others = spots.drop(chosen)[["x", "y"]]
@@ -173,7 +170,7 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
         labels, joined = join_labels(args.labels, spots)
         tables[LABELS] = labels.loc[[spot for spot in chosen if spot in labels.index]]
         notes += [*joined, f"{LABELS.name} holds {len(tables[LABELS])} of the {len(chosen)} spots"]
-    return PreparedSection(
+    return section.PreparedSection(
         image=image,
         pixel_size_um=out_size,
         locs=locs[["x", "y"]],
@@ -182,24 +179,17 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
         counts=sparse.csr_array(counts.to_numpy()),
         spots=list(counts.index),
         genes=list(counts.columns),
-        radius_px=utils.LEGACY_RADIUS_UM / out_size,
+        radius_um=utils.LEGACY_RADIUS_UM,
         pitch_um=utils.LEGACY_PITCH_UM,
-        gene_names=genes_of_option(args.genes, list(counts.columns)),
+        gene_names=section.genes_of_option(args.genes, list(counts.columns)),
         notes=notes,
         tables=tables,
         sources=[p for p in (args.counts, args.spots, args.image, args.labels) if p],
     )
 
 
-def main(stage: utils.Stage) -> None:
-    sample.guard_sample(stage)
-    if stage.args.labels:
-        stage.guard(LABELS)
-    sample.write_sample(stage, prepare(stage.args))
-
-
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, build_parser(), argv, makes_folders=True)
+    return sample.run(prepare, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -37,68 +37,49 @@ def pixel_size(text: str) -> float:
 def prepare_parser(doc: str) -> utils.Parser:
     """Parser with what all scripts have that prepare a whole sample; ``doc`` as in utils.Parser."""
     parser = utils.Parser(doc)
-    parser.add_argument(
-        "--directory",
-        type=utils.sample_directory,
-        required=True,
-        help="Folder of the sample to write; it is made if it does not exist.",
-    )
-    parser.add_argument(
-        "--genes",
-        help=f"Genes to predict: {genes.HELP}. They become gene-names.txt (default: get_HR.py "
-        "chooses the genes).",
-    )
+    option = parser.add_argument
+    option("--directory", type=utils.sample_directory, required=True,
+           help="Folder of the sample to write; it is made if it does not exist.")  # fmt: skip
+    option("--genes",
+           help=f"Genes to predict: {genes.HELP}. They become gene-names.txt (default: get_HR.py "
+                "chooses the genes).")  # fmt: skip
     utils.add_force(parser)
     return parser
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--crop-um",
-        type=micrometres,
-        metavar="MARGIN",
-        help="Cut the image to the spots and a margin of so many um (default: the whole image).",
-    )
-    parser.add_argument(
-        "--downsample",
-        type=utils.positive,
-        metavar="FACTOR",
-        help="Shrink the image by this whole factor (default: JPEG and PNG are copied as they are, "
-        "slides and TIFF are shrunk to about 0.5 um per pixel).",
-    )
+    option = parser.add_argument
+    option("--crop-um", type=micrometres, metavar="MARGIN",
+           help="Cut the image to the spots and a margin of so many um (default: the whole "
+                "image).")  # fmt: skip
+    option("--downsample", type=utils.positive, metavar="FACTOR",
+           help="Shrink the image by this whole factor (default: JPEG and PNG are copied as they "
+                "are, slides and TIFF are shrunk to about 0.5 um per pixel).")  # fmt: skip
 
 
 def add_pixel_size(parser: argparse.ArgumentParser, otherwise: str) -> None:
     """``otherwise`` says where the pixel size comes from without the option."""
     parser.add_argument(
-        "--pixel-size",
-        type=pixel_size,
-        metavar="UM",
+        "--pixel-size", type=pixel_size, metavar="UM",
         help=f"um per pixel of the image at full resolution (default: {otherwise}).",
-    )
+    )  # fmt: skip
 
 
 def add_truth_genes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--truth-genes",
-        type=utils.not_negative,
-        default=N_TRUTH_GENES,
-        metavar="N",
+        "--truth-genes", type=utils.not_negative, default=N_TRUTH_GENES, metavar="N",
         help="Number of genes in truth.npz: so many of the most variable ones, or all of --genes "
-        "if that is given. 0 writes no truth.npz",
-    )
+             "if that is given. 0 writes no truth.npz",
+    )  # fmt: skip
 
 
 def add_space_ranger_options(parser: argparse.ArgumentParser) -> None:
     """The folder of Space Ranger and the image that it was given."""
-    parser.add_argument("--outs", type=Path, required=True, help="Folder outs of Space Ranger.")
-    parser.add_argument(
-        "--image", type=Path, help="The full-resolution image that Space Ranger was given."
-    )
-    parser.add_argument(
-        "--image-is",
-        choices=("fullres", "hires"),
-        help="hires: --image is Space Ranger's tissue_hires_image.png, much coarser. fullres: take "
-        "the image even if its size is not that of the hires copy (default: the sizes decide).",
-    )
+    option = parser.add_argument
+    option("--outs", type=Path, required=True, help="Folder outs of Space Ranger.")
+    option("--image", type=Path, help="The full-resolution image that Space Ranger was given.")
+    option("--image-is", choices=("fullres", "hires"),
+           help="hires: --image is Space Ranger's tissue_hires_image.png, much coarser. fullres: "
+                "take the image even if its size is not that of the hires copy (default: the sizes "
+                "decide).")  # fmt: skip
     add_image_options(parser)

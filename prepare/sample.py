@@ -7,12 +7,13 @@ the record, last. All of them are written, or none.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gzip
 import io
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +35,23 @@ CHECK = utils.Artifact(("check.png",), None, "picture: the spots on the image, a
 CNTS_NAME = "cnts.csv.gz"
 
 
-def guard_sample(stage: utils.Stage) -> None:
-    """Refuse to replace files that were not prepared here or were edited since, unless --force.
+def run(
+    prepare: Callable[[argparse.Namespace], PreparedSection],
+    script: str,
+    parser: utils.Parser,
+    argv: list[str] | None,
+) -> int:
+    """Run a prepare script: read the section by ``prepare(args)``, check and write it."""
 
-    Call it before the first expensive step.
-    """
+    def main(stage: utils.Stage) -> None:
+        guard_sample(stage)  # before the first expensive step
+        write_sample(stage, prepare(stage.args))
+
+    return utils.run_stage(main, script, parser, argv, makes_folders=True)
+
+
+def guard_sample(stage: utils.Stage) -> None:
+    """Refuse to replace files that were not prepared here or were edited since, unless --force."""
     Image.MAX_IMAGE_PIXELS = utils.MAX_HE_PIXELS
     stage.guard(*RAW, TRUTH, CHECK, *([utils.GENE_NAMES] if stage.args.genes else []))
 
@@ -136,10 +149,15 @@ def write_truth(truth: CountedTruth, path: Path) -> None:
 
     Whole counts become uint16 or uint32, fractions float32.
     """
-    h, w = truth.tissue.shape
-    n_genes = len(truth.genes)
-    is_sparse = sparse.issparse(truth.counts)
-    values = [sparse.csr_array(truth.counts).data] if is_sparse else truth.counts
+    (h, w), n_genes = truth.tissue.shape, len(truth.genes)
+    values: Iterable[np.ndarray]
+    rows: Iterable[np.ndarray]
+    if isinstance(truth.counts, np.ndarray):
+        values = rows = truth.counts
+    else:
+        matrix = sparse.csr_array(truth.counts)
+        values = [matrix.data]
+        rows = (matrix[row * w : (row + 1) * w].toarray() for row in range(h))
     whole = all((part == np.floor(part)).all() for part in values)
     top = max((part.max(initial=0) for part in values), default=0)
     dtype = np.dtype(np.float32 if not whole else np.uint16 if top < 2**16 else np.uint32)
@@ -147,9 +165,7 @@ def write_truth(truth: CountedTruth, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
         with archive.open("counts.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for row in range(h):
-                part = np.s_[row * w : (row + 1) * w]
-                block = truth.counts[part].toarray() if is_sparse else truth.counts[row]
+            for block in rows:
                 file.write(np.ascontiguousarray(block, dtype).tobytes())
         for name, array in (("tissue", truth.tissue), ("genes", np.array(truth.genes))):
             with archive.open(f"{name}.npy", "w") as file:

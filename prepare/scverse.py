@@ -52,19 +52,14 @@ def build_parser() -> utils.Parser:
         parser.add_argument(option, metavar="NAME", help=f"{what}.")
     options.add_pixel_size(parser, "from the spots' pitch")
     parser.add_argument(
-        "--pitch-um",
-        type=options.micrometres,
-        default=utils.VISIUM_PITCH_UM,
-        metavar="UM",
+        "--pitch-um", type=options.micrometres, default=utils.VISIUM_PITCH_UM, metavar="UM",
         help=f"Distance between neighbouring spots; {utils.LEGACY_PITCH_UM:g} for legacy ST",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--radius-um",
-        type=options.micrometres,
-        metavar="UM",
+        "--radius-um", type=options.micrometres, metavar="UM",
         help=f"Radius of a spot; {utils.LEGACY_RADIUS_UM:g} for legacy ST (default: that of the "
-        f"source, else {utils.VISIUM_RADIUS_UM:g} for Visium).",
-    )
+             f"source, else {utils.VISIUM_RADIUS_UM:g} for Visium).",
+    )  # fmt: skip
     options.add_image_options(parser)
     return parser
 
@@ -80,7 +75,7 @@ import pandas as pd
 from scipy import sparse
 
 from method.grid import lattice_pitch
-from prepare import images, sample, slides, tenx
+from prepare import images, sample, section, slides, tenx
 from prepare.annotated import (
     Annotated,
     describe,
@@ -92,7 +87,6 @@ from prepare.annotated import (
     read_array,
     whole_counts,
 )  # fmt: skip
-from prepare.section import PreparedSection, genes_of_option, read_numbers, repeated_note
 
 LIBRARIES = ("library_id", "library", "sample_id", "sample", "batch", "region")  # in obs
 ARRAY = ("array_row", "array_col")  # in obs: the place of a spot on Visium's array
@@ -427,7 +421,7 @@ def read_plain(path: Path, columns: list[str] | None) -> pd.DataFrame:
             encoding="utf-8-sig",
         )  # fmt: skip
 
-    values = read_numbers(path, read, columns)
+    values = section.read_numbers(path, read, columns)
     return values.set_axis(values.index.astype(str).str.strip())
 
 
@@ -460,7 +454,7 @@ def read_tables(args: argparse.Namespace) -> SourceSpots:
     size_path = find_plain(prefix, utils.PIXEL_SIZE_RAW.names, "pixel size")
     radius_path = find_plain(prefix, utils.RADIUS_RAW.names, "radius")
     size = args.pixel_size or (read_one_number(size_path) if size_path else None)
-    notes = repeated_note(counts_path, separator(counts_path))
+    notes = section.repeated_note(counts_path, separator(counts_path))
     if alone := len(counts) + len(locs) - 2 * len(shared):
         notes.append(f"{alone} spots are in one table only and are left out")
     spots = SourceSpots(
@@ -477,14 +471,15 @@ def read_tables(args: argparse.Namespace) -> SourceSpots:
 # -------------------------------------------------------------------------------------------------
 def pixel_size(args: argparse.Namespace, spots: SourceSpots, path: Path) -> float:
     """um per px of the image: as given, by the array, or by the distances of nearest spots."""
-    if args.pixel_size or spots.pixel_size_um:
-        return args.pixel_size or spots.pixel_size_um
+    known = args.pixel_size or spots.pixel_size_um
+    if known is not None:
+        return known
     if "array_row" in spots.places and args.pitch_um == utils.VISIUM_PITCH_UM:
         return tenx.fit_visium_array(spots.places, path).pixel_size_um
     return args.pitch_um / lattice_pitch(spots.places[["x", "y"]].to_numpy())
 
 
-def prepare(args: argparse.Namespace) -> PreparedSection:
+def prepare(args: argparse.Namespace) -> section.PreparedSection:
     source = args.h5ad or args.spatialdata or Path(args.tables)
     read = read_h5ad if args.h5ad else read_spatialdata if args.spatialdata else read_tables
     spots = read(args)
@@ -507,8 +502,7 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
     else:
         image = images.place_slide(given, inside, size, args.crop_um, args.downsample)
         locs, size = images.move(inside, image), size * image.downsample
-    radius = args.radius_um or spots.radius_um or utils.VISIUM_RADIUS_UM
-    return PreparedSection(
+    return section.PreparedSection(
         image=image,
         pixel_size_um=size,
         locs=locs,
@@ -517,8 +511,8 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
         counts=spots.counts,
         spots=spots.ids,
         genes=spots.genes,
-        gene_names=genes_of_option(args.genes, spots.genes),
-        radius_px=radius / size,
+        gene_names=section.genes_of_option(args.genes, spots.genes),
+        radius_um=args.radius_um or spots.radius_um or utils.VISIUM_RADIUS_UM,
         pitch_um=args.pitch_um,
         scales=spots.copies.scales,
         notes=spots.notes + notes,
@@ -527,13 +521,8 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
     )
 
 
-def main(stage: utils.Stage) -> None:
-    sample.guard_sample(stage)
-    sample.write_sample(stage, prepare(stage.args))
-
-
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, build_parser(), argv, makes_folders=True)
+    return sample.run(prepare, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ class PreparedSection:
     locs: pd.DataFrame  # index: spot id; x, y in px of the image written; in-tissue spots
     counts: sparse.csr_array
     genes: list[str]
-    radius_px: float
-    pitch_um: float  # expected: 100 for Visium, 200 for legacy ST
+    radius_um: float = utils.VISIUM_RADIUS_UM
+    pitch_um: float = utils.VISIUM_PITCH_UM  # expected between neighbours
     truth: CountedTruth | None = None
     notes: list[str] = field(default_factory=list)
     spots: list[str] | None = None
@@ -110,6 +110,10 @@ class PreparedSection:
     def xy(self) -> np.ndarray:
         return self.locs[["x", "y"]].to_numpy(float)
 
+    @property
+    def radius_px(self) -> float:
+        return self.radius_um / self.pixel_size_um
+
 
 # -------------------------------------------------------------------------------------------------
 # tables and genes
@@ -145,6 +149,14 @@ def read_numbers(
     if values.empty or not np.isfinite(values.to_numpy()).all():
         raise utils.broken(path, "is empty or has empty cells.")
     return values.assign(**{name: table[name] for name in text}) if text else values
+
+
+def first_of(folder: Path, names: Sequence[str], remedy: str) -> Path:
+    """The file of the first of these names that a folder has."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise utils.StageError(f"{folder} has none of {', '.join(names)}.", remedy)
 
 
 def unique_symbols(symbols: list[str], ids: list[str]) -> list[str]:
@@ -196,7 +208,7 @@ def choose_truth_genes(
     if n == 0:
         return np.empty(0, np.int64)
     if listed is not None:
-        return pd.Index(genes).get_indexer(listed)
+        return pd.Index(genes).get_indexer(pd.Index(listed))
     return most_variable(spots, genes, n)
 
 
@@ -211,17 +223,14 @@ class SpotFit:
     spots_on_image: int
     pitch_px: float
     pitch_um: float
-    expected_pitch_um: float
-    pixel_size_um: float
     image_size: tuple[int, int]  # width, height
+    pitch: str  # the two pitches and what was expected, in words
 
     def words(self) -> str:
-        share = self.spots_on_image / self.spots
-        width, height = self.image_size
+        share, (width, height) = self.spots_on_image / self.spots, self.image_size
         return (
             f"{self.spots_on_image} of {self.spots} spots on the image ({share:.1%}); "
-            f"{self.pitch_px:.2f} px x {self.pixel_size_um:.5g} um = {self.pitch_um:.1f} um apart "
-            f"(expected {self.expected_pitch_um:g}); image {width} x {height} px"
+            f"{self.pitch}; image {width} x {height} px"
         )
 
 
@@ -230,14 +239,15 @@ def check_fit(section: PreparedSection) -> SpotFit:
     shape, xy = images.image_shape(section.image), section.xy
     array = section.locs if section.array is None else section.array
     pitch = lattice_pitch(array[["x", "y"]].to_numpy(float))
+    pitch_um = pitch * section.pixel_size_um
+    found = f"{pitch:.2f} px x {section.pixel_size_um:.5g} um = {pitch_um:.1f} um apart"
     fit = SpotFit(
         spots=len(xy),
         spots_on_image=round(images.share_inside(xy, shape) * len(xy)),
         pitch_px=pitch,
-        pitch_um=pitch * section.pixel_size_um,
-        expected_pitch_um=section.pitch_um,
-        pixel_size_um=section.pixel_size_um,
+        pitch_um=pitch_um,
         image_size=shape[::-1],
+        pitch=f"{found} (expected {section.pitch_um:g})",
     )
     if fit.spots_on_image < images.MIN_INSIDE * fit.spots:
         (left, top), (right, bottom) = xy.min(axis=0), xy.max(axis=0)
@@ -248,12 +258,11 @@ def check_fit(section: PreparedSection) -> SpotFit:
             f"to {bottom:.0f}, but the image has {shape[1]} columns and {shape[0]} rows.",
             likely_cause(xy, shape, section.scales),
         )
-    error = fit.pitch_um / section.pitch_um - 1
+    error = pitch_um / section.pitch_um - 1
     if abs(error) > MAX_PITCH_ERROR:  # false for a single spot
         raise utils.StageError(
-            f"The spots are {pitch:.2f} px x {section.pixel_size_um:.5g} um = "
-            f"{fit.pitch_um:.1f} um apart; expected {section.pitch_um:g} um within "
-            f"{MAX_PITCH_ERROR:.0%}, found {error:+.1%}.{other_platform(fit.pitch_um)}",
+            f"The spots are {found}; expected {section.pitch_um:g} um within "
+            f"{MAX_PITCH_ERROR:.0%}, found {error:+.1%}.{other_platform(pitch_um)}",
             f"The pixel size would have to be {section.pitch_um / pitch:.5g} um. Give the image to "
             f"which the coordinates refer, at full resolution, and its own pixel size.",
         )
@@ -298,9 +307,9 @@ def draw_check(section: PreparedSection, fit: SpotFit, path: Path) -> None:
     shape = images.image_shape(section.image)
     scale = np.array([small.shape[1] / shape[1], small.shape[0] / shape[0]])
     radius = max(section.radius_px * scale.mean(), 1.5)
-    font = ImageFont.load_default(max(11, round(small.shape[1] / 70)))
+    font_size = max(11, round(small.shape[1] / 70))
+    font, line_height = ImageFont.load_default(font_size), font_size * 1.45
     lines = check_lines(section, fit)
-    line_height = font.size * 1.45
     header = round(line_height * (len(lines) + 0.7))
     picture = Image.new("RGB", (small.shape[1], small.shape[0] + header), "white")
     picture.paste(Image.fromarray(small), (0, header))
@@ -322,22 +331,17 @@ def check_lines(section: PreparedSection, fit: SpotFit) -> list[tuple[str, Colou
     """The words above check.png, each line with the colour in which its spots are drawn."""
     missed = fit.spots - fit.spots_on_image
     off = 0 if section.off_tissue is None else len(section.off_tissue)
+    width, height = fit.image_size
+    mm = section.pixel_size_um / 1000
     black = (0, 0, 0)
-    lines = [
+    return [
         (f"{fit.spots} spots in tissue (green), {missed} of them off the image", TISSUE_COLOUR),
         (f"{off} spots off the tissue (grey), left out", OTHER_COLOUR),
+        (fit.pitch, black),
         (
-            f"pitch {fit.pitch_px:.2f} px x {fit.pixel_size_um:.5g} um per pixel = "
-            f"{fit.pitch_um:.1f} um, expected {fit.expected_pitch_um:g} um",
-            black,
-        ),
-        (
-            f"image {fit.image_size[0]} x {fit.image_size[1]} px = "
-            f"{fit.image_size[0] * fit.pixel_size_um / 1000:.2f} x "
-            f"{fit.image_size[1] * fit.pixel_size_um / 1000:.2f} mm; "
+            f"image {width} x {height} px = {width * mm:.2f} x {height * mm:.2f} mm; "
             f"{len(section.genes)} genes, {section.counts.sum():,.0f} molecules",
             black,
         ),
         ("Do the circles cover the tissue, and nothing else? If not, stop.", WARNING_COLOUR),
-    ]  # fmt: skip
-    return lines
+    ]

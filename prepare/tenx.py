@@ -23,11 +23,13 @@ from scipy.io import mmread
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import images, lattice
-from prepare.section import unique_symbols
+from prepare.section import first_of, unique_symbols
 from utils import broken
 
 KEPT_TYPE = "Gene Expression"  # of 10x feature types; the others are controls and antibodies
-MATRIX = "filtered_feature_bc_matrix"
+MATRIX = "filtered_feature_bc_matrix"  # an .h5 file, or a folder of these:
+MTX, BARCODES = ("matrix.mtx.gz", "matrix.mtx"), ("barcodes.tsv.gz", "barcodes.tsv")
+FEATURES = ("features.tsv.gz", "features.tsv", "genes.tsv.gz", "genes.tsv")
 COLUMNS = (  # of tissue_positions
     "barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres",
 )  # fmt: skip
@@ -62,8 +64,8 @@ def read_10x_h5(path: Path) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
         shape = tuple(int(n) for n in group["shape"][:])
         parts = (group[key][:] for key in ("data", "indices", "indptr"))
         data, indices, indptr = (np.asarray(part) for part in parts)
-        check_columns(path, data, indices, indptr, shape)
         counts = sparse.csr_array((data, indices, indptr), shape=shape[::-1])
+        counts.check_format(full_check=True)
         barcodes = decode(group["barcodes"][:])
         features = read_h5_features(group)
     return keep_genes(counts, barcodes, features, path)
@@ -101,27 +103,12 @@ def decode(values: Iterable[Any]) -> list[str]:
     return [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values]
 
 
-def check_columns(
-    path: Path, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape: tuple[int, ...]
-) -> None:
-    """Check a compressed matrix of (features, barcodes) before anything trusts its indices."""
-    whole = (
-        len(indptr) == shape[1] + 1
-        and indptr[0] == 0
-        and (np.diff(indptr) >= 0).all()
-        and indptr[-1] == len(data) == len(indices)
-        and (len(indices) == 0 or (indices.min() >= 0 and indices.max() < shape[0]))
-    )
-    if not whole:
-        raise broken(path, f"is damaged: its indices do not fit a matrix of {shape}.")
-
-
 def read_10x_mtx(folder: Path) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
     """The same from a folder of matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), .gz or
     not."""
-    matrix = find_one(folder, "matrix.mtx")
-    barcodes_path = find_one(folder, "barcodes.tsv")
-    features_path = find_one(folder, "features.tsv", "genes.tsv")
+    matrix = first_of(folder, MTX, SPACE_RANGER)
+    barcodes_path = first_of(folder, BARCODES, SPACE_RANGER)
+    features_path = first_of(folder, FEATURES, SPACE_RANGER)
     try:
         counts = sparse.csr_array(mmread(matrix).T)
         barcodes = read_tsv(barcodes_path)[0].tolist()
@@ -133,18 +120,6 @@ def read_10x_mtx(folder: Path) -> tuple[sparse.csr_array, list[str], pd.DataFram
     types = table[2] if table.shape[1] > 2 else KEPT_TYPE
     features = pd.DataFrame({"id": table[0], "name": table[1]}).assign(type=types)
     return keep_genes(counts, barcodes, features, matrix)
-
-
-def find_one(folder: Path, *names: str) -> Path:
-    """The file of one of these names, plain or gzipped."""
-    for name in names:
-        for path in (folder / f"{name}.gz", folder / name):
-            if path.is_file():
-                return path
-    raise utils.StageError(
-        f"{folder} has no {' or '.join(names)} (plain or .gz).",
-        "Give the folder as Space Ranger wrote it.",
-    )
 
 
 def read_tsv(path: Path) -> pd.DataFrame:
@@ -349,7 +324,7 @@ class WrittenImage:
     scale: float = 1.0
     left_top: tuple[int, int] = (0, 0)
 
-    def move(self, xy: np.ndarray | pd.DataFrame) -> np.ndarray | pd.DataFrame:
+    def move(self, xy: pd.DataFrame) -> pd.DataFrame:
         return (xy - np.array(self.left_top)) * self.scale
 
 

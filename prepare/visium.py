@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
@@ -43,8 +44,7 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 
-from prepare import sample, tenx
-from prepare.section import PreparedSection, genes_of_option, read_numbers
+from prepare import sample, section, tenx
 
 POSITIONS = (  # the newest layout first
     "tissue_positions.csv", "tissue_positions.csv.gz", "tissue_positions.parquet",
@@ -73,16 +73,9 @@ def find_outs(path: Path) -> Path:
     )
 
 
-def find_positions(folder: Path) -> Path:
-    for name in POSITIONS:
-        if (folder / name).is_file():
-            return folder / name
-    raise utils.StageError(f"{folder} has none of {', '.join(POSITIONS)}.", tenx.SPACE_RANGER)
-
-
 def read_positions(path: Path) -> pd.DataFrame:
     """Index barcode; in_tissue (bool), array_row, array_col, x, y (px of full resolution)."""
-    table = read_numbers(path, read_table, tenx.COLUMNS, text=["barcode"])
+    table = section.read_numbers(path, read_table, tenx.COLUMNS, text=["barcode"])
     if repeated := utils.duplicates(table["barcode"]):
         raise utils.broken(path, f"lists the barcodes {utils.some(repeated)} more than once.")
     table = table.set_index(pd.Index(table.pop("barcode").astype(str), name=None))
@@ -95,7 +88,7 @@ def read_table(path: Path) -> pd.DataFrame:
     with path.open("rb") as file:
         if file.read(4) == b"PAR1":
             return pd.read_parquet(path)
-    reading = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    reading: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
     first = pd.read_csv(path, header=None, nrows=1, **reading).iloc[0].str.strip()
     if "in_tissue" in first.tolist():
         table = pd.read_csv(path, **reading)
@@ -127,10 +120,11 @@ def join_tissue(
     return spots, [f"{missing} spots in tissue have no counts and are left out"] if missing else []
 
 
-def prepare(args: argparse.Namespace) -> PreparedSection:
+def prepare(args: argparse.Namespace) -> section.PreparedSection:
     outs = find_outs(args.outs)
     spatial = tenx.read_spatial(outs / "spatial")
-    positions_path, matrix_path = find_positions(spatial.folder), tenx.find_matrix(outs)
+    positions_path = section.first_of(spatial.folder, POSITIONS, tenx.SPACE_RANGER)
+    matrix_path = tenx.find_matrix(outs)
     positions = read_positions(positions_path)
     fitted = tenx.fit_visium_array(positions, positions_path)
     mirrored = bool(np.linalg.det(fitted.axes) < 0)
@@ -146,16 +140,14 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
     counts, barcodes, features = tenx.read_10x(matrix_path)
     spots, joined = join_tissue(positions, barcodes, positions_path)
     genes = tenx.gene_names(features)
-    return PreparedSection(
+    return section.PreparedSection(
         image=written.image,
         pixel_size_um=written.pixel_size_um,
         locs=written.move(places.loc[spots]),
         counts=counts,
         spots=barcodes,
         genes=genes,
-        gene_names=genes_of_option(args.genes, genes),
-        radius_px=utils.VISIUM_RADIUS_UM / written.pixel_size_um,
-        pitch_um=utils.VISIUM_PITCH_UM,
+        gene_names=section.genes_of_option(args.genes, genes),
         off_tissue=written.move(places[~in_tissue]),
         array=written.move(places),
         scales=spatial.scales,
@@ -169,13 +161,8 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
     )
 
 
-def main(stage: utils.Stage) -> None:
-    sample.guard_sample(stage)
-    sample.write_sample(stage, prepare(stage.args))
-
-
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, build_parser(), argv, makes_folders=True)
+    return sample.run(prepare, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,9 @@ def build_parser() -> utils.Parser:
     parser = options.prepare_parser(__doc__)
     options.add_space_ranger_options(parser)
     parser.add_argument(
-        "--bin",
-        choices=("002", "008", "016"),
+        "--bin", choices=("002", "008", "016"),
         help="Bins to read, in um (default: the finest that are there).",
-    )
+    )  # fmt: skip
     options.add_truth_genes(parser)
     return parser
 
@@ -61,13 +60,7 @@ import pyarrow.parquet
 from scipy import sparse
 
 from method.calibration import machine_memory
-from prepare import images, lattice, sample, tenx
-from prepare.section import (
-    CountedTruth,
-    PreparedSection,
-    choose_truth_genes,
-    genes_of_option,
-)
+from prepare import images, lattice, sample, section, tenx
 
 BIN_FOLDERS = ("square_002um", "square_008um", "square_016um")
 POSITIONS = "tissue_positions.parquet"
@@ -186,16 +179,14 @@ def bin_places(barcodes: np.ndarray, size_um: float, path: Path) -> tuple[np.nda
     text = np.ascontiguousarray(barcodes.astype("S"))
     letters = text.view(np.uint8).reshape(len(text), text.dtype.itemsize)
     pattern = np.frombuffer(BARCODE.encode(), np.uint8)
-    is_digit = pattern == ord("0")
+    fixed = pattern != ord("0")
     if letters.shape[1] >= len(pattern):
         head = letters[:, : len(pattern)]
-        digits = head[:, is_digit] - np.uint8(ord("0"))  # wraps round, so that letters are above 9
-        if (digits <= 9).all() and (head[:, ~is_digit] == pattern[~is_digit]).all():
-            size, row, col = (
-                digits[:, part].astype(np.int64) @ 10 ** np.arange(part.stop - part.start)[::-1]
-                for part in (slice(0, 3), slice(3, 8), slice(8, 13))
-            )
-            if (size == size_um).all():
+        digits = head[:, ~fixed] - np.uint8(ord("0"))  # wraps round, so that letters are above 9
+        if (digits <= 9).all() and (head[:, fixed] == pattern[fixed]).all():
+            powers = 10 ** np.arange(5)[::-1]
+            row, col = digits[:, 3:8] @ powers, digits[:, 8:] @ powers
+            if (digits[:, :3] @ powers[2:] == size_um).all():
                 return row, col
     raise utils.broken(
         path,
@@ -227,11 +218,11 @@ class BinMatrix:
                 first, last = indptr[start], indptr[stop]
                 data, indices = group["data"][first:last], group["indices"][first:last]
                 pointers = (indptr[start : stop + 1] - first).astype(np.int32)
-                shape = (n_features, stop - start)
-                tenx.check_columns(self.path, data, indices, pointers, shape)
+                shape = (stop - start, n_features)
                 block = sparse.csr_array(
-                    (data.astype(np.float64), indices.astype(np.int32), pointers), shape=shape[::-1]
+                    (data.astype(np.float64), indices.astype(np.int32), pointers), shape=shape
                 )
+                block.check_format(full_check=True)
                 places = bin_places(group["barcodes"][start:stop], bins.size_um, self.path)
                 yield numbers(bins.index, *places), block[:, self.keep]
                 start = stop
@@ -268,9 +259,7 @@ def open_matrix(path: Path) -> BinMatrix:
 def lattice_of_spots(bins: Bins) -> np.ndarray:
     """Centres (S, 2), px of full resolution, of all whole discs on the array of bins."""
     width, height = bins.extent_um
-    radius = utils.VISIUM_RADIUS_UM
-    box = (radius, radius, width - radius, height - radius)
-    centres_um = lattice.hexagonal_lattice(box, utils.VISIUM_PITCH_UM)
+    centres_um = lattice.visium_spots(width, height)
     if len(centres_um) == 0:
         raise utils.StageError(
             f"The bins reach over {width:g} x {height:g} um only, less than one spot.",
@@ -383,7 +372,7 @@ def check_memory(grid: TruthGrid, n_genes: int) -> None:
 
 def make_truth(
     matrix: BinMatrix, bins: Bins, written: tenx.WrittenImage, chosen: np.ndarray, genes: list[str]
-) -> tuple[CountedTruth | None, dict[str, float]]:
+) -> tuple[section.CountedTruth | None, dict[str, float]]:
     """Truth of the chosen genes, and where their molecules are; none if no gene is chosen."""
     if not len(chosen):
         return None, {}
@@ -391,13 +380,13 @@ def make_truth(
     check_memory(grid, len(chosen))
     counts, where = sum_superpixels(matrix, bins, grid, chosen)
     tissue = cover(bins, grid) >= MIN_COVER
-    return CountedTruth(counts, tissue, [genes[i] for i in chosen]), where
+    return section.CountedTruth(counts, tissue, [genes[i] for i in chosen]), where
 
 
 # -------------------------------------------------------------------------------------------------
 # the section
 # -------------------------------------------------------------------------------------------------
-def prepare(args: argparse.Namespace) -> PreparedSection:
+def prepare(args: argparse.Namespace) -> section.PreparedSection:
     folder = find_bins(args.outs, args.bin)
     size_um = float(folder.name[len("square_") : -len("um")])
     spatial = tenx.read_spatial(folder / "spatial")
@@ -416,9 +405,9 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
     written, notes = tenx.choose_image(args, places[in_tissue], pixel_size, spatial)
     spots, molecules = sum_spots(matrix, bins, disc, len(centres))
     genes = tenx.gene_names(matrix.features)
-    listed = genes_of_option(args.genes, genes)
+    listed = section.genes_of_option(args.genes, genes)
     in_spots = spots[np.flatnonzero(in_tissue)]
-    chosen = choose_truth_genes(listed, genes, in_spots, args.truth_genes)
+    chosen = section.choose_truth_genes(listed, genes, in_spots, args.truth_genes)
     truth, where = make_truth(matrix, bins, written, chosen, genes)
     if truth is not None:
         notes.append(
@@ -430,14 +419,13 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
         notes.append(f"bins of {size_um:g} um: pseudo-spots are coarser than from {BIN_FOLDERS[0]}")
     if dropped := matrix.features.attrs["n_dropped"]:
         notes.append(f"{dropped} features that are no genes left out")
-    return PreparedSection(
+    return section.PreparedSection(
         image=written.image,
         pixel_size_um=written.pixel_size_um,
         locs=written.move(places[in_tissue]),
         counts=in_spots,
         genes=genes,
         gene_names=listed,
-        radius_px=utils.VISIUM_RADIUS_UM / written.pixel_size_um,
         pitch_um=utils.VISIUM_PITCH_UM,
         truth=truth,
         off_tissue=written.move(places[~in_tissue]),
@@ -457,13 +445,8 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
     )
 
 
-def main(stage: utils.Stage) -> None:
-    sample.guard_sample(stage)
-    sample.write_sample(stage, prepare(stage.args))
-
-
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, build_parser(), argv, makes_folders=True)
+    return sample.run(prepare, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

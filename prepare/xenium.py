@@ -47,39 +47,29 @@ def build_parser() -> utils.Parser:
     parser.add_argument("--image", type=Path, required=True, help="H&E image of the section.")
     alignment = parser.add_mutually_exclusive_group(required=True)
     alignment.add_argument(
-        "--alignment",
-        type=Path,
-        metavar="CSV",
+        "--alignment", type=Path, metavar="CSV",
         help="3 x 3 matrix from pixels of the H&E to pixels of the run.",
-    )
+    )  # fmt: skip
     alignment.add_argument(
-        "--aligned",
-        action="store_true",
+        "--aligned", action="store_true",
         help="The image lies in the frame of the run already, corner on corner. An H&E as it "
-        "comes from the microscope does not.",
-    )
+             "comes from the microscope does not.",
+    )  # fmt: skip
     options.add_pixel_size(parser, "what its metadata say")
     parser.add_argument(
-        "--counts-of",
-        choices=["transcripts", "cells", "polygons"],
+        "--counts-of", choices=["transcripts", "cells", "polygons"],
         help="What is counted (default: transcripts if they are there, else cells).",
-    )
+    )  # fmt: skip
     parser.alias("--counts", "--counts-of")
     parser.add_argument(
-        "--min-quality",
-        type=float,
-        default=MIN_QUALITY,
-        metavar="Q",
+        "--min-quality", type=float, default=MIN_QUALITY, metavar="Q",
         help="Least quality of a molecule that counts",
-    )
+    )  # fmt: skip
     options.add_truth_genes(parser)
     parser.add_argument(
-        "--region-um",
-        type=float,
-        nargs=4,
-        metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        "--region-um", type=float, nargs=4, metavar=("X", "Y", "WIDTH", "HEIGHT"),
         help="Part of the section, um of the run (default: all molecules and a margin).",
-    )
+    )  # fmt: skip
     parser.alias("--region", "--region-um")
     return parser
 
@@ -96,7 +86,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import IO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -106,15 +96,8 @@ from scipy import sparse
 from scipy.ndimage import uniform_filter
 
 from method import grid
-from prepare import images, lattice, sample, slides, tenx
+from prepare import images, lattice, sample, section, slides, tenx
 from prepare.aligned import Aligned, check_alignment, check_pixel_size, project, read_placing
-from prepare.section import (
-    CountedTruth,
-    PreparedSection,
-    choose_truth_genes,
-    genes_of_option,
-    read_numbers,
-)
 
 EXPERIMENT, MOLECULES, MATRIX = "experiment.xenium", "transcripts.parquet", "cell_feature_matrix.h5"
 CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
@@ -127,6 +110,7 @@ CONTROL_PREFIXES = (  # of feature names, where no column tells
 )  # fmt: skip
 BATCH = 1_000_000  # molecules in memory at a time
 
+SPOT_RADIUS_PX = utils.VISIUM_RADIUS_UM / utils.PIXEL_SIZE_UM
 MARGIN_UM = 50.0  # around the molecules
 TISSUE_WINDOW = 5  # superpixels, 40 um: local density
 TISSUE_SHARE = 0.1  # of the median density; diffused molecules off the tissue are far below
@@ -147,9 +131,9 @@ def open_outs(path: Path) -> Iterator[Path]:
         raise utils.StageError(f"{path} has none of {', '.join(sorted(WANTED))}.", OUTS_HELP)
     if not path.is_file():
         raise utils.StageError(f"{path} does not exist.", OUTS_HELP)
-    with tempfile.TemporaryDirectory(prefix="xenium-") as folder:
-        unpack(path, Path(folder))
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(prefix="xenium-") as unpacked:
+        unpack(path, Path(unpacked))
+        yield Path(unpacked)
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -175,7 +159,7 @@ def copy_members(
     archive: Path,
     folder: Path,
     members: list[tuple[str, int, bool]],
-    opened: Callable[[str], IO[bytes] | None],
+    opened: Callable[[str], Any],
 ) -> None:
     """Copy the wanted ones of the members (name, bytes, is a plain file) of an archive."""
     chosen: dict[str, str] = {}
@@ -213,18 +197,6 @@ def run_pixel_size(outs: Path) -> float:
     return size
 
 
-def used_files(outs: Path) -> list[str]:
-    """Names of the files of the run that can have been read, for the record."""
-    return sorted(name for name in WANTED if (outs / name).is_file())
-
-
-def find_first(outs: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (outs / name).is_file():
-            return outs / name
-    raise utils.StageError(f"{outs} has no {' or '.join(names)}.", OUTS_HELP)
-
-
 def read_cell_table(outs: Path, names: tuple[str, ...], columns: list[str]) -> pd.DataFrame:
     """cell_id (text) and columns of numbers of the first table there, .parquet or .csv(.gz)."""
 
@@ -234,7 +206,9 @@ def read_cell_table(outs: Path, names: tuple[str, ...], columns: list[str]) -> p
             return pd.read_parquet(path, columns=wanted)
         return pd.read_csv(path, usecols=wanted, dtype={"cell_id": str})
 
-    table = read_numbers(find_first(outs, names), read, ["cell_id", *columns], text=["cell_id"])
+    table = section.read_numbers(
+        section.first_of(outs, names, OUTS_HELP), read, ["cell_id", *columns], text=["cell_id"]
+    )
     return table.assign(cell_id=tenx.decode(table["cell_id"]))
 
 
@@ -325,14 +299,11 @@ def genes_of(table: pd.DataFrame, panel: set[str] | None) -> np.ndarray:
     if "codeword_category" in table:
         category = table["codeword_category"].astype("category").cat
         kinds = tenx.decode(category.categories)
-        return np.isin(category.codes, [i for i, k in enumerate(kinds) if k in GENE_CATEGORIES])
+        return np.isin(category.codes, np.flatnonzero(pd.Index(kinds).isin(GENE_CATEGORIES)))
     feature = table["feature_name"].cat
-    good = [
-        i
-        for i, name in enumerate(feature.categories)
-        if (not name.startswith(CONTROL_PREFIXES) if panel is None else name in panel)
-    ]
-    return np.isin(feature.codes, good)
+    names = feature.categories
+    good = ~names.str.startswith(CONTROL_PREFIXES) if panel is None else names.isin(panel)
+    return np.isin(feature.codes, np.flatnonzero(good))
 
 
 def read_panel(outs: Path) -> set[str] | None:
@@ -433,7 +404,7 @@ class Molecules:
         molecules = np.zeros(np.prod(self.frame.grid), np.int64)
         for px, superpixel, gene, off in self.on_image():
             molecules += np.bincount(superpixel, minlength=len(molecules))
-            disc = lattice.disc_of(px, xy, spot_radius())
+            disc = lattice.disc_of(px, xy, SPOT_RADIUS_PX)
             spots.add(lattice.tally(disc, gene, (len(xy), len(self.genes))))
             outside += off
         molecules = molecules.reshape(self.frame.grid)
@@ -455,7 +426,7 @@ class RunCells:
 def read_cells(outs: Path) -> RunCells:
     """Cells of the matrix, joined with their centroids on cell_id, never by position."""
     counts, barcodes, features = tenx.read_10x_h5(outs / MATRIX)
-    path = find_first(outs, CELLS)
+    path = section.first_of(outs, CELLS, OUTS_HELP)
     table = read_cell_table(outs, CELLS, ["x_centroid", "y_centroid"]).set_index("cell_id")
     if repeated := utils.duplicates(table.index):
         raise utils.broken(path, f"lists the cells {utils.some(repeated)} more than once.")
@@ -475,7 +446,7 @@ def count_at_centroids(cells: RunCells, frame: RunFrame, xy: np.ndarray) -> Coun
     px = frame.to_px(cells.xy)
     place = frame.superpixel_of(px)
     spread = lattice.tally(place, np.arange(len(px)), (int(np.prod(frame.grid)), len(px)))
-    disc = np.where(place >= 0, lattice.disc_of(px, xy, spot_radius()), -1)
+    disc = np.where(place >= 0, lattice.disc_of(px, xy, SPOT_RADIUS_PX), -1)
     return spread_cells(cells, spread, lattice.sum_rows(disc, cells.counts, len(xy)), frame)
 
 
@@ -507,7 +478,7 @@ def count_by_area(
 ) -> tuple[Counts, int]:
     """Molecules of a cell spread over its outline; also how many have none: by centroid."""
     table = read_cell_table(outs, OUTLINES, ["vertex_x", "vertex_y"])
-    cell = cells.ids.get_indexer(table["cell_id"])
+    cell = cells.ids.get_indexer(pd.Index(table["cell_id"]))
     order = np.flatnonzero(cell >= 0)
     order = order[np.argsort(cell[order], kind="stable")]
     px = frame.to_px(table[["vertex_x", "vertex_y"]].to_numpy()[order])
@@ -519,7 +490,7 @@ def count_by_area(
     shape = (h * w, len(cells.ids))
     spread = lattice.tally(frame.superpixel_of(corner), owner, shape, weight)
     centre = superpixel_centres(np.ones(frame.grid, bool))
-    disc = lattice.disc_of(centre, xy, spot_radius())
+    disc = lattice.disc_of(centre, xy, SPOT_RADIUS_PX)
     spots = lattice.sum_rows(disc, spread, len(xy)) @ cells.counts
     return spread_cells(cells, spread, spots, frame), len(bare)
 
@@ -527,15 +498,9 @@ def count_by_area(
 # -------------------------------------------------------------------------------------------------
 # spots and tissue
 # -------------------------------------------------------------------------------------------------
-def spot_radius() -> float:
-    return utils.VISIUM_RADIUS_UM / utils.PIXEL_SIZE_UM
-
-
 def spot_centres(frame: RunFrame) -> np.ndarray:
     """Spot centres (N, 2) in px, their discs within the image."""
-    radius, (width, height) = spot_radius(), frame.size
-    box = (radius, radius, width - radius, height - radius)
-    return lattice.hexagonal_lattice(box, utils.VISIUM_PITCH_UM / utils.PIXEL_SIZE_UM)
+    return lattice.visium_spots(*np.array(frame.size) * utils.PIXEL_SIZE_UM) / utils.PIXEL_SIZE_UM
 
 
 def find_tissue(counts: Counts, frame: RunFrame) -> np.ndarray:
@@ -571,7 +536,7 @@ def count(
     """Counts, frame, spot centres (N, 2) in px, notes and facts, by whatever --counts says."""
     kind = args.counts_of or ("transcripts" if (outs / MOLECULES).is_file() else "cells")
     if kind == "transcripts":
-        path = find_first(outs, (MOLECULES,))
+        path = section.first_of(outs, (MOLECULES,), OUTS_HELP)
         panel = read_panel(outs)
         found = survey(path, panel, args.min_quality)
         frame = make_frame(found.low, found.high, args.region_um)
@@ -599,14 +564,14 @@ def count(
     return counts, frame, xy, notes, facts
 
 
-def prepare(args: argparse.Namespace) -> PreparedSection:
+def prepare(args: argparse.Namespace) -> section.PreparedSection:
     with open_outs(args.outs) as outs:
         slide = images.open_image(args.image)
         run_um = run_pixel_size(outs) if args.alignment else utils.PIXEL_SIZE_UM
         placing = read_placing(args.alignment, run_um, slide, args.pixel_size)
         check_pixel_size(placing, slide, args.pixel_size)
         counts, frame, xy, notes, facts = count(args, outs)
-        listed = genes_of_option(args.genes, counts.genes)
+        listed = section.genes_of_option(args.genes, counts.genes)
         to_slide_px = placing.to_slide @ frame.to_um
         dense = find_tissue(counts, frame)
         check_alignment(project(frame.to_um, superpixel_centres(dense)), slide, placing)
@@ -619,7 +584,11 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
                 "Choose a larger --region-um.",
             )
         spots = counts.spots[np.flatnonzero(in_tissue)]
-        truth = make_truth(counts, spots, tissue, listed, args.truth_genes)
+        chosen = section.choose_truth_genes(listed, counts.genes, spots, args.truth_genes)
+        truth = None
+        if len(chosen):
+            names = [counts.genes[i] for i in chosen]
+            truth = section.CountedTruth(counts.grid_of(chosen), tissue, names)
     inside, in_truth = float(counts.molecules.sum()), 0.0 if truth is None else truth.counts.sum()
     facts |= {
         "molecules_in_grid": round(inside, 3),
@@ -636,18 +605,16 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
         )
     if args.alignment is None:
         notes.append("by --aligned, the image is taken to lie in the frame of the run")
-    sources = [args.image, *([args.alignment] if args.alignment else [])]
-    sources += [args.outs] if args.outs.is_file() else [outs / name for name in used_files(outs)]
+    read = [outs / name for name in sorted(WANTED)] if args.outs.is_dir() else [args.outs]
+    sources = [path for path in (args.image, args.alignment, *read) if path and path.is_file()]
     locs = lattice.named_spots(xy)
-    return PreparedSection(
+    return section.PreparedSection(
         image=Aligned(slide, 0, 0, *frame.size, to_slide=to_slide_px),
         pixel_size_um=utils.PIXEL_SIZE_UM,
         locs=locs[in_tissue],
         off_tissue=locs[~in_tissue],
         counts=spots,
         genes=counts.genes,
-        radius_px=spot_radius(),
-        pitch_um=utils.VISIUM_PITCH_UM,
         truth=truth,
         gene_names=listed,
         notes=notes,
@@ -656,23 +623,8 @@ def prepare(args: argparse.Namespace) -> PreparedSection:
     )
 
 
-def make_truth(
-    counts: Counts, spots: sparse.csr_array, tissue: np.ndarray, listed: list[str] | None, n: int
-) -> CountedTruth | None:
-    """Truth of the listed genes or the n most variable ones between the spots in tissue."""
-    chosen = choose_truth_genes(listed, counts.genes, spots, n)
-    if len(chosen) == 0:
-        return None
-    return CountedTruth(counts.grid_of(chosen), tissue, [counts.genes[i] for i in chosen])
-
-
-def main(stage: utils.Stage) -> None:
-    sample.guard_sample(stage)
-    sample.write_sample(stage, prepare(stage.args))
-
-
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, build_parser(), argv, makes_folders=True)
+    return sample.run(prepare, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

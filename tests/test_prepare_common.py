@@ -6,13 +6,15 @@ import functools
 import gzip
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +23,7 @@ from scipy.io import mmwrite
 
 import utils
 from method.grid import lattice_pitch
-from prepare import images, lattice, options, sample, tenx
+from prepare import images, lattice, options, sample, tenx, xenium
 from prepare import section as sections
 
 PITCH, UM = 80.0, 1.25  # px and um per px: 100 um
@@ -169,7 +171,7 @@ def test_truncated_h5_is_named(tmp_path, matrix, content):
 def test_missing_parts_of_a_folder_are_named(tmp_path, matrix):
     folder = write_mtx(tmp_path / "m", *matrix)
     (folder / "features.tsv.gz").unlink()
-    with pytest.raises(utils.StageError, match=r"no features\.tsv or genes\.tsv"):
+    with pytest.raises(utils.StageError, match=r"none of features\.tsv\.gz, .*genes\.tsv"):
         tenx.read_10x_mtx(folder)
 
 
@@ -311,7 +313,7 @@ def make_section(tmp_path, image_shape=(500, 640), **changes):
         "counts": sparse.csr_array(counts[order]),
         "spots": [locs.index[i] for i in order],
         "genes": GENES,
-        "radius_px": 22.0,
+        "radius_um": 27.5,
         "pitch_um": 100.0,
     }
     values.update(changes)
@@ -561,7 +563,7 @@ def test_a_run_cut_off_between_two_files_is_done_again(tmp_path, monkeypatch):
         put(partial, path)
 
     locs = make_section(tmp_path)[0].locs
-    changes = {"locs": locs + 1, "pixel_size_um": 1.26, "radius_px": 23.0, "genes": GENES[::-1]}
+    changes = {"locs": locs + 1, "pixel_size_um": 1.26, "radius_um": 29.0, "genes": GENES[::-1]}
     with monkeypatch.context() as patch:
         patch.setattr(utils, "_put", put_some)
         with pytest.raises(KeyboardInterrupt):
@@ -584,14 +586,10 @@ def test_a_damaged_record_is_named(tmp_path, text):
 
 
 def test_a_file_as_directory_and_a_full_disk_end_with_2(tmp_path, monkeypatch, capsys):
-    def main(stage):
-        sample.guard_sample(stage)
-        sample.write_sample(stage, make_section(tmp_path)[0])
-
     def run_on(directory):
-        parser = options.prepare_parser("Test.")
         argv = ["--directory", str(directory)]
-        return utils.run_stage(main, "prepare/visium.py", parser, argv, makes_folders=True)
+        parser = options.prepare_parser("Test.")
+        return sample.run(lambda _: make_section(tmp_path)[0], "prepare/visium.py", parser, argv)
 
     (tmp_path / "file").touch()
     assert run_on(tmp_path / "file") == 2
@@ -758,3 +756,36 @@ def test_genes_are_a_file_or_a_list_in_their_order_without_repeats(tmp_path):
     assert sections.genes_of_option(str(path), GENES) == ["NA", "ACTB"]
     assert sections.genes_of_option("NA, ACTB,NA", GENES) == ["NA", "ACTB"]
     assert sections.genes_of_option(None, GENES) is None
+
+
+# ----- the command line -----
+@pytest.mark.parametrize("name", ["visium", "visium_hd", "legacy_st", "scverse", "xenium"])
+def test_help_tells_an_example_and_files_without_slow_imports(name):
+    script = ROOT / "prepare" / f"{name}.py"
+    words = f"""
+import runpy, sys
+sys.argv = ["{name}.py", "--help"]
+try:
+    runpy.run_path(r"{script}", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+slow = {{"numpy", "pandas", "cv2", "scipy", "h5py", "pyarrow", "PIL"}} & set(sys.modules)
+assert not slow, slow
+"""
+    command = [sys.executable, "-c", words]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"    python prepare/{name}.py --" in said
+    assert "\nReads " in said
+    assert "\nWrites " in said
+    assert "None" not in said
+
+
+def test_old_spellings_of_xenium_go_on():
+    needed = ["--outs", "o", "--image", "i", "--aligned", "--directory", "d"]
+    region = ["0", "1", "9.5", "8"]
+    for counts, part in (("--counts", "--region"), ("--counts-of", "--region-um")):
+        args = xenium.build_parser().parse_args([*needed, counts, "cells", part, *region])
+        assert (args.counts_of, args.region_um) == ("cells", [0, 1, 9.5, 8])
+        assert utils.given_options(xenium.build_parser(), args)[-5:] == [
+            "--region-um", "0.0", "1.0", "9.5", "8.0",
+        ]  # fmt: skip

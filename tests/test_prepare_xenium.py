@@ -679,7 +679,7 @@ SHIFTED = TURN + np.array([[0, 0, 1500.0], [0, 0, 0], [0, 0, 0]])
         (
             lambda f: (f / "outs" / "cell_boundaries.parquet").unlink(),
             ("--counts", "polygons"),
-            "has no cell_boundaries",
+            "has none of cell_boundaries",
         ),
         (cut("cells.parquet"), ("--counts", "cells"), "no whole table"),
         (lambda f: shutil.rmtree(f / "outs"), (), "does not exist"),
