@@ -112,7 +112,8 @@ def write_outs(folder: Path, size_mm: float, molecules: float, rng: np.random.Ge
             filled = np.cumsum(np.bincount(keys // N_GENES, minlength=len(row)))
             indptr[start + 1 : start + len(row) + 1] = used + filled
         group["indptr"] = indptr
-    writer.close()
+    if writer is not None:
+        writer.close()
     factors = {"bin_size_um": BIN_UM, "microns_per_pixel": PIXEL_UM, "tissue_hires_scalef": 0.1}
     (spatial / "scalefactors_json.json").write_text(json.dumps(factors))
     return n * n

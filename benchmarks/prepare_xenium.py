@@ -90,7 +90,8 @@ def write_outs(
         writer = writer or parquet.ParquetWriter(folder / "transcripts.parquet", table.schema)
         writer.write_table(table)
         done += n
-    writer.close()
+    if writer is not None:
+        writer.close()
     return side, total
 
 

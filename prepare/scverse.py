@@ -110,6 +110,7 @@ class SourceSpots:
     pixel_size_um: float | None = None
     radius_um: float | None = None
     image: Path | ZarrSlide | None = None  # of the source itself
+    files: list[Path] = field(default_factory=list)  # read, beside the image; for the record
 
 
 # -------------------------------------------------------------------------------------------------
@@ -171,6 +172,7 @@ def read_h5ad(args: argparse.Namespace) -> SourceSpots:
                 "Mend it, then run the same command.",
             )
         spots = spots_of(data, rows, xy[:, :2].astype(float), args.layer)
+        spots.files = [args.h5ad]
         factors = f"uns/spatial/{library}/scalefactors"
         there = keys_of(data.root, factors)
         for name in (name for name in tenx.SCALES if name in there):
@@ -362,7 +364,7 @@ def read_store(args: argparse.Namespace, data: Annotated) -> SourceSpots:
         slide = ZarrSlide(choose_element(store, "images", args.image_element, "--image-element"))
         xy = move_to_image(xy, into, slide)
     spots = spots_of(data, rows, xy, args.layer)
-    spots.image = slide
+    spots.image, spots.files = slide, [table_path, path]
     return spots
 
 
@@ -460,6 +462,7 @@ def read_tables(args: argparse.Namespace) -> SourceSpots:
     spots = SourceSpots(
         sparse.csr_array(counts.loc[shared].to_numpy()), shared, [str(g) for g in counts.columns],
         locs.loc[shared], np.ones(len(shared), bool), notes, pixel_size_um=size, image=image,
+        files=[path for path in (counts_path, locs_path, size_path, radius_path) if path],
     )  # fmt: skip
     if radius_path and size:
         spots.radius_um = read_one_number(radius_path) * size
@@ -516,7 +519,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         pitch_um=args.pitch_um,
         scales=spots.copies.scales,
         notes=spots.notes + notes,
-        sources=[path for path in (args.h5ad, given) if isinstance(path, Path)],
+        sources=[*spots.files, given if isinstance(given, Path) else given.path],
         facts={"source": str(source)},
     )
 

@@ -425,7 +425,7 @@ def test_a_full_disk_ends_with_2_and_leaves_nothing(picture, tmp_path, capsys, m
         raise OSError(28, "No space left on device", str(tmp_path))
 
     tifffile.imwrite(tmp_path / "a.tif", picture, photometric="rgb")
-    monkeypatch.setattr(slides.common, "write_image", fail)
+    monkeypatch.setattr(slides.images, "write_image", fail)
     options = ["--image", str(tmp_path / "a.tif"), "--directory", str(tmp_path / "s")]
     assert slides.run([*options, "--pixel-size", "0.5"]) == 2
     assert "No space left on device" in capsys.readouterr().err
