@@ -93,6 +93,10 @@ ARRAY = ("array_row", "array_col")  # in obs: the place of a spot on Visium's ar
 TRUE = {"1", "1.0", "True", "true"}
 LOCS_NAMES = ("locs-raw.csv", "locs-raw.tsv", "locs-raw.csv.gz", "locs-raw.tsv.gz")
 WHOLE_IMAGE = "Give the full-resolution image by --image."
+OTHER_IMAGE = (
+    "Give the full-resolution image that Space Ranger was given. If you know that the coordinates "
+    "refer to your image, add its --pixel-size."
+)
 POINT = 1  # type of a geometry in WKB
 
 
@@ -181,23 +185,6 @@ def read_h5ad(args: argparse.Namespace) -> SourceSpots:
         if "hires" in keys_of(data.root, copies):
             spots.copies.hires_size = data.root[f"{copies}/hires"].shape[1::-1]
     return spots
-
-
-def check_size(path: Path, spots: SourceSpots, trusted: bool) -> list[str]:
-    """Stop unless the image has the size that the hires copy in the object says.
-
-    A ``trusted`` image only gets a note.
-    """
-    problem = spots.copies.misfit(path, images.image_size(path))
-    if problem is None:
-        return []
-    if trusted:
-        return [f"{problem}; it is taken all the same, since --pixel-size is given"]
-    raise utils.StageError(
-        f"{problem}.",
-        "Give the full-resolution image that Space Ranger was given. If you know that the "
-        "coordinates refer to your image, add its --pixel-size.",
-    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -498,9 +485,9 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
     inside = places[spots.in_tissue]
     notes = []
     if isinstance(given, Path):
-        trusted = args.pixel_size is not None
-        notes = check_size(given, spots, trusted)
-        notes += images.check_metadata(given, size, trusted, f"--pixel-size {size:.4g}")
+        trusted = "--pixel-size is given" if args.pixel_size else None
+        notes = spots.copies.check_size(given, trusted, OTHER_IMAGE)
+        notes += images.check_metadata(given, size, bool(trusted), f"--pixel-size {size:.4g}")
         image, locs, size = images.place_image(given, inside, size, args.crop_um, args.downsample)
     else:
         image = images.place_slide(given, inside, size, args.crop_um, args.downsample)

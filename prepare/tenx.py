@@ -181,19 +181,38 @@ class SmallerCopies:
             return None
         return self.hires_size[0] / scale, self.hires_size[1] / scale
 
-    def misfit(self, path: Path, size: tuple[int, int]) -> str | None:
-        """How the size (width, height) of an image contradicts its hires copy; None if it fits."""
-        expected = self.full_size
-        if expected is None or self.hires_size is None:
-            return None
-        scale, (width, height) = self.scales[HIRES_SCALE], self.hires_size
+    def check_size(self, path: Path, trusted: str | None, remedy: str) -> list[str]:
+        """Stop unless the image has the size that its hires copy says.
+
+        ``trusted`` says why the image is taken all the same: then there is a note instead.
+        """
+        if self.full_size is None or self.hires_size is None:
+            return []
+        size, (width, height), full = images.image_size(path), self.hires_size, self.full_size
+        scale = self.scales[HIRES_SCALE]
         if max(abs(size[0] * scale - width), abs(size[1] * scale - height)) <= SIZE_TOLERANCE_PX:
-            return None
-        return (
+            return []
+        problem = (
             f"{path} is {size[0]} x {size[1]} px, but the coordinates refer to an image of about "
-            f"{expected[0]:.0f} x {expected[1]:.0f} px: its hires copy has {width} x {height} px "
-            f"at {HIRES_SCALE} {scale:.6g} ({width} / {scale:.6g} = {expected[0]:.0f})"
+            f"{full[0]:.0f} x {full[1]:.0f} px: its hires copy has {width} x {height} px at "
+            f"{HIRES_SCALE} {scale:.6g} ({width} / {scale:.6g} = {full[0]:.0f})"
         )
+        if trusted:
+            return [f"{problem}; it is taken all the same, since {trusted}"]
+        raise utils.StageError(f"{problem}. {self.likely_image(size, full)}", remedy)
+
+    def likely_image(self, size: tuple[int, int], full_size: tuple[float, float]) -> str:
+        """What the wrong image probably is, from its size."""
+        for name, scale in self.scales.items():
+            if max(abs(n * scale - m) for n, m in zip(full_size, size, strict=True)) <= 2:
+                return f"It is the copy of {name} = {scale:.6g}."
+        ratios = np.array(size) / full_size
+        if abs(ratios[0] / ratios[1] - 1) < SAME_SHAPE:
+            return f"It is the same shape, scaled by {ratios[0]:.4g}: a smaller or larger export."
+        turned = np.array(size)[::-1] / full_size
+        if abs(turned[0] / turned[1] - 1) < SAME_SHAPE:
+            return f"Turned by 90 degrees it has the same shape, scaled by {turned[0]:.4g}."
+        return "It has another shape: a cropped or another image."
 
 
 @dataclass
@@ -206,6 +225,12 @@ class SpatialFolder(SmallerCopies):
     def files(self) -> list[Path]:
         files = [self.folder / SCALE_FACTORS, self.folder / HIRES_IMAGE]
         return [path for path in files if path.is_file()]
+
+    def likely_image(self, size: tuple[int, int], full_size: tuple[float, float]) -> str:
+        cytassist = self.folder / CYTASSIST_IMAGE
+        if cytassist.is_file() and images.image_size(cytassist) == tuple(size):
+            return f"It is as large as {CYTASSIST_IMAGE}, to which the coordinates do not refer."
+        return super().likely_image(size, full_size)
 
 
 def find_matrix(outs: Path) -> Path:
@@ -268,45 +293,6 @@ def fit_visium_array(positions: pd.DataFrame, path: Path) -> lattice.FittedArray
 # -------------------------------------------------------------------------------------------------
 # the image that Space Ranger was given
 # -------------------------------------------------------------------------------------------------
-def check_full_resolution(path: Path, spatial: SpatialFolder, trusted: bool) -> list[str]:
-    """Stop unless the image has the size that Space Ranger's hires copy says; notes otherwise.
-
-    A ``trusted`` image only gets a note.
-    """
-    if spatial.full_size is None:
-        return [f"no {HIRES_IMAGE} or scale factor: the image's size could not be compared"]
-    size = images.image_size(path)
-    problem = spatial.misfit(path, size)
-    if problem is None:
-        return []
-    if trusted:
-        return [f"{problem}; it is taken all the same, since --image-is says fullres"]
-    raise utils.StageError(
-        f"{problem}. {which_image(size, spatial, spatial.full_size)}",
-        f"{full_resolution_advice(spatial)}. If you know that the coordinates refer to your image, "
-        f"add --image-is fullres.",
-    )
-
-
-def which_image(
-    size: tuple[int, int], spatial: SpatialFolder, full_size: tuple[float, float]
-) -> str:
-    """What the wrong image probably is, from its size."""
-    cytassist = spatial.folder / CYTASSIST_IMAGE
-    if cytassist.is_file() and images.image_size(cytassist) == tuple(size):
-        return f"It is as large as {CYTASSIST_IMAGE}, to which the coordinates do not refer."
-    for name, scale in spatial.scales.items():
-        if max(abs(n * scale - m) for n, m in zip(full_size, size, strict=True)) <= 2:
-            return f"It is the copy of {name} = {scale:.6g}."
-    ratios = np.array(size) / full_size
-    if abs(ratios[0] / ratios[1] - 1) < SAME_SHAPE:
-        return f"It is the same shape, scaled by {ratios[0]:.4g}: a smaller or larger export."
-    turned = np.array(size)[::-1] / full_size
-    if abs(turned[0] / turned[1] - 1) < SAME_SHAPE:
-        return f"Turned by 90 degrees it has the same shape, scaled by {turned[0]:.4g}."
-    return "It has another shape: a cropped or another image."
-
-
 def full_resolution_advice(spatial: SpatialFolder) -> str:
     return (
         "Give by --image the very file that Space Ranger had as --image (web_summary.html and "
@@ -340,10 +326,18 @@ def choose_image(
                 "--crop-um and --downsample cannot go with --image-is hires.", "Leave them out."
             )
         return place_hires(args.image, pixel_size, spatial)
-    told = args.image_is == "fullres"
-    notes = check_full_resolution(args.image, spatial, told)
-    trusted = told or spatial.full_size is not None  # else never compared
-    notes += images.check_metadata(args.image, pixel_size, trusted, "--image-is fullres")
+    trusted = "--image-is says fullres" if args.image_is == "fullres" else None
+    remedy = (
+        f"{full_resolution_advice(spatial)}. If you know that the coordinates refer to your image, "
+        f"add --image-is fullres."
+    )
+    notes = spatial.check_size(args.image, trusted, remedy)
+    compared = spatial.full_size is not None
+    if not compared:
+        notes.append(f"no {HIRES_IMAGE} or scale factor: the image's size could not be compared")
+    notes += images.check_metadata(
+        args.image, pixel_size, bool(trusted or compared), "--image-is fullres"
+    )
     image, _, written_um = images.place_image(
         args.image, spots, pixel_size, args.crop_um, args.downsample
     )
