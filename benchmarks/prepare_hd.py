@@ -1,32 +1,54 @@
 """Make a synthetic Visium HD section of 2 um bins and measure prepare/visium_hd.py on it.
 
-    python benchmarks/prepare_hd.py
     python benchmarks/prepare_hd.py --size-mm 2 4 6.5
 
-Prints wall time and peak memory per size, in Markdown. A 6.5 mm section has 10.6 million bins. The
-molecules are drawn without structure, 12 a bin of 18,085 genes by default, about as many as in a
-good section; the image is a plain one at 0.5 um per pixel.
+Reads   nothing
+Writes  wall time and peak memory per size, in Markdown, on the screen.
+
+A 6.5 mm section has 10.6 million bins. The molecules are drawn without structure, 12 a bin of
+18,085 genes by default, about as many as in a good section; the image is a plain one at 0.5 um per
+pixel.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
 import sys
-import tempfile
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.measure import run_benchmark
+
+import utils
+from benchmarks.preparing import add_prepare_options, measure_prepare
+
+SCRIPT = "benchmarks/prepare_hd.py"
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.Parser(__doc__)
+    parser.add_argument(
+        "--size-mm",
+        type=float,
+        nargs="+",
+        default=[6.5],
+        help="Sides of the capture area (default: 6.5).",
+    )
+    parser.add_argument("--molecules", type=float, default=12.0, help="Molecules in a bin")
+    add_prepare_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
+import json
 
 import h5py
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import tifffile
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.stages import ROOT, processor, run_measured
 
 BIN_UM, PIXEL_UM = 2.0, 0.5
 MARGIN_PX = 400
@@ -90,7 +112,8 @@ def write_outs(folder: Path, size_mm: float, molecules: float, rng: np.random.Ge
             filled = np.cumsum(np.bincount(keys // N_GENES, minlength=len(row)))
             indptr[start + 1 : start + len(row) + 1] = used + filled
         group["indptr"] = indptr
-    writer.close()
+    if writer is not None:
+        writer.close()
     factors = {"bin_size_um": BIN_UM, "microns_per_pixel": PIXEL_UM, "tissue_hires_scalef": 0.1}
     (spatial / "scalefactors_json.json").write_text(json.dumps(factors))
     return n * n
@@ -116,46 +139,24 @@ def write_image(path: Path, side: int) -> None:
     )  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--size-mm", type=float, nargs="+", default=[6.5], help="Side of the capture area."
-    )
-    parser.add_argument("--molecules", type=float, default=12.0, help="Molecules in a bin.")
-    parser.add_argument(
-        "--truth-genes", type=int, default=300, help="Passed on to prepare/visium_hd.py."
-    )
-    return parser
-
-
 def main(args: argparse.Namespace) -> None:
-    print(f"{processor()}, {os.cpu_count()} cores\n")
-    print("| bins of 2 um | entries | made in (s) | prepared in (s) | peak memory (GB) |")
-    print("|---|---|---|---|---|", flush=True)
-    for size in args.size_mm:
-        work = Path(tempfile.mkdtemp(prefix="histex-hd-"))
-        try:
-            start = time.perf_counter()
-            folder = work / "outs" / "binned_outputs" / "square_002um"
-            bins = write_outs(folder, size, args.molecules, np.random.default_rng(0))
-            turned = size * 1000 / PIXEL_UM * (1 + np.sin(np.radians(DEGREES)))
-            write_image(work / "scan.tif", round(turned) + 2 * MARGIN_PX)
-            made = time.perf_counter() - start
-            command = [sys.executable, str(ROOT / "prepare" / "visium_hd.py")]
-            command += ["--outs", str(work / "outs"), "--image", str(work / "scan.tif")]
-            command += ["--directory", str(work / "sample")]
-            command += ["--truth-genes", str(args.truth_genes)]
-            seconds, memory = run_measured(command, work / "log.txt")
-            with h5py.File(folder / MATRIX) as file:
-                entries = len(file["matrix/data"])
-            print(
-                f"| {bins:,} | {entries:,} | {made:.0f} | {seconds:.0f} | {memory:.2f} |",
-                flush=True,
-            )
-            print((work / "log.txt").read_text(encoding="utf-8"), file=sys.stderr)
-        finally:
-            shutil.rmtree(work)
+    def make(size_mm: float, work: Path) -> tuple[list[str], list[str]]:
+        folder = work / "outs" / "binned_outputs" / "square_002um"
+        bins = write_outs(folder, size_mm, args.molecules, np.random.default_rng(0))
+        turned = size_mm * 1000 / PIXEL_UM * (1 + np.sin(np.radians(DEGREES)))
+        write_image(work / "scan.tif", round(turned) + 2 * MARGIN_PX)
+        with h5py.File(folder / MATRIX) as file:
+            entries = len(file["matrix/data"])
+        options = ["--outs", str(work / "outs"), "--image", str(work / "scan.tif")]
+        return options, [f"{bins:,}", f"{entries:,}"]
+
+    heads = ("bins of 2 um", "entries")
+    measure_prepare(args, "prepare/visium_hd.py", heads, args.size_mm, make)
+
+
+def run(argv: list[str] | None = None) -> int:
+    return run_benchmark(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    sys.exit(run())

@@ -1,32 +1,54 @@
 """Make a synthetic Xenium section and measure prepare/xenium.py on it.
 
-    python benchmarks/prepare_xenium.py
     python benchmarks/prepare_xenium.py --cells 125000 250000 500000
     python benchmarks/prepare_xenium.py --panel 5000 --truth-genes 5000
 
-Prints wall time and peak memory per number of cells, in Markdown. Cells stand 150 um2 apiece, with
-120 molecules of 400 genes each, a tenth of them of poor quality and some of controls; the H&E is a
-plain one at 0.27 um per pixel, turned by 90 degrees and by 1 degree more.
+Reads   nothing
+Writes  wall time and peak memory per number of cells, in Markdown, on the screen.
+
+Cells stand 150 um2 apiece, with 120 molecules of 400 genes each, a tenth of them of poor quality
+and some of controls; the H&E is a plain one at 0.27 um per pixel, turned by 90 degrees and by 1
+degree more.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
 import sys
-import tempfile
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.measure import run_benchmark
+
+import utils
+from benchmarks.preparing import add_prepare_options, measure_prepare
+
+SCRIPT = "benchmarks/prepare_xenium.py"
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.Parser(__doc__)
+    parser.add_argument(
+        "--cells",
+        type=utils.positive,
+        nargs="+",
+        default=[500_000],
+        help="Sizes to measure (default: 500000).",
+    )
+    parser.add_argument("--panel", type=utils.positive, default=400, help="Genes of the panel")
+    add_prepare_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
+import json
 
 import numpy as np
 import pyarrow as pa
 import tifffile
 from pyarrow import parquet
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.stages import ROOT, processor, run_measured
 
 RUN_UM, IMAGE_UM = 0.2125, 0.27  # um per pixel of the run and of the H&E
 CELL_UM2, SPREAD_UM = 150.0, 4.0  # area of a cell, spread of its molecules
@@ -68,7 +90,8 @@ def write_outs(
         writer = writer or parquet.ParquetWriter(folder / "transcripts.parquet", table.schema)
         writer.write_table(table)
         done += n
-    writer.close()
+    if writer is not None:
+        writer.close()
     return side, total
 
 
@@ -90,47 +113,22 @@ def write_image(folder: Path, side_um: float) -> None:
     np.savetxt(folder / "alignment.csv", matrix, delimiter=",")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--cells", type=int, nargs="+", default=[500_000], help="Sizes to measure.")
-    parser.add_argument("--panel", type=int, default=400, help="Genes of the panel.")
-    parser.add_argument(
-        "--truth-genes", type=int, default=300, help="Passed on to prepare/xenium.py."
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="For the temporary files; default: the system's."
-    )
-    return parser
-
-
 def main(args: argparse.Namespace) -> None:
-    print(f"{processor()}, {os.cpu_count()} cores\n")
-    print("| cells | molecules | section (mm) | made in (s) | prepared in (s) | peak memory (GB) |")
-    print("|---|---|---|---|---|---|", flush=True)
-    for n_cells in args.cells:
-        work = Path(tempfile.mkdtemp(prefix="histex-xenium-", dir=args.folder))
-        try:
-            start = time.perf_counter()
-            side, molecules = write_outs(
-                work / "outs", n_cells, args.panel, np.random.default_rng(0)
-            )
-            write_image(work, side)
-            made = time.perf_counter() - start
-            command = [sys.executable, str(ROOT / "prepare" / "xenium.py")]
-            command += ["--outs", str(work / "outs"), "--image", str(work / "he.ome.tif")]
-            command += ["--alignment", str(work / "alignment.csv")]
-            command += ["--directory", str(work / "sample")]
-            command += ["--truth-genes", str(args.truth_genes)]
-            seconds, memory = run_measured(command, work / "log.txt")
-            print(
-                f"| {n_cells:,} | {molecules:,} | {side / 1000:.2f} | {made:.0f} | {seconds:.0f} | "
-                f"{memory:.2f} |",
-                flush=True,
-            )
-            print((work / "log.txt").read_text(encoding="utf-8"), file=sys.stderr)
-        finally:
-            shutil.rmtree(work)
+    def make(n_cells: float, work: Path) -> tuple[list[str], list[str]]:
+        cells, rng = int(n_cells), np.random.default_rng(0)
+        side, molecules = write_outs(work / "outs", cells, args.panel, rng)
+        write_image(work, side)
+        options = ["--outs", str(work / "outs"), "--image", str(work / "he.ome.tif")]
+        options += ["--alignment", str(work / "alignment.csv")]
+        return options, [f"{cells:,}", f"{molecules:,}", f"{side / 1000:.2f}"]
+
+    heads = ("cells", "molecules", "section (mm)")
+    measure_prepare(args, "prepare/xenium.py", heads, args.cells, make)
+
+
+def run(argv: list[str] | None = None) -> int:
+    return run_benchmark(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    sys.exit(run())

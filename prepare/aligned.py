@@ -95,7 +95,7 @@ def check_alignment(xy: np.ndarray, slide: slides.Slide, placing: Placing) -> No
         return
     remedy = (
         "Give the alignment that belongs to this very image, at its full resolution. If the image "
-        "shows a part of the section only, name that: --region X Y WIDTH HEIGHT."
+        "shows a part of the section only, name it: --region-um X Y WIDTH HEIGHT."
     )
     if share_on(slide, placing.inverted, xy) >= images.MIN_INSIDE:
         remedy = INVERTED
@@ -146,8 +146,8 @@ class Aligned(images.Region):
         high = np.ceil(corners.max(0) / step).astype(int) + 2
         low = np.clip(low, -4, np.array(self.slide.size) // step)  # nothing to read off the slide
         high = np.clip(high, low + 1, np.array(self.slide.size) // step + 4)
-        box = (low * step, (high - low) * step)
-        source = self.slide.read_region(*box[0].tolist(), *box[1].tolist(), step)
+        x, y, wide, tall = (np.concatenate([low, high - low]) * step).tolist()
+        source = self.slide.read_region(x, y, wide, tall, step)
         into_source = np.array([[1 / step, 0, -low[0]], [0, 1 / step, -low[1]], [0, 0, 1.0]])
         finer = np.diag([1 / times, 1 / times, 1.0])
         mapping = into_source @ to_slide @ finer

@@ -21,115 +21,106 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-from scipy.spatial import cKDTree
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import common, images, sample, slides
+from prepare import options
 
-LABELS = "labels.csv"
+SCRIPT = "prepare/legacy_st.py"
+
+
+def build_parser() -> utils.Parser:
+    parser = options.prepare_parser(__doc__)
+    parser.add_argument("--counts", type=Path, required=True, help="Table of counts, .tsv(.gz).")
+    parser.add_argument("--spots", type=Path, required=True, help="Spot selection, .tsv.")
+    parser.add_argument("--image", type=Path, required=True, help="H&E that pixel_x, _y refer to.")
+    parser.add_argument(
+        "--labels", type=Path, help="A pathologist's labels, .tsv (default: no labels.csv)."
+    )
+    options.add_pixel_size(parser, "fitted to the array's pitch of 200 um")
+    options.add_image_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.spatial import cKDTree
+
+from prepare import images, lattice, sample, section
+
+LABELS = utils.Artifact(("labels.csv",), None, "spot id, a pathologist's label")
 SPOT_COLUMNS = ["x", "y", "pixel_x", "pixel_y"]
+OPTIONAL_COLUMNS = ["new_x", "new_y", "selected"]
 LABEL_COLUMNS = ["x", "y", "label"]
 MAX_RESIDUAL_UM = 50.0  # of a spot from the fitted array, root mean square: half a spot
 MAX_MISSING = 0.2  # share of the selected spots without counts: else of another section
-MAX_SKEW = 0.1  # of the fitted array: relative difference of its scales, cosine of its angle
+MAX_SKEW = 0.1  # of the fitted array, see FittedArray
 SAME_SPOT = 0.02  # array units; labels give their coordinates rounded
-DAMAGED = (ValueError, OSError, EOFError, KeyError)  # what damaged tables raise
 
 
-def read_tsv(path: Path, columns: list[str]) -> pd.DataFrame:
-    """A table with tabs between its columns, some of which must be numbers; .gz or not."""
-    try:
-        table = pd.read_csv(path, sep="\t", keep_default_na=False, encoding="utf-8-sig")
-        missing = [name for name in columns if name not in table.columns]
-        if missing:
-            raise common.broken(
-                path, f"has the columns {utils.some(table.columns)}; {missing[0]} is missing."
-            )
-        numbers = [name for name in columns if name != "label"]
-        table[numbers] = table[numbers].apply(pd.to_numeric).astype(float)
-    except utils.StageError:
-        raise
-    except DAMAGED as error:
-        raise common.broken(path, f"is no whole table: {error}") from error
-    if table.empty or not np.isfinite(table[numbers].to_numpy()).all():
-        raise common.broken(path, "is empty or has empty cells.")
-    return table
+def read_tabs(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, sep="\t", keep_default_na=False, encoding="utf-8-sig")
 
 
-def read_spots(path: Path) -> pd.DataFrame:
+def read_selection(path: Path) -> pd.DataFrame:
     """Index: spot id "10x13"; column, row (on the array), x, y (px), new_x, new_y, selected."""
-    table = read_tsv(path, SPOT_COLUMNS)
+    table = section.read_numbers(
+        path, read_tabs, SPOT_COLUMNS, optional=["new_x", "new_y", "selected"]
+    )
     place = table[["x", "y"]]
     if (place != place.round()).to_numpy().any():
-        raise common.broken(path, "has fractions in x or y; expected whole places on the array.")
+        raise utils.broken(path, "has fractions in x or y; expected whole places on the array.")
     ids = [f"{x:.0f}x{y:.0f}" for x, y in place.to_numpy()]
     if repeated := utils.duplicates(ids):
-        raise common.broken(path, f"lists the spots {utils.some(repeated)} more than once.")
-    spots = pd.DataFrame(
-        {
-            "column": place["x"].to_numpy(), "row": place["y"].to_numpy(),
-            "x": table["pixel_x"].to_numpy(), "y": table["pixel_y"].to_numpy(),
-        },
-        index=ids,
-    )  # fmt: skip
-    for name, other in (("new_x", "x"), ("new_y", "y")):
-        spots[name] = pd.to_numeric(table[name if name in table else other]).to_numpy(float)
-    spots["selected"] = table["selected"].to_numpy() != 0 if "selected" in table else True
-    return spots
+        raise utils.broken(path, f"lists the spots {utils.some(repeated)} more than once.")
+    names = {"x": "column", "y": "row", "pixel_x": "x", "pixel_y": "y"}
+    table = table.assign(**{n: table[n[4:]] for n in ("new_x", "new_y") if n not in table})
+    table["selected"] = table["selected"] != 0 if "selected" in table else True
+    return table.rename(columns=names).set_index(pd.Index(ids))
 
 
-def read_counts(path: Path) -> pd.DataFrame:
+def read_count_table(path: Path) -> pd.DataFrame:
     """Counts (spots, genes), whole numbers; R's header may lack the column of the ids."""
-    try:
+
+    def read(path: Path) -> pd.DataFrame:
         table = pd.read_csv(path, sep="\t", index_col=0, dtype={0: str}, encoding="utf-8-sig")
-    except DAMAGED as error:
-        raise common.broken(path, f"is no whole table of counts: {error}") from error
-    if table.shape[1] == 0:
-        raise common.broken(path, "has one column only; expected tabs between the columns.")
-    try:
-        values = table.to_numpy(float)
-    except ValueError as error:
-        raise common.broken(path, f"holds something else than numbers: {error}") from error
-    if not np.isfinite(values).all() or (values < 0).any() or (values != np.floor(values)).any():
-        raise common.broken(
-            path, "holds empty cells, negative numbers or fractions; expected raw counts."
-        )
-    names = [str(name).strip() for name in table.index]
-    return pd.DataFrame(values, index=names, columns=[str(gene) for gene in table.columns])
+        if table.shape[1] == 0:
+            raise utils.broken(path, "has one column only; expected tabs between the columns.")
+        return table
+
+    table = section.read_numbers(path, read)
+    values = table.to_numpy()
+    if (values < 0).any() or (values != np.floor(values)).any():
+        raise utils.broken(path, "holds negative numbers or fractions; expected raw counts.")
+    return table.set_axis([str(name).strip() for name in table.index]).rename(columns=str)
 
 
-def fit_array(spots: pd.DataFrame, path: Path) -> tuple[float, pd.DataFrame]:
+def fit_square_array(spots: pd.DataFrame, path: Path) -> tuple[float, pd.DataFrame]:
     """(um per pixel, the ideal place of each spot in px) from the array's pitch of 200 um."""
-    lattice = spots[["column", "row"]].to_numpy() * common.LEGACY_PITCH_UM
-    xy = spots[["x", "y"]].to_numpy()
-    origin, axes = common.fit_affine(lattice, xy)
-    if abs(np.linalg.det(axes)) < 1e-12:
-        raise common.broken(path, "puts all spots on one line.")
-    size = common.pixel_size_of(axes)
-    ideal = origin + lattice @ axes
-    residual = float(np.sqrt(((ideal - xy) ** 2).sum(axis=1).mean())) * size
-    length = np.linalg.norm(axes, axis=1)
-    skew = max(abs(length[0] / length[1] - 1), abs(axes[0] @ axes[1]) / length.prod())
-    if residual > MAX_RESIDUAL_UM or skew > MAX_SKEW:
-        raise common.broken(
+    lattice_um = spots[["column", "row"]].to_numpy() * utils.LEGACY_PITCH_UM
+    fitted = lattice.fit_array(lattice_um, spots[["x", "y"]].to_numpy(), path)
+    if fitted.residual_um > MAX_RESIDUAL_UM or fitted.skew > MAX_SKEW:
+        raise utils.broken(
             path,
-            f"does not put the spots on a square array: they are {residual:.0f} um off it, and it "
-            f"is skewed by {skew:.0%}. Are pixel_x and pixel_y those of this section?",
+            f"does not put the spots on a square array: they are {fitted.residual_um:.0f} um off "
+            f"it, and it is skewed by {fitted.skew:.0%}. Are pixel_x and pixel_y those of this "
+            f"section?",
         )
-    return size, pd.DataFrame(ideal, index=spots.index, columns=["x", "y"])
+    ideal = pd.DataFrame(fitted.place(lattice_um), index=spots.index, columns=["x", "y"])
+    return fitted.pixel_size_um, ideal
 
 
 def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """(label by spot id, notes). Labels have no id; their x, y are the spots' new_x, new_y."""
-    table = read_tsv(path, LABEL_COLUMNS)
+    table = section.read_numbers(path, read_tabs, LABEL_COLUMNS, text=["label"])
     tree = cKDTree(spots[["new_x", "new_y"]].to_numpy())
     distance, nearest = tree.query(table[["x", "y"]].to_numpy())
     found = distance <= SAME_SPOT * np.sqrt(2)
     if found.mean() < 0.5:
-        raise common.broken(
+        raise utils.broken(
             path, f"fits only {found.sum()} of its {len(found)} places to spots: another section's?"
         )
     labels = pd.DataFrame(
@@ -137,7 +128,7 @@ def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str
         index=spots.index[nearest[found]],
     )
     if repeated := utils.duplicates(labels.index):
-        raise common.broken(path, f"labels the spots {utils.some(repeated)} more than once.")
+        raise utils.broken(path, f"labels the spots {utils.some(repeated)} more than once.")
     labels = labels.reindex(spots.index.intersection(labels.index, sort=False))
     notes = [f"{len(labels)} of {len(spots)} spots have a label"]
     if (~found).any():
@@ -145,9 +136,9 @@ def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str
     return labels, notes
 
 
-def prepare(args: argparse.Namespace) -> common.Section:
-    spots, counts = read_spots(args.spots), read_counts(args.counts)
-    fitted, ideal = fit_array(spots, args.spots)
+def prepare(args: argparse.Namespace) -> section.PreparedSection:
+    spots, counts = read_selection(args.spots), read_count_table(args.counts)
+    fitted, ideal = fit_square_array(spots, args.spots)
     size = args.pixel_size or fitted
     selected = spots[spots["selected"]]
     chosen = [spot for spot in counts.index if spot in selected.index]
@@ -170,50 +161,35 @@ def prepare(args: argparse.Namespace) -> common.Section:
     notes = images.check_metadata(
         args.image, size, args.pixel_size is not None, f"--pixel-size {size:.4g}"
     )
-    notes += common.repeated_note(args.counts, "\t")
+    notes += section.repeated_note(args.counts, "\t")
     if missing:
         notes.append(f"{missing} selected spots without counts are left out")
     others = spots.drop(chosen)[["x", "y"]]
-    tables = {}
+    tables: dict[utils.Artifact, pd.DataFrame] = {}
     if args.labels:
         labels, joined = join_labels(args.labels, spots)
         tables[LABELS] = labels.loc[[spot for spot in chosen if spot in labels.index]]
-        notes += [*joined, f"{LABELS} holds {len(tables[LABELS])} of the {len(chosen)} spots"]
-    return common.Section(
+        notes += [*joined, f"{LABELS.name} holds {len(tables[LABELS])} of the {len(chosen)} spots"]
+    return section.PreparedSection(
         image=image,
         pixel_size_um=out_size,
         locs=locs[["x", "y"]],
         off_tissue=images.move(others, image),
         array=images.move(ideal, image),
-        counts=counts,
+        counts=sparse.csr_array(counts.to_numpy()),
+        spots=list(counts.index),
         genes=list(counts.columns),
-        radius_px=common.LEGACY_RADIUS_UM / out_size,
-        pitch_um=common.LEGACY_PITCH_UM,
-        gene_names=common.read_gene_list(args.genes, list(counts.columns)),
+        radius_um=utils.LEGACY_RADIUS_UM,
+        pitch_um=utils.LEGACY_PITCH_UM,
+        gene_names=section.genes_of_option(args.genes, list(counts.columns)),
         notes=notes,
         tables=tables,
         sources=[p for p in (args.counts, args.spots, args.image, args.labels) if p],
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = sample.build_parser(__doc__)
-    parser.add_argument("--counts", type=Path, required=True, help="Table of counts, .tsv(.gz).")
-    parser.add_argument("--spots", type=Path, required=True, help="Spot selection, .tsv.")
-    parser.add_argument("--image", type=Path, required=True, help="H&E that pixel_x, _y refer to.")
-    parser.add_argument("--labels", type=Path, help="A pathologist's labels, .tsv.")
-    parser.add_argument(
-        "--pixel-size",
-        type=slides.pixel_size,
-        metavar="UM",
-        help="um per pixel of the image; default: fitted to the array's pitch of 200 um.",
-    )
-    images.add_image_options(parser)
-    return parser
-
-
 def run(argv: list[str] | None = None) -> int:
-    return sample.run(prepare, build_parser(), argv)
+    return sample.run(prepare, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

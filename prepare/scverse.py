@@ -23,36 +23,85 @@ neighbours are 100 um apart; without them from the distances between nearest spo
 from __future__ import annotations
 
 import argparse
-import contextlib
-import struct
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from prepare import options
+
+SCRIPT = "prepare/scverse.py"
+
+
+def build_parser() -> utils.Parser:
+    parser = options.prepare_parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--h5ad", type=Path, help="AnnData with obsm['spatial'].")
+    source.add_argument("--spatialdata", type=Path, metavar="ZARR", help="SpatialData store.")
+    source.add_argument("--tables", metavar="PREFIX", help="Folder of plain tables, or a prefix.")
+    parser.add_argument(
+        "--image", type=Path, help="The full-resolution image (default: that of the source)."
+    )
+    for option, what in (
+        ("--layer", "Layer of AnnData that holds the raw counts (default: what holds counts)"),
+        ("--library", "Section of the .h5ad (default: the only one)"),
+        ("--table", "Table of the SpatialData store (default: the only one)"),
+        ("--shapes", "Shapes of the store (default: the only ones)"),
+        ("--image-element", "Image of the store (default: the only one)"),
+    ):
+        parser.add_argument(option, metavar="NAME", help=f"{what}.")
+    options.add_pixel_size(parser, "from the spots' pitch")
+    parser.add_argument(
+        "--pitch-um", type=options.micrometres, default=utils.VISIUM_PITCH_UM, metavar="UM",
+        help=f"Distance between neighbouring spots; {utils.LEGACY_PITCH_UM:g} for legacy ST",
+    )  # fmt: skip
+    parser.add_argument(
+        "--radius-um", type=options.micrometres, metavar="UM",
+        help=f"Radius of a spot; {utils.LEGACY_RADIUS_UM:g} for legacy ST (default: that of the "
+             f"source, else {utils.VISIUM_RADIUS_UM:g} for Visium).",
+    )  # fmt: skip
+    options.add_image_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
+import struct
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
-from prepare import common, images, sample, slides, tenx, visium
+from method.grid import lattice_pitch
+from prepare import images, sample, section, slides, tenx
+from prepare.annotated import (
+    Annotated,
+    describe,
+    find_counts,
+    gene_names,
+    import_zarr,
+    keys_of,
+    open_anndata,
+    read_array,
+    whole_counts,
+)  # fmt: skip
 
-LAYERS = ("counts", "raw_counts", "raw", "count", "umi")  # names of raw counts, looked at first
-SYMBOLS = ("gene_symbols", "gene_symbol", "feature_name", "gene_name", "symbol", "SYMBOL")  # in var
-GENE_IDS = ("gene_ids", "gene_id", "ensembl_id")
 LIBRARIES = ("library_id", "library", "sample_id", "sample", "batch", "region")  # in obs
 ARRAY = ("array_row", "array_col")  # in obs: the place of a spot on Visium's array
-MAX_LOGARITHM = 20.0  # no logarithm of a count is above; counts per 10,000 are
 TRUE = {"1", "1.0", "True", "true"}
 LOCS_NAMES = ("locs-raw.csv", "locs-raw.tsv", "locs-raw.csv.gz", "locs-raw.tsv.gz")
 WHOLE_IMAGE = "Give the full-resolution image by --image."
+OTHER_IMAGE = (
+    "Give the full-resolution image that Space Ranger was given. If you know that the coordinates "
+    "refer to your image, add its --pixel-size."
+)
 POINT = 1  # type of a geometry in WKB
 
 
 @dataclass
-class Spots:
+class SourceSpots:
     """What every source gives: counts (N, G) and the places of the spots, px of the image."""
 
     counts: sparse.csr_array
@@ -61,189 +110,16 @@ class Spots:
     places: pd.DataFrame  # index: ids; x, y; array_row, array_col if known
     in_tissue: np.ndarray  # bool (N,)
     notes: list[str] = field(default_factory=list)
-    scales: dict[str, float] = field(default_factory=dict)  # of the hires and lowres copies
+    copies: tenx.SmallerCopies = field(default_factory=lambda: tenx.SmallerCopies({}, None))
     pixel_size_um: float | None = None
     radius_um: float | None = None
-    hires_size: tuple[int, int] | None = None  # width, height of the hires copy
+    image: Path | ZarrSlide | None = None  # of the source itself
+    files: list[Path] = field(default_factory=list)  # read, beside the image; for the record
 
 
 # -------------------------------------------------------------------------------------------------
-# AnnData, as it lies in an .h5ad file or a zarr group
+# AnnData
 # -------------------------------------------------------------------------------------------------
-@dataclass
-class Annotated:
-    """AnnData on disk: groups of h5py or zarr, of which only what is needed is read.
-
-    The format is simple and documented; anndata itself, which allows a few versions of pandas
-    only, is not needed for it.
-    """
-
-    path: Path
-    root: Any
-
-    @property
-    def ids(self) -> list[str]:
-        return self.names("obs")
-
-    def names(self, table: str) -> list[str]:
-        """Row names of obs, var or raw/var."""
-        group = self.root[table]
-        return text(read_array(group[group.attrs.get("_index", "_index")]))
-
-    def columns(self, table: str, wanted: tuple[str, ...]) -> pd.DataFrame:
-        """Those of the wanted columns that obs, var or raw/var has, as text."""
-        group = self.root[table]
-        found = {name: text(read_column(group, name)) for name in wanted if name in group}
-        return pd.DataFrame(found, index=self.names(table), dtype=object)
-
-    def matrices(self) -> dict[str, tuple[str, str]]:
-        """What may hold counts: name -> (path of the matrix, path of its var)."""
-        layers = keys_of(self.root, "layers")
-        layers = [n for n in LAYERS if n in layers] + [n for n in layers if n not in LAYERS]
-        found = {"X": ("X", "var")} if "X" in self.root else {}
-        found |= {f"layer {name!r}": (f"layers/{name}", "var") for name in layers}
-        if "X" in keys_of(self.root, "raw"):
-            found["raw"] = ("raw/X", "raw/var")
-        return found
-
-
-def keys_of(group: Any, name: str) -> list[str]:
-    """Names in a subgroup; none if there is no such group."""
-    node = group.get(name)
-    return sorted(node.keys()) if hasattr(node, "keys") else []
-
-
-def read_array(node: Any) -> Any:
-    """A matrix (sparse or not) or a column, whichever way it is encoded."""
-    if not hasattr(node, "keys"):
-        return np.asarray(node[()])
-    kind = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
-    if kind.startswith(("csr", "csc")):
-        shape = tuple(int(n) for n in node.attrs.get("shape", node.attrs.get("h5sparse_shape")))
-        parts = tuple(np.asarray(node[name][()]) for name in ("data", "indices", "indptr"))
-        matrix = (sparse.csr_array if kind.startswith("csr") else sparse.csc_array)(parts, shape)
-        matrix.check_format(full_check=True)
-        return matrix
-    if kind == "categorical":
-        categories = np.array([*text(read_array(node["categories"])), ""], object)
-        return categories[np.asarray(node["codes"][()])]  # code -1: no value
-    if kind.startswith("nullable"):
-        values = np.asarray(node["values"][()]).astype(object)
-        values[np.asarray(node["mask"][()])] = ""
-        return values
-    raise ValueError(f"an element encoded as {kind!r}")
-
-
-def read_column(group: Any, name: str) -> Any:
-    """A column of obs or var; anndata 0.7 kept the categories of all columns in a group beside."""
-    if name not in keys_of(group, "__categories"):
-        return read_array(group[name])
-    categories = np.array([*text(read_array(group["__categories"][name])), ""], object)
-    return categories[np.asarray(group[name][()])]  # code -1: no value
-
-
-def text(values: np.ndarray) -> list[str]:
-    return [v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(values).tolist()]
-
-
-@contextlib.contextmanager
-def open_anndata(path: Path) -> Iterator[Annotated]:
-    """An .h5ad file or a zarr group; whatever cannot be read in it is a StageError."""
-    if not path.exists():
-        raise utils.StageError(f"{path} does not exist.", "Mend the path, then run it again.")
-    try:
-        with contextlib.ExitStack() as stack:
-            if path.is_dir():
-                root = import_zarr().open_group(path, mode="r")
-            else:
-                import h5py
-
-                root = stack.enter_context(h5py.File(path))
-            if not {"obs", "var"} <= set(root):
-                raise common.broken(path, "holds no obs and var: it is no AnnData.")
-            if not hasattr(root["obs"], "keys"):
-                raise utils.StageError(
-                    f"{path} was written by anndata before 0.7, of 2020, in another layout.",
-                    "Read it and write it again with a current anndata: "
-                    "anndata.read_h5ad(old).write_h5ad(new).",
-                )
-            yield Annotated(path, root)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
-        if isinstance(error, utils.StageError):
-            raise
-        raise common.broken(path, f"is no whole AnnData: {error!r:.300}") from error
-
-
-def whole_counts(values: Any) -> bool:
-    """True if a matrix, sparse or not, holds counts: whole, none negative, not all zero."""
-    data = values.data if sparse.issparse(values) else np.asarray(values)
-    if data.dtype.kind not in "biuf" or data.size == 0:
-        return False
-    return bool(
-        np.isfinite(data).all()
-        and data.min() >= 0
-        and data.any()
-        and (data == np.floor(data)).all()
-    )
-
-
-def find_counts(data: Annotated, layer: str | None) -> tuple[sparse.csr_array, str, str]:
-    """(raw counts (spots, genes), path of the var of their genes, where they were found)."""
-    places = data.matrices()
-    if layer is not None:
-        name = f"layer {layer!r}"
-        if name not in places:
-            known = utils.some(keys_of(data.root, "layers")) or "none"
-            raise utils.StageError(
-                f"{data.path} has no layer {layer!r}, but {known}.",
-                "Name one of its layers by --layer.",
-            )
-        places = {name: places[name]}
-    seen = ""
-    for name, (matrix, var) in places.items():
-        values = read_array(data.root[matrix])
-        if whole_counts(values):
-            return sparse.csr_array(values), var, name
-        seen = seen or describe(values, name)
-    raise utils.StageError(
-        f"{data.path} holds no raw counts: {utils.some(places)} hold fractions or negative "
-        f"numbers, or nothing{seen}.",
-        "Give the object before it was normalised, or keep its counts in layers['counts'].",
-    )
-
-
-def describe(values: Any, name: str) -> str:
-    """What was done to counts, by the looks of them."""
-    data = values.data if sparse.issparse(values) else values
-    if data.dtype.kind != "f" or data.size == 0 or not data.any():
-        return ""
-    if data.min() < 0:
-        return f" ({name} runs from {data.min():.3g} to {data.max():.3g}: scaled, or residuals)"
-    logged = "log-transformed" if data.max() < MAX_LOGARITHM else "normalised"
-    return f" ({name} runs up to {data.max():.3g}: {logged})"
-
-
-def gene_names(data: Annotated, var: str) -> tuple[list[str], np.ndarray, list[str]]:
-    """(unique symbols, which columns they are of, notes): symbols in place of Ensembl ids, and
-    without what is no gene by feature_types."""
-    names = data.names(var)
-    table = data.columns(var, (*GENE_IDS, *SYMBOLS, "feature_types"))
-    ids = next((table[c].tolist() for c in GENE_IDS if c in table), names)
-    if names and np.mean([name.startswith("ENS") for name in names]) > 0.5:
-        ids = names
-        names = next((table[c].tolist() for c in SYMBOLS if c in table), names)
-    if utils.duplicates(ids):  # then ids tell no more than their places
-        ids = [str(i + 1) for i in range(len(names))]
-    keep = np.ones(len(names), bool)
-    notes = []
-    if "feature_types" in table and (table["feature_types"] == tenx.KEPT_TYPE).any():
-        keep = (table["feature_types"] == tenx.KEPT_TYPE).to_numpy()
-        if not keep.all():
-            notes.append(f"{(~keep).sum()} features that are no genes are left out")
-    kept = np.flatnonzero(keep)
-    return common.unique_symbols([names[i] for i in kept], [ids[i] for i in kept]), kept, notes
-
-
 def choose_library(data: Annotated, library: str | None) -> tuple[np.ndarray, str | None]:
     """Rows of one section, where an object holds several; and its name in uns["spatial"]."""
     rows = np.arange(len(data.ids))
@@ -268,7 +144,7 @@ def choose_library(data: Annotated, library: str | None) -> tuple[np.ndarray, st
     )
 
 
-def spots_of(data: Annotated, rows: np.ndarray, xy: np.ndarray, layer: str | None) -> Spots:
+def spots_of(data: Annotated, rows: np.ndarray, xy: np.ndarray, layer: str | None) -> SourceSpots:
     """Spots from rows (N,) of AnnData and their places (N, 2), x and y."""
     matrix, var, place = find_counts(data, layer)
     genes, columns, notes = gene_names(data, var)
@@ -281,10 +157,10 @@ def spots_of(data: Annotated, rows: np.ndarray, xy: np.ndarray, layer: str | Non
     if "in_tissue" in obs:
         in_tissue = obs["in_tissue"].isin(TRUE).to_numpy()
     notes = [f"the counts are those of {place}", *notes]
-    return Spots(matrix[rows][:, columns], ids, genes, places, in_tissue, notes)
+    return SourceSpots(matrix[rows][:, columns], ids, genes, places, in_tissue, notes)
 
 
-def read_h5ad(args: argparse.Namespace) -> Spots:
+def read_h5ad(args: argparse.Namespace) -> SourceSpots:
     with open_anndata(args.h5ad) as data:
         rows, library = choose_library(data, args.library)
         known = keys_of(data.root, "obsm")
@@ -300,56 +176,20 @@ def read_h5ad(args: argparse.Namespace) -> Spots:
                 "Mend it, then run the same command.",
             )
         spots = spots_of(data, rows, xy[:, :2].astype(float), args.layer)
+        spots.files = [args.h5ad]
         factors = f"uns/spatial/{library}/scalefactors"
-        for name in visium.SCALES if library is not None else ():
-            if name in keys_of(data.root, factors):
-                spots.scales[name] = float(read_array(data.root[f"{factors}/{name}"]))
-        images = f"uns/spatial/{library}/images"
-        if library is not None and "hires" in keys_of(data.root, images):
-            spots.hires_size = data.root[f"{images}/hires"].shape[1::-1]
+        there = keys_of(data.root, factors)
+        for name in (name for name in tenx.SCALES if name in there):
+            spots.copies.scales[name] = float(read_array(data.root[f"{factors}/{name}"]))
+        copies = f"uns/spatial/{library}/images"
+        if "hires" in keys_of(data.root, copies):
+            spots.copies.hires_size = data.root[f"{copies}/hires"].shape[1::-1]
     return spots
-
-
-def check_size(path: Path, spots: Spots, trusted: bool) -> list[str]:
-    """Stop unless the image has the size that the hires copy in the object says.
-
-    A ``trusted`` image only gets a note.
-    """
-    scale = spots.scales.get("tissue_hires_scalef")
-    if not scale or spots.hires_size is None:
-        return []
-    size, hires = np.array(images.image_size(path)), np.array(spots.hires_size)
-    if np.abs(size * scale - hires).max() <= visium.SIZE_TOLERANCE_PX:
-        return []
-    width, height = hires / scale
-    problem = (
-        f"{path} is {size[0]} x {size[1]} px, but the coordinates refer to an image of about "
-        f"{width:.0f} x {height:.0f} px: its hires copy in the object has {hires[0]} x {hires[1]} "
-        f"px at tissue_hires_scalef {scale:.6g}"
-    )
-    if trusted:
-        return [f"{problem}; it is taken all the same, since --pixel-size is given"]
-    raise utils.StageError(
-        f"{problem}.",
-        "Give the full-resolution image that Space Ranger was given. If you know that the "
-        "coordinates refer to your image, add its --pixel-size.",
-    )
 
 
 # -------------------------------------------------------------------------------------------------
 # SpatialData
 # -------------------------------------------------------------------------------------------------
-def import_zarr():
-    try:
-        import zarr
-    except ImportError as error:
-        raise utils.StageError(
-            f"zarr is needed to read SpatialData, but is not there: {error}",
-            "Run: python -m pip install -r prepare/requirements.txt",
-        ) from error
-    return zarr
-
-
 class ZarrSlide(slides.Slide):
     """A multiscale raster (c, y, x) of a SpatialData store."""
 
@@ -379,7 +219,7 @@ def image_attributes(attributes: dict, path: Path) -> dict:
     try:
         return attributes.get("ome", attributes)["multiscales"][0]
     except (KeyError, IndexError, TypeError) as error:
-        raise common.broken(path, "is no multiscale image.") from error
+        raise utils.broken(path, "is no multiscale image.") from error
 
 
 def matrix_of(transform: dict, path: Path) -> np.ndarray:
@@ -417,7 +257,7 @@ def transforms(listed: list[dict], path: Path) -> dict[str, np.ndarray]:
     try:
         return {t["output"]["name"]: matrix_of(t, path) for t in listed}
     except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise common.broken(path, f"has transforms that cannot be read: {error!r}") from error
+        raise utils.broken(path, f"has transforms that cannot be read: {error!r}") from error
 
 
 def elements(store: Path, kind: str) -> list[str]:
@@ -449,7 +289,7 @@ def read_circles(path: Path) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
         table = pd.read_parquet(path / "shapes.parquet")
         centres = [read_point(shape) for shape in table["geometry"]]
     except (OSError, ValueError, KeyError, struct.error) as error:
-        raise common.broken(
+        raise utils.broken(
             path, f"holds no circles (points with a radius) that can be read: {error}"
         ) from error
     frame = pd.DataFrame(centres, index=table.index.astype(str), columns=["x", "y"])
@@ -465,8 +305,8 @@ def read_point(geometry: bytes) -> tuple[float, float]:
     return struct.unpack(f"{order}dd", geometry[5:21])
 
 
-def read_spatialdata(args: argparse.Namespace) -> tuple[Spots, ZarrSlide | None]:
-    """Spots in px of the image; the image of the store, or None where --image is given."""
+def read_spatialdata(args: argparse.Namespace) -> SourceSpots:
+    """Spots in px of the image of the store, or of that of --image."""
     store = args.spatialdata
     if not store.is_dir():
         raise utils.StageError(f"{store} is no folder.", "Give the .zarr folder of SpatialData.")
@@ -475,7 +315,7 @@ def read_spatialdata(args: argparse.Namespace) -> tuple[Spots, ZarrSlide | None]
         return read_store(args, data)
 
 
-def read_store(args: argparse.Namespace, data: Annotated) -> tuple[Spots, ZarrSlide | None]:
+def read_store(args: argparse.Namespace, data: Annotated) -> SourceSpots:
     store, table_path = args.spatialdata, data.path
     try:
         link = data.root["uns/spatialdata_attrs"]
@@ -483,7 +323,7 @@ def read_store(args: argparse.Namespace, data: Annotated) -> tuple[Spots, ZarrSl
         obs = data.columns("obs", tuple(keys))
         regions, instances = (obs[key] for key in keys)
     except KeyError as error:
-        raise common.broken(
+        raise utils.broken(
             table_path, f"does not say which shapes it is of: no {error}."
         ) from error
     chosen = args.shapes
@@ -501,7 +341,7 @@ def read_store(args: argparse.Namespace, data: Annotated) -> tuple[Spots, ZarrSl
     wanted = instances.iloc[rows]
     missing = [i for i in wanted if i not in circles.index]
     if missing or not len(wanted):
-        raise common.broken(
+        raise utils.broken(
             path,
             f"lacks {len(missing)} of {len(wanted)} spots of the table: {utils.some(missing)}.",
         )
@@ -510,7 +350,9 @@ def read_store(args: argparse.Namespace, data: Annotated) -> tuple[Spots, ZarrSl
     if args.image is None:
         slide = ZarrSlide(choose_element(store, "images", args.image_element, "--image-element"))
         xy = move_to_image(xy, into, slide)
-    return spots_of(data, rows, xy, args.layer), slide
+    spots = spots_of(data, rows, xy, args.layer)
+    spots.image, spots.files = slide, [table_path, path]
+    return spots
 
 
 def move_to_image(xy: np.ndarray, into: dict[str, np.ndarray], slide: ZarrSlide) -> np.ndarray:
@@ -561,36 +403,29 @@ def separator(path: Path) -> str:
 
 def read_plain(path: Path, columns: list[str] | None) -> pd.DataFrame:
     """A table whose first column is the spot id; commas or tabs, as its header has them."""
-    try:
-        table = pd.read_csv(
+
+    def read(path: Path) -> pd.DataFrame:
+        return pd.read_csv(
             path, sep=separator(path), dtype={0: str}, index_col=0, keep_default_na=False,
             encoding="utf-8-sig",
         )  # fmt: skip
-        table = table[columns] if columns else table
-        values = table.apply(pd.to_numeric).astype(float)
-    except KeyError as error:
-        raise common.broken(
-            path, f"has no column {error}; expected {', '.join(columns)}."
-        ) from error
-    except (ValueError, OSError, EOFError, TypeError) as error:
-        raise common.broken(path, f"is no whole table of numbers: {error}") from error
-    if values.empty or not np.isfinite(values.to_numpy()).all():
-        raise common.broken(path, "is empty or has empty cells.")
+
+    values = section.read_numbers(path, read, columns)
     return values.set_axis(values.index.astype(str).str.strip())
 
 
 def read_one_number(path: Path) -> float:
-    text = path.read_text(encoding="utf-8-sig").strip()
-    if not utils.is_number(text) or not float(text) > 0:
-        raise common.broken(path, f"holds {text[:40]!r}; expected one number above zero.")
-    return float(text)
+    content = path.read_text(encoding="utf-8-sig").strip()
+    if not utils.is_number(content) or not float(content) > 0:
+        raise utils.broken(path, f"holds {content[:40]!r}; expected one number above zero.")
+    return float(content)
 
 
-def read_tables(args: argparse.Namespace) -> Spots:
+def read_tables(args: argparse.Namespace) -> SourceSpots:
     prefix = args.tables
     counts_path = need_plain(prefix, utils.CNTS.names, "counts")
     locs_path = need_plain(prefix, LOCS_NAMES, "places of the spots")
-    args.image = args.image or need_plain(prefix, utils.HE_RAW.names, "image")
+    image = args.image or need_plain(prefix, utils.HE_RAW.names, "image")
     counts, locs = read_plain(counts_path, None), read_plain(locs_path, ["x", "y"])
     if not whole_counts(counts.to_numpy()):
         raise utils.StageError(
@@ -608,12 +443,13 @@ def read_tables(args: argparse.Namespace) -> Spots:
     size_path = find_plain(prefix, utils.PIXEL_SIZE_RAW.names, "pixel size")
     radius_path = find_plain(prefix, utils.RADIUS_RAW.names, "radius")
     size = args.pixel_size or (read_one_number(size_path) if size_path else None)
-    notes = common.repeated_note(counts_path, separator(counts_path))
+    notes = section.repeated_note(counts_path, separator(counts_path))
     if alone := len(counts) + len(locs) - 2 * len(shared):
         notes.append(f"{alone} spots are in one table only and are left out")
-    spots = Spots(
+    spots = SourceSpots(
         sparse.csr_array(counts.loc[shared].to_numpy()), shared, [str(g) for g in counts.columns],
-        locs.loc[shared], np.ones(len(shared), bool), notes, pixel_size_um=size,
+        locs.loc[shared], np.ones(len(shared), bool), notes, pixel_size_um=size, image=image,
+        files=[path for path in (counts_path, locs_path, size_path, radius_path) if path],
     )  # fmt: skip
     if radius_path and size:
         spots.radius_um = read_one_number(radius_path) * size
@@ -623,25 +459,22 @@ def read_tables(args: argparse.Namespace) -> Spots:
 # -------------------------------------------------------------------------------------------------
 # the section
 # -------------------------------------------------------------------------------------------------
-def pixel_size(args: argparse.Namespace, spots: Spots, path: Path) -> float:
+def pixel_size(args: argparse.Namespace, spots: SourceSpots, path: Path) -> float:
     """um per px of the image: as given, by the array, or by the distances of nearest spots."""
-    if args.pixel_size or spots.pixel_size_um:
-        return args.pixel_size or spots.pixel_size_um
-    if "array_row" in spots.places and args.pitch_um == common.VISIUM_PITCH_UM:
-        return visium.fit_pixel_size(spots.places, path)[0]
-    return args.pitch_um / common.spot_pitch(spots.places[["x", "y"]].to_numpy())
+    known = args.pixel_size or spots.pixel_size_um
+    if known is not None:
+        return known
+    if "array_row" in spots.places and args.pitch_um == utils.VISIUM_PITCH_UM:
+        return tenx.fit_visium_array(spots.places, path).pixel_size_um
+    return args.pitch_um / lattice_pitch(spots.places[["x", "y"]].to_numpy())
 
 
-def prepare(args: argparse.Namespace) -> common.Section:
-    slide = None
-    if args.h5ad:
-        source, spots = args.h5ad, read_h5ad(args)
-    elif args.spatialdata:
-        source = args.spatialdata
-        spots, slide = read_spatialdata(args)
-    else:
-        source, spots = Path(args.tables), read_tables(args)
-    if args.image is None and slide is None:
+def prepare(args: argparse.Namespace) -> section.PreparedSection:
+    source = args.h5ad or args.spatialdata or Path(args.tables)
+    read = read_h5ad if args.h5ad else read_spatialdata if args.spatialdata else read_tables
+    spots = read(args)
+    given = args.image or spots.image
+    if given is None:
         raise utils.StageError(
             f"{source} comes without the full-resolution image, only smaller copies.", WHOLE_IMAGE
         )
@@ -650,19 +483,16 @@ def prepare(args: argparse.Namespace) -> common.Section:
     size = pixel_size(args, spots, source)
     places = spots.places[["x", "y"]]
     inside = places[spots.in_tissue]
-    if slide is not None:
-        image = images.place_slide(slide, inside, size, args.crop_um, args.downsample)
-        locs, size = images.move(inside, image), size * image.downsample
-        notes = []
+    notes = []
+    if isinstance(given, Path):
+        trusted = "--pixel-size is given" if args.pixel_size else None
+        notes = spots.copies.check_size(given, trusted, OTHER_IMAGE)
+        notes += images.check_metadata(given, size, bool(trusted), f"--pixel-size {size:.4g}")
+        image, locs, size = images.place_image(given, inside, size, args.crop_um, args.downsample)
     else:
-        trusted = args.pixel_size is not None
-        notes = check_size(args.image, spots, trusted)
-        notes += images.check_metadata(args.image, size, trusted, f"--pixel-size {size:.4g}")
-        image, locs, size = images.place_image(
-            args.image, inside, size, args.crop_um, args.downsample
-        )
-    radius = args.radius_um or spots.radius_um or common.VISIUM_RADIUS_UM
-    return common.Section(
+        image = images.place_slide(given, inside, size, args.crop_um, args.downsample)
+        locs, size = images.move(inside, image), size * image.downsample
+    return section.PreparedSection(
         image=image,
         pixel_size_um=size,
         locs=locs,
@@ -671,51 +501,18 @@ def prepare(args: argparse.Namespace) -> common.Section:
         counts=spots.counts,
         spots=spots.ids,
         genes=spots.genes,
-        gene_names=common.read_gene_list(args.genes, spots.genes),
-        radius_px=radius / size,
+        gene_names=section.genes_of_option(args.genes, spots.genes),
+        radius_um=args.radius_um or spots.radius_um or utils.VISIUM_RADIUS_UM,
         pitch_um=args.pitch_um,
-        scales=spots.scales,
+        scales=spots.copies.scales,
         notes=spots.notes + notes,
-        sources=[p for p in (args.h5ad, args.image) if p],
+        sources=[*spots.files, given if isinstance(given, Path) else given.path],
         facts={"source": str(source)},
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = sample.build_parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--h5ad", type=Path, help="AnnData with obsm['spatial'].")
-    source.add_argument("--spatialdata", type=Path, metavar="ZARR", help="SpatialData store.")
-    source.add_argument("--tables", metavar="PREFIX", help="Folder of plain tables, or a prefix.")
-    parser.add_argument("--image", type=Path, help="The full-resolution image.")
-    parser.add_argument("--layer", help="Layer of AnnData that holds the raw counts.")
-    parser.add_argument("--library", help="Section, if the .h5ad holds several.")
-    parser.add_argument("--table", help="Table of the SpatialData store, if it holds several.")
-    parser.add_argument("--shapes", help="Shapes of the store, if it holds several.")
-    parser.add_argument("--image-element", help="Image of the store, if it holds several.")
-    parser.add_argument(
-        "--pixel-size",
-        type=slides.pixel_size,
-        metavar="UM",
-        help="um per pixel of the image; default: from the spots' pitch.",
-    )
-    parser.add_argument(
-        "--pitch-um",
-        type=images.micrometres,
-        default=common.VISIUM_PITCH_UM,
-        help="Distance between neighbouring spots; default 100 (Visium); 200 for legacy ST.",
-    )
-    parser.add_argument(
-        "--radius-um",
-        type=images.micrometres,
-        help="Radius of a spot; default 27.5 (Visium); 50 for legacy ST.",
-    )
-    images.add_image_options(parser)
-    return parser
-
-
 def run(argv: list[str] | None = None) -> int:
-    return sample.run(prepare, build_parser(), argv)
+    return sample.run(prepare, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -32,23 +32,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-from scipy import sparse
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from image_calibration import machine_memory
-from prepare import common, images, sample, tenx, visium
+from prepare import options
+
+SCRIPT = "prepare/visium_hd.py"
+
+
+def build_parser() -> utils.Parser:
+    parser = options.prepare_parser(__doc__)
+    options.add_space_ranger_options(parser)
+    parser.add_argument(
+        "--bin", choices=("002", "008", "016"),
+        help="Bins to read, in um (default: the finest that are there).",
+    )  # fmt: skip
+    options.add_truth_genes(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+from scipy import sparse
+
+from method.calibration import machine_memory
+from prepare import images, lattice, sample, section, tenx
 
 BIN_FOLDERS = ("square_002um", "square_008um", "square_016um")
 POSITIONS = "tissue_positions.parquet"
-COLUMNS = list(visium.COLUMNS[1:])
+COLUMNS = list(tenx.COLUMNS[1:])
 BARCODE = "s_000um_00000_00000-"  # size, array_row, array_col
 SQUARE_UM = utils.PIXEL_SIZE_UM  # side of the squares into which a bin is cut: one px of he.jpg
 MIN_COVER = 0.5  # share of a spot or superpixel that bins in tissue must cover
 FITTED_BINS = 250_000  # enough to fit the lattice to
-MAX_RESIDUAL_UM = 20.0  # root mean square; a lens may bend the lattice by a few um
 BINS_PER_BLOCK, VALUES_PER_BLOCK = 200_000, 4_000_000  # read at a time, whichever comes first
 
 
@@ -59,15 +79,9 @@ class Bins:
     size_um: float
     xy: np.ndarray  # (B, 2) centres, px of full resolution
     index: np.ndarray
-    origin: np.ndarray  # (2,) px of the corner of the array
-    axes: np.ndarray  # (2, 2) px per um along array_col and array_row
-    residual_um: float
+    array: lattice.FittedArray  # um along array_col and array_row from the corner of the array
     n_all: int  # with those off the tissue
     extent_um: tuple[float, float]  # width and height of the array
-
-    @property
-    def pixel_size_um(self) -> float:
-        return common.pixel_size_of(self.axes)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -92,27 +106,24 @@ def find_bins(outs: Path, wanted: str | None) -> Path:
 
 def read_bins(path: Path, size_um: float) -> Bins:
     """Positions of all bins, a batch at a time; kept are those in tissue."""
-    import pyarrow
-    import pyarrow.parquet
-
     if not path.is_file():
-        raise utils.StageError(f"{path} is missing.", visium.SPACE_RANGER)
+        raise utils.StageError(f"{path} is missing.", tenx.SPACE_RANGER)
     kept: list[np.ndarray] = []  # array_row, array_col
     xy: list[np.ndarray] = []
-    sample: list[np.ndarray] = []
+    to_fit: list[np.ndarray] = []
     n_all, last = 0, np.zeros(2)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             missing = sorted({"barcode", *COLUMNS} - set(file.schema_arrow.names))
             if missing:
-                raise common.broken(path, f"has no column {', '.join(missing)}.")
+                raise utils.broken(path, f"has no column {', '.join(missing)}.")
             step = max(1, file.metadata.num_rows // FITTED_BINS)
             for batch in file.iter_batches(columns=COLUMNS):
                 table = np.column_stack([batch[name].to_numpy(False) for name in COLUMNS])
                 table = table.astype(np.float64)
                 if not np.isfinite(table).all():
-                    raise common.broken(path, "holds empty cells.")
-                sample.append(table[(-n_all) % step :: step])
+                    raise utils.broken(path, "holds empty cells.")
+                to_fit.append(table[(-n_all) % step :: step])
                 in_tissue = table[:, 0] > 0
                 kept.append(table[in_tissue, 1:3].astype(np.int32))
                 xy.append(table[in_tissue][:, [4, 3]])
@@ -121,27 +132,24 @@ def read_bins(path: Path, size_um: float) -> Bins:
     except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
         if isinstance(error, utils.StageError):
             raise
-        raise common.broken(path, f"is no whole table of positions: {error}") from error
+        raise utils.broken(path, f"is no whole table of positions: {error}") from error
     places = np.concatenate([np.empty((0, 2), np.int32), *kept])
     if len(places) == 0:
         raise utils.StageError(
             f"{path}: none of its {n_all} bins is in tissue.", "See that Space Ranger found tissue."
         )
-    _, row, col, y, x = np.concatenate(sample).T
-    lattice = np.column_stack([col + 0.5, row + 0.5]) * size_um
-    origin, axes = common.fit_affine(lattice, np.column_stack([x, y]))
-    off = (origin + lattice @ axes - np.column_stack([x, y])) * common.pixel_size_of(axes)
+    _, row, col, y, x = np.concatenate(to_fit).T
+    places_um = np.column_stack([col + 0.5, row + 0.5]) * size_um
+    array = lattice.fit_array(places_um, np.column_stack([x, y]), path)
     index = np.full(places.max(0) + 1, -1, np.int32)
     index[tuple(places.T)] = np.arange(len(places), dtype=np.int32)
     if (index >= 0).sum() != len(places):
-        raise common.broken(path, "lists bins more than once.")
+        raise utils.broken(path, "lists bins more than once.")
     return Bins(
         size_um=size_um,
         xy=np.concatenate(xy),
         index=index,
-        origin=origin,
-        axes=axes,
-        residual_um=float(np.sqrt((off**2).sum(1).mean())),
+        array=array,
         n_all=n_all,
         extent_um=(float(last[1] + 1) * size_um, float(last[0] + 1) * size_um),
     )
@@ -149,23 +157,19 @@ def read_bins(path: Path, size_um: float) -> Bins:
 
 def check_lattice(bins: Bins, path: Path, said_um: float | None) -> None:
     """Stop if the bins are not a square lattice, or not of the size that the file says."""
-    along, across = np.linalg.norm(bins.axes, axis=1) * bins.size_um
-    skew = abs(bins.axes[0] @ bins.axes[1]) / np.linalg.norm(bins.axes, axis=1).prod()
-    if (
-        abs(along / across - 1) > visium.MAX_SKEW
-        or skew > visium.MAX_SKEW
-        or bins.residual_um > MAX_RESIDUAL_UM
-    ):
+    array, pixel_size = bins.array, bins.array.pixel_size_um
+    along, across = array.px_per_um * bins.size_um
+    if array.skew > tenx.MAX_SKEW or array.residual_um > tenx.MAX_RESIDUAL_UM:
         raise utils.StageError(
             f"{path} holds no square lattice of bins: they are {along:.3f} px apart along "
-            f"array_col and {across:.3f} px along array_row, off by {bins.residual_um:.1f} um.",
+            f"array_col and {across:.3f} px along array_row, off by {array.residual_um:.1f} um.",
             f"See that its columns are {', '.join(COLUMNS)}, row before column.",
         )
-    if said_um and abs(bins.pixel_size_um / said_um - 1) > images.MAX_PIXEL_SIZE_ERROR:
+    if said_um and abs(pixel_size / said_um - 1) > images.MAX_PIXEL_SIZE_ERROR:
         raise utils.StageError(
             f"{path}: bins of {bins.size_um:g} um are {along:.3f} px apart, so a pixel is "
-            f"{bins.size_um:g} / {along:.3f} = {bins.pixel_size_um:.4g} um; microns_per_pixel of "
-            f"{visium.SCALE_FACTORS} says {said_um:.4g}.",
+            f"{bins.size_um:g} / {along:.3f} = {pixel_size:.4g} um; microns_per_pixel of "
+            f"{tenx.SCALE_FACTORS} says {said_um:.4g}.",
             "Positions and scale factors are of two bin sizes or sections; give those of one.",
         )
 
@@ -175,18 +179,16 @@ def bin_places(barcodes: np.ndarray, size_um: float, path: Path) -> tuple[np.nda
     text = np.ascontiguousarray(barcodes.astype("S"))
     letters = text.view(np.uint8).reshape(len(text), text.dtype.itemsize)
     pattern = np.frombuffer(BARCODE.encode(), np.uint8)
-    is_digit = pattern == ord("0")
+    fixed = pattern != ord("0")
     if letters.shape[1] >= len(pattern):
         head = letters[:, : len(pattern)]
-        digits = head[:, is_digit] - np.uint8(ord("0"))  # wraps round, so that letters are above 9
-        if (digits <= 9).all() and (head[:, ~is_digit] == pattern[~is_digit]).all():
-            size, row, col = (
-                digits[:, part].astype(np.int64) @ 10 ** np.arange(part.stop - part.start)[::-1]
-                for part in (slice(0, 3), slice(3, 8), slice(8, 13))
-            )
-            if (size == size_um).all():
+        digits = head[:, ~fixed] - np.uint8(ord("0"))  # wraps round, so that letters are above 9
+        if (digits <= 9).all() and (head[:, fixed] == pattern[fixed]).all():
+            powers = 10 ** np.arange(5)[::-1]
+            row, col = digits[:, 3:8] @ powers, digits[:, 8:] @ powers
+            if (digits[:, :3] @ powers[2:] == size_um).all():
                 return row, col
-    raise common.broken(
+    raise utils.broken(
         path,
         f"has barcodes such as {tenx.decode(text[:1])[0]!r}; expected {size_um:g} um bins like "
         f"s_{size_um:03.0f}um_00012_00345-1.",
@@ -197,7 +199,7 @@ def bin_places(barcodes: np.ndarray, size_um: float, path: Path) -> tuple[np.nda
 # the matrix, a block of bins at a time
 # -------------------------------------------------------------------------------------------------
 @dataclass
-class Matrix:
+class BinMatrix:
     """The file of counts, opened again for every pass; only ``features`` is in memory."""
 
     path: Path
@@ -216,11 +218,11 @@ class Matrix:
                 first, last = indptr[start], indptr[stop]
                 data, indices = group["data"][first:last], group["indices"][first:last]
                 pointers = (indptr[start : stop + 1] - first).astype(np.int32)
-                shape = (n_features, stop - start)
-                tenx.check_columns(self.path, data, indices, pointers, shape)
+                shape = (stop - start, n_features)
                 block = sparse.csr_array(
-                    (data.astype(np.float64), indices.astype(np.int32), pointers), shape=shape[::-1]
+                    (data.astype(np.float64), indices.astype(np.int32), pointers), shape=shape
                 )
+                block.check_format(full_check=True)
                 places = bin_places(group["barcodes"][start:stop], bins.size_um, self.path)
                 yield numbers(bins.index, *places), block[:, self.keep]
                 start = stop
@@ -232,7 +234,7 @@ def numbers(index: np.ndarray, row: np.ndarray, col: np.ndarray) -> np.ndarray:
     return np.where(known, index[np.where(known, row, 0), np.where(known, col, 0)], -1)
 
 
-def open_matrix(path: Path) -> Matrix:
+def open_matrix(path: Path) -> BinMatrix:
     if path.is_dir():
         raise utils.StageError(
             f"{path} is a folder of tables; bins of HD are read from {path.name}.h5.",
@@ -244,11 +246,11 @@ def open_matrix(path: Path) -> Matrix:
         indptr = group["indptr"]
         whole = len(indptr) == shape[1] + 1 and indptr[-1] == len(group["data"])
         if not whole or len(features) != shape[0] or len(group["barcodes"]) != shape[1]:
-            raise common.broken(path, f"is damaged: its parts do not fit a matrix of {shape}.")
+            raise utils.broken(path, f"is damaged: its parts do not fit a matrix of {shape}.")
     keep = np.flatnonzero(features["type"] == tenx.KEPT_TYPE)
     kept = features.iloc[keep].reset_index(drop=True)
     kept.attrs["n_dropped"] = len(features) - len(keep)
-    return Matrix(path, keep, kept)
+    return BinMatrix(path, keep, kept)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -257,41 +259,39 @@ def open_matrix(path: Path) -> Matrix:
 def lattice_of_spots(bins: Bins) -> np.ndarray:
     """Centres (S, 2), px of full resolution, of all whole discs on the array of bins."""
     width, height = bins.extent_um
-    radius = common.VISIUM_RADIUS_UM
-    box = (radius, radius, width - radius, height - radius)
-    centres_um = common.hexagonal_lattice(box, common.VISIUM_PITCH_UM)
+    centres_um = lattice.visium_spots(width, height)
     if len(centres_um) == 0:
         raise utils.StageError(
             f"The bins reach over {width:g} x {height:g} um only, less than one spot.",
             "Give a whole section.",
         )
-    return bins.origin + centres_um @ bins.axes
+    return bins.array.place(centres_um)
 
 
 def discs_of_bins(bins: Bins, centres: np.ndarray) -> np.ndarray:
     """Number of the spot whose disc holds the centre of a bin, int32 (B,); -1 for none."""
     disc = np.empty(len(bins.xy), np.int32)
-    radius = common.VISIUM_RADIUS_UM / bins.pixel_size_um
+    radius = utils.VISIUM_RADIUS_UM / bins.array.pixel_size_um
     for start in range(0, len(disc), BINS_PER_BLOCK):
         part = slice(start, start + BINS_PER_BLOCK)
-        disc[part] = common.disc_of(bins.xy[part], centres, radius)
+        disc[part] = lattice.disc_of(bins.xy[part], centres, radius)
     return disc
 
 
 def spots_in_tissue(bins: Bins, disc: np.ndarray, n_spots: int) -> np.ndarray:
     """Which spots are filled by bins in tissue to at least MIN_COVER: bool (S,)."""
-    per_disc = np.pi * common.VISIUM_RADIUS_UM**2 / bins.size_um**2
+    per_disc = np.pi * utils.VISIUM_RADIUS_UM**2 / bins.size_um**2
     return np.bincount(disc[disc >= 0], minlength=n_spots) >= MIN_COVER * per_disc
 
 
 def sum_spots(
-    matrix: Matrix, bins: Bins, disc: np.ndarray, n_spots: int
+    matrix: BinMatrix, bins: Bins, disc: np.ndarray, n_spots: int
 ) -> tuple[sparse.csr_array, float]:
     """Counts (S, G) of the spots, and the molecules of the whole file."""
     total, molecules = sparse.csr_array((n_spots, len(matrix.keep))), 0.0
     for number, block in matrix.blocks(bins):
         target = np.where(number >= 0, disc[number], -1)
-        total = total + common.sum_rows(target, block, n_spots)
+        total = total + lattice.sum_rows(target, block, n_spots)
         molecules += float(block.sum())
     return total, molecules
 
@@ -300,7 +300,7 @@ def sum_spots(
 # truth
 # -------------------------------------------------------------------------------------------------
 @dataclass
-class Grid:
+class TruthGrid:
     """Superpixels of he.jpg in the frame of the bins, and the squares of a bin."""
 
     shape: tuple[int, int]  # h, w
@@ -311,21 +311,21 @@ class Grid:
     def cells(self, xy: np.ndarray) -> np.ndarray:
         """Superpixel (n, k * k) of each square of the bins at ``xy`` (n, 2); -1 off the map."""
         at = (xy[:, None] + self.offsets - self.left_top) * self.factor
-        col, row = np.floor(at[..., 0]), np.floor(at[..., 1])
-        inside = (row >= 0) & (row < self.shape[0]) & (col >= 0) & (col < self.shape[1])
-        return np.where(inside, row * self.shape[1] + col, -1).astype(np.int64)
+        return lattice.superpixel_of(at, self.shape)
 
 
-def make_grid(bins: Bins, placed: visium.Placed) -> Grid:
-    shape, factor = common.superpixel_grid(images.image_shape(placed.image), placed.pixel_size_um)
+def make_grid(bins: Bins, written: tenx.WrittenImage) -> TruthGrid:
+    shape, factor = lattice.superpixel_grid(
+        images.image_shape(written.image), written.pixel_size_um
+    )
     k = int(np.ceil(bins.size_um / SQUARE_UM))
     steps = ((np.arange(k) + 0.5) / k - 0.5) * bins.size_um
     along, across = np.meshgrid(steps, steps)
-    offsets = np.column_stack([along.ravel(), across.ravel()]) @ bins.axes
-    return Grid(shape, np.array(placed.left_top), factor * placed.scale, offsets)
+    offsets = np.column_stack([along.ravel(), across.ravel()]) @ bins.array.axes
+    return TruthGrid(shape, np.array(written.left_top), factor * written.scale, offsets)
 
 
-def cover(bins: Bins, grid: Grid) -> np.ndarray:
+def cover(bins: Bins, grid: TruthGrid) -> np.ndarray:
     """Share (h, w) of each superpixel that bins in tissue cover."""
     h, w = grid.shape
     squares = np.zeros(h * w + 1, np.int64)  # the last one counts those off the map
@@ -337,7 +337,7 @@ def cover(bins: Bins, grid: Grid) -> np.ndarray:
 
 
 def sum_superpixels(
-    matrix: Matrix, bins: Bins, grid: Grid, genes: np.ndarray
+    matrix: BinMatrix, bins: Bins, grid: TruthGrid, genes: np.ndarray
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Counts (h, w, genes) by area, float32, and where all molecules of these genes are."""
     n_cells, share = grid.shape[0] * grid.shape[1], 1 / len(grid.offsets)
@@ -348,9 +348,8 @@ def sum_superpixels(
         block = block[:, genes]
         per_bin = np.asarray(block.sum(axis=1)).ravel()
         cells = grid.cells(bins.xy[number[used]])
-        square = np.flatnonzero(cells >= 0)
-        entries = (np.full(len(square), share), (cells.ravel()[square], square // cells.shape[1]))
-        shares = sparse.csr_array(sparse.coo_array(entries, shape=(n_cells, len(cells))))
+        owner = np.repeat(np.arange(len(cells)), cells.shape[1])
+        shares = lattice.tally(cells.ravel(), owner, (n_cells, len(cells))) * share
         part = shares @ block[np.flatnonzero(used)]
         total[np.repeat(np.arange(n_cells), np.diff(part.indptr)), part.indices] += part.data
         lost = 1 - np.asarray(shares.sum(axis=0)).ravel()
@@ -361,98 +360,93 @@ def sum_superpixels(
     return total.reshape(*grid.shape, len(genes)), molecules
 
 
-def check_memory(grid: Grid, n_genes: int) -> None:
+def check_memory(grid: TruthGrid, n_genes: int) -> None:
     need, there = 4 * grid.shape[0] * grid.shape[1] * n_genes, machine_memory()
     if there is not None and need > there:
         raise utils.StageError(
             f"The truth of {grid.shape[0]} x {grid.shape[1]} superpixels and {n_genes} genes needs "
             f"{need / 1e9:.1f} GB of memory; there are {there / 1e9:.1f} GB.",
-            "Name fewer genes, by --truth-genes N or --genes FILE, or leave it out: "
-            "--truth-genes 0.",
+            "Name fewer genes, by --truth-genes N or --genes, or leave it out: --truth-genes 0.",
         )
+
+
+def make_truth(
+    matrix: BinMatrix, bins: Bins, written: tenx.WrittenImage, chosen: np.ndarray, genes: list[str]
+) -> tuple[section.CountedTruth | None, dict[str, float]]:
+    """Truth of the chosen genes, and where their molecules are; none if no gene is chosen."""
+    if not len(chosen):
+        return None, {}
+    grid = make_grid(bins, written)
+    check_memory(grid, len(chosen))
+    counts, where = sum_superpixels(matrix, bins, grid, chosen)
+    tissue = cover(bins, grid) >= MIN_COVER
+    return section.CountedTruth(counts, tissue, [genes[i] for i in chosen]), where
 
 
 # -------------------------------------------------------------------------------------------------
 # the section
 # -------------------------------------------------------------------------------------------------
-def prepare(args: argparse.Namespace) -> common.Section:
+def prepare(args: argparse.Namespace) -> section.PreparedSection:
     folder = find_bins(args.outs, args.bin)
     size_um = float(folder.name[len("square_") : -len("um")])
-    spatial = visium.read_spatial(folder / "spatial")
+    spatial = tenx.read_spatial(folder / "spatial")
     positions_path = folder / "spatial" / POSITIONS
-    matrix = open_matrix(visium.find_matrix(folder))
+    matrix = open_matrix(tenx.find_matrix(folder))
     bins = read_bins(positions_path, size_um)
     check_lattice(bins, positions_path, spatial.microns_per_pixel)
 
     centres = lattice_of_spots(bins)
     disc = discs_of_bins(bins, centres)
     in_tissue = spots_in_tissue(bins, disc, len(centres))
-    places = pd.DataFrame(centres, [f"spot{i:05d}" for i in range(len(centres))], ["x", "y"])
+    places = lattice.named_spots(centres)
     if not in_tissue.any():
         raise utils.StageError("No pseudo-spot is in tissue.", "Give a section with more tissue.")
-    placed, notes = visium.place(args, places[in_tissue], bins.pixel_size_um, spatial)
+    pixel_size = bins.array.pixel_size_um
+    written, notes = tenx.choose_image(args, places[in_tissue], pixel_size, spatial)
     spots, molecules = sum_spots(matrix, bins, disc, len(centres))
-    facts = {"molecules_of_source": molecules}
-    symbols, ids = matrix.features["name"].tolist(), matrix.features["id"].tolist()
-    genes = common.unique_symbols(symbols, ids)
-    listed = common.read_gene_list(args.genes, genes)
+    genes = tenx.gene_names(matrix.features)
+    listed = section.genes_of_option(args.genes, genes)
     in_spots = spots[np.flatnonzero(in_tissue)]
-    chosen = common.choose_truth_genes(listed, genes, in_spots, args.truth_genes)
-    truth = None
-    if len(chosen):
-        grid = make_grid(bins, placed)
-        check_memory(grid, len(chosen))
-        counts, where = sum_superpixels(matrix, bins, grid, chosen)
-        facts["molecules_of_truth_genes"] = where
+    chosen = section.choose_truth_genes(listed, genes, in_spots, args.truth_genes)
+    truth, where = make_truth(matrix, bins, written, chosen, genes)
+    if truth is not None:
         notes.append(
             f"truth.npz holds {len(chosen)} of {len(genes)} genes: {where['in truth']:,.0f} of "
             f"{where['all']:,.0f} molecules; {where['bins not in tissue']:,.0f} are of bins off "
             f"the tissue, {where['off the image']:,.0f} off the image"
         )
-        truth = common.Truth(counts, cover(bins, grid) >= MIN_COVER, [genes[i] for i in chosen])
     if size_um > 2:
         notes.append(f"bins of {size_um:g} um: pseudo-spots are coarser than from {BIN_FOLDERS[0]}")
-    if matrix.features.attrs["n_dropped"]:
-        notes.append(f"{matrix.features.attrs['n_dropped']} features that are no genes left out")
-    return common.Section(
-        image=placed.image,
-        pixel_size_um=placed.pixel_size_um,
-        locs=placed.move(places[in_tissue]),
+    if dropped := matrix.features.attrs["n_dropped"]:
+        notes.append(f"{dropped} features that are no genes left out")
+    return section.PreparedSection(
+        image=written.image,
+        pixel_size_um=written.pixel_size_um,
+        locs=written.move(places[in_tissue]),
         counts=in_spots,
         genes=genes,
         gene_names=listed,
-        radius_px=common.VISIUM_RADIUS_UM / placed.pixel_size_um,
-        pitch_um=common.VISIUM_PITCH_UM,
+        pitch_um=utils.VISIUM_PITCH_UM,
         truth=truth,
-        off_tissue=placed.move(places[~in_tissue]),
-        array=placed.move(places),
+        off_tissue=written.move(places[~in_tissue]),
+        array=written.move(places),
         scales=spatial.scales,
         sources=[args.image, matrix.path, positions_path, *spatial.files()],
         facts={
             "bin_um": size_um,
             "bins": bins.n_all,
             "bins_in_tissue": len(bins.xy),
-            "full_resolution_um_per_px": bins.pixel_size_um,
-            "lattice_residual_um": bins.residual_um,
-            **facts,
+            "full_resolution_um_per_px": pixel_size,
+            "lattice_residual_um": bins.array.residual_um,
+            "molecules_of_source": molecules,
+            "molecules_of_truth_genes": where,
         },
         notes=notes,
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = sample.build_parser(__doc__)
-    parser.add_argument("--outs", type=Path, required=True, help="Folder outs of Space Ranger.")
-    parser.add_argument(
-        "--bin", choices=("002", "008", "016"), help="Bins to read, in um; default: the finest."
-    )
-    common.add_truth_option(parser)
-    visium.add_image_arguments(parser)
-    return parser
-
-
 def run(argv: list[str] | None = None) -> int:
-    return sample.run(prepare, build_parser(), argv)
+    return sample.run(prepare, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Reads   OUTS, a folder or the .zip or .tar.gz of it:
           experiment.xenium                   pixel size of the run's own images, 0.2125 um
           transcripts.parquet                 molecules: feature_name, x_location, y_location, qv
-          cell_feature_matrix.h5, cells.parquet or .csv.gz   instead of molecules: --counts cells
-          cell_boundaries.parquet or .csv.gz                 the same by area: --counts polygons
+          cell_feature_matrix.h5, cells.parquet or .csv.gz   instead of molecules: --counts-of cells
+          cell_boundaries.parquet or .csv.gz                 the same by area: --counts-of polygons
         HE.ome.tif      H&E of the same section, or any slide that slides.py reads
         CSV             3 x 3 matrix from pixels of the H&E to pixels of the run (Xenium Explorer);
                         --aligned instead of it: the image lies in the frame of the run already
@@ -30,34 +30,79 @@ Letters in shapes: M molecules, C cells, N spots, G genes, h x w superpixels.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path, PurePosixPath
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from prepare import options
+
+SCRIPT = "prepare/xenium.py"
+MIN_QUALITY = 20.0  # Phred-scaled; what the vendor's own cell matrix counts
+
+
+def build_parser() -> utils.Parser:
+    parser = options.prepare_parser(__doc__)
+    parser.add_argument("--outs", type=Path, required=True, help="Folder, .zip or .tar.gz.")
+    parser.add_argument("--image", type=Path, required=True, help="H&E image of the section.")
+    alignment = parser.add_mutually_exclusive_group(required=True)
+    alignment.add_argument(
+        "--alignment", type=Path, metavar="CSV",
+        help="3 x 3 matrix from pixels of the H&E to pixels of the run.",
+    )  # fmt: skip
+    alignment.add_argument(
+        "--aligned", action="store_true",
+        help="The image lies in the frame of the run already, corner on corner. An H&E as it "
+             "comes from the microscope does not.",
+    )  # fmt: skip
+    options.add_pixel_size(parser, "what its metadata say")
+    parser.add_argument(
+        "--counts-of", choices=["transcripts", "cells", "polygons"],
+        help="What is counted (default: transcripts if they are there, else cells).",
+    )  # fmt: skip
+    parser.alias("--counts", "--counts-of")
+    parser.add_argument(
+        "--min-quality", type=float, default=MIN_QUALITY, metavar="Q",
+        help="Least quality of a molecule that counts",
+    )  # fmt: skip
+    options.add_truth_genes(parser)
+    parser.add_argument(
+        "--region-um", type=float, nargs=4, metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        help="Part of the section, um of the run (default: all molecules and a margin).",
+    )  # fmt: skip
+    parser.alias("--region", "--region-um")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+
 import contextlib
 import json
 import shutil
-import sys
 import tarfile
 import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow
+from pyarrow import parquet
 from scipy import sparse
 from scipy.ndimage import uniform_filter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from method import grid
-from prepare import common, images, sample, slides, tenx
+from prepare import images, lattice, sample, section, slides, tenx
 from prepare.aligned import Aligned, check_alignment, check_pixel_size, project, read_placing
 
 EXPERIMENT, MOLECULES, MATRIX = "experiment.xenium", "transcripts.parquet", "cell_feature_matrix.h5"
 CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
 OUTLINES = ("cell_boundaries.parquet", "cell_boundaries.csv.gz", "cell_boundaries.csv")
 WANTED = {EXPERIMENT, MOLECULES, MATRIX, *CELLS, *OUTLINES}  # of an archive, nothing else is read
-MIN_QUALITY = 20.0  # Phred-scaled; what the vendor's own cell matrix counts
 GENE_CATEGORIES = {"predesigned_gene", "custom_gene"}  # of codeword_category
 CONTROL_PREFIXES = (  # of feature names, where no column tells
     "NegControl", "antisense_", "BLANK_", "Blank-", "UnassignedCodeword", "DeprecatedCodeword",
@@ -65,6 +110,7 @@ CONTROL_PREFIXES = (  # of feature names, where no column tells
 )  # fmt: skip
 BATCH = 1_000_000  # molecules in memory at a time
 
+SPOT_RADIUS_PX = utils.VISIUM_RADIUS_UM / utils.PIXEL_SIZE_UM
 MARGIN_UM = 50.0  # around the molecules
 TISSUE_WINDOW = 5  # superpixels, 40 um: local density
 TISSUE_SHARE = 0.1  # of the median density; diffused molecules off the tissue are far below
@@ -85,9 +131,9 @@ def open_outs(path: Path) -> Iterator[Path]:
         raise utils.StageError(f"{path} has none of {', '.join(sorted(WANTED))}.", OUTS_HELP)
     if not path.is_file():
         raise utils.StageError(f"{path} does not exist.", OUTS_HELP)
-    with tempfile.TemporaryDirectory(prefix="xenium-") as folder:
-        unpack(path, Path(folder))
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(prefix="xenium-") as unpacked:
+        unpack(path, Path(unpacked))
+        yield Path(unpacked)
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -106,21 +152,26 @@ def unpack(archive: Path, folder: Path) -> None:
                 members = [(m.name, m.size, m.isreg()) for m in packed if not m.isdir()]
                 copy_members(archive, folder, members, packed.extractfile)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise common.broken(archive, f"is no whole .zip or .tar archive: {error}") from error
+        raise utils.broken(archive, f"is no whole .zip or .tar archive: {error}") from error
 
 
-def copy_members(archive: Path, folder: Path, members: list[tuple[str, int, bool]], opened) -> None:
+def copy_members(
+    archive: Path,
+    folder: Path,
+    members: list[tuple[str, int, bool]],
+    opened: Callable[[str], Any],
+) -> None:
     """Copy the wanted ones of the members (name, bytes, is a plain file) of an archive."""
     chosen: dict[str, str] = {}
     for name, _, plain in members:
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0]:
-            raise common.broken(archive, f"holds the path {name!r}, which leads out of a folder.")
+            raise utils.broken(archive, f"holds the path {name!r}, which leads out of a folder.")
         wanted = parts[-1] in WANTED and len(parts) <= 3  # OUTS/, NAME/outs/
         if wanted and not plain:
-            raise common.broken(archive, f"holds {name!r} as a link or device, not as a file.")
+            raise utils.broken(archive, f"holds {name!r} as a link or device, not as a file.")
         if wanted and parts[-1] in chosen:
-            raise common.broken(archive, f"holds {parts[-1]} twice: {chosen[parts[-1]]}, {name}.")
+            raise utils.broken(archive, f"holds {parts[-1]} twice: {chosen[parts[-1]]}, {name}.")
         if wanted:
             chosen[parts[-1]] = name
     if not chosen:
@@ -140,42 +191,32 @@ def run_pixel_size(outs: Path) -> float:
     try:
         size = float(json.loads(path.read_text(encoding="utf-8"))["pixel_size"])
     except (ValueError, KeyError, TypeError) as error:
-        raise common.broken(path, f"does not say a pixel_size: {error!r}") from error
+        raise utils.broken(path, f"does not say a pixel_size: {error!r}") from error
     if not utils.MIN_PIXEL_SIZE_UM <= size <= utils.MAX_PIXEL_SIZE_UM:
-        raise common.broken(path, f"says a pixel_size of {size} um.")
+        raise utils.broken(path, f"says a pixel_size of {size} um.")
     return size
 
 
-def used_files(outs: Path) -> list[str]:
-    """Names of the files of the run that can have been read, for the record."""
-    return sorted(name for name in WANTED if (outs / name).is_file())
+def read_cell_table(outs: Path, names: tuple[str, ...], columns: list[str]) -> pd.DataFrame:
+    """cell_id (text) and columns of numbers of the first table there, .parquet or .csv(.gz)."""
 
-
-def find_first(outs: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (outs / name).is_file():
-            return outs / name
-    raise utils.StageError(f"{outs} has no {' or '.join(names)}.", OUTS_HELP)
-
-
-def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Columns of a .parquet or .csv(.gz) table; cell_id as text."""
-    try:
+    def read(path: Path) -> pd.DataFrame:
+        wanted = ["cell_id", *columns]
         if path.suffix == ".parquet":
-            table = pd.read_parquet(path, columns=columns)
-        else:
-            table = pd.read_csv(path, usecols=columns, dtype={"cell_id": str})[columns]
-    except (ValueError, OSError, EOFError, KeyError) as error:
-        raise common.broken(path, f"is no whole table of {', '.join(columns)}: {error}") from error
-    ids = table["cell_id"].tolist()
-    return table.assign(cell_id=[i.decode() if isinstance(i, bytes) else str(i) for i in ids])
+            return pd.read_parquet(path, columns=wanted)
+        return pd.read_csv(path, usecols=wanted, dtype={"cell_id": str})
+
+    table = section.read_numbers(
+        section.first_of(outs, names, OUTS_HELP), read, ["cell_id", *columns], text=["cell_id"]
+    )
+    return table.assign(cell_id=tenx.decode(table["cell_id"]))
 
 
 # -------------------------------------------------------------------------------------------------
 # the aligned image
 # -------------------------------------------------------------------------------------------------
 @dataclass
-class Frame:
+class RunFrame:
     """Where the image written lies in the run: px = (um - origin) / 0.5."""
 
     origin: np.ndarray  # x, y in um
@@ -184,7 +225,13 @@ class Frame:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of superpixels of he.jpg, which image_calibration.py pads."""
-        return common.superpixel_grid(self.size[::-1], utils.PIXEL_SIZE_UM)[0]
+        return lattice.superpixel_grid(self.size[::-1], utils.PIXEL_SIZE_UM)[0]
+
+    def superpixel_of(self, px: np.ndarray) -> np.ndarray:
+        """Index row * w + col (M,) of the superpixel of places (M, 2) in px; -1 off the image, of
+        which the padding of he.jpg is no part."""
+        on_image = ((px >= 0) & (px < self.size)).all(axis=1)
+        return np.where(on_image, lattice.superpixel_of(px / utils.TOKEN_PX, self.grid), -1)
 
     def to_px(self, um: np.ndarray) -> np.ndarray:
         return (um - self.origin) / utils.PIXEL_SIZE_UM
@@ -196,8 +243,8 @@ class Frame:
         return np.array([[size, 0, x], [0, size, y], [0, 0, 1.0]])
 
 
-def make_frame(low: np.ndarray, high: np.ndarray, region: list[float] | None) -> Frame:
-    """The frame of --region (x, y, width, height in um), or of all molecules and a margin."""
+def make_frame(low: np.ndarray, high: np.ndarray, region: list[float] | None) -> RunFrame:
+    """The frame of --region-um (x, y, width, height in um), or of all molecules and a margin."""
     if region is None:
         origin = np.maximum(np.floor(low - MARGIN_UM), 0)
         size = np.ceil((high + MARGIN_UM - origin) / utils.PIXEL_SIZE_UM)
@@ -207,9 +254,9 @@ def make_frame(low: np.ndarray, high: np.ndarray, region: list[float] | None) ->
         raise utils.StageError(
             f"The section would be {size[0]:.0f} x {size[1]:.0f} px at {utils.PIXEL_SIZE_UM} um; "
             f"expected at least {utils.TILE_PX} px a side, and {utils.MAX_MEGAPIXELS} megapixels.",
-            "Choose a part of it: --region X Y WIDTH HEIGHT in um.",
+            "Choose a part of it: --region-um X Y WIDTH HEIGHT.",
         )
-    return Frame(origin, (int(size[0]), int(size[1])))
+    return RunFrame(origin, (int(size[0]), int(size[1])))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -229,25 +276,20 @@ class Survey:
 
 def batches(path: Path) -> Iterator[pd.DataFrame]:
     """Molecules, a few at a time: feature (category), x, y (um), qv, and what tells of genes."""
-    import pyarrow
-    from pyarrow import parquet
-
     try:
         with parquet.ParquetFile(path, read_dictionary=["feature_name"]) as file:
-            names = ["feature_name", "x_location", "y_location", "qv"]
-            if missing := [name for name in names if name not in file.schema_arrow.names]:
-                raise common.broken(path, f"has no column {', '.join(missing)}.")
+            needed = ["feature_name", "x_location", "y_location", "qv"]
+            if missing := [name for name in needed if name not in file.schema_arrow.names]:
+                raise utils.broken(path, f"has no column {', '.join(missing)}.")
             tells = [n for n in ("is_gene", "codeword_category") if n in file.schema_arrow.names]
-            for batch in file.iter_batches(BATCH, columns=names + tells[:1]):
+            for batch in file.iter_batches(BATCH, columns=needed + tells[:1]):
                 table = batch.to_pandas()
                 feature = table["feature_name"].cat
-                yield table.assign(feature_name=feature.rename_categories(text(feature.categories)))
+                yield table.assign(
+                    feature_name=feature.rename_categories(tenx.decode(feature.categories))
+                )
     except (OSError, pyarrow.ArrowException) as error:
-        raise common.broken(path, f"is no whole Parquet file: {error}") from error
-
-
-def text(names) -> list[str]:
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+        raise utils.broken(path, f"is no whole Parquet file: {error}") from error
 
 
 def genes_of(table: pd.DataFrame, panel: set[str] | None) -> np.ndarray:
@@ -256,15 +298,12 @@ def genes_of(table: pd.DataFrame, panel: set[str] | None) -> np.ndarray:
         return table["is_gene"].to_numpy(bool)
     if "codeword_category" in table:
         category = table["codeword_category"].astype("category").cat
-        kinds = text(category.categories)
-        return np.isin(category.codes, [i for i, k in enumerate(kinds) if k in GENE_CATEGORIES])
+        kinds = tenx.decode(category.categories)
+        return np.isin(category.codes, np.flatnonzero(pd.Index(kinds).isin(GENE_CATEGORIES)))
     feature = table["feature_name"].cat
-    good = [
-        i
-        for i, name in enumerate(feature.categories)
-        if (not name.startswith(CONTROL_PREFIXES) if panel is None else name in panel)
-    ]
-    return np.isin(feature.codes, good)
+    names = feature.categories
+    good = ~names.str.startswith(CONTROL_PREFIXES) if panel is None else names.isin(panel)
+    return np.isin(feature.codes, np.flatnonzero(good))
 
 
 def read_panel(outs: Path) -> set[str] | None:
@@ -335,50 +374,48 @@ class Molecules:
     panel: set[str] | None
     quality: float
     genes: list[str]
-    frame: Frame
+    frame: RunFrame
 
-    def on_image(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """px (M, 2), gene (M,) of those that count and lie on the image, and how many lie off it,
-        a batch at a time."""
+    def on_image(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+        """px (M, 2), superpixel (M,) and gene (M,) of those that count and lie on the image, and
+        how many lie off it, a batch at a time."""
         index = pd.Index(self.genes)
         for table in batches(self.path):
             table = table[(table["qv"] >= self.quality).to_numpy() & genes_of(table, self.panel)]
             codes = index.get_indexer(table["feature_name"].cat.categories)
             gene = codes[table["feature_name"].cat.codes]
             px = self.frame.to_px(table[["x_location", "y_location"]].to_numpy(float))
-            # the padding of he.jpg is no part of the image
-            within = ((px >= 0) & (px < self.frame.size)).all(1)
-            yield px[within], gene[within], int((~within).sum())
+            superpixel = self.frame.superpixel_of(px)
+            inside = superpixel >= 0
+            yield px[inside], superpixel[inside], gene[inside], int((~inside).sum())
 
     def grid_of(self, chosen: np.ndarray) -> sparse.csr_array:
         """Counts (h * w, chosen genes): every molecule in its superpixel."""
         place = np.full(len(self.genes), -1)
         place[chosen] = np.arange(len(chosen))
-        grid, shape = Total(), (*self.frame.grid, len(chosen))
-        for px, gene, _ in self.on_image():
-            gene, px = place[gene], px[place[gene] >= 0] / utils.TOKEN_PX
-            counted, _ = common.accumulate(px[:, 1], px[:, 0], gene[gene >= 0], None, shape)
-            grid.add(counted.astype(np.int32))
-        return grid.sum()
+        total, shape = Total(), (int(np.prod(self.frame.grid)), len(chosen))
+        for _, superpixel, gene, _ in self.on_image():
+            total.add(lattice.tally(superpixel, place[gene], shape).astype(np.int32))
+        return total.sum()
 
     def count(self, xy: np.ndarray) -> Counts:
         """Every molecule in its superpixel and, if one covers it, in its spot; xy (N, 2) in px."""
         spots, outside = Total(), 0.0
-        h, w = self.frame.grid
-        molecules = np.zeros(h * w, np.int64)
-        for px, gene, off in self.on_image():
-            col, row = (px / utils.TOKEN_PX).astype(np.int64).T
-            molecules += np.bincount(row * w + col, minlength=h * w)
-            spots.add(common.pseudo_spots(px, gene, xy, spot_radius(), len(self.genes)))
+        molecules = np.zeros(np.prod(self.frame.grid), np.int64)
+        for px, superpixel, gene, off in self.on_image():
+            molecules += np.bincount(superpixel, minlength=len(molecules))
+            disc = lattice.disc_of(px, xy, SPOT_RADIUS_PX)
+            spots.add(lattice.tally(disc, gene, (len(xy), len(self.genes))))
             outside += off
-        return Counts(molecules.reshape(h, w), spots.sum(), self.genes, outside, self.grid_of)
+        molecules = molecules.reshape(self.frame.grid)
+        return Counts(molecules, spots.sum(), self.genes, outside, self.grid_of)
 
 
 # -------------------------------------------------------------------------------------------------
 # cells
 # -------------------------------------------------------------------------------------------------
 @dataclass
-class Cells:
+class RunCells:
     counts: sparse.csr_array  # (C, G)
     genes: list[str]
     xy: np.ndarray  # (C, 2) centroids, um
@@ -386,39 +423,35 @@ class Cells:
     notes: list[str]
 
 
-def read_cells(outs: Path) -> Cells:
+def read_cells(outs: Path) -> RunCells:
     """Cells of the matrix, joined with their centroids on cell_id, never by position."""
     counts, barcodes, features = tenx.read_10x_h5(outs / MATRIX)
-    path = find_first(outs, CELLS)
-    table = read_table(path, ["cell_id", "x_centroid", "y_centroid"]).set_index("cell_id")
+    path = section.first_of(outs, CELLS, OUTS_HELP)
+    table = read_cell_table(outs, CELLS, ["x_centroid", "y_centroid"]).set_index("cell_id")
     if repeated := utils.duplicates(table.index):
-        raise common.broken(path, f"lists the cells {utils.some(repeated)} more than once.")
+        raise utils.broken(path, f"lists the cells {utils.some(repeated)} more than once.")
     missing = [cell for cell in barcodes if cell not in table.index]
     if missing:
-        raise common.broken(
+        raise utils.broken(
             path,
             f"has no place for {len(missing)} of {len(barcodes)} cells: {utils.some(missing)}.",
         )
-    genes = common.unique_symbols(features["name"].tolist(), features["id"].tolist())
-    xy = table.loc[barcodes].to_numpy(float)
-    return Cells(counts, genes, xy, pd.Index(barcodes), tenx.dropped_notes(features))
+    xy = table.loc[barcodes].to_numpy()
+    notes = tenx.dropped_notes(features)
+    return RunCells(counts, tenx.gene_names(features), xy, pd.Index(barcodes), notes)
 
 
-def count_at_centroids(cells: Cells, frame: Frame, xy: np.ndarray) -> Counts:
+def count_at_centroids(cells: RunCells, frame: RunFrame, xy: np.ndarray) -> Counts:
     """All molecules of a cell at its centroid; xy (N, 2) spot centres in px."""
     px = frame.to_px(cells.xy)
-    h, w = frame.grid
-    column, row = np.floor(px / utils.TOKEN_PX).astype(np.int64).T
-    within = ((px >= 0) & (px < frame.size)).all(1)
-    used = np.flatnonzero(within)
-    entries = (np.ones(len(used)), ((row * w + column)[used], used))
-    spread = sparse.csr_array(sparse.coo_array(entries, shape=(h * w, len(cells.ids))))
-    disc = np.where(within, common.disc_of(px, xy, spot_radius()), -1)
-    return spread_cells(cells, spread, common.sum_rows(disc, cells.counts, len(xy)), frame)
+    place = frame.superpixel_of(px)
+    spread = lattice.tally(place, np.arange(len(px)), (int(np.prod(frame.grid)), len(px)))
+    disc = np.where(place >= 0, lattice.disc_of(px, xy, SPOT_RADIUS_PX), -1)
+    return spread_cells(cells, spread, lattice.sum_rows(disc, cells.counts, len(xy)), frame)
 
 
 def spread_cells(
-    cells: Cells, spread: sparse.csr_array, spots: sparse.csr_array, frame: Frame
+    cells: RunCells, spread: sparse.csr_array, spots: sparse.csr_array, frame: RunFrame
 ) -> Counts:
     """Counts by the shares (h * w, C) of the cells in superpixels."""
     molecules = spread @ cells.counts.sum(axis=1)
@@ -440,47 +473,37 @@ def outline_shares(cell: np.ndarray, xy: np.ndarray, n: int) -> tuple[grid.Cover
     return found._replace(area=found.area / total[found.polygon]), np.flatnonzero(total == 0)
 
 
-def count_by_area(cells: Cells, outs: Path, frame: Frame, xy: np.ndarray) -> tuple[Counts, int]:
+def count_by_area(
+    cells: RunCells, outs: Path, frame: RunFrame, xy: np.ndarray
+) -> tuple[Counts, int]:
     """Molecules of a cell spread over its outline; also how many have none: by centroid."""
-    table = read_table(find_first(outs, OUTLINES), ["cell_id", "vertex_x", "vertex_y"])
-    cell = cells.ids.get_indexer(table["cell_id"])
+    table = read_cell_table(outs, OUTLINES, ["vertex_x", "vertex_y"])
+    cell = cells.ids.get_indexer(pd.Index(table["cell_id"]))
     order = np.flatnonzero(cell >= 0)
     order = order[np.argsort(cell[order], kind="stable")]
-    px = frame.to_px(table[["vertex_x", "vertex_y"]].to_numpy(float)[order])
-    (owner, row, col, weight), bare = outline_shares(
-        cell[order], px / utils.TOKEN_PX, len(cells.ids)
-    )
-    x, y = np.floor(frame.to_px(cells.xy[bare]) / utils.TOKEN_PX).T
-    owner, row, col = np.append(owner, bare), np.append(row, y), np.append(col, x)
-    weight = np.append(weight, np.ones(len(bare)))
+    px = frame.to_px(table[["vertex_x", "vertex_y"]].to_numpy()[order])
+    shares, bare = outline_shares(cell[order], px / utils.TOKEN_PX, len(cells.ids))
+    centroid = np.floor(frame.to_px(cells.xy[bare]) / utils.TOKEN_PX)
+    corner = np.concatenate([np.column_stack([shares.col, shares.row]), centroid]) * utils.TOKEN_PX
+    owner, weight = np.append(shares.polygon, bare), np.append(shares.area, np.ones(len(bare)))
     h, w = frame.grid
-    image_rows, image_columns = (-(-side // utils.TOKEN_PX) for side in frame.size[::-1])
-    within = (row >= 0) & (row < image_rows) & (col >= 0) & (col < image_columns)
-    place = (row * w + col).astype(np.int64)[within]
-    spread = sparse.csr_array(
-        sparse.coo_array((weight[within], (place, owner[within])), shape=(h * w, len(cells.ids)))
-    )
-    centre = np.column_stack([np.tile(np.arange(w), h), np.repeat(np.arange(h), w)]) + 0.5
-    disc = common.disc_of(centre * utils.TOKEN_PX, xy, spot_radius())
-    spots = common.sum_rows(disc, spread, len(xy)) @ cells.counts
+    shape = (h * w, len(cells.ids))
+    spread = lattice.tally(frame.superpixel_of(corner), owner, shape, weight)
+    centre = superpixel_centres(np.ones(frame.grid, bool))
+    disc = lattice.disc_of(centre, xy, SPOT_RADIUS_PX)
+    spots = lattice.sum_rows(disc, spread, len(xy)) @ cells.counts
     return spread_cells(cells, spread, spots, frame), len(bare)
 
 
 # -------------------------------------------------------------------------------------------------
 # spots and tissue
 # -------------------------------------------------------------------------------------------------
-def spot_radius() -> float:
-    return common.VISIUM_RADIUS_UM / utils.PIXEL_SIZE_UM
-
-
-def lattice(frame: Frame) -> np.ndarray:
+def spot_centres(frame: RunFrame) -> np.ndarray:
     """Spot centres (N, 2) in px, their discs within the image."""
-    radius, (width, height) = spot_radius(), frame.size
-    box = (radius, radius, width - radius, height - radius)
-    return common.hexagonal_lattice(box, common.VISIUM_PITCH_UM / utils.PIXEL_SIZE_UM)
+    return lattice.visium_spots(*np.array(frame.size) * utils.PIXEL_SIZE_UM) / utils.PIXEL_SIZE_UM
 
 
-def find_tissue(counts: Counts, frame: Frame) -> np.ndarray:
+def find_tissue(counts: Counts, frame: RunFrame) -> np.ndarray:
     """Superpixels (h, w) around which molecules are not far rarer than in most of the section."""
     h, w = frame.grid
     density = uniform_filter(counts.molecules.astype(float), TISSUE_WINDOW, mode="constant")
@@ -491,81 +514,33 @@ def find_tissue(counts: Counts, frame: Frame) -> np.ndarray:
     return dense
 
 
-def superpixel_centres(frame: Frame, chosen: np.ndarray) -> np.ndarray:
+def superpixel_centres(chosen: np.ndarray) -> np.ndarray:
     """Centres (K, 2), x and y in px, of the chosen superpixels (h, w)."""
     return (np.argwhere(chosen)[:, ::-1] + 0.5) * utils.TOKEN_PX
 
 
-def on_image(
-    chosen: np.ndarray, frame: Frame, slide: slides.Slide, to_slide_px: np.ndarray
-) -> np.ndarray:
+def on_slide(chosen: np.ndarray, slide: slides.Slide, to_slide_px: np.ndarray) -> np.ndarray:
     """Which of the chosen superpixels (h, w) have their centre on the slide."""
-    xy = project(to_slide_px, superpixel_centres(frame, chosen))
-    on_slide = np.zeros_like(chosen)
-    on_slide[chosen] = ((xy >= 0) & (xy < slide.size)).all(1)
-    return on_slide
+    xy = project(to_slide_px, superpixel_centres(chosen))
+    there = np.zeros_like(chosen)
+    there[chosen] = ((xy >= 0) & (xy < slide.size)).all(1)
+    return there
 
 
 # -------------------------------------------------------------------------------------------------
-# command line
+# the section
 # -------------------------------------------------------------------------------------------------
-def build_parser() -> argparse.ArgumentParser:
-    parser = sample.build_parser(__doc__)
-    parser.add_argument("--outs", type=Path, required=True, help="Folder, .zip or .tar.gz.")
-    parser.add_argument("--image", type=Path, required=True, help="H&E image of the section.")
-    alignment = parser.add_mutually_exclusive_group(required=True)
-    alignment.add_argument(
-        "--alignment",
-        type=Path,
-        metavar="CSV",
-        help="3 x 3 matrix from pixels of the H&E to pixels of the run.",
-    )
-    alignment.add_argument(
-        "--aligned",
-        action="store_true",
-        help="The image lies in the frame of the run already, corner on corner. An H&E as it "
-        "comes from the microscope does not.",
-    )
-    parser.add_argument(
-        "--pixel-size",
-        type=slides.pixel_size,
-        metavar="UM",
-        help="um per pixel of the H&E image, instead of what its metadata say.",
-    )
-    parser.add_argument(
-        "--counts",
-        choices=["transcripts", "cells", "polygons"],
-        help="What is counted; default: transcripts if they are there, else cells.",
-    )
-    parser.add_argument(
-        "--min-quality",
-        type=float,
-        default=MIN_QUALITY,
-        metavar="Q",
-        help=f"Least quality of a molecule that counts; default {MIN_QUALITY:g}.",
-    )
-    common.add_truth_option(parser)
-    parser.add_argument(
-        "--region",
-        type=float,
-        nargs=4,
-        metavar=("X", "Y", "WIDTH", "HEIGHT"),
-        help="Part of the section in um; default: all molecules and a margin.",
-    )
-    return parser
-
-
 def count(
     args: argparse.Namespace, outs: Path
-) -> tuple[Counts, Frame, np.ndarray, list[str], dict]:
+) -> tuple[Counts, RunFrame, np.ndarray, list[str], dict]:
     """Counts, frame, spot centres (N, 2) in px, notes and facts, by whatever --counts says."""
-    kind = args.counts or ("transcripts" if (outs / MOLECULES).is_file() else "cells")
+    kind = args.counts_of or ("transcripts" if (outs / MOLECULES).is_file() else "cells")
     if kind == "transcripts":
-        path = find_first(outs, (MOLECULES,))
+        path = section.first_of(outs, (MOLECULES,), OUTS_HELP)
         panel = read_panel(outs)
         found = survey(path, panel, args.min_quality)
-        frame = make_frame(found.low, found.high, args.region)
-        xy = lattice(frame)
+        frame = make_frame(found.low, found.high, args.region_um)
+        xy = spot_centres(frame)
         counts = Molecules(path, panel, args.min_quality, found.genes, frame).count(xy)
         controls = sum(found.controls.values())
         facts = {
@@ -578,8 +553,8 @@ def count(
         ]
         return counts, frame, xy, notes, facts
     cells = read_cells(outs)
-    frame = make_frame(cells.xy.min(0), cells.xy.max(0), args.region)
-    xy, notes = lattice(frame), cells.notes
+    frame = make_frame(cells.xy.min(0), cells.xy.max(0), args.region_um)
+    xy, notes = spot_centres(frame), cells.notes
     facts = {"counts_of": kind, "cells": len(cells.ids)}
     if kind == "cells":
         return count_at_centroids(cells, frame, xy), frame, xy, notes, facts
@@ -589,26 +564,31 @@ def count(
     return counts, frame, xy, notes, facts
 
 
-def prepare(args: argparse.Namespace) -> common.Section:
+def prepare(args: argparse.Namespace) -> section.PreparedSection:
     with open_outs(args.outs) as outs:
         slide = images.open_image(args.image)
         run_um = run_pixel_size(outs) if args.alignment else utils.PIXEL_SIZE_UM
         placing = read_placing(args.alignment, run_um, slide, args.pixel_size)
         check_pixel_size(placing, slide, args.pixel_size)
         counts, frame, xy, notes, facts = count(args, outs)
-        listed = common.read_gene_list(args.genes, counts.genes)
+        listed = section.genes_of_option(args.genes, counts.genes)
         to_slide_px = placing.to_slide @ frame.to_um
         dense = find_tissue(counts, frame)
-        check_alignment(project(frame.to_um, superpixel_centres(frame, dense)), slide, placing)
-        tissue = on_image(dense, frame, slide, to_slide_px)
+        check_alignment(project(frame.to_um, superpixel_centres(dense)), slide, placing)
+        tissue = on_slide(dense, slide, to_slide_px)
         column, row = np.floor(xy / utils.TOKEN_PX).astype(int).T
         in_tissue = tissue[row, column] & (np.asarray(counts.spots.sum(axis=1)).ravel() > 0)
         if not in_tissue.any():
             raise utils.StageError(
-                f"None of the {len(xy)} pseudo-spots lies in tissue.", "Choose a larger --region."
+                f"None of the {len(xy)} pseudo-spots lies in tissue.",
+                "Choose a larger --region-um.",
             )
         spots = counts.spots[np.flatnonzero(in_tissue)]
-        truth = make_truth(counts, spots, tissue, listed, args.truth_genes)
+        chosen = section.choose_truth_genes(listed, counts.genes, spots, args.truth_genes)
+        truth = None
+        if len(chosen):
+            names = [counts.genes[i] for i in chosen]
+            truth = section.CountedTruth(counts.grid_of(chosen), tissue, names)
     inside, in_truth = float(counts.molecules.sum()), 0.0 if truth is None else truth.counts.sum()
     facts |= {
         "molecules_in_grid": round(inside, 3),
@@ -625,19 +605,16 @@ def prepare(args: argparse.Namespace) -> common.Section:
         )
     if args.alignment is None:
         notes.append("by --aligned, the image is taken to lie in the frame of the run")
-    sources = [args.image, *([args.alignment] if args.alignment else [])]
-    sources += [args.outs] if args.outs.is_file() else [outs / name for name in used_files(outs)]
-    names = [f"spot{i:05d}" for i in range(len(xy))]
-    locs = pd.DataFrame(xy, index=names, columns=["x", "y"])
-    return common.Section(
+    read = [outs / name for name in sorted(WANTED)] if args.outs.is_dir() else [args.outs]
+    sources = [path for path in (args.image, args.alignment, *read) if path and path.is_file()]
+    locs = lattice.named_spots(xy)
+    return section.PreparedSection(
         image=Aligned(slide, 0, 0, *frame.size, to_slide=to_slide_px),
         pixel_size_um=utils.PIXEL_SIZE_UM,
         locs=locs[in_tissue],
         off_tissue=locs[~in_tissue],
         counts=spots,
         genes=counts.genes,
-        radius_px=spot_radius(),
-        pitch_um=common.VISIUM_PITCH_UM,
         truth=truth,
         gene_names=listed,
         notes=notes,
@@ -646,18 +623,8 @@ def prepare(args: argparse.Namespace) -> common.Section:
     )
 
 
-def make_truth(
-    counts: Counts, spots: sparse.csr_array, tissue: np.ndarray, listed: list[str] | None, n: int
-) -> common.Truth | None:
-    """Truth of the listed genes or the n most variable ones between the spots in tissue."""
-    chosen = common.choose_truth_genes(listed, counts.genes, spots, n)
-    if len(chosen) == 0:
-        return None
-    return common.Truth(counts.grid_of(chosen), tissue, [counts.genes[i] for i in chosen])
-
-
 def run(argv: list[str] | None = None) -> int:
-    return sample.run(prepare, build_parser(), argv)
+    return sample.run(prepare, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

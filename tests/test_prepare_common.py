@@ -1,16 +1,20 @@
-"""What the prepare scripts share, in common.py, tenx.py and sample.py."""
+"""What the prepare scripts share: section.py, lattice.py, sample.py, options.py and tenx.py."""
 
+import argparse
 import csv
 import functools
 import gzip
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,10 +22,14 @@ from scipy import sparse
 from scipy.io import mmwrite
 
 import utils
-from prepare import common, images, sample, tenx
+from method.grid import lattice_pitch
+from prepare import images, lattice, options, sample, tenx, xenium
+from prepare import section as sections
 
 PITCH, UM = 80.0, 1.25  # px and um per px: 100 um
 GENES = ["ACTB", "MARCH1", "NA", "gene, with comma"]
+PATH = Path("positions.csv")  # only named in messages
+LABELS = utils.Artifact(("labels.csv",), None, "a table")
 
 
 # ----- files in 10x's formats, also for the tests of visium.py and visium_hd.py -----
@@ -163,13 +171,13 @@ def test_truncated_h5_is_named(tmp_path, matrix, content):
 def test_missing_parts_of_a_folder_are_named(tmp_path, matrix):
     folder = write_mtx(tmp_path / "m", *matrix)
     (folder / "features.tsv.gz").unlink()
-    with pytest.raises(utils.StageError, match=r"no features\.tsv or genes\.tsv"):
+    with pytest.raises(utils.StageError, match=r"none of features\.tsv\.gz, .*genes\.tsv"):
         tenx.read_10x_mtx(folder)
 
 
 # ----- gene symbols -----
 def test_later_genes_of_a_symbol_get_their_id():
-    names = common.unique_symbols(
+    names = sections.unique_symbols(
         ["TBCE", "", "TBCE", "NA", "TBCE"], ["E1", "E2", "E3", "E4", "E5"]
     )
     assert names == ["TBCE", "E2", "TBCE.E3", "NA", "TBCE.E5"]
@@ -177,7 +185,7 @@ def test_later_genes_of_a_symbol_get_their_id():
 
 @given(st.lists(st.sampled_from(["A", "B", " A", "", "C"]), max_size=30))
 def test_symbols_become_unique_and_keep_their_order(symbols):
-    names = common.unique_symbols(symbols, [f"ENSG{i}" for i in range(len(symbols))])
+    names = sections.unique_symbols(symbols, [f"ENSG{i}" for i in range(len(symbols))])
     assert len(set(names)) == len(names)
     for i, (name, symbol) in enumerate(zip(names, symbols, strict=True)):
         assert name in (symbol.strip(), f"ENSG{i}", f"{symbol.strip()}.ENSG{i}")
@@ -185,12 +193,12 @@ def test_symbols_become_unique_and_keep_their_order(symbols):
 
 def test_repeated_gene_ids_are_refused():
     with pytest.raises(utils.StageError, match=r"A\.E1"):
-        common.unique_symbols(["A", "A", "A"], ["E1", "E1", "E1"])
+        sections.unique_symbols(["A", "A", "A"], ["E1", "E1", "E1"])
 
 
 # ----- lattices, discs, grids -----
 def test_lattice_is_hexagonal():
-    xy = common.hexagonal_lattice((10, 20, 1010, 720), 100.0)
+    xy = lattice.hexagonal_lattice((10, 20, 1010, 720), 100.0)
     rows = np.unique(xy[:, 1].round(6))
     np.testing.assert_allclose(np.diff(rows), 86.60254, atol=1e-5)
     assert len(rows) == 9  # 8 * 86.6 = 692.8 fit into 700
@@ -206,9 +214,10 @@ def test_lattice_is_hexagonal():
 @given(st.integers(0, 2**32 - 1), st.integers(0, 400))
 def test_pseudo_spots_equal_a_brute_force_count(seed, n):
     rng = np.random.default_rng(seed)
-    centres = common.hexagonal_lattice((0, 0, 300, 300), 100.0)
+    centres = lattice.hexagonal_lattice((0, 0, 300, 300), 100.0)
     xy, gene, weight = rng.uniform(-50, 350, (n, 2)), rng.integers(0, 3, n), rng.integers(1, 9, n)
-    found = common.pseudo_spots(xy, gene, centres, 27.5, 3, weight).toarray()
+    disc = lattice.disc_of(xy, centres, 27.5)
+    found = lattice.tally(disc, gene, (len(centres), 3), weight).toarray()
     expected = np.zeros((len(centres), 3))
     for (x, y), g, amount in zip(xy, gene, weight, strict=True):
         for s, (cx, cy) in enumerate(centres):
@@ -216,34 +225,33 @@ def test_pseudo_spots_equal_a_brute_force_count(seed, n):
                 expected[s, g] += amount
     np.testing.assert_array_equal(found, expected)
     matrix = sparse.csr_array((weight.astype(float), (np.arange(n), gene)), shape=(n, 3))
-    summed = common.sum_rows(common.disc_of(xy, centres, 27.5), matrix, len(centres))
+    summed = lattice.sum_rows(lattice.disc_of(xy, centres, 27.5), matrix, len(centres))
     np.testing.assert_array_equal(summed.toarray(), expected)
 
 
 def test_a_molecule_on_the_edge_of_a_disc_counts():
-    inside = common.disc_of(np.array([[27.5, 0], [27.5001, 0]]), np.zeros((1, 2)), 27.5)
+    inside = lattice.disc_of(np.array([[27.5, 0], [27.5001, 0]]), np.zeros((1, 2)), 27.5)
     assert inside.tolist() == [0, -1]
 
 
 @settings(max_examples=50)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 200), st.booleans(), st.sampled_from([7, 10**6]))
-def test_every_molecule_is_in_the_grid_once_or_outside(seed, n, weighted, chunk):
+@given(st.integers(0, 2**32 - 1), st.integers(0, 200), st.booleans())
+def test_every_molecule_is_in_the_grid_once_or_outside(seed, n, weighted):
     rng = np.random.default_rng(seed)
     row, col = rng.uniform(-1, 5, n), rng.uniform(-1, 7, n)
     row[: n // 20] = np.nan
     gene, weight = rng.integers(0, 2, n), rng.integers(1, 5, n) if weighted else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "CHUNK", chunk)
-        counts, outside = common.accumulate(row, col, gene, weight, (4, 6, 2))
+    place = lattice.superpixel_of(np.column_stack([col, row]), (4, 6))
+    counts = lattice.tally(place, gene, (24, 2), weight)
     expected, left = np.zeros((4, 6, 2)), 0
     for i in range(n):
         amount = 1 if weight is None else weight[i]
         if 0 <= row[i] < 4 and 0 <= col[i] < 6:
             expected[int(row[i] // 1), int(col[i] // 1), gene[i]] += amount
         else:
-            left += amount
+            left += 1
     np.testing.assert_array_equal(counts.toarray().reshape(4, 6, 2), expected)
-    assert outside == left
+    assert (place < 0).sum() == left
 
 
 @settings(max_examples=50)
@@ -254,17 +262,31 @@ def test_a_fitted_lattice_gives_its_pixel_size_at_any_rotation_and_flip(um, degr
     turn = np.radians(degrees)
     axes = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / um
     axes[1] *= -1 if flip else 1
-    lattice = np.random.default_rng(0).uniform(0, 6500, (50, 2))
-    found_origin, found = common.fit_affine(lattice, np.array(origin) + lattice @ axes)
-    np.testing.assert_allclose(found, axes, atol=1e-8)
-    np.testing.assert_allclose(found_origin, origin, atol=1e-5)
-    assert common.pixel_size_of(found) == pytest.approx(um, rel=1e-8)
+    points = np.random.default_rng(0).uniform(0, 6500, (50, 2))
+    found = lattice.fit_array(points, np.array(origin) + points @ axes, PATH)
+    np.testing.assert_allclose(found.axes, axes, atol=1e-8)
+    np.testing.assert_allclose(found.origin, origin, atol=1e-5)
+    assert found.pixel_size_um == pytest.approx(um, rel=1e-8)
+    assert found.residual_um == pytest.approx(0, abs=1e-5)
+    assert found.skew == pytest.approx(0, abs=1e-8)
 
 
 def test_positions_on_one_line_are_refused():
     line = np.arange(10.0)[:, None] * [1, 2]
     with pytest.raises(utils.StageError, match="one line"):
-        common.fit_affine(line, line)
+        lattice.fit_array(line, line, PATH)
+
+
+def test_a_fitted_array_tells_how_far_it_is_off_and_askew():
+    points = np.array([[0.0, 0], [100, 0], [0, 100], [100, 100]])
+    off = np.array([[3.0, 0], [-3, 0], [-3, 0], [3, 0]])  # orthogonal to any plane of four corners
+    found = lattice.fit_array(points, points + off, PATH)
+    assert found.pixel_size_um == pytest.approx(1)
+    assert found.residual_um == pytest.approx(3)
+    wide = lattice.fit_array(points, points * (1.2, 1), PATH)
+    assert (wide.skew, wide.cosine) == (pytest.approx(0.2), pytest.approx(0))
+    askew = lattice.fit_array(points, points @ [[1.0, 0], [0.6, 0.8]], PATH)
+    assert askew.skew == askew.cosine == pytest.approx(0.6)
 
 
 # ----- the section -----
@@ -280,7 +302,7 @@ def make_section(tmp_path, image_shape=(500, 640), **changes):
     path = tmp_path / "scan.png"
     if not path.exists():
         Image.fromarray(section_picture(image_shape)).save(path)
-    xy = common.hexagonal_lattice((50, 60, 560, 440), PITCH)
+    xy = lattice.hexagonal_lattice((50, 60, 560, 440), PITCH)
     locs = pd.DataFrame(xy, [f"s{i}-1" for i in range(len(xy))], ["x", "y"])
     counts = np.random.default_rng(1).poisson(3, (len(xy), len(GENES)))
     order = np.random.default_rng(2).permutation(len(xy))
@@ -291,19 +313,18 @@ def make_section(tmp_path, image_shape=(500, 640), **changes):
         "counts": sparse.csr_array(counts[order]),
         "spots": [locs.index[i] for i in order],
         "genes": GENES,
-        "radius_px": 22.0,
+        "radius_um": 27.5,
         "pitch_um": 100.0,
     }
     values.update(changes)
-    return common.Section(**values), counts
+    return sections.PreparedSection(**values), counts
 
 
 def test_counts_are_joined_by_id(tmp_path):
     section, counts = make_section(tmp_path)
     np.testing.assert_array_equal(section.counts.toarray(), counts)
-    table = pd.DataFrame(counts, section.locs.index, GENES).sample(frac=1, random_state=0)
-    again, _ = make_section(tmp_path, counts=table, genes=GENES[::-1], spots=None)
-    np.testing.assert_array_equal(again.counts.toarray(), counts[:, ::-1])
+    again, _ = make_section(tmp_path, counts=sparse.csr_array(counts), spots=None)
+    np.testing.assert_array_equal(again.counts.toarray(), counts)
 
 
 def test_counts_of_spots_without_location_are_left_out_with_a_note(tmp_path):
@@ -329,7 +350,7 @@ def test_counts_that_are_no_counts_are_refused(tmp_path, bad):
 
 # ----- the check -----
 def test_check_measures_pitch_and_share(tmp_path):
-    report = common.check(make_section(tmp_path)[0])
+    report = sections.check_fit(make_section(tmp_path)[0])
     assert report.spots == report.spots_on_image
     assert (report.pitch_px, report.pitch_um) == (pytest.approx(80), pytest.approx(100))
     assert report.image_size == (640, 500)
@@ -341,12 +362,12 @@ def test_check_measures_pitch_and_share(tmp_path):
 def test_pitch_may_be_off_by_five_percent(tmp_path, factor, fits):
     section, _ = make_section(tmp_path, pixel_size_um=UM * factor)
     if fits:
-        assert common.check(section).pitch_um == pytest.approx(100 * factor)
+        assert sections.check_fit(section).pitch_um == pytest.approx(100 * factor)
         return
     with pytest.raises(
         utils.StageError, match=r"80\.00 px x .* um apart; expected 100 um"
     ) as error:
-        common.check(section)
+        sections.check_fit(section)
     assert "would have to be 1.25 um" in str(error.value)
 
 
@@ -358,17 +379,17 @@ def test_five_percent_of_the_spots_may_miss_the_image(tmp_path):
         locs.iloc[:missed, 0] -= 5000
         moved, _ = make_section(tmp_path, locs=locs)
         if fits:
-            assert common.check(moved).spots_on_image == n - missed
+            assert sections.check_fit(moved).spots_on_image == n - missed
         else:
             with pytest.raises(utils.StageError, match=f"Only {n - missed} of {n}"):
-                common.check(moved)
+                sections.check_fit(moved)
 
 
 def test_swapped_axes_are_recognised(tmp_path):
     section, _ = make_section(tmp_path)
     swapped = section.locs.rename(columns={"x": "y", "y": "x"})
     with pytest.raises(utils.StageError, match="With x and y swapped they do fit"):
-        common.check(make_section(tmp_path, locs=swapped)[0])
+        sections.check_fit(make_section(tmp_path, locs=swapped)[0])
 
 
 def test_swapped_axes_are_told_from_a_smaller_copy(tmp_path):
@@ -377,28 +398,28 @@ def test_swapped_axes_are_told_from_a_smaller_copy(tmp_path):
     swapped = section.locs.rename(columns={"x": "y", "y": "x"})
     scales = {"tissue_hires_scalef": 0.16, "tissue_lowres_scalef": 0.05}
     with pytest.raises(utils.StageError, match="With x and y swapped they do fit"):
-        common.check(make_section(tmp_path, locs=swapped, scales=scales)[0])
+        sections.check_fit(make_section(tmp_path, locs=swapped, scales=scales)[0])
 
 
 @pytest.mark.parametrize("square", [True, False])
 def test_the_pitch_holds_where_spots_are_off_their_places(square):
     rng = np.random.default_rng(3)
-    xy = common.hexagonal_lattice((0, 0, 1500, 1500), 100.0)
+    xy = lattice.hexagonal_lattice((0, 0, 1500, 1500), 100.0)
     if square:
         xy = np.stack(np.meshgrid(np.arange(15), np.arange(15)), -1).reshape(-1, 2) * 100.0
-    assert common.spot_pitch(xy) == pytest.approx(100)
-    assert common.spot_pitch(xy[rng.random(len(xy)) < 0.7]) == pytest.approx(100)
+    assert lattice_pitch(xy) == pytest.approx(100)
+    assert lattice_pitch(xy[rng.random(len(xy)) < 0.7]) == pytest.approx(100)
     if square:  # legacy ST: 5 % of 200 um
-        assert common.spot_pitch(xy + rng.normal(0, 5, xy.shape)) == pytest.approx(100, rel=0.02)
-    assert common.spot_pitch(np.arange(8.0)[:, None] * [1, 0]) == 1  # in one line
-    assert common.spot_pitch(xy[:2]) == 100
-    assert np.isnan(common.spot_pitch(xy[:1]))
+        assert lattice_pitch(xy + rng.normal(0, 5, xy.shape)) == pytest.approx(100, rel=0.02)
+    assert lattice_pitch(np.arange(8.0)[:, None] * [1, 0]) == 1  # in one line
+    assert lattice_pitch(xy[:2]) == 100
+    assert np.isnan(lattice_pitch(xy[:1]))
 
 
 def test_the_pitch_of_another_platform_is_recognised(tmp_path):
     section, _ = make_section(tmp_path, pitch_um=200.0)
     with pytest.raises(utils.StageError, match=r"found -50\.0%\. It is the pitch of Visium"):
-        common.check(section)
+        sections.check_fit(section)
 
 
 def test_a_smaller_copy_is_recognised_by_its_scale_factor(tmp_path):
@@ -410,18 +431,32 @@ def test_a_smaller_copy_is_recognised_by_its_scale_factor(tmp_path):
     ):
         large, _ = make_section(tmp_path, locs=section.locs / 0.16, scales=scales)
         with pytest.raises(utils.StageError, match=words):
-            common.check(large)
+            sections.check_fit(large)
 
 
 # ----- the sample -----
+RECORD = utils.record_name("prepare/visium.py")
+
+
+def write_sample(directory, section, force=False, genes=None):
+    """As main of a prepare script does, once the section is read."""
+    args = argparse.Namespace(directory=directory, genes=genes, force=force)
+    stage = utils.Stage("prepare/visium.py", args, makes_folders=True)
+    try:
+        sample.guard_sample(stage)
+        return sample.write_sample(stage, section)
+    finally:
+        stage.discard()
+
+
 def read_files(directory):
-    return {f.name: f.read_bytes() for f in directory.iterdir() if f.name != sample.RECORD}
+    return {f.name: f.read_bytes() for f in directory.iterdir() if f.name != RECORD}
 
 
 def test_the_sample_is_what_the_next_stages_read(tmp_path):
     section, counts = make_section(tmp_path)
     directory = tmp_path / "new" / "section A"
-    sample.write_sample(directory, section)
+    write_sample(directory, section)
     names = {"he-raw.png", "pixel-size-raw.txt", "locs-raw.csv", "cnts.csv.gz", "radius-raw.txt"}
     assert {f.name for f in directory.iterdir()} == names | {"check.png", "prepare.json"}
     assert (directory / "he-raw.png").read_bytes() == section.image.read_bytes()
@@ -436,7 +471,7 @@ def test_the_sample_is_what_the_next_stages_read(tmp_path):
     assert run("image_calibration.py", directory) == 0
     assert run("get_HR.py", directory) == 0
     locs = pd.read_csv(directory / "locs.csv", index_col=0).loc[section.locs.index]
-    grid, factor = common.superpixel_grid((500, 640), UM)
+    grid, factor = lattice.superpixel_grid((500, 640), UM)
     np.testing.assert_allclose(section.xy * factor, locs[["x", "y"]] / 16, atol=1e-4)
     with Image.open(directory / "he.jpg") as image:
         assert (image.height // 16, image.width // 16) == grid
@@ -446,22 +481,22 @@ def test_the_sample_is_what_the_next_stages_read(tmp_path):
 
 def test_same_section_same_bytes_and_it_may_be_written_again(tmp_path):
     for _ in range(2):
-        sample.write_sample(tmp_path / "a", make_section(tmp_path)[0])
-        sample.write_sample(tmp_path / "b", make_section(tmp_path)[0])
+        write_sample(tmp_path / "a", make_section(tmp_path)[0])
+        write_sample(tmp_path / "b", make_section(tmp_path)[0])
         assert read_files(tmp_path / "a") == read_files(tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["locs-raw.csv", "he-raw.png", "cnts.csv.gz", "check.png"])
 def test_edited_files_are_kept_unless_forced(tmp_path, name):
     directory = tmp_path / "a"
-    sample.write_sample(directory, make_section(tmp_path)[0])
+    write_sample(directory, make_section(tmp_path)[0])
     (directory / name).write_bytes(b"my own")
     before = read_files(directory)
-    with pytest.raises(utils.StageError, match=f"{name} was edited") as error:
-        sample.write_sample(directory, make_section(tmp_path)[0])
+    with pytest.raises(utils.StageError, match=f"{name} was made or edited by hand") as error:
+        write_sample(directory, make_section(tmp_path)[0])
     assert "--force" in str(error.value)
     assert read_files(directory) == before
-    sample.write_sample(directory, make_section(tmp_path)[0], force=True)
+    write_sample(directory, make_section(tmp_path)[0], force=True)
     assert (directory / name).read_bytes() != b"my own"
 
 
@@ -470,10 +505,10 @@ def test_files_of_others_are_kept_unless_forced(tmp_path, name):
     directory = tmp_path / "a"
     directory.mkdir()
     (directory / name).write_bytes(b"of somebody else")
-    with pytest.raises(utils.StageError, match=f"{name} was not made here"):
-        sample.write_sample(directory, make_section(tmp_path)[0])
+    with pytest.raises(utils.StageError, match=f"{name} was made or edited by hand"):
+        write_sample(directory, make_section(tmp_path)[0])
     assert [f.name for f in directory.iterdir()] == [name]
-    sample.write_sample(directory, make_section(tmp_path)[0], force=True)
+    write_sample(directory, make_section(tmp_path)[0], force=True)
     present = {f.name for f in directory.iterdir()}
     assert len([n for n in utils.HE_RAW.names if n in present]) == 1
     assert len([n for n in utils.CNTS.names if n in present]) == 1
@@ -484,19 +519,19 @@ def test_a_gene_list_of_the_user_is_neither_replaced_nor_removed(tmp_path):
     directory = tmp_path / "a"
     directory.mkdir()
     (directory / "gene-names.txt").write_text("ACTB\n")
-    sample.write_sample(directory, make_section(tmp_path)[0], force=True)
+    write_sample(directory, make_section(tmp_path)[0], force=True)
     assert (directory / "gene-names.txt").read_text() == "ACTB\n"
-    with pytest.raises(utils.StageError, match=r"gene-names\.txt was not made here"):
-        sample.write_sample(directory, make_section(tmp_path, gene_names=["NA"])[0])
+    with pytest.raises(utils.StageError, match=r"gene-names\.txt was made or edited"):
+        write_sample(directory, make_section(tmp_path, gene_names=["NA"])[0])
 
 
 def test_what_an_earlier_run_wrote_does_not_outlive_the_next(tmp_path):
-    truth = common.Truth(np.ones((2, 3, 1)), np.ones((2, 3), bool), ["NA"])
+    truth = sections.CountedTruth(np.ones((2, 3, 1)), np.ones((2, 3), bool), ["NA"])
     first, _ = make_section(tmp_path, truth=truth, gene_names=["NA"])
-    sample.write_sample(tmp_path / "a", first)
+    write_sample(tmp_path / "a", first)
     assert (tmp_path / "a" / "gene-names.txt").read_text() == "NA\n"
     image = section_picture((500, 640))
-    sample.write_sample(tmp_path / "a", make_section(tmp_path, image=image)[0])
+    write_sample(tmp_path / "a", make_section(tmp_path, image=image)[0])
     names = {f.name for f in (tmp_path / "a").iterdir()}
     assert names.isdisjoint({"truth.npz", "gene-names.txt", "he-raw.png"})
     with Image.open(tmp_path / "a" / "he-raw.tif") as written:
@@ -505,39 +540,39 @@ def test_what_an_earlier_run_wrote_does_not_outlive_the_next(tmp_path):
 
 def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     directory = tmp_path / "a"
-    sample.write_sample(directory, make_section(tmp_path)[0])
+    write_sample(directory, make_section(tmp_path)[0])
     before = {f.name: f.read_bytes() for f in directory.iterdir()}
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(common, "draw_check", fail)  # the last file
+    monkeypatch.setattr(sample, "draw_check", fail)  # the last file
     with pytest.raises(OSError, match="No space"):
-        sample.write_sample(directory, make_section(tmp_path, genes=GENES[::-1])[0])
+        write_sample(directory, make_section(tmp_path, genes=GENES[::-1])[0])
     assert {f.name: f.read_bytes() for f in directory.iterdir()} == before
 
 
 def test_a_run_cut_off_between_two_files_is_done_again(tmp_path, monkeypatch):
     directory = tmp_path / "a"
-    sample.write_sample(directory, make_section(tmp_path)[0])
+    write_sample(directory, make_section(tmp_path)[0])
     put, left = utils._put, iter(range(4))
 
     def put_some(partial, path):
-        if path.name != sample.RECORD and next(left, None) is None:
+        if path.name != RECORD and next(left, None) is None:
             raise KeyboardInterrupt
         put(partial, path)
 
     locs = make_section(tmp_path)[0].locs
-    changes = {"locs": locs + 1, "pixel_size_um": 1.26, "radius_px": 23.0, "genes": GENES[::-1]}
+    changes = {"locs": locs + 1, "pixel_size_um": 1.26, "radius_um": 29.0, "genes": GENES[::-1]}
     with monkeypatch.context() as patch:
         patch.setattr(utils, "_put", put_some)
         with pytest.raises(KeyboardInterrupt):
-            sample.write_sample(directory, make_section(tmp_path, **changes)[0])
-    assert not json.loads((directory / sample.RECORD).read_text())["finished"]
+            write_sample(directory, make_section(tmp_path, **changes)[0])
+    assert not json.loads((directory / RECORD).read_text())["finished"]
     assert not list(directory.glob(".*partial*"))
     for _ in range(2):  # neither the old nor the new files are taken for edited ones
-        sample.write_sample(directory, make_section(tmp_path, **changes)[0])
-    sample.write_sample(tmp_path / "b", make_section(tmp_path, **changes)[0])
+        write_sample(directory, make_section(tmp_path, **changes)[0])
+    write_sample(tmp_path / "b", make_section(tmp_path, **changes)[0])
     assert read_files(directory) == read_files(tmp_path / "b")
 
 
@@ -545,36 +580,40 @@ def test_a_run_cut_off_between_two_files_is_done_again(tmp_path, monkeypatch):
 def test_a_damaged_record_is_named(tmp_path, text):
     directory = tmp_path / "a"
     directory.mkdir()
-    (directory / sample.RECORD).write_text(text)
-    with pytest.raises(utils.StageError, match=r"prepare\.json is no readable record"):
-        sample.guard(directory)
+    (directory / RECORD).write_text(text)
+    with pytest.raises(utils.StageError, match=r"prepare\.json is not a .*record"):
+        write_sample(directory, make_section(tmp_path)[0])
 
 
 def test_a_file_as_directory_and_a_full_disk_end_with_2(tmp_path, monkeypatch, capsys):
-    def prepare(_):
-        return make_section(tmp_path)[0]
+    def run_on(directory):
+        argv = ["--directory", str(directory)]
+        parser = options.prepare_parser("Test.")
+        return sample.run(lambda _: make_section(tmp_path)[0], "prepare/visium.py", parser, argv)
 
     (tmp_path / "file").touch()
-    parser = sample.build_parser("Test.")
-    assert sample.run(prepare, parser, ["--directory", str(tmp_path / "file")]) == 2
+    assert run_on(tmp_path / "file") == 2
     assert "is a file" in capsys.readouterr().err
 
     def fail(*_):
         raise OSError(28, "No space left on device", str(tmp_path))
 
-    monkeypatch.setattr(common, "write_image", fail)
-    assert sample.run(prepare, parser, ["--directory", str(tmp_path / "new")]) == 2
+    monkeypatch.setattr(images, "write_image", fail)
+    assert run_on(tmp_path / "new") == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_record_tells_sources_and_numbers(tmp_path):
     section, counts = make_section(tmp_path, notes=["a note"], facts={"bins": 7})
     section.sources = [section.image]
-    sample.write_sample(tmp_path / "a", section, arguments={"image": section.image})
-    record = json.loads((tmp_path / "a" / sample.RECORD).read_text())
+    write_sample(tmp_path / "a", section)
+    record = json.loads((tmp_path / "a" / RECORD).read_text())
     assert record["finished"]
-    assert record["sources"][str(section.image)]["sha256"] == utils.sha256(section.image)
+    source = record["inputs"][str(section.image.resolve())]
+    assert source["sha256"] == utils.sha256(section.image)
+    assert record["script"] == "prepare/visium.py"
+    assert {"versions", "code", "seconds", "arguments"} <= record.keys()
     assert (record["spots"], record["molecules"]) == (len(counts), counts.sum())
     assert (record["notes"], record["bins"]) == (["a note"], 7)
     for name, known in record["outputs"].items():
@@ -583,17 +622,17 @@ def test_the_record_tells_sources_and_numbers(tmp_path):
 
 def test_tables_are_written_recorded_and_guarded(tmp_path):
     section, _ = make_section(tmp_path)
-    section.tables["labels.csv"] = pd.DataFrame({"label": "tumour, left"}, section.locs.index[:3])
+    section.tables[LABELS] = pd.DataFrame({"label": "tumour, left"}, section.locs.index[:3])
     directory = tmp_path / "a"
-    sample.write_sample(directory, section)
+    write_sample(directory, section)
     expected = "".join(f'{spot},"tumour, left"\n' for spot in section.locs.index[:3])
     assert (directory / "labels.csv").read_text() == f",label\n{expected}"
-    outputs = json.loads((directory / sample.RECORD).read_text())["outputs"]
+    outputs = json.loads((directory / RECORD).read_text())["outputs"]
     assert outputs["labels.csv"] == utils.fingerprint(directory / "labels.csv")
     (directory / "labels.csv").write_text("mine")
     before = read_files(directory)
-    with pytest.raises(utils.StageError, match=r"labels\.csv was edited"):
-        sample.write_sample(directory, section)
+    with pytest.raises(utils.StageError, match=r"labels\.csv was made or edited"):
+        write_sample(directory, section)
     assert read_files(directory) == before
 
 
@@ -601,11 +640,11 @@ def test_most_variable_genes_in_the_order_of_the_matrix():
     rng = np.random.default_rng(0)
     counts = rng.poisson([1, 20, 0.1, 9, 5], (200, 5))
     expected = np.sort(np.argsort(-counts.var(axis=0))[:3])
-    found = common.choose_truth_genes(None, list("abcde"), sparse.csr_array(counts), 3)
+    found = sections.choose_truth_genes(None, list("abcde"), sparse.csr_array(counts), 3)
     np.testing.assert_array_equal(found, expected)
-    listed = common.choose_truth_genes(["e", "a"], list("abcde"), sparse.csr_array(counts), 3)
+    listed = sections.choose_truth_genes(["e", "a"], list("abcde"), sparse.csr_array(counts), 3)
     assert listed.tolist() == [4, 0]
-    assert len(common.choose_truth_genes(["e"], list("abcde"), sparse.csr_array(counts), 0)) == 0
+    assert len(sections.choose_truth_genes(["e"], list("abcde"), sparse.csr_array(counts), 0)) == 0
 
 
 def test_truth_is_written_and_read_back(tmp_path):
@@ -618,7 +657,9 @@ def test_truth_is_written_and_read_back(tmp_path):
     ):
         for form in (counts, sparse.csr_array(counts.reshape(20, 3))):
             path = tmp_path / "truth.npz"
-            sample.write_truth(common.Truth(form, whole[..., 0] > 0, ["A", "NA", "µ"]), path)
+            sample.write_truth(
+                sections.CountedTruth(form, whole[..., 0] > 0, ["A", "NA", "µ"]), path
+            )
             with np.load(path, allow_pickle=False) as saved:
                 assert saved["counts"].dtype == dtype
                 np.testing.assert_array_equal(saved["counts"], counts)
@@ -664,13 +705,13 @@ def test_spots_that_miss_the_image_are_judged_by_the_whole_of_it(tmp_path):
     assert image.shape == (500, 640)
     wrong, _ = make_section(tmp_path, image=image, locs=locs)
     with pytest.raises(utils.StageError, match="640 columns and 500 rows") as error:
-        common.check(wrong)
+        sections.check_fit(wrong)
     assert "swapped" in str(error.value)
     image.slide.close()
 
 
 def test_images_of_many_tiles_are_written_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "STRIP_PX", 64)
+    monkeypatch.setattr("prepare.slides.STRIP_PX", 64)
     picture = section_picture((230, 170))
     images.write_image(picture, tmp_path / "a.tif")
     with Image.open(tmp_path / "a.tif") as written:
@@ -679,12 +720,12 @@ def test_images_of_many_tiles_are_written_whole(tmp_path, monkeypatch):
 
 def test_check_png_shows_each_spot_in_its_place(tmp_path):
     section, _ = make_section(tmp_path, off_tissue=pd.DataFrame({"x": [600.0], "y": [40.0]}))
-    common.draw_check(section, common.check(section), tmp_path / "check.png")
+    sections.draw_check(section, sections.check_fit(section), tmp_path / "check.png")
     with Image.open(tmp_path / "check.png") as image:
         picture = np.asarray(image.convert("RGB")).astype(int)
     header = picture.shape[0] - 500
     shown = picture[header:]
-    for colour, xy in ((common.TISSUE_COLOUR, section.xy), (common.OTHER_COLOUR, [(600, 40)])):
+    for colour, xy in ((sections.TISSUE_COLOUR, section.xy), (sections.OTHER_COLOUR, [(600, 40)])):
         row, col = np.nonzero((shown == colour).all(2))
         distance = np.hypot(
             col[:, None] + 0.5 - np.array(xy)[:, 0], row[:, None] + 0.5 - np.array(xy)[:, 1]
@@ -699,17 +740,52 @@ def test_a_missing_image_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("", "is empty"), ("ACTB\nXYZ\n", "names XYZ"), (None, "cannot be read")]
+    ("text", "words"), [("", "names no gene"), ("ACTB\nXYZ\n", "names XYZ"), (None, "no such file")]
 )
 def test_bad_gene_lists_are_named(tmp_path, text, words):
     path = tmp_path / "list.txt"
     if text is not None:
         path.write_text(text)
     with pytest.raises(utils.StageError, match=words):
-        common.read_gene_list(path, GENES)
+        sections.genes_of_option(str(path), GENES)
 
 
-def test_a_gene_list_keeps_its_order_and_drops_repeats(tmp_path):
+def test_genes_are_a_file_or_a_list_in_their_order_without_repeats(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffNA\r\n\r\nACTB\r\nNA\r\n".encode())
-    assert common.read_gene_list(path, GENES) == ["NA", "ACTB"]
+    assert sections.genes_of_option(str(path), GENES) == ["NA", "ACTB"]
+    assert sections.genes_of_option("NA, ACTB,NA", GENES) == ["NA", "ACTB"]
+    assert sections.genes_of_option(None, GENES) is None
+
+
+# ----- the command line -----
+@pytest.mark.parametrize("name", ["visium", "visium_hd", "legacy_st", "scverse", "xenium"])
+def test_help_tells_an_example_and_files_without_slow_imports(name):
+    script = ROOT / "prepare" / f"{name}.py"
+    words = f"""
+import runpy, sys
+sys.argv = ["{name}.py", "--help"]
+try:
+    runpy.run_path(r"{script}", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+slow = {{"numpy", "pandas", "cv2", "scipy", "h5py", "pyarrow", "PIL"}} & set(sys.modules)
+assert not slow, slow
+"""
+    command = [sys.executable, "-c", words]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"    python prepare/{name}.py --" in said
+    assert "\nReads " in said
+    assert "\nWrites " in said
+    assert "None" not in said
+
+
+def test_old_spellings_of_xenium_go_on():
+    needed = ["--outs", "o", "--image", "i", "--aligned", "--directory", "d"]
+    region = ["0", "1", "9.5", "8"]
+    for counts, part in (("--counts", "--region"), ("--counts-of", "--region-um")):
+        args = xenium.build_parser().parse_args([*needed, counts, "cells", part, *region])
+        assert (args.counts_of, args.region_um) == ("cells", [0, 1, 9.5, 8])
+        assert utils.given_options(xenium.build_parser(), args)[-5:] == [
+            "--region-um", "0.0", "1.0", "9.5", "8.0",
+        ]  # fmt: skip

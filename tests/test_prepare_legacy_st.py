@@ -97,8 +97,8 @@ def test_c2_rebuilt_from_its_raw_tables_is_the_section_of_the_data_folder(tmp_pa
 
 @needs_data
 def test_labels_of_a1_are_carried_over(tmp_path):
-    spots = legacy_st.read_spots(RAW / "A1_selection.tsv")
-    counts = legacy_st.read_counts(RAW / "A1.tsv.gz")
+    spots = legacy_st.read_selection(RAW / "A1_selection.tsv")
+    counts = legacy_st.read_count_table(RAW / "A1.tsv.gz")
     labels, notes = legacy_st.join_labels(RAW / "A1_labeled_coordinates.tsv", spots)
     table = pd.read_csv(RAW / "A1_labeled_coordinates.tsv", sep="\t")
     assert labels["label"].value_counts().to_dict() == table["label"].value_counts().to_dict()
@@ -110,7 +110,7 @@ def test_labels_of_a1_are_carried_over(tmp_path):
         (table["x"] - near["new_x"]).abs().lt(1e-3) & (table["y"] - near["new_y"]).abs().lt(1e-3)
     ]
     assert row["label"].tolist() == [labels["label"].iloc[0]]
-    size, _ = legacy_st.fit_array(spots, RAW / "A1_selection.tsv")
+    size, _ = legacy_st.fit_square_array(spots, RAW / "A1_selection.tsv")
     assert size == pytest.approx(200 / 218.36, rel=0.005)
 
 
@@ -164,7 +164,7 @@ def test_labels_of_others_are_not_overwritten(tables, tmp_path, capsys):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "labels.csv").write_text("mine")
     assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 2
-    assert "labels.csv was not made here" in capsys.readouterr().err
+    assert "labels.csv was made or edited by hand" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["labels.csv"]
 
 
@@ -232,7 +232,7 @@ def swap_axes(table):
         (edit("C1.tsv", lambda t: t[:20]), "they are of two sections"),
         (lambda f: (f / "C1.tsv").write_text("a,b\n1,2\n"), "one column only"),
         (edit("C1.tsv", lambda t: t.replace({"ACTB": {t["ACTB"][0]: 0.5}})), "fractions"),
-        (edit("C1.tsv", lambda t: t.assign(ACTB="x")), "something else than numbers"),
+        (edit("C1.tsv", lambda t: t.assign(ACTB="x")), "no whole table of numbers"),
         (edit("C1.tsv", lambda t: t.assign(ACTB=-1)), "negative"),
         (edit("C1.tsv", lambda t: pd.concat([t, t[:1]])), "more than once"),
         (edit("C1.tsv", lambda t: t.assign(**{t.columns[0]: "s" + t.iloc[:, 0]})), "in common"),

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import zipfile
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -300,6 +301,9 @@ def test_a_store_of_spatialdata_is_read_with_its_transforms(store, tmp_path):
     assert prepare_store(store, tmp_path / "s") == 0
     locs, size = check_store(tmp_path / "s")
     np.testing.assert_allclose(locs, STORES.spots(), atol=1e-3)
+    record = json.loads((tmp_path / "s" / "prepare.json").read_text())
+    parts = {Path(name).relative_to(store).parts[0] for name in record["inputs"]}
+    assert parts == {"tables", "shapes", "images"}
     assert size == pytest.approx(2.0, rel=1e-4)
     found = tifffile.imread(tmp_path / "s" / "he-raw.tif")
     np.testing.assert_array_equal(found, np.moveaxis(STORES.image(), 0, 2))
@@ -416,9 +420,11 @@ def test_plain_tables_in_a_folder_or_after_a_prefix(image, tmp_path, tabs, start
     write_plain(str(tmp_path / "data") + start[4:], image, tabs)
     prefix = str(tmp_path / "data") if start == "data/" else str(tmp_path / start)
     assert scverse.run(["--tables", prefix, "--directory", str(tmp_path / "s")]) == 0
-    locs, found, _ = read(tmp_path / "s")
+    locs, found, record = read(tmp_path / "s")
     assert locs.index.tolist() == array().index.tolist()
     np.testing.assert_allclose(locs, array()[["x", "y"]], atol=6e-4)
+    kinds = {Path(name).name.removeprefix("P1-").split(".")[0] for name in record["inputs"]}
+    assert kinds == {"cnts", "locs-raw", "pixel-size-raw", "he-raw"}
     np.testing.assert_array_equal(found, counts())
     assert found.columns.tolist() == GENES
     assert float((tmp_path / "s" / "radius-raw.txt").read_text()) == pytest.approx(22)
@@ -515,5 +521,5 @@ def test_the_source_folder_is_not_overwritten(image, tmp_path, capsys):
     write_plain(f"{tmp_path}/", image)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert scverse.run(["--tables", str(tmp_path), "--directory", str(tmp_path)]) == 2
-    assert "would be overwritten" in capsys.readouterr().err
+    assert "would overwrite it" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -14,7 +14,7 @@ from conftest import REAL_DATA, run, run_process
 from PIL import Image
 from test_prepare_common import write_h5, write_mtx
 
-from prepare import sample, visium
+from prepare import tenx, visium
 
 REAL = REAL_DATA / "formats" / "visium_spaceranger1"
 UM = 0.8  # um per px of the full-resolution image: 125 px from spot to spot
@@ -58,7 +58,7 @@ def write_positions(folder, table, layout):
     columns = ["barcode", "in_tissue", "array_row", "array_col", "y", "x"]
     rounded = table.assign(x=table["x"].round(), y=table["y"].round())[columns]
     text = rounded.astype({"x": int, "y": int}).to_csv(index=False, header=False)
-    named = table[columns].set_axis(list(visium.COLUMNS), axis=1)
+    named = table[columns].set_axis(list(tenx.COLUMNS), axis=1)
     match layout:
         case "list":  # Space Ranger 1
             (folder / "tissue_positions_list.csv").write_text(text)
@@ -76,7 +76,7 @@ def write_positions(folder, table, layout):
             content = (HEADER + text).replace("\n", "\r\n").encode("utf-8-sig")
             (folder / "tissue_positions.csv").write_bytes(content)
         case "columns exchanged":  # by name, not by place
-            named[[*visium.COLUMNS[:4], visium.COLUMNS[5], visium.COLUMNS[4]]].to_csv(
+            named[[*tenx.COLUMNS[:4], tenx.COLUMNS[5], tenx.COLUMNS[4]]].to_csv(
                 folder / "tissue_positions.csv", index=False
             )
         case "parquet":
@@ -428,7 +428,7 @@ def test_a_sample_of_others_is_not_replaced(tmp_path, capsys):
     (tmp_path / "sample").mkdir()
     (tmp_path / "sample" / "cnts.csv").write_text("mine")
     assert prepare(tmp_path, outs) == 2
-    assert "cnts.csv was not made here" in capsys.readouterr().err
+    assert "cnts.csv was made or edited by hand" in capsys.readouterr().err
     assert [f.name for f in (tmp_path / "sample").iterdir()] == ["cnts.csv"]
 
 
@@ -474,5 +474,5 @@ def test_real_files_of_space_ranger_1(tmp_path):
     np.testing.assert_allclose(
         locs, raw.loc[locs.index, [5, 4]] * 0.150015 * 2, atol=1e-3
     )  # column, then row
-    report = json.loads((tmp_path / "sample" / sample.RECORD).read_text())
+    report = json.loads((tmp_path / "sample" / "prepare.json").read_text())
     assert report["spots_on_image"] == 100

@@ -207,7 +207,7 @@ def test_every_molecule_is_counted_once_and_spots_equal_brute_force(shared, tmp_
     assert record["of_controls"] == ((table["qv"] >= 20) & ~table["is_gene"]).sum()
     assert record["controls"] == len(CONTROLS)
     assert record["pixel_size_um"] == 0.5
-    assert str(shared / "outs" / "transcripts.parquet") in record["sources"]
+    assert str(shared / "outs" / "transcripts.parquet") in record["inputs"]
     assert float((tmp_path / "s" / "radius-raw.txt").read_text()) == 55
     assert (tmp_path / "s" / "check.png").is_file()
 
@@ -679,7 +679,7 @@ SHIFTED = TURN + np.array([[0, 0, 1500.0], [0, 0, 0], [0, 0, 0]])
         (
             lambda f: (f / "outs" / "cell_boundaries.parquet").unlink(),
             ("--counts", "polygons"),
-            "has no cell_boundaries",
+            "has none of cell_boundaries",
         ),
         (cut("cells.parquet"), ("--counts", "cells"), "no whole table"),
         (lambda f: shutil.rmtree(f / "outs"), (), "does not exist"),
