@@ -17,9 +17,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.measure import run_benchmark
-
 import utils
+from benchmarks.measure import run_benchmark
 from benchmarks.preparing import add_prepare_options, measure_prepare
 
 SCRIPT = "benchmarks/prepare_hd.py"

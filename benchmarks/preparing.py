@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.measure import origin, run_measured, script_command, table
-
 import utils
+from benchmarks.measure import origin, run_measured, script_command, table
 
 TIMES = ("made in (s)", "prepared in (s)", "peak memory (GB)")
 
