@@ -268,6 +268,7 @@ class Stage:
 
     Inputs lie in ``directory``. Outputs and the record go there too, or into another ``folder``.
     A folder is made when the first output is written, if ``makes_folders`` or if it is that other.
+    A stage that ``reads_only`` writes nothing, so that the sample may be write-protected.
     """
 
     def __init__(
@@ -276,6 +277,7 @@ class Stage:
         args: argparse.Namespace,
         folder: Path | None = None,
         makes_folders: bool = False,
+        reads_only: bool = False,
     ) -> None:
         self.script = script
         self.args = args
@@ -287,12 +289,15 @@ class Stage:
         self.pending: list[tuple[Path, Path]] = []
         self.outdated: list[Path] = []
         self.notes: list[str] = []
+        self.keeps_others = False  # outputs of earlier runs that this one does not write stay known
         if not (self.directory.is_dir() or (makes_folders and not self.directory.exists())):
             found = "is a file" if self.directory.exists() else "does not exist"
             raise StageError(
                 f"--directory {self.directory} {found}; it must be the folder of one sample.",
                 f"Run: python {script} --directory FOLDER",
             )
+        if reads_only:
+            return
         if self.folder.exists() and not self.folder.is_dir():
             raise StageError(
                 f"{self.folder} is a file; {script} writes into a folder.",
@@ -482,6 +487,8 @@ class Stage:
         outputs = {path.name: fingerprint(partial) for partial, path in self.pending}
         before = read_record(self, self.script) or {}
         previous = before.get("outputs") or before.get("previous", {})
+        if self.keeps_others:
+            outputs = {n: k for n, k in previous.items() if (self.folder / n).exists()} | outputs
         unfinished = {"finished": False, "pending": outputs, "previous": previous}
         record_path = self.folder / record_name(self.script)
         _write_json(record_path, {"script": self.script, **unfinished})
@@ -576,7 +583,7 @@ def code_of(script: str) -> dict[str, str]:
     """What a record says about the code: the commit if there is one, and a hash of the files."""
     rooms = {"method", "reading", *Path(script).parts[:-1]}
     files = [ROOT / script, ROOT / "utils.py"]
-    files += [file for room in rooms for file in (ROOT / room).glob("*.py")]
+    files += [file for room in rooms for file in (ROOT / room).rglob("*.py")]
     code = {"sha256": hash_of({file for file in files if file.is_file()})}
     if (ROOT / ".git").exists():
         command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -715,17 +722,18 @@ def run_stage(
     argv: list[str] | None = None,
     *,
     makes_folders: bool = False,
+    folder_of: Callable[[argparse.Namespace], Path | None] = lambda a: getattr(a, "folder", None),
 ) -> int:
     """Run ``main(stage)`` and return the exit code: 0 done, 2 the user can mend it, 130 Ctrl-C.
 
-    Outputs go into the folder ``args.folder`` if the parser has such an option, else into the
-    sample's.
+    Outputs go into the folder ``folder_of(args)``: by default ``args.folder`` if the parser has
+    such an option. Without one they go into the sample's.
     """
     args = parser.parse_args(argv)
     args.options = given_options(parser, args)
 
     def work() -> None:
-        stage = Stage(script, args, getattr(args, "folder", None), makes_folders)
+        stage = Stage(script, args, folder_of(args), makes_folders)
         try:
             main(stage)
         finally:
