@@ -1,17 +1,19 @@
-"""Read what analysis/evaluate.py scores: the truth, the maps and the spots of a sample."""
+"""Read what the scripts of analysis/ go on with: maps, spots, truth and labels of a sample.
+
+What reads a folder writes nothing into it: it may be write-protected.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from reading import genes as gene_lists
 from reading import images, pickles, plain, tables
 
 SCRIPT = "analysis/evaluate.py"
@@ -31,10 +33,26 @@ class Truth:
 
 
 def open_sample(directory: Path) -> utils.Stage:
-    """What the checked readers of utils ask for; nothing is recorded."""
-    return utils.Stage(SCRIPT, argparse.Namespace(directory=directory, allow_stale=False))
+    """What the checked readers ask for; nothing is recorded."""
+    args = argparse.Namespace(directory=directory, allow_stale=False)
+    return utils.Stage(SCRIPT, args, reads_only=True)
 
 
+def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
+    """Record what is read as it is, whoever made it, and whether it is out of date or not."""
+    for artifact in artifacts:
+        if (path := stage.find(artifact)) is None:
+            continue
+        made = artifact.made_by if artifact.made_by in utils.STAGES else None
+        record = (made and utils.read_record(stage, made)) or {}
+        known = record.get("outputs", {}).get(path.name)
+        is_known = known is not None and utils.same_as(path, known)  # then its hash is, too
+        stage.inputs[path.name] = known if is_known else utils.fingerprint(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# the truth
+# --------------------------------------------------------------------------------------------------
 def read_truth(directory: Path) -> Truth:
     path = directory / TRUTH
     if not path.is_file() and (directory / PUBLISHED_TRUTH).is_file():
@@ -125,7 +143,7 @@ def read_gene_names(directory: Path) -> list[str]:
     path = stage.find(utils.GENE_NAMES)
     if path is None:
         raise stage.error(directory / utils.GENE_NAMES.name, "is missing.")
-    return plain.read_gene_names(stage, path)
+    return gene_lists.read_gene_names(stage, path)
 
 
 def read_mask(directory: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -152,6 +170,9 @@ def select_genes(truth: Truth, genes: list[str]) -> Truth:
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# maps and genes
+# --------------------------------------------------------------------------------------------------
 def map_files(directory: Path, artifact: utils.Artifact = utils.MAPS) -> dict[str, Path]:
     """Gene -> file, by index.csv of cnts-super/ or cnts-super-sd/."""
     folder = directory / artifact.name
@@ -196,26 +217,57 @@ def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     return image[: shape[0], : shape[1]]
 
 
+def read_held_out(stage: utils.Stage) -> pd.Series | None:
+    """Correlation with held-out spots by gene, if it is known."""
+    path = stage.find(utils.HELD_OUT)
+    if path is None:
+        return None
+    note_inputs(stage, utils.HELD_OUT)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # a gene may be called NA
+        if repeated := utils.duplicates(table["gene"]):
+            raise ValueError(f"{utils.some(repeated)} more than once")
+        return table.set_index("gene")["held_out_r"].replace("", "nan").astype(float)
+    except (ValueError, KeyError) as error:
+        raise stage.error(path, f"is not a table of gene and held_out_r: {error}") from error
+
+
+def choose_genes(
+    mapped: list[str], held_out: pd.Series | None, given: str | None, n_genes: int
+) -> list[str]:
+    """Those ``given`` by --genes, or the ``n_genes`` with the highest held-out r, if known."""
+    if not mapped:
+        raise utils.StageError(f"{utils.MAPS.name} holds no map.", f"Run {utils.HISTEX} again.")
+    if given is not None:
+        return gene_lists.read_genes(given, mapped, utils.MAPS.name)
+    if held_out is not None:
+        mapped = sorted(mapped, key=lambda gene: -np.nan_to_num(held_out.get(gene, -2.0), nan=-2.0))
+    return mapped[:n_genes]
+
+
+# --------------------------------------------------------------------------------------------------
+# spots and labels
+# --------------------------------------------------------------------------------------------------
 def read_spots(directory: Path, genes: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Spot centres (N, 2) as row, column in superpixels of he.jpg, and counts (N, genes)."""
     locs, counts = read_tables(open_sample(directory), genes)
-    return locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, counts.to_numpy(np.float32)
+    return locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, counts.to_numpy()
 
 
 def read_tables(stage: utils.Stage, genes: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """locs.csv and the counts of ``genes``, both by spot id."""
+    """x and y of locs.csv, pixels of he.jpg, and the counts (float32) of ``genes``, by spot id."""
     for artifact in (utils.LOCS, utils.CNTS):
         if stage.find(artifact) is None:
             raise stage.error(stage.directory / artifact.name, "is missing.")
+    path = stage.path(utils.CNTS)
     locs = tables.read_locs(stage, stage.path(utils.LOCS))
-    counts = tables.read_counts(stage, stage.path(utils.CNTS), locs.index)
-    unknown = [gene for gene in genes if gene not in counts.columns]
-    if unknown:
+    counts, measured = tables.read_sparse_counts(stage, path, locs.index)
+    columns = pd.Index(measured).get_indexer(genes)
+    if unknown := [gene for gene, i in zip(genes, columns, strict=True) if i < 0]:
         raise stage.error(
-            stage.path(utils.CNTS),
-            f"lacks {len(unknown)} of the {len(genes)} genes to score: {', '.join(unknown[:5])}.",
+            path, f"lacks {len(unknown)} of {len(genes)} genes of the maps: {utils.some(unknown)}."
         )
-    return locs, counts[genes]
+    return locs, pd.DataFrame(counts[:, columns].toarray(), locs.index, genes, copy=False)
 
 
 def read_radius(directory: Path) -> float:
@@ -227,3 +279,22 @@ def read_radius(directory: Path) -> float:
     longest = utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
     number = plain.read_number(stage, path, utils.TOKEN_PX, longest, "px of he.jpg")
     return number / utils.TOKEN_PX
+
+
+def load_labels(path: Path, shape: tuple[int, int], most: int) -> np.ndarray:
+    """Labels ``shape`` of an .npy, whole numbers from 0 (none) to ``most``.
+
+    A ValueError says what is wrong with it; what follows from that is up to the caller.
+    """
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"is not a whole .npy array: {error}") from error
+    whole = labels.dtype.kind in "iu" and labels.size > 0
+    if labels.shape != shape or not whole or labels.min() < 0 or labels.max() > most:
+        numbers = f", {labels.min()} to {labels.max()}" if whole else ""
+        raise ValueError(
+            f"is {labels.dtype} {labels.shape}{numbers}; expected whole numbers from 0 to {most}, "
+            f"{shape}"
+        )
+    return labels

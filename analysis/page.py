@@ -10,20 +10,20 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 import utils
 from analysis.charts import LINE_STYLES, draw_histogram, draw_lines
 from analysis.inputs import read_map
+from analysis.scores import number_text, rounded
 
-if TYPE_CHECKING:
-    from analysis.report import Sample
-
-SCRIPTS = (utils.CALIBRATION, utils.HIGH_RESOLUTION, utils.EXTRACTOR, utils.MASKING, utils.HISTEX)
 REGION_COLOURS = (  # Okabe and Ito's, which the colour-blind tell apart
     "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999",
 )  # fmt: skip
@@ -36,9 +36,31 @@ KNOWN_FACTS = (
 )  # fmt: skip
 
 
-def finite(value: float | None) -> float | None:
-    """A number as JSON can hold it."""
-    return None if value is None or not np.isfinite(value) else round(float(value), 4)
+@dataclass
+class SpotCounts:
+    """Spots of locs.csv and what they measured."""
+
+    ids: list[str]
+    centres: np.ndarray  # (N, 2) row, column in superpixels
+    radius: float  # superpixels
+    discs: sparse.csr_array  # (N, rows * columns), area
+    counts: sparse.csc_array  # (N, genes of cnts.csv)
+    column: dict[str, int]  # of a gene in counts
+
+
+@dataclass
+class PageContent:
+    """What the page shows: all but the maps, which are read one at a time."""
+
+    shape: tuple[int, int]
+    files: dict[str, Path]  # of the maps, by gene
+    genes: list[str]  # in the page
+    held_out: pd.Series | None  # r by gene
+    spots: SpotCounts | None
+    regions: np.ndarray | None  # uint8 (rows, columns)
+    region_genes: list[str]  # markers of each region; or empty
+    histories: dict[str, pd.DataFrame]  # by state
+    records: dict[str, dict[str, Any]]  # by script
 
 
 def script_json(content: Any) -> str:
@@ -74,10 +96,6 @@ def absent(what: str, remedy: str) -> str:
     return f'<p class="absent"><strong>{escape(what)}</strong> {escape(remedy)}</p>'
 
 
-def number(value: float | None, form: str = ".2f") -> str:
-    return "unknown" if value is None or not np.isfinite(value) else f"{value:{form}}"
-
-
 def words(name: str) -> str:
     return name.replace("_", " ")
 
@@ -90,26 +108,42 @@ def shown_value(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def html_facts(sample: Sample) -> str:
-    tissue = int(np.isfinite(read_map(sample.files[sample.genes[0]])).sum())
+def html_parts(template: str, stage: utils.Stage, content: PageContent) -> dict[str, Any]:
+    """What fills the names in the template that need no other file."""
+    return {
+        "policy": policy(template),
+        "sample": escape(stage.directory.resolve().name),
+        "facts": html_facts(content),
+        "warnings": html_warnings(stage, content),
+        "genes": html_genes(content),
+        "training": html_training(content.histories),
+        "regions": html_regions(content.regions, content.region_genes),
+        "records": html_records(content.records),
+    }
+
+
+def html_facts(content: PageContent) -> str:
+    tissue = int(np.isfinite(read_map(content.files[content.genes[0]])).sum())
     side_mm = utils.SUPERPIXEL_UM / 1000
-    facts = [("genes here", f"{len(sample.genes)} of {len(sample.files)}")]
-    if sample.spots is not None:
-        facts.append(("spots", f"{len(sample.spots.ids):,}"))
-    facts.append(("grid", f"{sample.shape[0]} by {sample.shape[1]} of {utils.SUPERPIXEL_UM:g} µm"))
+    facts = [("genes here", f"{len(content.genes)} of {len(content.files)}")]
+    if content.spots is not None:
+        facts.append(("spots", f"{len(content.spots.ids):,}"))
+    facts.append(
+        ("grid", f"{content.shape[0]} by {content.shape[1]} of {utils.SUPERPIXEL_UM:g} µm")
+    )
     facts.append(("tissue", f"{tissue * side_mm**2:.2f} mm²"))
-    if sample.held_out is not None:
-        facts.append(("median held-out r", number(sample.held_out.median())))
-    if utils.HISTEX in sample.records:
-        facts.append(("maps made", str(sample.records[utils.HISTEX].get("ended"))[:10]))
+    if content.held_out is not None:
+        facts.append(("median held-out r", number_text(content.held_out.median())))
+    if utils.HISTEX in content.records:
+        facts.append(("maps made", str(content.records[utils.HISTEX].get("ended"))[:10]))
     return html_list(facts)
 
 
-def html_warnings(stage: utils.Stage, sample: Sample) -> str:
+def html_warnings(stage: utils.Stage, content: PageContent) -> str:
     # Where the folder lies on the disk is nobody's business whom the page is sent to.
     place, name = str(stage.directory), stage.directory.resolve().name
     found = [("this report", note.replace(place, name)) for note in stage.notes]
-    for script, record in sample.records.items():
+    for script, record in content.records.items():
         found += [(script, note) for note in record.get("warnings", [])]
     if not found:
         return "<p>None.</p>"
@@ -119,11 +153,11 @@ def html_warnings(stage: utils.Stage, sample: Sample) -> str:
     return f'<ul class="warnings">{items}</ul>'
 
 
-def html_genes(sample: Sample) -> str:
+def html_genes(content: PageContent) -> str:
     """The genes to choose from, a radio button each, with a bar for r."""
     labels = []
-    for i, gene in enumerate(sample.genes):
-        r = finite(sample.held_out.get(gene)) if sample.held_out is not None else None
+    for i, gene in enumerate(content.genes):
+        r = rounded(content.held_out.get(gene)) if content.held_out is not None else None
         score = ""
         if r is not None:
             score = (
@@ -138,13 +172,13 @@ def html_genes(sample: Sample) -> str:
     return "".join(labels)
 
 
-def html_held_out(sample: Sample) -> tuple[str, list[float | None]]:
+def html_held_out(content: PageContent) -> tuple[str, list[float | None]]:
     """Histogram and table of r; where in the histogram each gene of the page stands."""
-    unknown: list[float | None] = [None] * len(sample.genes)
-    if sample.held_out is None:
+    unknown: list[float | None] = [None] * len(content.genes)
+    if content.held_out is None:
         name = utils.HELD_OUT.name
         return absent(f"{name} is missing.", f"{utils.HISTEX} writes it."), unknown
-    known = sample.held_out.dropna()
+    known = content.held_out.dropna()
     if known.empty:
         return absent("No gene has a held-out r.", "No spots were held out, or too few."), unknown
     low, middle, high = known.quantile([0.1, 0.5, 0.9])
@@ -153,10 +187,10 @@ def html_held_out(sample: Sample) -> tuple[str, list[float | None]]:
         "held-out", "Held-out correlation of all genes", text, known.to_numpy(), BIN,
         ("held-out r", "genes"),
     )  # fmt: skip
-    rows = [(gene, number(r, ".3f")) for gene, r in known.sort_values(ascending=False).items()]
-    rows += [(gene, "unknown") for gene in sample.held_out.index[sample.held_out.isna()]]
+    rows = [(gene, number_text(r, ".3f")) for gene, r in known.sort_values(ascending=False).items()]
+    rows += [(gene, "unknown") for gene in content.held_out.index[content.held_out.isna()]]
     table = html_table("Held-out r of all genes", ("gene", "r"), rows)
-    places = [finite(axes.x(sample.held_out.get(gene, np.nan))) for gene in sample.genes]
+    places = [rounded(axes.x(content.held_out.get(gene, np.nan))) for gene in content.genes]
     return f"<p>{text}</p>{chart}{html_details('All genes as a table', table)}", places
 
 
@@ -179,7 +213,7 @@ def html_training(histories: dict[str, pd.DataFrame]) -> str:
             charts.append(f"<figure>{chart}<figcaption>{title}</figcaption></figure>")
     for state, table in histories.items():
         losses = table.get("held_out_loss", pd.Series(dtype=float)).dropna()
-        lowest = number(losses.min(), ".4g") if len(losses) else "unknown"
+        lowest = number_text(losses.min(), ".4g") if len(losses) else "unknown"
         epoch = f"{table['epoch'][losses.idxmin()]:.0f}" if len(losses) else "unknown"
         rows.append((state, len(table), f"{table['train_loss'].iloc[-1]:.4g}", lowest, epoch))
     header = ("state", "epochs", "last training loss", "lowest held-out loss", "in epoch")
@@ -228,13 +262,13 @@ def html_regions(regions: np.ndarray | None, genes: list[str]) -> str:
 
 def html_records(records: dict[str, dict[str, Any]]) -> str:
     rows, parts = [], []
-    for script in SCRIPTS:
+    for script in utils.STAGES:
         record = records.get(script)
         if record is None:
             rows.append((script, "no finished run", "", "", ""))
             continue
         options = " ".join(map(str, record.get("options", [])))
-        seconds = number(record.get("seconds"), ",.1f")
+        seconds = number_text(record.get("seconds"), ",.1f")
         n_warnings = len(record.get("warnings", []))
         ended = str(record.get("ended", "")).replace("T", " ")
         rows.append((script, ended, seconds, options or "defaults", n_warnings))
@@ -245,13 +279,13 @@ def html_records(records: dict[str, dict[str, Any]]) -> str:
             for kind in ("inputs", "outputs")
             for name, known in record[kind].items()
         ]
-        content = (
+        details = (
             f"<h4>Results</h4>{html_list(facts)}"
             f"<h4>Arguments</h4>{html_list([(words(k), shown_value(v)) for k, v in given])}"
             f"<h4>Versions</h4>{html_list(record.get('versions', {}).items())}"
             + html_table(f"Files of {script}", ("file", "bytes", "sha256, its start"), files)
         )
-        parts.append(html_details(f"{script} in full", content))
+        parts.append(html_details(f"{script} in full", details))
     header = ("script", "ended", "seconds", "options", "warnings")
     return html_table("Runs of the five scripts", header, rows) + "".join(parts)
 

@@ -288,6 +288,10 @@ def score(truth: Truth, maps: dict[str, np.ndarray], measures=tuple(MEASURES)) -
     return pd.DataFrame(rows, index=pd.Index(truth.genes, name="gene"))
 
 
-def rounded(value: float, digits: int = 4) -> float | None:
+def rounded(value: float | None, digits: int = 4) -> float | None:
     """For JSON, which knows no NaN."""
-    return round(float(value), digits) if np.isfinite(value) else None
+    return None if value is None or not np.isfinite(value) else round(float(value), digits)
+
+
+def number_text(value: float | None, form: str = ".2f") -> str:
+    return "unknown" if value is None or not np.isfinite(value) else f"{value:{form}}"
