@@ -646,7 +646,11 @@ class Parser(argparse.ArgumentParser):
         """As argparse does, but a misspelt option is named before anything that is missing."""
         for text in sys.argv[1:] if args is None else args:
             name = str(text).split("=")[0]
-            if name.startswith("--") and name not in self._option_string_actions:
+            if (
+                name.startswith("--")
+                and " " not in name
+                and name not in self._option_string_actions
+            ):
                 known = [option for option in self._option_string_actions if option[:2] == "--"]
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"Did you mean {close[0]}?" if close else "See --help for those that it has."

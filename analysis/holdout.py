@@ -20,11 +20,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis.inputs import map_files, read_gene_names, read_map, read_radius, read_tables
 from analysis.scores import METHODS, best_r_of_counts, pearson, rounded
@@ -38,7 +38,6 @@ from analysis.spots import (
     sum_discs,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 PREDICTIONS = ("histex", "linear", "smooth", "nearest")
 NAMES = {**METHODS, "smooth": "Gaussian mean of spots, one pitch wide"}
 
@@ -81,7 +80,7 @@ def make_fold(
 
 
 def run_script(script: str, folder: Path, options: list[str]) -> None:
-    command = [sys.executable, str(ROOT / script), "--directory", str(folder), *options]
+    command = [sys.executable, str(utils.ROOT / script), "--directory", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise utils.StageError(
@@ -159,7 +158,7 @@ def score_left_out(
 
 def hold_out(
     stage: utils.Stage, n_folds: int, seed: int, options: list[str] | None, place: Path
-) -> tuple[pd.DataFrame, dict]:
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Scores per gene on the left-out spots, and the facts of the summary."""
     stage.require(
         utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.GENE_NAMES, utils.FEATURES, utils.MASK
