@@ -101,7 +101,7 @@ import numpy as np
 
 from analysis import files  # noqa: F401  (names the files of the other scripts)
 from analysis.formats.mapset import MapSet
-from analysis.inputs import choose_genes, map_files, read_held_out, read_map
+from analysis.inputs import choose_genes, map_files, read_held_out, read_map, read_sizes
 from reading import images
 
 
@@ -184,15 +184,8 @@ def read_maps(stage: utils.Stage) -> MapSet:
             f"holds {first.name} {tissue.shape} with {tissue.sum()} values; expected {shape}, the "
             f"grid of he.jpg.",
         )
-    record = utils.read_record(stage, utils.CALIBRATION) or {}
-    sizes = [record.get(key) for key in ("raw_size", "scaled_size")]
-    if not all(isinstance(size, list) and len(size) == 2 and min(size) > 0 for size in sizes):
-        raise stage.error(
-            directory / utils.record_name(utils.CALIBRATION),
-            "does not tell raw_size and scaled_size, the scale between he-raw and he.jpg.",
-            f"Run: {stage.command(utils.CALIBRATION)}",
-        )
-    return MapSet(stage, {gene: known[gene] for gene in genes}, tissue, *map(tuple, sizes))
+    raw, scaled = read_sizes(stage, "raw_size", "scaled_size")
+    return MapSet(stage, {gene: known[gene] for gene in genes}, tissue, raw, scaled)
 
 
 def main(stage: utils.Stage) -> None:

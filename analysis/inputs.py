@@ -50,6 +50,22 @@ def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
         stage.inputs[path.name] = known if is_known else utils.fingerprint(path)
 
 
+def read_sizes(stage: utils.Stage, *keys: str) -> list[tuple[int, int]]:
+    """Rows and columns of images, by the record of image_calibration.py.
+
+    raw_size is that of he-raw, size that of he.jpg, scaled_size that of he.jpg without its padding.
+    """
+    record = utils.read_record(stage, utils.CALIBRATION) or {}
+    sizes = [record.get(key) for key in keys]
+    if not all(isinstance(size, list) and len(size) == 2 and min(size) > 0 for size in sizes):
+        raise stage.error(
+            stage.directory / utils.record_name(utils.CALIBRATION),
+            f"does not tell the sizes of the images, {' and '.join(keys)}.",
+            f"Run: {stage.command(utils.CALIBRATION)}",
+        )
+    return [(size[0], size[1]) for size in sizes if size]
+
+
 # --------------------------------------------------------------------------------------------------
 # the truth
 # --------------------------------------------------------------------------------------------------

@@ -37,6 +37,9 @@ import utils
 SCRIPT = "demo/simulate.py"
 SIZE_UM = 1792.0  # side of the section's image: 224 superpixels
 TRUTH = utils.Artifact(("truth.npz",), None, "all molecules of a section, and their expectation")
+WRITTEN = (
+    utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.RADIUS_RAW, utils.LOCS_RAW, utils.CNTS, TRUTH,
+)  # fmt: skip
 
 
 def section_size(text: str) -> float:
@@ -109,12 +112,10 @@ CYCLING_SHARE = 0.12  # of the tumour cells
 # --------------------------------------------------------------------------------------------------
 def gene_table() -> pd.DataFrame:
     """One row a gene: program and kind; index = gene name."""
-    rows = [
-        (f"{program}{i + 1}", program, kind)
-        for program, (kind, n, _, _) in PROGRAMS.items()
-        for i in range(n)
-    ]
-    return pd.DataFrame(rows, columns=["gene", "program", "kind"]).set_index("gene")
+    rows = [(name, kind, i) for name, (kind, n, *_) in PROGRAMS.items() for i in range(1, n + 1)]
+    table = pd.DataFrame(rows, columns=["program", "kind", "number"])
+    table.index = pd.Index(table.program + table.number.astype(str), name="gene")
+    return table
 
 
 def expression_rates(
@@ -236,9 +237,7 @@ def catch(
 # --------------------------------------------------------------------------------------------------
 def main(stage: utils.Stage) -> None:
     """Write the five input files and truth.npz of one section."""
-    stage.guard(
-        utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.RADIUS_RAW, utils.LOCS_RAW, utils.CNTS, TRUTH
-    )
+    stage.guard(*WRITTEN)
     size_um, rng = stage.args.size_um, np.random.default_rng(stage.args.seed)
     layout = make_layout(size_um, rng)
     cells, genes = place_cells(layout, rng), gene_table()
@@ -252,10 +251,8 @@ def main(stage: utils.Stage) -> None:
 
     with stage.writing(utils.HE_RAW) as partial:
         Image.fromarray(render(layout, cells, rng)).save(partial, quality=92)
-    for artifact, number in (
-        (utils.PIXEL_SIZE_RAW, PIXEL_UM),
-        (utils.RADIUS_RAW, VISIUM_RADIUS_UM / PIXEL_UM),
-    ):
+    numbers = {utils.PIXEL_SIZE_RAW: PIXEL_UM, utils.RADIUS_RAW: VISIUM_RADIUS_UM / PIXEL_UM}
+    for artifact, number in numbers.items():
         with stage.writing(artifact) as partial:
             partial.write_text(f"{number}\n")
     names = [f"spot{i:04d}" for i in range(len(spots))]

@@ -877,7 +877,7 @@ def test_a_gene_without_counts(section, capsys):
 def test_a_calibration_record_without_sizes(section, capsys, size):
     section.calibrate(size, list(SCALED_SIZE))
     error = refused(section, capsys, "csv")
-    assert "does not tell raw_size and scaled_size" in error
+    assert "does not tell the sizes of the images, raw_size and scaled_size" in error
     assert "python image_calibration.py" in error
 
 
