@@ -41,7 +41,9 @@ from scipy import sparse
 from scipy.spatial import Delaunay, cKDTree
 
 import utils
-from reading import plain, tables
+from method.genes import most_variable
+from reading import tables
+from reading.genes import read_gene_names
 
 SCRIPT = utils.HIGH_RESOLUTION
 
@@ -275,24 +277,9 @@ def listed_genes(stage: utils.Stage) -> list[str] | None:
         return None
     # Not Stage.require: a changed list is the reason for this rerun, it makes nothing stale here.
     stage.inputs[path.name] = utils.fingerprint(path)
-    genes = plain.read_gene_names(stage, path)
+    genes = read_gene_names(stage, path)
     print(f"{path.name}: your {len(genes):,} genes (remove the file to have them selected)")
     return genes
-
-
-def most_variable(counts: sparse.csr_array, names: list[str], n_genes: int) -> np.ndarray:
-    """Columns of the ``n_genes`` largest variances, ascending. Equal variances go by gene name.
-
-    Constant genes are never among them. Sums of whole numbers are exact, so the order of the spots
-    cannot change the choice.
-    """
-    (n_spots, n), values = counts.shape, counts.data.astype(np.float64)
-    total = np.bincount(counts.indices, values, minlength=n)
-    squares = np.bincount(counts.indices, values**2, minlength=n)
-    variance = squares - total**2 / n_spots
-    ranked = np.lexsort((np.array(names), -variance))
-    varies = (counts.max(axis=0) > counts.min(axis=0)).toarray().ravel()
-    return np.sort(ranked[varies[ranked]][:n_genes])
 
 
 def choose_genes(

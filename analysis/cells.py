@@ -55,6 +55,7 @@ import utils
 from analysis import regions
 from analysis.inputs import map_files, read_map
 from analysis.scores import rounded
+from method import grid
 from reading import arrays, images
 
 SCRIPT = "analysis/cells.py"
@@ -340,88 +341,12 @@ def rings_of(geometry: dict) -> list[tuple[np.ndarray, bool]]:
     return rings
 
 
-def edges_of(outlines: list[Outline], scale: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Outline (n,), start and end (n, 2), x and y, of all edges, in superpixels.
-
-    Every outer ring runs clockwise as seen on the image, and every hole the other way.
-    """
-    number, starts, ends = [], [], []
-    for i, outline in enumerate(outlines):
-        for points, hole in outline.rings:
-            start = points * scale
-            end = np.roll(start, -1, axis=0)
-            away = start - start[0]  # so that rounding does not depend on where the cell lies
-            turn = (
-                away[:, 0] * np.roll(away[:, 1], -1) - np.roll(away[:, 0], -1) * away[:, 1]
-            ).sum()
-            if (turn < 0) != hole:
-                start, end = end, start
-            number.append(np.full(len(start), i))
-            starts.append(start)
-            ends.append(end)
-    return tuple(map(np.concatenate, (number, starts, ends)))
-
-
-def moments(number: np.ndarray, start: np.ndarray, end: np.ndarray, n: int) -> tuple:
-    """Area (n,) and centroid (n, 2) of outlines from their edges."""
-    origin = np.zeros((n, 2))
-    origin[number] = start
-    a, b = start - origin[number], end - origin[number]
-    twice = a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]
-    area = np.bincount(number, twice, n) / 2
-    first = [np.bincount(number, twice * (a[:, k] + b[:, k]), n) / 6 for k in (0, 1)]
-    middle = np.column_stack(first) / np.where(area > TINY, area, np.inf)[:, None]
-    return area, origin + middle
-
-
-def coverage(
-    number: np.ndarray, start: np.ndarray, end: np.ndarray, n: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Outline, row, column and covered area of all superpixels under n outlines, exactly.
-
-    Edges are cut at the lines of the grid. A piece that goes up by dy covers, on its right, dy of
-    every superpixel in its row, and of its own what lies right of the piece; one that goes down
-    takes it back. So one cumulative sum along the rows of each outline's box gives the areas.
-    """
-    low, high = np.minimum(start, end), np.maximum(start, end)
-    edges = np.arange(len(number))
-    cuts, owners = [np.zeros(len(number))], [edges]
-    for axis in (0, 1):
-        first = np.floor(low[:, axis]).astype(np.int64) + 1
-        times = (np.floor(high[:, axis]).astype(np.int64) - first + 1).clip(0)
-        owner = np.repeat(edges, times)
-        line = first[owner] + np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
-        step = end[owner, axis] - start[owner, axis]
-        cuts.append((line - start[owner, axis]) / step)
-        owners.append(owner)
-    cut, owner = np.concatenate(cuts), np.concatenate(owners)
-    order = np.lexsort([cut, owner])
-    cut, owner = cut[order].clip(0, 1), owner[order]
-    until = np.append(cut[1:], 1.0)
-    until[np.append(owner[1:] != owner[:-1], True)] = 1.0
-    step = end[owner] - start[owner]
-    x, y = (start[owner] + step * ((cut + until) / 2)[:, None]).T
-    dy = step[:, 1] * (until - cut)
-    column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
-
-    outline = number[owner]
-    left, top = (np.full(n, np.iinfo(np.int64).max) for _ in range(2))
-    right, bottom = (np.full(n, np.iinfo(np.int64).min) for _ in range(2))
-    np.minimum.at(left, outline, column)
-    np.minimum.at(top, outline, row)
-    np.maximum.at(right, outline, column + 1)  # takes what lies right of a piece
-    np.maximum.at(bottom, outline, row)
-    width, height = right - left + 1, bottom - top + 1
-    offset = np.cumsum(width * height) - width * height
-    at = offset[outline] + (row - top[outline]) * width[outline] + column - left[outline]
-    beyond = x - column  # share of the own superpixel that lies left of the piece
-    covered = np.bincount(at, -dy * (1 - beyond), (width * height).sum())
-    covered += np.bincount(at + 1, -dy * beyond, len(covered))
-    covered = np.cumsum(covered).clip(0, 1)
-    found = np.flatnonzero(covered > TINY)
-    outline = np.repeat(np.arange(n), width * height)[found]
-    row, column = np.divmod(found - offset[outline], width[outline])
-    return outline, row + top[outline], column + left[outline], covered[found]
+def rings_to_measure(outlines: list[Outline], scale: np.ndarray) -> grid.Rings:
+    """The rings of all outlines, their points times ``scale``: in superpixels."""
+    rings = [(i, *ring) for i, outline in enumerate(outlines) for ring in outline.rings]
+    number, points, hole = zip(*rings, strict=True)
+    size = np.array([len(part) for part in points])
+    return grid.Rings(np.array(number), size, np.array(hole), np.concatenate(points) * scale)
 
 
 def cells_of_outlines(
@@ -442,12 +367,12 @@ def cells_of_outlines(
                     f"image of {side[0]} x {side[1]} px.",
                     "Coordinates must be pixels of he-raw, or of he.jpg with --frame he.",
                 )
-        edges = edges_of(some, scale)
-        cell, row, column, covered = coverage(*edges, len(some))
+        rings = rings_to_measure(some, scale)
+        cell, row, column, covered = grid.polygon_areas(rings)
         on_map = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
         superpixel = row * shape[1] + column
         parts.append([a[on_map] for a in (cell + begin, superpixel, covered)])
-        area, centroid = moments(*edges, len(some))
+        area, centroid = grid.polygon_moments(rings, len(some))
         areas.append(area * utils.TOKEN_PX**2)
         centroids.append(centroid * utils.TOKEN_PX)
     cell, superpixel, covered = map(np.concatenate, zip(*parts, strict=True))

@@ -11,29 +11,25 @@ from scipy.spatial import Delaunay, cKDTree
 from scipy.spatial.distance import cdist
 
 from analysis.scores import pearson
+from method.grid import disc_areas, neighbour_distance
 
 MIN_DISC_TISSUE = 0.25  # as HISTEX.py: from less tissue, a spot's counts tell too little
-SUBSAMPLES = 16  # per superpixel and axis, for the area of a disc in it
+SUBSAMPLES = 16  # per superpixel and axis: twice as many as HISTEX.py needs
 
 
 def disc_weights(centres: np.ndarray, radius: float, shape: tuple[int, int]) -> csr_array:
     """Area (spots, rows * columns) of each spot's disc in each superpixel of the map."""
     reach = int(np.ceil(radius)) + 1
     steps = np.arange(-reach, reach + 1)
-    middles = (np.arange(SUBSAMPLES) + 0.5) / SUBSAMPLES
-    spot, cell, area = [], [], []
-    for i, (y, x) in enumerate(centres):
-        rows, cols = int(np.floor(y)) + steps, int(np.floor(x)) + steps
-        down = (rows[:, None] + middles - y) ** 2  # (steps, subsamples)
-        across = (cols[:, None] + middles - x) ** 2
-        share = (down[:, None, :, None] + across[None, :, None, :] <= radius**2).mean((2, 3))
-        on_map = ((rows >= 0) & (rows < shape[0]))[:, None] & (cols >= 0) & (cols < shape[1])
-        row, col = np.nonzero((share > 0) & on_map)
-        spot.append(np.full(len(row), i))
-        cell.append(rows[row] * shape[1] + cols[col])
-        area.append(share[row, col])
-    where = (np.concatenate(spot), np.concatenate(cell))
-    return csr_array((np.concatenate(area), where), (len(centres), shape[0] * shape[1]))
+    corner = np.floor(centres).astype(int)
+    row = corner[:, :1] + np.repeat(steps, len(steps))
+    col = corner[:, 1:] + np.tile(steps, len(steps))
+    area = disc_areas(centres, row, col, radius, SUBSAMPLES)
+    on_map = (row >= 0) & (row < shape[0]) & (col >= 0) & (col < shape[1])
+    spot, i = np.nonzero((area > 0) & on_map)
+    where = (spot, row[spot, i] * shape[1] + col[spot, i])
+    size = (len(centres), shape[0] * shape[1])
+    return csr_array((area[spot, i].astype(np.float64), where), size)
 
 
 def sum_discs(weights: csr_array, image: np.ndarray) -> np.ndarray:
@@ -74,7 +70,7 @@ def interpolation_weights(centres: np.ndarray, points: np.ndarray) -> tuple[csr_
 
 def pitch_of(centres: np.ndarray) -> float:
     """Median distance of a spot from the nearest one."""
-    return float(np.median(cKDTree(centres).query(centres, k=2)[0][:, 1]))
+    return neighbour_distance(centres)
 
 
 def gaussian_weights(centres: np.ndarray, points: np.ndarray, sigma: float) -> np.ndarray:

@@ -49,9 +49,9 @@ from scipy.ndimage import uniform_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from method import grid
 from prepare import common, images, sample, slides, tenx
 from prepare.aligned import Aligned, check_alignment, check_pixel_size, project, read_placing
-from prepare.outlines import outline_shares
 
 EXPERIMENT, MOLECULES, MATRIX = "experiment.xenium", "transcripts.parquet", "cell_feature_matrix.h5"
 CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
@@ -429,6 +429,17 @@ def spread_cells(
     )  # fmt: skip
 
 
+def outline_shares(cell: np.ndarray, xy: np.ndarray, n: int) -> tuple[grid.Covered, np.ndarray]:
+    """Shares of each cell's area in the superpixels of its outline, adding up to 1 for every cell.
+
+    cell (V,) ascending, xy (V, 2) vertices in superpixels. Also the cells without any area.
+    """
+    names, size = np.unique(cell, return_counts=True)
+    found = grid.polygon_areas(grid.Rings(names, size, np.zeros(len(names), bool), xy))
+    total = np.bincount(found.polygon, found.area, n)
+    return found._replace(area=found.area / total[found.polygon]), np.flatnonzero(total == 0)
+
+
 def count_by_area(cells: Cells, outs: Path, frame: Frame, xy: np.ndarray) -> tuple[Counts, int]:
     """Molecules of a cell spread over its outline; also how many have none: by centroid."""
     table = read_table(find_first(outs, OUTLINES), ["cell_id", "vertex_x", "vertex_y"])
@@ -436,13 +447,13 @@ def count_by_area(cells: Cells, outs: Path, frame: Frame, xy: np.ndarray) -> tup
     order = np.flatnonzero(cell >= 0)
     order = order[np.argsort(cell[order], kind="stable")]
     px = frame.to_px(table[["vertex_x", "vertex_y"]].to_numpy(float)[order])
-    shares, bare = outline_shares(cell[order], px / utils.TOKEN_PX, len(cells.ids))
-    centroid = np.floor(frame.to_px(cells.xy[bare]) / utils.TOKEN_PX)
-    shares = tuple(
-        map(np.concatenate, zip(shares, (bare, *centroid.T[::-1], np.ones(len(bare))), strict=True))
+    (owner, row, col, weight), bare = outline_shares(
+        cell[order], px / utils.TOKEN_PX, len(cells.ids)
     )
+    x, y = np.floor(frame.to_px(cells.xy[bare]) / utils.TOKEN_PX).T
+    owner, row, col = np.append(owner, bare), np.append(row, y), np.append(col, x)
+    weight = np.append(weight, np.ones(len(bare)))
     h, w = frame.grid
-    owner, row, col, weight = shares
     image_rows, image_columns = (-(-side // utils.TOKEN_PX) for side in frame.size[::-1])
     within = (row >= 0) & (row < image_rows) & (col >= 0) & (col < image_columns)
     place = (row * w + col).astype(np.int64)[within]

@@ -31,14 +31,10 @@ def read_lines(stage: utils.Stage, path: Path) -> list[str]:
 
 
 def read_gene_names(stage: utils.Stage, path: Path) -> list[str]:
-    names = read_lines(stage, path)
-    if not names:
-        raise stage.error(path, "holds no gene; expected one gene name a line.")
-    if repeated := utils.duplicates(names):
-        raise stage.error(
-            path, f"names {utils.some(repeated)} more than once; each gene may occur once."
-        )
-    return names
+    """As ``reading.genes.read_gene_names``, for callers that do not import that yet."""
+    from reading.genes import read_gene_names as read
+
+    return read(stage, path)
 
 
 def _read_text(stage: utils.Stage, path: Path) -> str:

@@ -178,69 +178,6 @@ def test_a_pyramid_is_read_at_full_size(tmp_path):
 
 
 # ----- outlines -----
-def coverage_of(*rings, grid=GRID, scale=1.0):
-    """Areas (rows, columns) in superpixels; rings are lists of (x, y), a hole if marked so."""
-    rings = [(np.array(points, float), hole) for points, hole in rings]
-    edges = cells.edges_of([Outline("", "", rings)], np.array([scale, scale]))
-    _, row, column, area = cells.coverage(*edges, 1)
-    image = np.zeros(grid)
-    np.add.at(image, (row, column), area)
-    return image, cells.moments(*edges, 1)
-
-
-def test_coverage_by_hand():
-    image, (area, centroid) = coverage_of(([(0.5, 0.5), (2.5, 0.5), (2.5, 1.5), (0.5, 1.5)], False))
-    assert image[:2, :3].tolist() == [[0.25, 0.5, 0.25]] * 2
-    assert image.sum() == area[0] == 2
-    assert centroid.tolist() == [[1.5, 1]]
-    triangle, _ = coverage_of(([(0, 0), (2, 2), (0, 2)], False))
-    assert triangle[:2, :2].tolist() == [[0.5, 0], [1, 0.5]]
-
-
-def test_a_hole_counts_out_whichever_way_it_runs():
-    outer, hole = [(1, 1), (5, 1), (5, 5), (1, 5)], [(2, 2), (3, 2), (3, 4), (2, 4)]
-    for a in (outer, outer[::-1]):
-        for b in (hole, hole[::-1]):
-            image, (area, _) = coverage_of((a, False), (b, True))
-            assert area[0] == 14
-            assert image.sum() == pytest.approx(14)
-            assert image[2:4, 2].tolist() == [0, 0]
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    centre=st.tuples(st.floats(3, 9), st.floats(3, 9)),
-    radii=st.lists(st.floats(0.05, 2.9), min_size=3, max_size=12),
-    turn=st.floats(0, 6.3),
-    snap=st.booleans(),
-)
-def test_coverage_is_that_of_fine_sampling(centre, radii, turn, snap):
-    angle = turn + np.arange(len(radii)) * 2 * np.pi / len(radii)  # a star: never crosses itself
-    points = np.array(centre) + np.array(radii)[:, None] * np.column_stack(
-        [np.cos(angle), np.sin(angle)]
-    )
-    if snap:
-        points = np.round(points)  # edges along the lines of the grid
-    image, (area, _) = coverage_of((points, False), grid=(12, 12))
-    n = 32
-    x, y = (np.arange(12 * n) + 0.5) / n, ((np.arange(12 * n) + 0.5) / n)[:, None]
-    inside = np.zeros((12 * n, 12 * n), int)
-    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
-        if y0 == y1:
-            continue
-        crosses = (
-            (y >= min(y0, y1)) & (y < max(y0, y1)) & (x >= x0 + (y - y0) * (x1 - x0) / (y1 - y0))
-        )
-        inside += crosses * (1 if y1 < y0 else -1)
-    sampled = np.clip(np.abs(inside), 0, 1).reshape(12, n, 12, n).mean((1, 3))
-    if snap:  # what was a star may cross itself now
-        return np.testing.assert_array_less(image, 1 + 1e-9)
-    length = np.linalg.norm(points - np.roll(points, -1, axis=0), axis=1).sum()
-    assert np.abs(image - sampled).max() < 0.12
-    assert abs(image.sum() - sampled.sum()) < 0.5 * length / n + 1e-3
-    assert image.sum() == pytest.approx(area[0], abs=1e-6)
-
-
 def feature(rings, kind="Polygon", **more):
     return {"type": "Feature", "geometry": {"type": kind, "coordinates": rings}, **more}
 

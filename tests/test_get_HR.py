@@ -9,7 +9,6 @@ import pytest
 from conftest import GENES, REAL_DATA, run, run_process, write_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import sparse
 from scipy.spatial import Delaunay
 
 import get_HR
@@ -213,41 +212,6 @@ def test_fallback_agrees_with_the_lattice_on_small_ones():
     for shape in ("hexagonal", "square"):
         xy = lattice(shape, 3, 4, degrees=31.0)
         assert {tuple(pair) for pair in get_HR.delaunay_pairs(xy).tolist()} == pairs_at(xy)
-
-
-# ----- genes -----
-def most_variable(counts: np.ndarray, names: list[str], n: int) -> np.ndarray:
-    return get_HR.most_variable(sparse.csr_array(counts), names, n)
-
-
-def test_most_variable_by_hand():
-    #                 b: var 1  a: var 1  c: 0   d: var 25  e: var 1
-    counts = np.array([(1, 0, 7, 10, 2), (3, 2, 7, 0, 4)], np.float32)
-    names = list("bacde")
-    assert most_variable(counts, names, 1).tolist() == [3]
-    assert most_variable(counts, names, 2).tolist() == [1, 3]  # a before b before e
-    assert most_variable(counts, names, 3).tolist() == [0, 1, 3]
-    assert most_variable(counts, names, 100).tolist() == [0, 1, 3, 4]  # c never
-    assert most_variable(counts[:1], names, 3).tolist() == []
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**31), n=st.integers(1, 30))
-def test_most_variable_is_numpys_variance_whatever_the_order(seed, n):
-    rng = np.random.default_rng(seed)
-    counts = rng.poisson(rng.gamma(0.5, 3, 30), (12, 30)).astype(np.float32)
-    names = [f"G{i:02d}" for i in range(30)]
-    chosen = most_variable(counts, names, n)
-    variance = counts.var(axis=0, dtype=np.float64)
-    assert len(chosen) == min(n, (variance > 0).sum())
-    left_out = np.setdiff1d(np.arange(30), chosen)
-    if len(chosen) and len(left_out):
-        assert variance[chosen].min() >= variance[left_out].max() - 1e-9
-    again = most_variable(rng.permutation(counts), names, n)
-    assert again.tolist() == chosen.tolist()
-    columns = rng.permutation(30)
-    other = most_variable(counts[:, columns], [names[c] for c in columns], n)
-    assert sorted(columns[other]) == chosen.tolist()
 
 
 # ----- the stage -----

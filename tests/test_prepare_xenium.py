@@ -19,7 +19,6 @@ from scipy import sparse
 
 import utils
 from prepare import aligned, slides, xenium
-from prepare.outlines import outline_shares
 
 RUN_UM = 0.2125  # um per pixel of the run's own images
 GENES = ["ACTB", "EPCAM", "KRT8", "MARCH1", "NA", "PTPRC"]
@@ -461,7 +460,7 @@ def test_area_shares_equal_clipping(seed, n, scale, whole, clockwise, closed):
             xy = np.vstack([xy, xy[:1]])
         cells += [cell] * len(xy)
         vertices.append(xy)
-    shares, bare = outline_shares(np.array(cells), np.concatenate(vertices), 4)
+    shares, bare = xenium.outline_shares(np.array(cells), np.concatenate(vertices), 4)
     found = {key[:3]: key[3] for key in zip(*(column.tolist() for column in shares), strict=True)}
     assert 3 in bare  # without any vertex
     for cell in set(range(3)) - set(bare.tolist()):
@@ -479,7 +478,7 @@ def signed_total(xy: np.ndarray) -> float:
 
 
 def test_polygons_spread_a_cell_by_area_and_conserve_its_molecules(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr("prepare.outlines.MAX_SQUARES", 500)  # several blocks
+    monkeypatch.setattr("method.grid.MAX_SQUARES", 500)  # several blocks
     assert prepare(shared, tmp_path / "s", "--counts", "polygons") == 0
     record, truth, tissue, _, locs, counts = read_sample(tmp_path / "s")
     matrix, _, outlines = cell_tables(molecules())
