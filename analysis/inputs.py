@@ -280,9 +280,8 @@ def read_tables(stage: utils.Stage, genes: list[str]) -> tuple[pd.DataFrame, pd.
     counts, measured = tables.read_sparse_counts(stage, path, locs.index)
     columns = pd.Index(measured).get_indexer(genes)
     if unknown := [gene for gene, i in zip(genes, columns, strict=True) if i < 0]:
-        raise stage.error(
-            path, f"lacks {len(unknown)} of {len(genes)} genes of the maps: {utils.some(unknown)}."
-        )
+        n, names = len(unknown), utils.some(unknown)
+        raise stage.error(path, f"lacks {n} of the {len(genes)} genes of the maps: {names}.")
     return locs, pd.DataFrame(counts[:, columns].toarray(), locs.index, genes, copy=False)
 
 

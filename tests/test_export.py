@@ -870,7 +870,7 @@ def test_a_gene_without_counts(section, capsys):
     section.counts.drop(columns=["krt8", "NA"]).to_csv(section.directory / "cnts.csv")
     for kind in ("istar", "spatialdata"):
         error = refused(section, capsys, kind)
-        assert f"lacks 2 of {len(GENES)} genes of the maps: krt8, NA" in error
+        assert f"lacks 2 of the {len(GENES)} genes of the maps: krt8, NA" in error
 
 
 @pytest.mark.parametrize("size", [None, [5], [0, 5], "5 x 5"])
