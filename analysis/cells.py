@@ -171,10 +171,10 @@ def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarra
         shape = page.shape if pages == 1 else (pages, *page.shape)
         if page.is_memmappable:
             array = tifffile.memmap(path, page=0, mode="r")
-            return shape, page.dtype, bands_of(array)
+            return shape, np.dtype(page.dtype), bands_of(array)
         if len(shape) == 2:
             next(page.segments(maxworkers=1), None)  # a compression that is unknown fails here
-    return shape, page.dtype, decoded_bands(path)
+    return shape, np.dtype(page.dtype), decoded_bands(path)
 
 
 def decoded_bands(path: Path) -> Iterator[np.ndarray]:
@@ -416,14 +416,15 @@ def read_cells(stage: utils.Stage, shape: tuple[int, int]) -> tuple[CellAreas, P
             "Save the labels of the cells, not a picture of them.",
         )
     wanted = [frames[args.frame]] if args.frame else list(frames.values())
-    frame = next((f for f in wanted if f.shape == tuple(found)), None)
-    if frame is None:
+    fitting = [f for f in wanted if f.shape == tuple(found)]
+    if not fitting:
         sizes = " or ".join(f"{f.shape[1]} x {f.shape[0]} px ({f.name})" for f in wanted)
         raise wrong(
             path,
             f"is {found[1]} x {found[0]} px; expected {sizes}.",
             "Segment one of these images, without cropping or scaling it.",
         )
+    frame = fitting[0]
     cells = cells_of_labels(bands, frame, shape, path)
     if not cells.ids:
         raise wrong(path, "holds no cell: all labels are 0.", again)

@@ -67,7 +67,7 @@ def make_fold(
     """
     names = {utils.MASK.name}
     for script in (utils.CALIBRATION, utils.EXTRACTOR):
-        record = utils.read_record(stage, script)
+        record = utils.read_record(stage, script) or {}
         names |= {utils.record_name(script), *record["inputs"], *record["outputs"]}
     own = {*utils.LOCS.names, *utils.CNTS.names, *utils.GENE_NAMES.names}  # written below: no links
     for name in sorted(names - own):

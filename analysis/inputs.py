@@ -278,7 +278,7 @@ def read_tables(stage: utils.Stage, genes: list[str]) -> tuple[pd.DataFrame, pd.
     path = stage.path(utils.CNTS)
     locs = tables.read_locs(stage, stage.path(utils.LOCS))
     counts, measured = tables.read_sparse_counts(stage, path, locs.index)
-    columns = pd.Index(measured).get_indexer(genes)
+    columns = pd.Index(measured).get_indexer(pd.Index(genes))
     if unknown := [gene for gene, i in zip(genes, columns, strict=True) if i < 0]:
         n, names = len(unknown), utils.some(unknown)
         raise stage.error(path, f"lacks {n} of the {len(genes)} genes of the maps: {names}.")

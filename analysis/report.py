@@ -299,11 +299,10 @@ def describe_page(content: PageContent, markers: list[float | None]) -> dict[str
     return facts
 
 
-def gene_scripts(content: PageContent) -> Iterator[str]:
+def each_gene(content: PageContent) -> Iterator[str]:
     """A data block for each gene; only one map is in memory at a time."""
-    for i, gene in enumerate(tqdm(content.genes, desc="maps", disable=None)):
-        facts = page.script_json(describe_gene(content, gene))
-        yield f'<script type="application/json" id="gene-{i}">{facts}</script>\n'
+    for gene in tqdm(content.genes, desc="maps", disable=None):
+        yield page.script_json(describe_gene(content, gene))
 
 
 def main(stage: utils.Stage) -> None:
@@ -312,20 +311,21 @@ def main(stage: utils.Stage) -> None:
     artifact = utils.Artifact((name,), SCRIPT, files.REPORT.what, user_may_bring=True)
     stage.guard(artifact)
     content = read_content(stage, args.genes, args.n_genes)
-    template = TEMPLATE.read_text(encoding="utf-8")
-    held_out, markers = page.html_held_out(content)
-    parts = {
-        **page.html_parts(template, stage, content),
-        "held_out": held_out,
-        "data": page.script_json(describe_page(content, markers)),
-        "image": base64.b64encode(shrink(stage, args.image_px)).decode(),
-        "maps": gene_scripts(content),
-    }
+    held_out, markers = page.describe_held_out(content)
+    pieces = page.render(
+        TEMPLATE,
+        stage,
+        content,
+        held_out=held_out,
+        data=page.script_json(describe_page(content, markers)),
+        image=base64.b64encode(shrink(stage, args.image_px)).decode(),
+        maps=each_gene(content),
+    )
     with (
         stage.writing(artifact) as partial,
         partial.open("w", encoding="utf-8", newline="\n") as file,
     ):
-        file.writelines(page.fill(template, parts))
+        file.writelines(pieces)
     stage.finish(genes=len(content.genes))
 
 

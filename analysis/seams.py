@@ -39,7 +39,7 @@ def line_gradients(maps: np.ndarray) -> Gradients:
     result = []
     for axis in (0, 1):
         step = np.abs(np.diff(np.moveaxis(maps, axis, 0).astype(np.float64), axis=0))
-        inside = np.isfinite(step).all(2)
+        inside = np.asarray(np.isfinite(step).all(2))
         result.append((np.where(inside[..., None], step, 0).sum(1), inside.sum(1)))
     return result
 

@@ -67,14 +67,14 @@ def choose_genes(truth: inputs.Truth, table: pd.DataFrame) -> dict[str, str]:
     """Gene -> why it is shown: the most abundant of each kind, and the one of median r at 4x."""
     total = pd.Series(truth.counts.sum((0, 1)), index=truth.genes)
     if truth.kinds is None:
-        return dict.fromkeys(total.nlargest(4).index, "abundant gene")
+        return dict.fromkeys(map(str, total.nlargest(4).index), "abundant gene")
     kind = pd.Series(truth.kinds, index=truth.genes)
     chosen = {
-        total[kind == k].idxmax(): text for k, text in SHOWN_KINDS.items() if (kind == k).any()
+        str(total[kind == k].idxmax()): text for k, text in SHOWN_KINDS.items() if (kind == k).any()
     }
     program = pd.Series(truth.genes, index=truth.genes).str.rstrip("0123456789")
     rest = table["histex_4x"][~program.isin(program[list(chosen)])].dropna()
-    chosen[(rest - table["histex_4x"].median()).abs().idxmin()] = "gene of median r"
+    chosen[str((rest - table["histex_4x"].median()).abs().idxmin())] = "gene of median r"
     return chosen
 
 
@@ -121,7 +121,7 @@ def draw(stage: utils.Stage) -> Figure:
     true_mean = (truth.counts if truth.mean is None else truth.mean) * truth.capture
 
     figure = Figure(figsize=(17.5, 3.3 * len(genes)), layout="constrained", dpi=110)
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.6])
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.6])[0]
     whole, detail = left.subplots(2, 1)
     half = he.reshape(rows * px // 2, 2, columns * px // 2, 2, 3).mean((1, 3)).astype(np.uint8)
     extent = (0, columns * step, rows * step, 0)
@@ -170,7 +170,7 @@ def draw_genes(
         spots, predicted, known = axes[i]
         spots.add_collection(
             EllipseCollection(
-                *[2 * radius * step] * 2, 0, units="xy", offsets=centres[:, ::-1] * step,
+                2 * radius * step, 2 * radius * step, 0, units="xy", offsets=centres[:, ::-1] * step,
                 offset_transform=spots.transData, cmap=palette, norm=norm,
                 array=counts[:, i] / (np.pi * radius**2),
             )

@@ -82,7 +82,7 @@ AMBIENT_SHARE = 0.04  # share of a gene's molecules that float free, anywhere in
 
 # Programs: kind, genes, weight of each cell type, and the field by which the rate varies in space.
 ALL = dict.fromkeys(TYPES, 1.0)
-PROGRAMS = {
+PROGRAMS: dict[str, tuple[str, int, dict[str, float], str | None]] = {
     "TUMOUR": ("marker", 7, {"tumour": 1}, None),
     "GLAND": ("marker", 6, {"gland": 1}, None),
     "FIBRO": ("marker", 7, {"fibroblast": 1}, None),
@@ -128,8 +128,10 @@ def expression_rates(
     for program, (_, _, weights, field) in PROGRAMS.items():
         of_type = {t: weights.get(t, LEAK if weights else 0.0) for t in TYPES}
         weight = cells.type.map(of_type).to_numpy()
-        space = {None: 1.0, "cycling": cycling}.get(field)
-        fold[program] = weight * (layout.at(field, xy) * 0.97 + 0.03 if space is None else space)
+        space = cycling if field == "cycling" else np.ones(len(cells))
+        if field not in (None, "cycling"):
+            space = layout.at(field, xy) * 0.97 + 0.03
+        fold[program] = weight * space
     size = CELL_TYPES.rna[cells.type].to_numpy() * rng.gamma(8, 1 / 8, len(cells))
     abundance = rng.lognormal(0, 0.5, len(genes))
     rates = np.column_stack([fold[program] for program in genes.program]) * abundance

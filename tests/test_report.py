@@ -328,11 +328,6 @@ def test_colours_of_regions_differ():
     assert len(set(page_parts.region_colours(24))) == 24
 
 
-def test_what_is_filled_in_is_not_filled_in_again():
-    parts = {"a": "{{b}}", "b": iter(["1", "{{a}}"])}
-    assert "".join(page_parts.fill("x {{a}} y {{b}} z", parts)) == "x {{b}} y 1{{a}} z"
-
-
 # ----- the page as text -----
 def test_the_page_holds_the_maps_and_nothing_from_outside_can_act_in_it(section):
     text = write_page(section)

@@ -48,7 +48,11 @@ def write(source: MapSet, target: Path) -> None:
     total, mean = np.zeros(n), np.zeros(len(genes))
     with h5py.File(target, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        packed = {"compression": "gzip", "compression_opts": GZIP_LEVEL, "shuffle": True}
+        packed: dict[str, Any] = {
+            "compression": "gzip",
+            "compression_opts": GZIP_LEVEL,
+            "shuffle": True,
+        }
         chunks = (min(ROWS_PER_CHUNK, n), min(GENES_AT_ONCE, len(genes)))
         x = new_array(file, "X", (n, len(genes)), np.float32, chunks=chunks, **packed)
         every = each_map(source)
@@ -90,7 +94,7 @@ def superpixel_table(source: MapSet) -> pd.DataFrame:
     for name in LABELS:
         if found := read_labels(source, name):
             codes = found[0][row, column].astype(np.int64) - 1  # -1: none
-            table[name] = pd.Categorical.from_codes(codes, np.array(found[1], object))
+            table[name] = pd.Categorical.from_codes(codes, pd.Index(found[1], dtype=object))
     return table
 
 

@@ -59,7 +59,7 @@ class MapSet:
     @property
     def raw_px(self) -> float:
         """The same as one number."""
-        return float(np.sqrt(self.scale.prod()))
+        return float(np.sqrt(np.prod(self.raw_size) / np.prod(self.scaled_size)))
 
     def to_raw(self, xy: np.ndarray) -> np.ndarray:
         """(N, 2) x and y from pixels of he.jpg to pixels of he-raw, both from the image's edges."""

@@ -61,7 +61,7 @@ def write(source: MapSet, target: Path) -> None:
                 resolutionunit="CENTIMETER",
                 maxworkers=1,
                 subifds=0 if level else len(sizes) - 1,
-                subfiletype=1 if level else 0,
+                subfiletype=1 if level else None,
                 metadata=None if level else metadata,
             )
 

@@ -177,7 +177,7 @@ def write_counts(tables: zarr.Group, spots: pd.DataFrame, counts: pd.DataFrame) 
     keys = {"region": "spots", "region_key": "region", "instance_key": "spot_id"}
     extra = {"spatialdata-encoding-type": "ngff:regions_table", "version": "0.2", **keys}
     group = new_group(tables, "counts", "anndata", **extra)
-    region = pd.Categorical.from_codes(np.zeros(len(ids), int), np.array(["spots"], object))
+    region = pd.Categorical.from_codes(np.zeros(len(ids), int), pd.Index(["spots"], dtype=object))
     put(group, "X", counts.to_numpy(np.float32))
     parts = {
         "obs": pd.DataFrame({"region": region, "spot_id": ids}, pd.Index(ids, dtype=object)),
