@@ -168,13 +168,12 @@ def draw_genes(
         true = np.where(tissue, true_mean[:, :, i], np.nan)
         norm = mpl.colors.Normalize(0, max(float(np.nanpercentile(true, SATURATED)), 1e-6))
         spots, predicted, known = axes[i]
-        spots.add_collection(
-            EllipseCollection(
-                2 * radius * step, 2 * radius * step, 0, units="xy", offsets=centres[:, ::-1] * step,
-                offset_transform=spots.transData, cmap=palette, norm=norm,
-                array=counts[:, i] / (np.pi * radius**2),
-            )
+        discs = EllipseCollection(
+            2 * radius * step, 2 * radius * step, 0, units="xy", norm=norm, cmap=palette,
+            offsets=centres[:, ::-1] * step, offset_transform=spots.transData,
+            array=counts[:, i] / (np.pi * radius**2),
         )  # fmt: skip
+        spots.add_collection(discs)
         spots.set_ylabel(f"{gene}\n{why}", fontsize=12)
         printed = abs(radius * step - utils.VISIUM_RADIUS_UM) < 0.5
         spots.set_title("spots, 55 um" if printed else "spots", fontsize=11)

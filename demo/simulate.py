@@ -129,7 +129,7 @@ def expression_rates(
         of_type = {t: weights.get(t, LEAK if weights else 0.0) for t in TYPES}
         weight = cells.type.map(of_type).to_numpy()
         space = cycling if field == "cycling" else np.ones(len(cells))
-        if field not in (None, "cycling"):
+        if field and field != "cycling":
             space = layout.at(field, xy) * 0.97 + 0.03
         fold[program] = weight * space
     size = CELL_TYPES.rna[cells.type].to_numpy() * rng.gamma(8, 1 / 8, len(cells))
