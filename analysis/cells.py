@@ -94,7 +94,6 @@ from reading import arrays, images
 
 BAND_ROWS = 64  # of a label image at a time
 LARGEST_LABEL = 2**31 - 1
-OUTLINES_AT_ONCE = 4096
 TINY = 1e-9  # of a superpixel's area: what rounding leaves
 OUTLINE_SUFFIXES = (".geojson", ".json")
 CELLS, NO_CELLS = {"cell", "detection"}, {"annotation", "tile"}  # QuPath's kinds of object
@@ -290,7 +289,7 @@ def read_outlines(stage: utils.Stage, path: Path, nuclei: bool) -> list[Outline]
         raise wrong(path, "holds no list of features.", remedy)
     if not all(isinstance(f, dict) for f in features):
         raise wrong(path, "holds features that are no objects.", remedy)
-    kinds = [kind_of(feature) for feature in features]
+    kinds = [str(properties_of(feature).get("objectType", "")) for feature in features]
     if CELLS & set(kinds):
         kept = [f for f, kind in zip(features, kinds, strict=True) if kind not in NO_CELLS]
         if len(kept) < len(features):
@@ -316,22 +315,21 @@ def read_outlines(stage: utils.Stage, path: Path, nuclei: bool) -> list[Outline]
     return outlines
 
 
-def kind_of(feature: dict) -> str:
-    properties = feature.get("properties") or {}
-    return str(properties.get("objectType", "")) if isinstance(properties, dict) else ""
-
-
-def class_of(feature: dict) -> str:
-    """QuPath's class; of derived classes, all their names."""
+def properties_of(feature: dict[str, Any]) -> dict[str, Any]:
     properties = feature.get("properties")
-    found = properties.get("classification") if isinstance(properties, dict) else None
+    return properties if isinstance(properties, dict) else {}
+
+
+def class_of(feature: dict[str, Any]) -> str:
+    """QuPath's class; of derived classes, all their names."""
+    found = properties_of(feature).get("classification")
     if isinstance(found, dict):
         names = found.get("names")
         return ": ".join(map(str, names)) if isinstance(names, list) else str(found.get("name", ""))
     return "" if found is None else str(found)
 
 
-def rings_of(geometry: dict) -> list[tuple[np.ndarray, bool]]:
+def rings_of(geometry: dict[str, Any]) -> list[tuple[np.ndarray, bool]]:
     kind = geometry.get("type")
     if kind not in ("Polygon", "MultiPolygon"):
         return []
@@ -362,33 +360,26 @@ def cells_of_outlines(
     """Cells of outlines in that frame, on a map of ``shape`` (rows, columns)."""
     side = np.array(frame.shape[::-1])
     scale = np.array(frame.scale[::-1]) / utils.TOKEN_PX
-    parts, areas, centroids = [], [], []
-    for begin in range(0, len(outlines), OUTLINES_AT_ONCE):
-        some = outlines[begin : begin + OUTLINES_AT_ONCE]
-        for outline in some:
-            points = np.concatenate([ring for ring, _ in outline.rings])
-            if (points < -side).any() or (points > 2 * side).any():
-                raise wrong(
-                    path,
-                    f"has the cell {outline.id} at {points[0].tolist()}, far outside of the "
-                    f"image of {side[0]} x {side[1]} px.",
-                    "Coordinates must be pixels of he-raw, or of he.jpg with --frame he.",
-                )
-        rings = rings_to_measure(some, scale)
-        cell, row, column, covered = grid.polygon_areas(rings)
-        on_map = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
-        superpixel = row * shape[1] + column
-        parts.append([a[on_map] for a in (cell + begin, superpixel, covered)])
-        area, centroid = grid.polygon_moments(rings, len(some))
-        areas.append(area * utils.TOKEN_PX**2)
-        centroids.append(centroid * utils.TOKEN_PX)
-    cell, superpixel, covered = map(np.concatenate, zip(*parts, strict=True))
-    size = (len(outlines), shape[0] * shape[1])
+    rings = rings_to_measure(outlines, scale)
+    far = ((rings.xy < -side * scale) | (rings.xy > 2 * side * scale)).any(axis=1)
+    if far.any():
+        ring = np.searchsorted(np.cumsum(rings.size), far.argmax(), side="right")
+        outline = outlines[rings.polygon[ring]]
+        raise wrong(
+            path,
+            f"has the cell {outline.id} at {outline.rings[0][0][0].tolist()}, far outside of the "
+            f"image of {side[0]} x {side[1]} px.",
+            "Coordinates must be pixels of he-raw, or of he.jpg with --frame he.",
+        )
+    cell, row, column, covered = grid.polygon_areas(rings)
+    on_map = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
+    where = (cell[on_map], (row * shape[1] + column)[on_map])
+    area, centroids = grid.polygon_moments(rings, len(outlines))
     return CellAreas(
         [outline.id for outline in outlines],
-        np.concatenate(centroids),
-        np.concatenate(areas),
-        csr_array((covered, (cell, superpixel)), size),
+        centroids * utils.TOKEN_PX,
+        area * utils.TOKEN_PX**2,
+        csr_array((covered[on_map], where), (len(outlines), shape[0] * shape[1])),
         [outline.of_class for outline in outlines],
     )
 

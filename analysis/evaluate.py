@@ -239,7 +239,7 @@ def summary_text(facts: dict[str, Any]) -> str:
     if "median coverage" in facts:
         what = f"counts in their 90 % interval {over}"
         parts.append(by_size(what, facts["median coverage"], COVERAGES))
-    lines = [f"{'published protocol (see --help)':40}{'RMSE':>10}{'SSIM':>10}"]
+    lines = [f"{'published protocol (see evaluate.py)':40}{'RMSE':>10}{'SSIM':>10}"]
     for name, values in facts["published protocol"].items():
         lines.append(f"{METHODS[name]:40}{number(values['rmse']):>10}{number(values['ssim']):>10}")
     parts.append("\n".join(lines))

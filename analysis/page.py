@@ -166,7 +166,7 @@ def describe_training(histories: dict[str, pd.DataFrame]) -> dict[str, Any]:
         losses = table.get("held_out_loss", pd.Series(dtype=float)).dropna()
         lowest, epoch = "unknown", "unknown"
         if len(losses):
-            lowest, at = f"{losses.min():.4g}", losses.index[losses.argmin()]
+            lowest, at = f"{losses.min():.4g}", losses.index[int(losses.argmin())]
             epoch = f"{table['epoch'][at]:.0f}"
         rows.append((state, len(table), f"{table['train_loss'].iloc[-1]:.4g}", lowest, epoch))
     return {"charts": charts, "rows": rows, "line_styles": LINE_STYLES}

@@ -362,7 +362,7 @@ def test_many_outlines_are_those_of_few(monkeypatch):
     ]
     frame = PixelFrame("he", SIZE, (1.0, 1.0))
     whole = cells.cells_of_outlines(outlines, frame, GRID, HERE)
-    monkeypatch.setattr(cells, "OUTLINES_AT_ONCE", 4)
+    monkeypatch.setattr(cells.grid, "MAX_SQUARES", 300)
     parts = cells.cells_of_outlines(outlines, frame, GRID, HERE)
     np.testing.assert_allclose(whole.inside.toarray(), parts.inside.toarray(), atol=1e-9)
     np.testing.assert_allclose(whole.centroids, parts.centroids)
@@ -388,6 +388,25 @@ def test_the_same_cells_give_the_same_bytes(section, tmp_path):
     assert (section / "cells.csv.gz").read_bytes() == first
     text = gzip.decompress(first).decode()
     assert text.splitlines()[0] == 'cell,x,y,area_um2,share_on_tissue,class,A,"B,1",NA'
+
+
+def test_a_table_of_yours_is_not_replaced(section, tmp_path, capsys):
+    labels = np.zeros(RAW, np.uint8)
+    labels[50:60, 100:160] = 1
+    tifffile.imwrite(tmp_path / "cells.tif", labels)
+    (section / "cells.csv.gz").write_bytes(b"mine")
+    assert run_cells(section, tmp_path / "cells.tif")[0] == 2
+    error = capsys.readouterr().err
+    assert "cells.csv.gz was made or edited by hand" in error
+    assert f"--masks {tmp_path / 'cells.tif'}" in error
+    assert (section / "cells.csv.gz").read_bytes() == b"mine"
+    other = tmp_path / "other"
+    assert cells.run(["--directory", str(section), "--masks", str(tmp_path / "cells.tif"),
+                      "--output", str(other)]) == 0  # fmt: skip
+    assert {path.name for path in other.iterdir()} == {"cells.csv.gz", "cells.json"}
+    assert run_cells(section, tmp_path / "cells.tif", "--force")[0] == 0
+    record = json.loads((section / "cells.json").read_text())
+    assert {"versions", "code", "seconds", "outputs"} <= record.keys()
 
 
 BAD_LABELS = {
