@@ -91,12 +91,7 @@ def draw_lines(
 
 
 def draw_histogram(
-    name: str,
-    title: str,
-    description: str,
-    values: np.ndarray,
-    step: float,
-    names: tuple[str, str],
+    name: str, title: str, description: str, values: np.ndarray, step: float, names: tuple[str, str]
 ) -> tuple[str, Axes]:
     """Bars over bins of width ``step``; the axes tell where a value lies."""
     first, last = np.floor(values.min() / step), np.floor(values.max() / step) + 1

@@ -201,10 +201,7 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         for name in METHODS
         if name != CEILING
     }
-    facts["spot totals"] = {
-        "median r": middle["totals_r"],
-        "median ratio": middle["totals_ratio"],
-    }
+    facts["spot totals"] = {"median r": middle["totals_r"], "median ratio": middle["totals_ratio"]}
     if "coverage_1x" in middle:
         facts["median coverage"] = {
             name: {f"{size}x": middle[f"{name}_{size}x"] for size in BINS} for name in COVERAGES
@@ -272,17 +269,6 @@ def left_out_text(facts: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------
 # the command
 # --------------------------------------------------------------------------------------------------
-def read_and_evaluate(stage: utils.Stage) -> tuple[pd.DataFrame, dict[str, Any], inputs.Truth]:
-    """The scores, and the truth, which the picture shows."""
-    directory = stage.directory
-    truth = inputs.read_truth(directory)
-    for name in (inputs.TRUTH, inputs.PUBLISHED_TRUTH):
-        if (directory / name).is_file():
-            stage.inputs[name] = utils.fingerprint(directory / name)
-    inputs.note_inputs(stage, utils.MAPS, utils.SPREAD, utils.LOCS, utils.RADIUS, utils.CNTS)
-    return *evaluate(directory, truth), truth
-
-
 def main(stage: utils.Stage) -> None:
     args, figure = stage.args, None
     stage.keeps_others = True  # the scores by the truth and those by left-out spots
@@ -306,7 +292,12 @@ def main(stage: utils.Stage) -> None:
         if not args.no_plot:
             figure = picture.draw_left_out(table)
     else:
-        table, facts, truth = read_and_evaluate(stage)
+        truth = inputs.read_truth(args.directory)
+        for path in (args.directory / inputs.TRUTH, args.directory / inputs.PUBLISHED_TRUTH):
+            if path.is_file():
+                stage.inputs[path.name] = utils.fingerprint(path)
+        inputs.note_inputs(stage, utils.MAPS, utils.SPREAD, utils.LOCS, utils.RADIUS, utils.CNTS)
+        table, facts = evaluate(args.directory, truth)
         print(f"{summary_text(facts)}\n")
         if not args.no_plot:
             figure = picture.draw(table, truth, args.directory)

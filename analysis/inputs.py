@@ -18,6 +18,7 @@ from reading import images, pickles, plain, tables
 
 SCRIPT = "analysis/evaluate.py"
 TRUTH, PUBLISHED_TRUTH = "truth.npz", "genes_3D.pkl"
+NUMBER_COLUMNS = ("region", "label")  # of the tables beside labels
 
 
 @dataclass
@@ -313,3 +314,29 @@ def load_labels(path: Path, shape: tuple[int, int], most: int) -> np.ndarray:
             f"{shape}"
         )
     return labels
+
+
+def read_label_texts(
+    stage: utils.Stage, artifact: utils.Artifact, column: str, n: int, needed: bool = False
+) -> list[str] | None:
+    """A column of the table beside labels, which has a row for each of at least n, in their order.
+
+    Else None: with a warning if the table is of other labels, or lacks a column that is needed.
+    """
+    path = stage.directory / artifact.name
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        stage.warn(f"{path.name} is left out: it is not a table ({error})")
+        return None
+    numbers = [str(i) for i in range(1, len(table) + 1)]
+    ordered = all(table[c].tolist() == numbers for c in NUMBER_COLUMNS if c in table)
+    if needed and column not in table:
+        stage.warn(f"{path.name} is left out: it has no column {column}")
+    elif len(table) < n or not ordered:
+        stage.warn(f"{path.name} is left out: it does not list the labels 1 to {n}")
+    elif column in table:
+        return table[column].tolist()
+    return None

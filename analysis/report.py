@@ -114,7 +114,7 @@ def read_content(stage: utils.Stage, given: str | None, n_genes: int) -> PageCon
         held_out=held_out,
         spots=read_spot_counts(stage, shape),
         regions=regions,
-        region_genes=read_region_genes(stage, 0 if regions is None else int(regions.max())),
+        region_genes=read_region_genes(stage, regions),
         histories=read_histories(stage, records.get(utils.HISTEX)),
         records=records,
     )
@@ -161,21 +161,13 @@ def read_regions(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | Non
     return regions.astype(np.uint8)
 
 
-def read_region_genes(stage: utils.Stage, n: int) -> list[str]:
-    """Marker genes of the regions 1 to n, as segment.py names them; empty if it did not."""
-    path = stage.directory / files.SEGMENT_TABLE.name
-    if n == 0 or not path.is_file():
-        return []
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        regions, genes = table["region"].tolist(), table["genes"].tolist()
-    except (OSError, ValueError, KeyError) as error:
-        stage.warn(f"{path.name} is left out: it has no regions with genes ({error!r:.100})")
-        return []
-    if regions != [str(i) for i in range(1, n + 1)]:
-        stage.warn(f"{path.name} is left out: it does not list the regions 1 to {n}")
-        return []
-    return genes
+def read_region_genes(stage: utils.Stage, regions: np.ndarray | None) -> list[str]:
+    """Marker genes of the regions 1, 2, ..., as segment.py names them; empty if it did not."""
+    n = 0 if regions is None else int(regions.max())
+    genes = None
+    if n:
+        genes = inputs.read_label_texts(stage, files.SEGMENT_TABLE, "genes", n, needed=True)
+    return (genes or [])[:n]
 
 
 def read_histories(stage: utils.Stage, record: dict[str, Any] | None) -> dict[str, pd.DataFrame]:

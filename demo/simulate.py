@@ -144,11 +144,7 @@ def expression_rates(
 
 
 def expected_counts(
-    cells: pd.DataFrame,
-    rates: np.ndarray,
-    ambient: np.ndarray,
-    tissue_share: np.ndarray,
-    grid: int,
+    cells: pd.DataFrame, rates: np.ndarray, ambient: np.ndarray, tissue_share: np.ndarray, grid: int
 ) -> np.ndarray:
     """Expected molecules (grid, grid, genes) per superpixel: shares of each cell's Gaussian cloud.
 

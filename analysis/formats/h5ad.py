@@ -12,15 +12,8 @@ import pyvips
 
 import utils
 from analysis import inputs
-from analysis.formats.mapset import (
-    LABELS,
-    MapSet,
-    each_map,
-    in_mask,
-    read_embedding,
-    read_labels,
-    records_of,
-)
+from analysis.formats import mapset
+from analysis.formats.mapset import MapSet
 from analysis.formats.nodes import new_array, put_anndata
 
 GENES_AT_ONCE = 32  # columns of a chunk of X, written as a whole: one gene costs 32 to read
@@ -55,7 +48,7 @@ def write(source: MapSet, target: Path) -> None:
         }
         chunks = (min(ROWS_PER_CHUNK, n), min(GENES_AT_ONCE, len(genes)))
         x = new_array(file, "X", (n, len(genes)), np.float32, chunks=chunks, **packed)
-        every = each_map(source)
+        every = mapset.each_map(source)
         for start in range(0, len(genes), GENES_AT_ONCE):
             some = slice(start, min(start + GENES_AT_ONCE, len(genes)))
             block = np.empty((n, some.stop - start), np.float32)
@@ -69,10 +62,13 @@ def write(source: MapSet, target: Path) -> None:
             "obs": obs.assign(total_counts=total),
             "var": var.assign(mean_counts=mean),
             "obsm": {"spatial": source.centres()},
-            "uns": {"histex": records_of(source), "spatial": {source.name: picture_of(source)}},
+            "uns": {
+                "histex": mapset.records_of(source),
+                "spatial": {source.name: picture_of(source)},
+            },
         }
         put_anndata(file, parts)
-        embedding = read_embedding(source)
+        embedding = mapset.read_embedding(source)
         dims, where = len(embedding), np.flatnonzero(source.tissue)
         flat, chunks = embedding.reshape(dims, -1), (chunks[0], dims)
         latent = new_array(file["obsm"], "X_histex", (n, dims), np.float32, chunks=chunks, **packed)
@@ -86,13 +82,13 @@ def superpixel_table(source: MapSet) -> pd.DataFrame:
     row, column = source.places
     names = [f"r{r}c{c}" for r, c in zip(row.tolist(), column.tolist(), strict=True)]
     places = {
-        "in_tissue": in_mask(source)[row, column].astype(np.int64),
+        "in_tissue": mapset.in_mask(source)[row, column].astype(np.int64),
         "array_row": row,
         "array_col": column,
     }
     table = pd.DataFrame(places, index=pd.Index(names, dtype=object))
-    for name in LABELS:
-        if found := read_labels(source, name):
+    for name in mapset.LABELS:
+        if found := mapset.read_labels(source, name):
             codes = found[0][row, column].astype(np.int64) - 1  # -1: none
             table[name] = pd.Categorical.from_codes(codes, pd.Index(found[1], dtype=object))
     return table

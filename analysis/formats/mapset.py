@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
 import utils
@@ -18,7 +17,6 @@ LABELS = {  # column of a table of superpixels -> the labels, and the table of t
     "region": (files.SEGMENTS, files.SEGMENT_TABLE),
     "annotation": (files.ANNOTATION, files.ANNOTATION_TABLE),
 }
-NUMBER_COLUMNS = ("region", "label")  # of these tables
 MOST_LABELS = 2**16 - 1
 
 
@@ -111,28 +109,11 @@ def read_labels(source: MapSet, column: str) -> tuple[np.ndarray, list[str]] | N
         return None
     inputs.note_inputs(stage, artifact, table)
     n = int(labels.max())
-    names = read_label_names(stage, stage.directory / table.name, n)
+    names = inputs.read_label_texts(stage, table, "name", n)
+    if names is not None and len(set(names)) < len(names):
+        stage.warn(f"{table.name} is left out: it gives several labels one name")
+        names = None
     return labels, names or [str(i) for i in range(1, n + 1)]
-
-
-def read_label_names(stage: utils.Stage, path: Path, n: int) -> list[str] | None:
-    """The column ``name`` of a table with a row for each of at least n labels; None without one."""
-    if not path.is_file():
-        return None
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        stage.warn(f"{path.name} is left out: it is not a table ({error})")
-        return None
-    if "name" not in table:
-        return None
-    names = table["name"].tolist()
-    numbers = [str(i) for i in range(1, len(names) + 1)]
-    ordered = all(table[c].tolist() == numbers for c in NUMBER_COLUMNS if c in table)
-    if len(names) < n or len(set(names)) != len(names) or not ordered:
-        stage.warn(f"{path.name} is left out: it does not name the labels 1 to {n}")
-        return None
-    return names
 
 
 def in_mask(source: MapSet) -> np.ndarray:
