@@ -308,7 +308,9 @@ class Stage:
                 f"{self.folder} cannot be written to; {script} writes its results there.",
                 f"Make the folder writable, then run: {self.command(script)}",
             )
-        for leftover in list(self.folder.rglob(".*.partial*")):
+        own = self.folder == self.directory  # any other may be a large one of the user
+        places = self.folder.rglob if own else self.folder.glob
+        for leftover in list(places(".*.????????.partial*")):
             with contextlib.suppress(OSError):  # gone, or in use by another run
                 if time.time() - leftover.stat().st_mtime > STALE_PARTIAL_SECONDS:
                     _remove(leftover)

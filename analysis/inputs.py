@@ -39,6 +39,14 @@ def open_sample(directory: Path) -> utils.Stage:
     return utils.Stage(SCRIPT, args, reads_only=True)
 
 
+def path_of(stage: utils.Stage, artifact: utils.Artifact) -> Path:
+    """Where a file is that must be there, whoever made it and when."""
+    path = stage.find(artifact)
+    if path is None:
+        raise stage.error(stage.directory / artifact.name, "is missing.")
+    return path
+
+
 def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
     """Record what is read as it is, whoever made it, and whether it is out of date or not."""
     for artifact in artifacts:
@@ -110,17 +118,13 @@ def as_counts(array: np.ndarray) -> np.ndarray:
 
 def check_truth(path: Path, truth: Truth) -> None:
     expected = (*truth.tissue.shape, len(truth.genes))
-    if truth.counts.shape != expected:
-        raise utils.StageError(
-            f"{path}: counts are {truth.counts.shape}; expected {expected}, the shape of tissue "
-            f"and the number of genes.",
-            "Make the file anew.",
-        )
-    if truth.mean is not None and truth.mean.shape != expected:
-        raise utils.StageError(
-            f"{path}: mean is {truth.mean.shape}; expected {expected}.", "Make the file anew."
-        )
     for name, values in (("counts", truth.counts), ("mean", truth.mean)):
+        if values is not None and values.shape != expected:
+            raise utils.StageError(
+                f"{path}: {name} are {values.shape}; expected {expected}, the shape of tissue and "
+                f"the number of genes.",
+                "Make the file anew.",
+            )
         if values is not None and not (np.isfinite(values).all() and values.min(initial=0) >= 0):
             raise utils.StageError(
                 f"{path}: {name} hold negative values, or values that are not finite.",
@@ -157,18 +161,13 @@ def read_published_truth(directory: Path) -> Truth:
 
 def read_gene_names(directory: Path) -> list[str]:
     stage = open_sample(directory)
-    path = stage.find(utils.GENE_NAMES)
-    if path is None:
-        raise stage.error(directory / utils.GENE_NAMES.name, "is missing.")
-    return gene_lists.read_gene_names(stage, path)
+    return gene_lists.read_gene_names(stage, path_of(stage, utils.GENE_NAMES))
 
 
 def read_mask(directory: Path, shape: tuple[int, int]) -> np.ndarray:
     """Tissue (rows, columns) bool of mask.png, as HISTEX.py reads it, cut to ``shape``."""
     stage = open_sample(directory)
-    path = directory / utils.MASK.name
-    if not path.is_file():
-        raise stage.error(path, "is missing.")
+    path = path_of(stage, utils.MASK)
     tissue = images.read_mask(stage, images.grid_shape(stage))
     if any(have < want for have, want in zip(tissue.shape, shape, strict=True)):
         raise stage.error(path, f"is {tissue.shape}, smaller than the truth {shape}.")
@@ -273,11 +272,7 @@ def read_spots(directory: Path, genes: list[str]) -> tuple[np.ndarray, np.ndarra
 
 def read_tables(stage: utils.Stage, genes: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """x and y of locs.csv, pixels of he.jpg, and the counts (float32) of ``genes``, by spot id."""
-    for artifact in (utils.LOCS, utils.CNTS):
-        if stage.find(artifact) is None:
-            raise stage.error(stage.directory / artifact.name, "is missing.")
-    path = stage.path(utils.CNTS)
-    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    locs, path = tables.read_locs(stage, path_of(stage, utils.LOCS)), path_of(stage, utils.CNTS)
     counts, measured = tables.read_sparse_counts(stage, path, locs.index)
     columns = pd.Index(measured).get_indexer(pd.Index(genes))
     if unknown := [gene for gene, i in zip(genes, columns, strict=True) if i < 0]:
@@ -289,12 +284,8 @@ def read_tables(stage: utils.Stage, genes: list[str]) -> tuple[pd.DataFrame, pd.
 def read_radius(directory: Path) -> float:
     """Radius of a spot in superpixels."""
     stage = open_sample(directory)
-    path = directory / utils.RADIUS.name
-    if not path.is_file():
-        raise stage.error(path, "is missing.")
-    longest = utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
-    number = plain.read_number(stage, path, utils.TOKEN_PX, longest, "px of he.jpg")
-    return number / utils.TOKEN_PX
+    path, longest = path_of(stage, utils.RADIUS), utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
+    return plain.read_number(stage, path, utils.TOKEN_PX, longest, "px of he.jpg") / utils.TOKEN_PX
 
 
 def load_labels(path: Path, shape: tuple[int, int], most: int) -> np.ndarray:

@@ -60,6 +60,7 @@ def build_parser() -> utils.Parser:
     option(
         "--output",
         type=html_file,
+        metavar="FILE",
         help=f"The page, a file (default: {files.REPORT.name} in the folder of the sample).",
     )
     utils.add_force(parser)
@@ -99,8 +100,7 @@ JPEG_QUALITY = 80
 # --------------------------------------------------------------------------------------------------
 def read_content(stage: utils.Stage, given: str | None, n_genes: int) -> PageContent:
     for artifact in (utils.HE, utils.MAPS):
-        if stage.find(artifact) is None:
-            raise stage.error(stage.directory / artifact.name, "is missing.")
+        inputs.path_of(stage, artifact)
     shape, files_of_maps = images.grid_shape(stage), inputs.map_files(stage.directory)
     records, held_out = read_records(stage), inputs.read_held_out(stage)
     inputs.note_inputs(stage, utils.HE, utils.MAPS, utils.LOCS, utils.RADIUS, utils.CNTS)

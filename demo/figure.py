@@ -192,8 +192,7 @@ def draw_genes(
 def main(stage: utils.Stage) -> None:
     stage.guard(PICTURE)
     for artifact in (utils.HE, files.EVALUATION):
-        if stage.find(artifact) is None:
-            raise stage.error(stage.directory / artifact.name, "is missing.")
+        inputs.path_of(stage, artifact)
     inputs.note_inputs(
         stage, utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.MAPS, files.EVALUATION
     )

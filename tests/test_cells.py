@@ -56,7 +56,6 @@ def read_maps(directory):
 
 
 def run_cells(directory, masks, *options):
-    """Exit code and table; a table that an earlier call made is replaced, as a user's is not."""
     code = cells.run(["--directory", str(directory), "--masks", str(masks), *options])
     if code:
         return code, None

@@ -7,6 +7,7 @@ import csv
 import gc
 import gzip
 import json
+import os
 import pickle
 import pickletools
 import shutil
@@ -819,6 +820,20 @@ def test_the_record_tells_what_was_exported(section, tmp_path):
     }
     beside = json.loads((tmp_path / "export.json").read_text())
     assert beside["outputs"] == {"x.csv.gz": utils.fingerprint(elsewhere)}
+
+
+def test_only_leftovers_of_ours_are_removed_from_a_folder_of_yours(section, tmp_path):
+    """And what lies deeper in it is not looked at."""
+    deep = tmp_path / "photos" / "2020"
+    deep.mkdir(parents=True)
+    ours = tmp_path / "photos" / ".histex.0123abcd.partial.csv.gz"
+    yours = [tmp_path / "photos" / ".film.partial.mkv", deep / ".x.0123abcd.partial.csv"]
+    for path in (ours, *yours):
+        path.write_text("x")
+        os.utime(path, (0, 0))
+    assert run(section, "csv", "--output", str(tmp_path / "photos" / "x.csv.gz")) == 0
+    assert not ours.exists()
+    assert all(path.exists() for path in yours)
 
 
 def test_a_sample_that_was_moved_still_knows_its_exports(section, tmp_path):

@@ -157,7 +157,7 @@ class Browser:
 # ----- a section whose page is known -----
 SHAPE = (42, 56)  # superpixels
 RADIUS = 3.4375  # superpixels: Visium
-HOSTILE = """</script ><img src=x onerror="pwned=1">'&"""
+HOSTILE = """</script ><img src=x onerror="pwned=1">'&{{data}}{% x %}"""
 GENES = ["KRT8", "NA", HOSTILE, "FLAT"]
 PINK, BLUE = (230, 150, 190), (90, 80, 160)  # the left and the right half of the image
 

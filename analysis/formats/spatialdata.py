@@ -36,7 +36,7 @@ def bytes_needed(source: MapSet) -> int:
 
 
 def write(source: MapSet, target: Path) -> None:
-    spots, counts = read_spots(source)
+    spots, counts = read_circles(source)
     root = zarr.create_group(target, zarr_format=3)
     root.attrs["spatialdata_attrs"] = {"version": "0.2", "spatialdata_software_version": "0.7.3"}
     root.attrs["histex"] = records_of(source)
@@ -62,7 +62,7 @@ def write(source: MapSet, target: Path) -> None:
         zarr.consolidate_metadata(root.store)
 
 
-def read_spots(source: MapSet) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_circles(source: MapSet) -> tuple[pd.DataFrame, pd.DataFrame]:
     """x, y and radius of the spots in pixels of he-raw; their counts of the exported genes."""
     locs, counts = inputs.read_tables(source.stage, source.genes)
     x, y = source.to_raw(locs[["x", "y"]].to_numpy()).T
