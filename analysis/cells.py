@@ -81,8 +81,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import tifffile
-import zarr
 from PIL import Image
 from scipy.sparse import csr_array
 
@@ -165,6 +163,8 @@ def bands_of(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:
+    import tifffile  # other kinds of masks do without
+
     with tifffile.TiffFile(path) as tiff:
         page, pages = tiff.pages[0], len(tiff.series[0].pages)
         shape = page.shape if pages == 1 else (pages, *page.shape)
@@ -178,6 +178,9 @@ def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarra
 
 def decoded_bands(path: Path) -> Iterator[np.ndarray]:
     """Rows of strips or tiles, each decoded once."""
+    import tifffile
+    import zarr
+
     with readable(path), tifffile.imread(path, aszarr=True, key=0, maxworkers=1) as store:
         image = zarr.open_array(store, mode="r")
         for top in range(0, image.shape[0], image.chunks[0]):
