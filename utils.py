@@ -273,6 +273,7 @@ class Stage:
 
     Inputs lie in ``directory``. Outputs and the record go there too, or into another ``folder``.
     A folder is made when the first output is written, if ``makes_folders`` or if it is that other.
+    A stage that ``reads_only`` writes nothing, so that the sample may be write-protected.
     """
 
     def __init__(
@@ -281,6 +282,7 @@ class Stage:
         args: argparse.Namespace,
         folder: Path | None = None,
         makes_folders: bool = False,
+        reads_only: bool = False,
     ) -> None:
         self.script = script
         self.args = args
@@ -293,12 +295,15 @@ class Stage:
         self.outdated: list[Path] = []
         self.made_folder = False
         self.notes: list[str] = []
+        self.keeps_others = False  # outputs of earlier runs that this one does not write stay known
         if not (self.directory.is_dir() or (makes_folders and not self.directory.exists())):
             found = "is a file" if self.directory.exists() else "does not exist"
             raise StageError(
                 f"--directory {self.directory} {found}; it must be the folder of one sample.",
                 f"Run: python {script} --directory FOLDER",
             )
+        if reads_only:
+            return
         if self.folder.exists() and not self.folder.is_dir():
             raise StageError(
                 f"{self.folder} is a file; {script} writes into a folder.",
@@ -309,7 +314,9 @@ class Stage:
                 f"{self.folder} cannot be written to; {script} writes its results there.",
                 f"Make the folder writable, then run: {self.command(script)}",
             )
-        for leftover in list(self.folder.rglob(".*.partial*")):
+        own = self.folder == self.directory  # any other may be a large one of the user
+        places = self.folder.rglob if own else self.folder.glob
+        for leftover in list(places(".*.????????.partial*")):
             with contextlib.suppress(OSError):  # gone, or in use by another run
                 if time.time() - leftover.stat().st_mtime > STALE_PARTIAL_SECONDS:
                     _remove(leftover)
@@ -507,6 +514,8 @@ class Stage:
         outputs = {path.name: fingerprint(partial) for partial, path in self.pending}
         before = read_record(self, self.script) or {}
         previous = before.get("outputs") or before.get("previous", {})
+        if self.keeps_others:
+            outputs = {n: k for n, k in previous.items() if (self.folder / n).exists()} | outputs
         unfinished = {"finished": False, "pending": outputs, "previous": previous}
         record_path = self.folder / record_name(self.script)
         _write_json(record_path, {"script": self.script, **unfinished})
@@ -602,7 +611,7 @@ def code_of(script: str) -> dict[str, str]:
     """What a record says about the code: the commit if there is one, and a hash of the files."""
     rooms = {"method", "reading", *Path(script).parts[:-1]}
     files = [ROOT / script, ROOT / "utils.py"]
-    files += [file for room in rooms for file in (ROOT / room).glob("*.py")]
+    files += [file for room in rooms for file in (ROOT / room).rglob("*.py")]
     code = {"sha256": hash_of({file for file in files if file.is_file()})}
     if (ROOT / ".git").exists():
         command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -665,7 +674,11 @@ class Parser(argparse.ArgumentParser):
         """As argparse does, but a misspelt option is named before anything that is missing."""
         for text in sys.argv[1:] if args is None else args:
             name = str(text).split("=")[0]
-            if name.startswith("--") and name not in self._option_string_actions:
+            if (
+                name.startswith("--")
+                and " " not in name
+                and name not in self._option_string_actions
+            ):
                 known = [option for option in self._option_string_actions if option[:2] == "--"]
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"Did you mean {close[0]}?" if close else "See --help for those that it has."
@@ -742,17 +755,18 @@ def run_stage(
     argv: list[str] | None = None,
     *,
     makes_folders: bool = False,
+    folder_of: Callable[[argparse.Namespace], Path | None] = lambda a: getattr(a, "folder", None),
 ) -> int:
     """Run ``main(stage)`` and return the exit code: 0 done, 2 the user can mend it, 130 Ctrl-C.
 
-    Outputs go into the folder ``args.folder`` if the parser has such an option, else into the
-    sample's.
+    Outputs go into the folder ``folder_of(args)``: by default ``args.folder`` if the parser has
+    such an option. Without one they go into the sample's.
     """
     args = parser.parse_args(argv)
     args.options = given_options(parser, args)
 
     def work() -> None:
-        stage = Stage(script, args, getattr(args, "folder", None), makes_folders)
+        stage = Stage(script, args, folder_of(args), makes_folders)
         try:
             main(stage)
         finally:

@@ -25,62 +25,91 @@ counts. So look at groups of cells, such as a class or a neighbourhood, and not 
 * --share cells: all counts of a superpixel go to the cells in it, in proportion to their areas, so
   that no molecule is lost where there are cells; good for nuclei, which fill part of their cells.
 
-Files in: cnts-super/, he.jpg, image_calibration.json, and mask.png if it is there. Files out:
-cells.csv.gz and cells.json. A row per cell, those of a label image by their label: cell (label or
-QuPath's id), x and y (centroid in pixels of he-raw), area_um2, share_on_tissue, class (of outlines,
+A row of cells.csv.gz is a cell, those of a label image by their label: cell (label or QuPath's id),
+x and y (centroid in pixels of he-raw), area_um2, share_on_tissue, class (of outlines,
 classification), then the counts of every gene, with four digits. Outside the tissue no gene is
 known: a cell gets what its part on the tissue tells, and nothing is added for the rest; a cell
 without such a part has empty counts.
+
+Reads   cnts-super/, he.jpg, image_calibration.json, and mask.png if it is there; --masks.
+Writes  cells.csv.gz and its record, cells.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import csv
-import gzip
-import io
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-from PIL import Image
-from scipy.sparse import csr_array
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis import regions
-from analysis.inputs import map_files, read_map
+from analysis import files
+
+SCRIPT = "analysis/cells.py"
+RAW, CALIBRATED = "he-raw", "he"  # frames
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.stage_parser(__doc__)
+    option = parser.add_argument
+    option("--masks", type=Path, required=True, help="Label image or GeoJSON of the cells.")
+    option(
+        "--frame",
+        choices=[RAW, CALIBRATED],
+        help="Image whose pixels --masks means (default: he-raw for outlines, and for a label "
+        "image the one of its size).",
+    )
+    option("--nuclei", action="store_true", help="Sum over the nuclei that GeoJSON gives of cells.")
+    option(
+        "--share",
+        choices=["area", "cells"],
+        default="area",
+        help="By area, or all counts to the cells in a superpixel.",
+    )
+    folder_help = "Folder for the results (default: the folder of the sample)."
+    option("--output", dest="folder", metavar="FOLDER", type=Path, help=folder_help)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+
+import contextlib
+import gzip
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.sparse import csr_array
+
+from analysis.inputs import map_files, read_map, read_sizes
+from analysis.regions import tissue_of
 from analysis.scores import rounded
 from method import grid
 from reading import arrays, images
 
-SCRIPT = "analysis/cells.py"
-RAW, CALIBRATED = "he-raw", "he"  # frames
 BAND_ROWS = 64  # of a label image at a time
 LARGEST_LABEL = 2**31 - 1
-OUTLINES_AT_ONCE = 4096
 TINY = 1e-9  # of a superpixel's area: what rounding leaves
 OUTLINE_SUFFIXES = (".geojson", ".json")
 CELLS, NO_CELLS = {"cell", "detection"}, {"annotation", "tile"}  # QuPath's kinds of object
-COMPRESSION = 1  # of gzip: higher levels save a tenth of the space and take several times longer
+GZIP_LEVEL = 1  # higher levels save a tenth of the space and take several times longer
 ROWS_AT_ONCE = 1024  # of cells.csv.gz
 
 
-class Cells(NamedTuple):
+class CellAreas(NamedTuple):
     """Cells and their area in each superpixel; places and areas in pixels of he.jpg."""
 
-    ids: list
+    ids: list[Any]  # labels, or the ids of outlines
     centroids: np.ndarray  # (cells, 2), x and y
     area: np.ndarray  # (cells,)
     inside: csr_array  # (cells, superpixels): area in each, as a share of the superpixel's area
     classes: list[str]
 
 
-class Frame(NamedTuple):
+class PixelFrame(NamedTuple):
     """An image of (rows, columns), whose pixels times ``scale`` are those of he.jpg."""
 
     name: str
@@ -88,19 +117,11 @@ class Frame(NamedTuple):
     scale: tuple[float, float]  # of rows and of columns
 
 
-def read_frames(stage: utils.Stage) -> dict[str, Frame]:
+def read_frames(stage: utils.Stage) -> dict[str, PixelFrame]:
     """he-raw and he.jpg, by the record of image_calibration.py."""
-    record = utils.read_record(stage, utils.CALIBRATION) or {}
-    try:
-        raw, scaled, size = (tuple(record[k]) for k in ("raw_size", "scaled_size", "size"))
-        scale = scaled[0] / raw[0], scaled[1] / raw[1]
-    except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
-        raise stage.error(
-            stage.directory / utils.record_name(utils.CALIBRATION),
-            f"does not tell the sizes of the images: {error!r}.",
-            f"Run: {stage.command(utils.CALIBRATION)}",
-        ) from error
-    return {RAW: Frame(RAW, raw, scale), CALIBRATED: Frame(CALIBRATED, size, (1.0, 1.0))}
+    raw, scaled, size = read_sizes(stage, "raw_size", "scaled_size", "size")
+    scale = scaled[0] / raw[0], scaled[1] / raw[1]
+    return {RAW: PixelFrame(RAW, raw, scale), CALIBRATED: PixelFrame(CALIBRATED, size, (1.0, 1.0))}
 
 
 def wrong(path: Path, problem: str, remedy: str) -> utils.StageError:
@@ -142,40 +163,28 @@ def bands_of(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:
-    import tifffile
+    import tifffile  # other kinds of masks do without
 
     with tifffile.TiffFile(path) as tiff:
         page, pages = tiff.pages[0], len(tiff.series[0].pages)
         shape = page.shape if pages == 1 else (pages, *page.shape)
         if page.is_memmappable:
             array = tifffile.memmap(path, page=0, mode="r")
-            return shape, page.dtype, bands_of(array)
+            return shape, np.dtype(page.dtype), bands_of(array)
         if len(shape) == 2:
             next(page.segments(maxworkers=1), None)  # a compression that is unknown fails here
-    return shape, page.dtype, decoded_bands(path)
+    return shape, np.dtype(page.dtype), decoded_bands(path)
 
 
 def decoded_bands(path: Path) -> Iterator[np.ndarray]:
-    """Rows of strips or tiles, each decoded once: they are stored from left to right."""
+    """Rows of strips or tiles, each decoded once."""
     import tifffile
+    import zarr
 
-    with readable(path), tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
-        down, across = page.chunks[:2]
-        band, rows, columns = None, *page.shape
-        for number, (piece, _, shape) in enumerate(page.segments(maxworkers=1)):
-            row, column = divmod(number, -(-columns // across))
-            if column == 0:
-                if band is not None:
-                    yield from bands_of(band)
-                band = np.zeros((min(down, rows - row * down), columns), page.dtype)
-            if piece is not None:  # an empty tile is not stored
-                piece = piece.reshape(shape)[0, :, :, 0] if piece.ndim > 2 else piece
-                left = column * across
-                part = band[: piece.shape[0], left : left + piece.shape[1]]
-                part[:] = piece[: part.shape[0], : part.shape[1]]
-        if band is not None:
-            yield from bands_of(band)
+    with readable(path), tifffile.imread(path, aszarr=True, key=0, maxworkers=1) as store:
+        image = zarr.open_array(store, mode="r")
+        for top in range(0, image.shape[0], image.chunks[0]):
+            yield from bands_of(np.asarray(image[top : top + image.chunks[0]]))
 
 
 class Steps(NamedTuple):
@@ -235,8 +244,8 @@ def unite(label: np.ndarray, superpixel: np.ndarray, *sums: np.ndarray) -> tuple
 
 
 def cells_of_labels(
-    bands: Iterator[np.ndarray], frame: Frame, shape: tuple[int, int], path: Path
-) -> Cells:
+    bands: Iterator[np.ndarray], frame: PixelFrame, shape: tuple[int, int], path: Path
+) -> CellAreas:
     """Cells of a label image of that frame, on a map of ``shape`` (rows, columns)."""
     rows, columns = map(cut_side, frame.shape, frame.scale)
     parts, top = [], 0
@@ -259,7 +268,7 @@ def cells_of_labels(
     size = (len(ids), shape[0] * shape[1])
     inside = csr_array((area / utils.TOKEN_PX**2, (cell, superpixel)), size)
     centroids = np.column_stack([x, y]) / np.maximum(total, TINY)[:, None]
-    return Cells(ids.tolist(), centroids, total, inside, [""] * len(ids))
+    return CellAreas(ids.tolist(), centroids, total, inside, [""] * len(ids))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,7 +292,7 @@ def read_outlines(stage: utils.Stage, path: Path, nuclei: bool) -> list[Outline]
         raise wrong(path, "holds no list of features.", remedy)
     if not all(isinstance(f, dict) for f in features):
         raise wrong(path, "holds features that are no objects.", remedy)
-    kinds = [kind_of(feature) for feature in features]
+    kinds = [str(properties_of(feature).get("objectType", "")) for feature in features]
     if CELLS & set(kinds):
         kept = [f for f, kind in zip(features, kinds, strict=True) if kind not in NO_CELLS]
         if len(kept) < len(features):
@@ -309,22 +318,21 @@ def read_outlines(stage: utils.Stage, path: Path, nuclei: bool) -> list[Outline]
     return outlines
 
 
-def kind_of(feature: dict) -> str:
-    properties = feature.get("properties") or {}
-    return str(properties.get("objectType", "")) if isinstance(properties, dict) else ""
-
-
-def class_of(feature: dict) -> str:
-    """QuPath's class; of derived classes, all their names."""
+def properties_of(feature: dict[str, Any]) -> dict[str, Any]:
     properties = feature.get("properties")
-    found = properties.get("classification") if isinstance(properties, dict) else None
+    return properties if isinstance(properties, dict) else {}
+
+
+def class_of(feature: dict[str, Any]) -> str:
+    """QuPath's class; of derived classes, all their names."""
+    found = properties_of(feature).get("classification")
     if isinstance(found, dict):
         names = found.get("names")
         return ": ".join(map(str, names)) if isinstance(names, list) else str(found.get("name", ""))
     return "" if found is None else str(found)
 
 
-def rings_of(geometry: dict) -> list[tuple[np.ndarray, bool]]:
+def rings_of(geometry: dict[str, Any]) -> list[tuple[np.ndarray, bool]]:
     kind = geometry.get("type")
     if kind not in ("Polygon", "MultiPolygon"):
         return []
@@ -350,38 +358,31 @@ def rings_to_measure(outlines: list[Outline], scale: np.ndarray) -> grid.Rings:
 
 
 def cells_of_outlines(
-    outlines: list[Outline], frame: Frame, shape: tuple[int, int], path: Path
-) -> Cells:
+    outlines: list[Outline], frame: PixelFrame, shape: tuple[int, int], path: Path
+) -> CellAreas:
     """Cells of outlines in that frame, on a map of ``shape`` (rows, columns)."""
     side = np.array(frame.shape[::-1])
     scale = np.array(frame.scale[::-1]) / utils.TOKEN_PX
-    parts, areas, centroids = [], [], []
-    for begin in range(0, len(outlines), OUTLINES_AT_ONCE):
-        some = outlines[begin : begin + OUTLINES_AT_ONCE]
-        for outline in some:
-            points = np.concatenate([ring for ring, _ in outline.rings])
-            if (points < -side).any() or (points > 2 * side).any():
-                raise wrong(
-                    path,
-                    f"has the cell {outline.id} at {points[0].tolist()}, far outside of the "
-                    f"image of {side[0]} x {side[1]} px.",
-                    "Coordinates must be pixels of he-raw, or of he.jpg with --frame he.",
-                )
-        rings = rings_to_measure(some, scale)
-        cell, row, column, covered = grid.polygon_areas(rings)
-        on_map = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
-        superpixel = row * shape[1] + column
-        parts.append([a[on_map] for a in (cell + begin, superpixel, covered)])
-        area, centroid = grid.polygon_moments(rings, len(some))
-        areas.append(area * utils.TOKEN_PX**2)
-        centroids.append(centroid * utils.TOKEN_PX)
-    cell, superpixel, covered = map(np.concatenate, zip(*parts, strict=True))
-    size = (len(outlines), shape[0] * shape[1])
-    return Cells(
+    rings = rings_to_measure(outlines, scale)
+    far = ((rings.xy < -side * scale) | (rings.xy > 2 * side * scale)).any(axis=1)
+    if far.any():
+        ring = np.searchsorted(np.cumsum(rings.size), far.argmax(), side="right")
+        outline = outlines[rings.polygon[ring]]
+        raise wrong(
+            path,
+            f"has the cell {outline.id} at {outline.rings[0][0][0].tolist()}, far outside of the "
+            f"image of {side[0]} x {side[1]} px.",
+            "Coordinates must be pixels of he-raw, or of he.jpg with --frame he.",
+        )
+    cell, row, column, covered = grid.polygon_areas(rings)
+    on_map = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
+    where = (cell[on_map], (row * shape[1] + column)[on_map])
+    area, centroids = grid.polygon_moments(rings, len(outlines))
+    return CellAreas(
         [outline.id for outline in outlines],
-        np.concatenate(centroids),
-        np.concatenate(areas),
-        csr_array((covered, (cell, superpixel)), size),
+        centroids * utils.TOKEN_PX,
+        area * utils.TOKEN_PX**2,
+        csr_array((covered[on_map], where), (len(outlines), shape[0] * shape[1])),
         [outline.of_class for outline in outlines],
     )
 
@@ -389,7 +390,7 @@ def cells_of_outlines(
 # --------------------------------------------------------------------------------------------------
 # the command
 # --------------------------------------------------------------------------------------------------
-def read_cells(stage: utils.Stage, shape: tuple[int, int]) -> tuple[Cells, Frame]:
+def read_cells(stage: utils.Stage, shape: tuple[int, int]) -> tuple[CellAreas, PixelFrame]:
     path, args, frames = stage.args.masks, stage.args, read_frames(stage)
     if not path.is_file():
         raise wrong(path, "is missing.", "Give the file of cells by --masks.")
@@ -409,14 +410,15 @@ def read_cells(stage: utils.Stage, shape: tuple[int, int]) -> tuple[Cells, Frame
             "Save the labels of the cells, not a picture of them.",
         )
     wanted = [frames[args.frame]] if args.frame else list(frames.values())
-    frame = next((f for f in wanted if f.shape == tuple(found)), None)
-    if frame is None:
+    fitting = [f for f in wanted if f.shape == tuple(found)]
+    if not fitting:
         sizes = " or ".join(f"{f.shape[1]} x {f.shape[0]} px ({f.name})" for f in wanted)
         raise wrong(
             path,
             f"is {found[1]} x {found[0]} px; expected {sizes}.",
             "Segment one of these images, without cropping or scaling it.",
         )
+    frame = fitting[0]
     cells = cells_of_labels(bands, frame, shape, path)
     if not cells.ids:
         raise wrong(path, "holds no cell: all labels are 0.", again)
@@ -454,73 +456,44 @@ def sum_genes(
 
 def write_cells(
     path: Path,
-    cells: Cells,
+    cells: CellAreas,
     xy: np.ndarray,
     share: np.ndarray,
     genes: list[str],
     counts: np.ndarray,
 ) -> None:
-    """cells.csv.gz; the same cells always give the same bytes."""
-    head = ["cell", "x", "y", "area_um2", "share_on_tissue", "class", *genes]
-    pixel_um2 = utils.PIXEL_SIZE_UM**2
-    pattern, empty = ",%.4g" * len(genes) + "\n", "," * len(genes) + "\n"
-    with (
-        path.open("wb") as file,
-        gzip.GzipFile("", "wb", COMPRESSION, file, mtime=0) as packed,
-        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
-    ):
-        csv.writer(text, lineterminator="\n").writerow(head)
-        for top in range(0, len(cells.ids), ROWS_AT_ONCE):
-            block = counts[:, top : top + ROWS_AT_ONCE].T.tolist()
-            for i, values in enumerate(block, start=top):
-                x, y = xy[i]
-                facts = (
-                    f"{x:.2f}",
-                    f"{y:.2f}",
-                    f"{cells.area[i] * pixel_um2:.2f}",
-                    f"{share[i]:.3f}",
-                )
-                cell = io.StringIO()
-                csv.writer(cell, lineterminator="").writerow(
-                    (cells.ids[i], *facts, cells.classes[i])
-                )
-                text.write(cell.getvalue())
-                text.write(pattern % tuple(values) if share[i] > 0 else empty)
+    """cells.csv.gz; the same cells always give the same bytes. ``counts`` are (genes, cells)."""
+    area_um2 = cells.area * utils.PIXEL_SIZE_UM**2
+    facts = {"cell": np.array(cells.ids, object)}
+    for name, values, form in (
+        ("x", xy[:, 0], "%.2f"), ("y", xy[:, 1], "%.2f"), ("area_um2", area_um2, "%.2f"),
+        ("share_on_tissue", share, "%.3f"),
+    ):  # fmt: skip
+        facts[name] = np.char.mod(form, values)
+    table = pd.DataFrame({**facts, "class": cells.classes})
+    counts[:, share == 0] = np.nan
+    with path.open("wb") as file, gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
+        for top in range(0, len(table), ROWS_AT_ONCE):
+            rows = slice(top, top + ROWS_AT_ONCE)
+            block = pd.DataFrame(counts[:, rows].T, table.index[rows], genes)
+            pd.concat([table[rows], block], axis=1).to_csv(
+                packed, index=False, header=top == 0, float_format="%.4g", lineterminator="\n"
+            )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = regions.parser_of(__doc__)
-    option = parser.add_argument
-    option("--masks", type=Path, required=True, help="Label image or GeoJSON of the cells.")
-    option(
-        "--frame",
-        choices=[RAW, CALIBRATED],
-        help="Image whose pixels --masks means; without it, he-raw for outlines, and for a label "
-        "image the one of its size.",
-    )
-    option("--nuclei", action="store_true", help="Sum over the nuclei that GeoJSON gives of cells.")
-    option(
-        "--share",
-        choices=["area", "cells"],
-        default="area",
-        help="By area, or all counts to the cells in a superpixel; without it, area.",
-    )
-    return parser
-
-
-def sum_cells(stage: utils.Stage) -> None:
+def main(stage: utils.Stage) -> None:
     args = stage.args
     stage.require(utils.HE, utils.MAPS)
-    shape = images.grid_shape(stage)
-    files = map_files(stage.directory)
-    first = read_map(next(iter(files.values())))
+    stage.guard(files.CELLS)
+    shape, maps = images.grid_shape(stage), map_files(stage.directory)
+    first = read_map(next(iter(maps.values())))
     if first.shape != shape:
         raise stage.error(
             stage.path(utils.MAPS), f"holds maps of {first.shape}; {utils.HE.name} needs {shape}."
         )
-    tissue = regions.tissue_of(stage, np.isfinite(first))
+    tissue = tissue_of(stage, np.isfinite(first))
     cells, frame = read_cells(stage, shape)
-    stage.inputs[args.masks.name] = utils.fingerprint(args.masks)
+    stage.use(args.masks)
     on_tissue = cells.inside[:, np.flatnonzero(tissue)]
     share = on_tissue.sum(axis=1) * utils.TOKEN_PX**2 / np.maximum(cells.area, TINY)
     off = int((share == 0).sum())
@@ -533,17 +506,15 @@ def sum_cells(stage: utils.Stage) -> None:
     if off:
         stage.warn(f"{off} of {len(share)} cells are not on the tissue: their counts are empty")
     weights = on_tissue if args.share == "area" else share_out(on_tissue)
-    print(f"{len(share):,} cells, {len(files)} genes, pixels of {frame.name}")
-    counts, caught = sum_genes(stage, files, weights, tissue)
-    xy = cells.centroids / read_frames(stage)[RAW].scale[::-1]
-    area = cells.area * utils.PIXEL_SIZE_UM**2
+    print(f"{len(share):,} cells, {len(maps)} genes, pixels of {frame.name}")
+    counts, caught = sum_genes(stage, maps, weights, tissue)
     facts = {
         "cells": len(share),
         "cells on tissue": len(share) - off,
-        "genes": len(files),
+        "genes": len(maps),
         "frame": frame.name,
         "share": args.share,
-        "median area um2": rounded(np.median(area)),
+        "median area um2": rounded(np.median(cells.area) * utils.PIXEL_SIZE_UM**2),
         "superpixels per cell": rounded(weights.nnz / max(len(share) - off, 1)),
         "tissue within cells": rounded(on_tissue.sum() / tissue.sum()),
         "counts within cells": rounded(caught),
@@ -552,17 +523,15 @@ def sum_cells(stage: utils.Stage) -> None:
         f"median area {facts['median area um2']} um2; the cells hold "
         f"{facts['tissue within cells']:.1%} of the tissue and {caught:.1%} of the counts"
     )
-    folder = args.output or stage.directory
-    folder.mkdir(parents=True, exist_ok=True)
-    with utils.atomic(folder / "cells.csv.gz") as partial:
-        write_cells(partial, cells, xy, share, list(files), counts)
-    print(f"wrote cells.csv.gz: {(folder / 'cells.csv.gz').stat().st_size / 1e6:,.2f} MB")
-    regions.write(stage, "cells", facts)
+    xy = cells.centroids / read_frames(stage)[RAW].scale[::-1]
+    with stage.writing(files.CELLS) as partial:
+        write_cells(partial, cells, xy, share, list(maps), counts)
+    stage.finish(**facts)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return utils.run_stage(sum_cells, SCRIPT, build_parser(), argv)
+def run(argv: list[str] | None = None) -> int:
+    return utils.run_stage(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from html import escape
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 WIDTH, HEIGHT = 460, 260  # user units, which are px at full size
 LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 44  # margins
@@ -29,11 +30,11 @@ class Axes:
     def __init__(self, x: tuple[float, float], y: tuple[float, float]) -> None:
         self.x_range, self.y_range = (widened(*limits) for limits in (x, y))
 
-    def x(self, values) -> np.ndarray:
+    def x(self, values: ArrayLike) -> np.ndarray:
         low, high = self.x_range
         return LEFT + (np.asarray(values) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
-    def y(self, values) -> np.ndarray:
+    def y(self, values: ArrayLike) -> np.ndarray:
         low, high = self.y_range
         return HEIGHT - BOTTOM - (np.asarray(values) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
@@ -90,12 +91,7 @@ def draw_lines(
 
 
 def draw_histogram(
-    name: str,
-    title: str,
-    description: str,
-    values: np.ndarray,
-    step: float,
-    names: tuple[str, str],
+    name: str, title: str, description: str, values: np.ndarray, step: float, names: tuple[str, str]
 ) -> tuple[str, Axes]:
     """Bars over bins of width ``step``; the axes tell where a value lies."""
     first, last = np.floor(values.min() / step), np.floor(values.max() / step) + 1

@@ -44,59 +44,66 @@ that map and standard deviation give, counting noise included; see uncertainty.p
 
 Left-out spots: see holdout.py. The ceiling is by halves of the spots' counts.
 
-Files in: cnts-super/, locs.csv, radius.txt, cnts.csv, and the truth: truth.npz (counts (rows,
-columns, genes), tissue; genes, or else gene-names.txt), or genes_3D.pkl (the pickled array alone;
-genes of gene-names.txt, tissue of mask.png). Files out: evaluation.csv (a row per gene; histex_4x
-is Pearson's r), evaluation.json (the tables) and evaluation.png; evaluation-holdout.* of the
-left-out spots.
+Reads   cnts-super/, locs.csv, radius.txt, cnts.csv, and the truth: truth.npz (counts (rows,
+        columns, genes), tissue; genes, or else gene-names.txt), or genes_3D.pkl (the pickled array
+        alone; genes of gene-names.txt, tissue of mask.png). With --holdout, in place of maps and
+        truth: he.jpg, gene-names.txt, Histology_feature_map.npy and mask.png.
+Writes  evaluation.csv (a row per gene; histex_4x is Pearson's r), evaluation.json (the tables) and
+        evaluation.png; with --holdout, evaluation-holdout.* of the left-out spots. The record of
+        both is evaluate.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from analysis import files
+
+SCRIPT = "analysis/evaluate.py"
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.stage_parser(__doc__)
+    option = parser.add_argument
+    folder_help = "Folder for the results (default: the folder of the sample)."
+    option("--output", dest="folder", metavar="FOLDER", type=Path, help=folder_help)
+    option(
+        "--holdout",
+        type=utils.positive,
+        metavar="K",
+        help="Leave out the spots in K folds and predict them, in place of a truth (default: score "
+        "against the truth).",
+    )
+    option(
+        "--histex",
+        type=shlex.split,
+        metavar="OPTIONS",
+        help="With --holdout: options of HISTEX.py, in quotes (default: those of its last run).",
+    )
+    option("--seed", type=utils.not_negative, default=0, help="With --holdout: seed of the folds.")
+    option("--no-plot", action="store_true", help="Draw no picture; matplotlib is not needed then.")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+
+import importlib.util
+import json
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
-from analysis.holdout import NAMES, hold_out
-from analysis.inputs import (
-    SCRIPT,
-    Truth,
-    map_files,
-    read_map,
-    read_radius,
-    read_spots,
-    read_truth,
-)
-from analysis.regions import check_output
-from analysis.scores import (
-    BINS,
-    CEILING,
-    MEASURES,
-    METHODS,
-    Blocks,
-    column,
-    make_blocks,
-    published_protocol,
-    rounded,
-    score_gene,
-)
-from analysis.seams import line_gradients, score_seams
-from analysis.spots import (
-    disc_weights,
-    interpolation_weights,
-    on_tissue,
-    score_totals,
-    sum_discs,
-    superpixel_centres,
-)
-from analysis.uncertainty import score_coverage
+from analysis import holdout, inputs, scores, seams, spots, uncertainty
+from analysis.scores import BINS, CEILING, METHODS, column, number_text, rounded
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COVERAGES = {
     "coverage": "map and standard deviation",
@@ -108,40 +115,40 @@ COVERAGES = {
 # scores of a sample
 # --------------------------------------------------------------------------------------------------
 def score_against_truth(
-    truth: Truth, gene: str, maps: dict[str, np.ndarray], grids: list[Blocks]
+    truth: inputs.Truth, gene: str, maps: dict[str, np.ndarray], grids: list[scores.Blocks]
 ) -> dict[str, float]:
     """All scores of maps (rows, columns) of a gene that need the truth alone."""
     k = truth.genes.index(gene)
     true, mean = truth.counts[..., k], None if truth.mean is None else truth.mean[..., k]
     row = {"mean_count": true[truth.tissue].mean(dtype=np.float64) * truth.capture}
-    row |= score_gene(true, maps, grids, mean, truth.capture)
+    row |= scores.score_gene(true, maps, grids, mean, truth.capture)
     for name, image in maps.items():
-        error, similar = published_protocol(image, true)
+        error, similar = scores.published_protocol(image, true)
         row |= {f"{name}_published_rmse": error, f"{name}_published_ssim": similar}
     return row
 
 
-def evaluate(directory: Path, truth: Truth) -> tuple[pd.DataFrame, dict]:
+def evaluate(directory: Path, truth: inputs.Truth) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Scores per gene, and the facts of the summary."""
-    files, spreads = map_files(directory), {}
+    files, spreads = inputs.map_files(directory), {}
     if (directory / utils.SPREAD.name).is_dir():
-        spreads = map_files(directory, utils.SPREAD)
+        spreads = inputs.map_files(directory, utils.SPREAD)
     genes = [gene for gene in truth.genes if gene in files]
     if not genes:
         raise utils.StageError(
             f"{directory / utils.MAPS.name} holds no map of a gene of the truth.",
             "Put the genes of the truth into gene-names.txt and run the five scripts again.",
         )
-    (centres, counts), radius = read_spots(directory, genes), read_radius(directory)
+    (centres, counts), radius = inputs.read_spots(directory, genes), inputs.read_radius(directory)
     shape, tissue = truth.tissue.shape, truth.tissue
-    first = read_map(files[genes[0]])
-    read_map(files[genes[0]], shape)  # refuses maps smaller than the truth
-    discs = disc_weights(centres, radius, first.shape)
-    usable, area = on_tissue(discs, first, radius), np.pi * radius**2
-    nearest, linear = interpolation_weights(centres, superpixel_centres(shape))
-    grids, rows, gradients, blank = make_blocks(tissue), [], [], tissue.copy()
+    first = inputs.read_map(files[genes[0]])
+    inputs.read_map(files[genes[0]], shape)  # refuses maps smaller than the truth
+    discs = spots.disc_weights(centres, radius, first.shape)
+    usable, area = spots.on_tissue(discs, first, radius), np.pi * radius**2
+    nearest, linear = spots.interpolation_weights(centres, spots.superpixel_centres(shape))
+    grids, rows, gradients, blank = scores.make_blocks(tissue), [], [], tissue.copy()
     for i, gene in enumerate(genes):
-        image = read_map(files[gene])
+        image = inputs.read_map(files[gene])
         if image.shape != first.shape:
             raise utils.StageError(
                 f"{files[gene]} is {image.shape}, other maps are not.", f"Run {utils.HISTEX} again."
@@ -153,25 +160,26 @@ def evaluate(directory: Path, truth: Truth) -> tuple[pd.DataFrame, dict]:
             "nearest": (nearest @ counts[:, i] / area).reshape(shape),
         }
         row = score_against_truth(truth, gene, maps, grids)
-        totals = score_totals(sum_discs(discs, image)[usable], counts[usable, i])
+        totals = spots.score_totals(spots.sum_discs(discs, image)[usable], counts[usable, i])
         row["totals_r"], row["totals_ratio"] = totals
         if gene in spreads:
-            true, sd = truth.counts[..., truth.genes.index(gene)], read_map(spreads[gene], shape)
-            row |= score_coverage(true, inside, sd, grids, truth.capture)
+            true = truth.counts[..., truth.genes.index(gene)]
+            sd = inputs.read_map(spreads[gene], shape)
+            row |= uncertainty.score_coverage(true, inside, sd, grids, truth.capture)
         rows.append(row)
-        gradients.append(line_gradients(image[..., None]))
+        gradients.append(seams.line_gradients(image[..., None]))
         blank &= np.isnan(inside)
-    seams, by_gene = score_seams(join_gradients(gradients), radius)
+    found, by_gene = seams.score_seams(join_gradients(gradients), radius)
     table = pd.DataFrame(rows, index=pd.Index(genes, name="gene")).assign(**by_gene)
     facts = {
         "genes of the truth": len(truth.genes),
         "tissue without map": rounded(blank.sum() / tissue.sum()),
         "spots": int(usable.sum()),
     }
-    return table, {**facts, **summarise(table), "seams": seams}
+    return table, {**facts, **summarise(table), "seams": found}
 
 
-def join_gradients(by_gene: list) -> list[tuple[np.ndarray, np.ndarray]]:
+def join_gradients(by_gene: list[seams.Gradients]) -> seams.Gradients:
     """The gradients of all genes from those of each; all maps are NaN in the same places."""
     return [
         (np.concatenate([sums for sums, _ in axis], axis=1), axis[0][1])
@@ -179,11 +187,11 @@ def join_gradients(by_gene: list) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
-def summarise(table: pd.DataFrame) -> dict:
+def summarise(table: pd.DataFrame) -> dict[str, Any]:
     """Medians over genes, for evaluation.json."""
     middle = {name: rounded(value) for name, value in table.median().items()}
-    facts = {"genes": len(table)}
-    for measure in MEASURES:
+    facts: dict[str, Any] = {"genes": len(table)}
+    for measure in scores.MEASURES:
         facts[f"median {measure}"] = {
             name: {f"{size}x": middle[column(name, measure, size)] for size in BINS}
             for name in METHODS
@@ -193,10 +201,7 @@ def summarise(table: pd.DataFrame) -> dict:
         for name in METHODS
         if name != CEILING
     }
-    facts["spot totals"] = {
-        "median r": middle["totals_r"],
-        "median ratio": middle["totals_ratio"],
-    }
+    facts["spot totals"] = {"median r": middle["totals_r"], "median ratio": middle["totals_ratio"]}
     if "coverage_1x" in middle:
         facts["median coverage"] = {
             name: {f"{size}x": middle[f"{name}_{size}x"] for size in BINS} for name in COVERAGES
@@ -207,8 +212,8 @@ def summarise(table: pd.DataFrame) -> dict:
 # --------------------------------------------------------------------------------------------------
 # the printed summary
 # --------------------------------------------------------------------------------------------------
-def number(value: float | None, form: str = ".3f") -> str:
-    return "unknown" if value is None else f"{value:{form}}"
+def number(value: float | None) -> str:
+    return number_text(value, ".3f")
 
 
 def by_size(what: str, rows: dict[str, dict[str, float | None]], names: dict[str, str]) -> str:
@@ -221,17 +226,17 @@ def by_size(what: str, rows: dict[str, dict[str, float | None]], names: dict[str
     return "\n".join(lines)
 
 
-def report(facts: dict) -> str:
+def summary_text(facts: dict[str, Any]) -> str:
     """The printed summary of evaluation.json."""
     over = f"over {facts['genes']} genes"
     parts = [
         by_size(f"median {what} {over}", facts[f"median {m}"], METHODS)
-        for m, what in MEASURES.items()
+        for m, what in scores.MEASURES.items()
     ]
     if "median coverage" in facts:
         what = f"counts in their 90 % interval {over}"
         parts.append(by_size(what, facts["median coverage"], COVERAGES))
-    lines = [f"{'published protocol (see --help)':40}{'RMSE':>10}{'SSIM':>10}"]
+    lines = [f"{'published protocol (see evaluate.py)':40}{'RMSE':>10}{'SSIM':>10}"]
     for name, values in facts["published protocol"].items():
         lines.append(f"{METHODS[name]:40}{number(values['rmse']):>10}{number(values['ssim']):>10}")
     parts.append("\n".join(lines))
@@ -239,13 +244,13 @@ def report(facts: dict) -> str:
     for name, seam in facts["seams"].items():
         if seam["excess"] is not None:
             rank = f"{seam['rank']} of {seam['offsets']}"
-            z = number(seam["z"], ".1f")
+            z = number_text(seam["z"], ".1f")
             lines.append(f"{name:40}{seam['excess']:>+10.2%}{rank:>10}{z:>10}")
     parts.append("\n".join(lines))
     totals = facts["spot totals"]
     parts.append(
         f"spot totals: median r {number(totals['median r'])} over {facts['spots']} spots; the maps "
-        f"hold {number(totals['median ratio'], '.1%')} of the measured counts\n"
+        f"hold {number_text(totals['median ratio'], '.1%')} of the measured counts\n"
         f"{facts['tissue without map']:.1%} of the tissue lies outside the mask and counts as zero"
     )
     if facts["genes"] < facts["genes of the truth"]:
@@ -253,10 +258,10 @@ def report(facts: dict) -> str:
     return "\n\n".join(parts)
 
 
-def report_left_out(facts: dict) -> str:
+def left_out_text(facts: dict[str, Any]) -> str:
     """The printed summary of evaluation-holdout.json."""
     lines = [f"{'median r over ' + str(facts['genes']) + ' genes':40}{'left-out spots':>16}"]
-    lines += [f"{NAMES[name]:40}{number(r):>16}" for name, r in facts["median r"].items()]
+    lines += [f"{holdout.NAMES[name]:40}{number(r):>16}" for name, r in facts["median r"].items()]
     lines.append(f"{facts['spots']} spots, each predicted by maps made without it")
     return "\n".join(lines)
 
@@ -264,68 +269,62 @@ def report_left_out(facts: dict) -> str:
 # --------------------------------------------------------------------------------------------------
 # the command
 # --------------------------------------------------------------------------------------------------
-def write(folder: Path, stem: str, table: pd.DataFrame, facts: dict, figure) -> None:
-    """The table, the summary and, unless it is None, the picture."""
-    with utils.atomic(folder / f"{stem}.csv") as partial:
-        table.round(5).to_csv(partial, lineterminator="\n")
-    with utils.atomic(folder / f"{stem}.json") as partial:
-        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    if figure is not None:
-        with utils.atomic(folder / f"{stem}.png") as partial:
-            figure.savefig(partial)
-    print(f"wrote {stem}.csv, .json{'' if figure is None else ', .png'} in {folder}")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    option = parser.add_argument
-    option("--directory", type=utils.sample_directory, required=True, help="Folder of the sample.")
-    option("--output", type=Path, help="Folder for the results; without it, the sample's own.")
-    option(
-        "--holdout",
-        type=utils.positive,
-        metavar="K",
-        help="Leave out the spots in K folds and predict them, in place of a truth.",
-    )
-    option(
-        "--histex",
-        type=shlex.split,
-        metavar="OPTIONS",
-        help="With --holdout: options of HISTEX.py, in quotes. Without it, those of its last run.",
-    )
-    option("--seed", type=utils.not_negative, default=0, help="With --holdout: of the folds.")
-    option("--no-plot", action="store_true", help="No picture, which needs matplotlib.")
-    parser.set_defaults(allow_stale=False)
-    return parser
-
-
-def run_evaluation(stage: utils.Stage) -> None:
+def main(stage: utils.Stage) -> None:
     args, figure = stage.args, None
-    check_output(stage)
-    output = args.output or args.directory
-    output.mkdir(parents=True, exist_ok=True)
-    if not args.no_plot:
-        from analysis import picture
+    stage.keeps_others = True  # the scores by the truth and those by left-out spots
+    outputs = [files.EVALUATION, files.EVALUATION_FACTS, files.EVALUATION_PICTURE]
     if args.holdout:
-        table, facts = hold_out(stage, args.holdout, args.seed, args.histex, output)
-        print("\n" + report_left_out(facts) + "\n")
+        outputs = [files.LEFT_OUT, files.LEFT_OUT_FACTS, files.LEFT_OUT_PICTURE]
+    if args.no_plot:
+        del outputs[2]
+    elif importlib.util.find_spec("matplotlib") is None:
+        raise utils.StageError(
+            "The picture needs matplotlib, which is not installed.",
+            "Run: pip install -r analysis/requirements.txt, or add --no-plot",
+        )
+    else:
+        from analysis import picture
+    stage.guard(*outputs)
+    if args.holdout:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        table, facts = holdout.hold_out(stage, args.holdout, args.seed, args.histex, stage.folder)
+        print(f"\n{left_out_text(facts)}\n")
         if not args.no_plot:
             figure = picture.draw_left_out(table)
-        write(output, "evaluation-holdout", table, facts, figure)
-        return
-    truth = read_truth(args.directory)
-    table, facts = evaluate(args.directory, truth)
-    print(report(facts) + "\n")
-    if not args.no_plot:
-        figure = picture.draw(table, truth, args.directory)
-    write(output, "evaluation", table, facts, figure)
+    else:
+        truth = inputs.read_truth(args.directory)
+        for path in (args.directory / inputs.TRUTH, args.directory / inputs.PUBLISHED_TRUTH):
+            if path.is_file():
+                stage.inputs[path.name] = utils.fingerprint(path)
+        inputs.note_inputs(stage, utils.MAPS, utils.SPREAD, utils.LOCS, utils.RADIUS, utils.CNTS)
+        table, facts = evaluate(args.directory, truth)
+        print(f"{summary_text(facts)}\n")
+        if not args.no_plot:
+            figure = picture.draw(table, truth, args.directory)
+    write_scores(stage, outputs, table, facts, figure)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return utils.run_stage(run_evaluation, SCRIPT, build_parser(), argv)
+def write_scores(
+    stage: utils.Stage,
+    outputs: list[utils.Artifact],
+    table: pd.DataFrame,
+    facts: dict[str, Any],
+    figure: Figure | None,
+) -> None:
+    """The table, the summary and, unless it is None, the picture."""
+    with stage.writing(outputs[0]) as partial:
+        table.round(5).to_csv(partial, lineterminator="\n")
+    with stage.writing(outputs[1]) as partial:
+        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if figure is not None:
+        with stage.writing(outputs[2]) as partial:
+            figure.savefig(partial)
+    stage.finish()
+
+
+def run(argv: list[str] | None = None) -> int:
+    return utils.run_stage(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -20,27 +20,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis.inputs import map_files, read_gene_names, read_map, read_radius, read_tables
-from analysis.scores import METHODS, best_r_of_counts, pearson, rounded
-from analysis.spots import (
-    disc_weights,
-    gaussian_weights,
-    interpolation_weights,
-    on_tissue,
-    pitch_of,
-    score_totals,
-    sum_discs,
-)
+from analysis import inputs, scores, spots
 
-ROOT = Path(__file__).resolve().parent.parent
 PREDICTIONS = ("histex", "linear", "smooth", "nearest")
-NAMES = {**METHODS, "smooth": "Gaussian mean of spots, one pitch wide"}
+NAMES = {**scores.METHODS, "smooth": "Gaussian mean of spots, one pitch wide"}
 
 
 def choose_folds(n_spots: int, n_folds: int, seed: int) -> np.ndarray:
@@ -68,7 +57,7 @@ def make_fold(
     """
     names = {utils.MASK.name}
     for script in (utils.CALIBRATION, utils.EXTRACTOR):
-        record = utils.read_record(stage, script)
+        record = utils.read_record(stage, script) or {}
         names |= {utils.record_name(script), *record["inputs"], *record["outputs"]}
     own = {*utils.LOCS.names, *utils.CNTS.names, *utils.GENE_NAMES.names}  # written below: no links
     for name in sorted(names - own):
@@ -81,7 +70,7 @@ def make_fold(
 
 
 def run_script(script: str, folder: Path, options: list[str]) -> None:
-    command = [sys.executable, str(ROOT / script), "--directory", str(folder), *options]
+    command = [sys.executable, str(utils.ROOT / script), "--directory", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise utils.StageError(
@@ -101,11 +90,11 @@ def predict_left_out(
     folder: Path, genes: list[str], centres: np.ndarray, radius: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Totals (spots, genes) of the maps in ``folder`` over discs, and which spots are on tissue."""
-    files = map_files(folder)
-    image = read_map(files[genes[0]])
-    weights = disc_weights(centres, radius, image.shape)
-    totals = [sum_discs(weights, read_map(files[gene])) for gene in genes]
-    return np.column_stack(totals), on_tissue(weights, image, radius)
+    files = inputs.map_files(folder)
+    image = inputs.read_map(files[genes[0]])
+    weights = spots.disc_weights(centres, radius, image.shape)
+    totals = [spots.sum_discs(weights, inputs.read_map(files[gene])) for gene in genes]
+    return np.column_stack(totals), spots.on_tissue(weights, image, radius)
 
 
 def predict_folds(
@@ -121,7 +110,7 @@ def predict_folds(
     And which spots are on tissue. The folders of the folds are made in ``place``.
     """  # fmt: skip
     centres, measured = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, counts.to_numpy(np.float64)
-    radius, genes = read_radius(stage.directory), list(counts.columns)
+    radius, genes = inputs.read_radius(stage.directory), list(counts.columns)
     predicted = {name: np.empty(measured.shape) for name in PREDICTIONS}
     usable = np.zeros(len(locs), bool)
     for i in range(fold.max() + 1):
@@ -132,10 +121,10 @@ def predict_folds(
             run_script(utils.HISTEX, Path(name), [*options, "--n-plots", "0"])
             found = predict_left_out(Path(name), genes, centres[out], radius)
         predicted["histex"][out], usable[out] = found
-        nearest, linear = interpolation_weights(centres[~out], centres[out])
+        nearest, linear = spots.interpolation_weights(centres[~out], centres[out])
         predicted["nearest"][out] = nearest @ measured[~out]
         predicted["linear"][out] = linear @ measured[~out]
-        around = gaussian_weights(centres[~out], centres[out], pitch_of(centres))
+        around = spots.gaussian_weights(centres[~out], centres[out], spots.pitch_of(centres))
         predicted["smooth"][out] = around @ measured[~out]
         seconds = time.time() - start
         print(f"fold {i + 1}: {out.sum()} spots left out, {seconds:.0f} s", flush=True)
@@ -150,23 +139,25 @@ def score_left_out(
     for i in range(len(genes)):
         true = measured[:, i]
         row = {"mean_count": true.mean()}
-        row |= {f"{name}_spots": pearson(sums[:, i], true) for name, sums in predicted.items()}
-        row["ceiling_spots"] = best_r_of_counts(true)
-        _, row["ratio"] = score_totals(predicted["histex"][:, i], true)
+        row |= {
+            f"{name}_spots": scores.pearson(sums[:, i], true) for name, sums in predicted.items()
+        }
+        row["ceiling_spots"] = scores.best_r_of_counts(true)
+        _, row["ratio"] = spots.score_totals(predicted["histex"][:, i], true)
         rows.append(row)
     return pd.DataFrame(rows, index=pd.Index(genes, name="gene"))
 
 
 def hold_out(
     stage: utils.Stage, n_folds: int, seed: int, options: list[str] | None, place: Path
-) -> tuple[pd.DataFrame, dict]:
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Scores per gene on the left-out spots, and the facts of the summary."""
     stage.require(
         utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.GENE_NAMES, utils.FEATURES, utils.MASK
     )
     options = recorded_options(stage) if options is None else options
-    genes = read_gene_names(stage.directory)
-    locs, counts = read_tables(stage, genes)
+    genes = inputs.read_gene_names(stage.directory)
+    locs, counts = inputs.read_tables(stage, genes)
     if not 2 <= n_folds <= len(locs):
         raise utils.StageError(
             f"--holdout is {n_folds}; expected 2 to {len(locs)}, the number of spots.",
@@ -184,7 +175,9 @@ def hold_out(
         "genes": len(genes),
         "spots": int(usable.sum()),
         "spots without tissue": int((~usable).sum()),
-        "median r": {name: rounded(middle[f"{name}_spots"]) for name in (*PREDICTIONS, "ceiling")},
-        "median ratio": rounded(middle["ratio"]),
+        "median r": {
+            name: scores.rounded(middle[f"{name}_spots"]) for name in (*PREDICTIONS, "ceiling")
+        },
+        "median ratio": scores.rounded(middle["ratio"]),
     }
     return table, facts

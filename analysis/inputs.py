@@ -1,21 +1,24 @@
-"""Read what analysis/evaluate.py scores: the truth, the maps and the spots of a sample."""
+"""Read what the scripts of analysis/ go on with: maps, spots, truth and labels of a sample.
+
+What reads a folder writes nothing into it: it may be write-protected.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from reading import genes, images, pickles, plain, tables
+from reading import genes as gene_lists
+from reading import images, pickles, plain, tables
 
 SCRIPT = "analysis/evaluate.py"
 TRUTH, PUBLISHED_TRUTH = "truth.npz", "genes_3D.pkl"
+NUMBER_COLUMNS = ("region", "label")  # of the tables beside labels
 
 
 @dataclass
@@ -31,10 +34,50 @@ class Truth:
 
 
 def open_sample(directory: Path) -> utils.Stage:
-    """What the checked readers of utils ask for; nothing is recorded."""
-    return utils.Stage(SCRIPT, argparse.Namespace(directory=directory, allow_stale=False))
+    """What the checked readers ask for; nothing is recorded."""
+    args = argparse.Namespace(directory=directory, allow_stale=False)
+    return utils.Stage(SCRIPT, args, reads_only=True)
 
 
+def path_of(stage: utils.Stage, artifact: utils.Artifact) -> Path:
+    """Where a file is that must be there, whoever made it and when."""
+    path = stage.find(artifact)
+    if path is None:
+        raise stage.error(stage.directory / artifact.name, "is missing.")
+    return path
+
+
+def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
+    """Record what is read as it is, whoever made it, and whether it is out of date or not."""
+    for artifact in artifacts:
+        if (path := stage.find(artifact)) is None:
+            continue
+        made = artifact.made_by if artifact.made_by in utils.STAGES else None
+        record = (made and utils.read_record(stage, made)) or {}
+        known = record.get("outputs", {}).get(path.name)
+        is_known = known is not None and utils.same_as(path, known)  # then its hash is, too
+        stage.inputs[path.name] = known if is_known else utils.fingerprint(path)
+
+
+def read_sizes(stage: utils.Stage, *keys: str) -> list[tuple[int, int]]:
+    """Rows and columns of images, by the record of image_calibration.py.
+
+    raw_size is that of he-raw, size that of he.jpg, scaled_size that of he.jpg without its padding.
+    """
+    record = utils.read_record(stage, utils.CALIBRATION) or {}
+    sizes = [record.get(key) for key in keys]
+    if not all(isinstance(size, list) and len(size) == 2 and min(size) > 0 for size in sizes):
+        raise stage.error(
+            stage.directory / utils.record_name(utils.CALIBRATION),
+            f"does not tell the sizes of the images, {' and '.join(keys)}.",
+            f"Run: {stage.command(utils.CALIBRATION)}",
+        )
+    return [(size[0], size[1]) for size in sizes if size]
+
+
+# --------------------------------------------------------------------------------------------------
+# the truth
+# --------------------------------------------------------------------------------------------------
 def read_truth(directory: Path) -> Truth:
     path = directory / TRUTH
     if not path.is_file() and (directory / PUBLISHED_TRUTH).is_file():
@@ -75,17 +118,13 @@ def as_counts(array: np.ndarray) -> np.ndarray:
 
 def check_truth(path: Path, truth: Truth) -> None:
     expected = (*truth.tissue.shape, len(truth.genes))
-    if truth.counts.shape != expected:
-        raise utils.StageError(
-            f"{path}: counts are {truth.counts.shape}; expected {expected}, the shape of tissue "
-            f"and the number of genes.",
-            "Make the file anew.",
-        )
-    if truth.mean is not None and truth.mean.shape != expected:
-        raise utils.StageError(
-            f"{path}: mean is {truth.mean.shape}; expected {expected}.", "Make the file anew."
-        )
     for name, values in (("counts", truth.counts), ("mean", truth.mean)):
+        if values is not None and values.shape != expected:
+            raise utils.StageError(
+                f"{path}: {name} are {values.shape}; expected {expected}, the shape of tissue and "
+                f"the number of genes.",
+                "Make the file anew.",
+            )
         if values is not None and not (np.isfinite(values).all() and values.min(initial=0) >= 0):
             raise utils.StageError(
                 f"{path}: {name} hold negative values, or values that are not finite.",
@@ -122,18 +161,13 @@ def read_published_truth(directory: Path) -> Truth:
 
 def read_gene_names(directory: Path) -> list[str]:
     stage = open_sample(directory)
-    path = stage.find(utils.GENE_NAMES)
-    if path is None:
-        raise stage.error(directory / utils.GENE_NAMES.name, "is missing.")
-    return genes.read_gene_names(stage, path)
+    return gene_lists.read_gene_names(stage, path_of(stage, utils.GENE_NAMES))
 
 
 def read_mask(directory: Path, shape: tuple[int, int]) -> np.ndarray:
     """Tissue (rows, columns) bool of mask.png, as HISTEX.py reads it, cut to ``shape``."""
     stage = open_sample(directory)
-    path = directory / utils.MASK.name
-    if not path.is_file():
-        raise stage.error(path, "is missing.")
+    path = path_of(stage, utils.MASK)
     tissue = images.read_mask(stage, images.grid_shape(stage))
     if any(have < want for have, want in zip(tissue.shape, shape, strict=True)):
         raise stage.error(path, f"is {tissue.shape}, smaller than the truth {shape}.")
@@ -152,6 +186,9 @@ def select_genes(truth: Truth, genes: list[str]) -> Truth:
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# maps and genes
+# --------------------------------------------------------------------------------------------------
 def map_files(directory: Path, artifact: utils.Artifact = utils.MAPS) -> dict[str, Path]:
     """Gene -> file, by index.csv of cnts-super/ or cnts-super-sd/."""
     folder = directory / artifact.name
@@ -196,34 +233,101 @@ def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     return image[: shape[0], : shape[1]]
 
 
+def read_held_out(stage: utils.Stage) -> pd.Series | None:
+    """Correlation with held-out spots by gene, if it is known."""
+    path = stage.find(utils.HELD_OUT)
+    if path is None:
+        return None
+    note_inputs(stage, utils.HELD_OUT)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # a gene may be called NA
+        if repeated := utils.duplicates(table["gene"]):
+            raise ValueError(f"{utils.some(repeated)} more than once")
+        return table.set_index("gene")["held_out_r"].replace("", "nan").astype(float)
+    except (ValueError, KeyError) as error:
+        raise stage.error(path, f"is not a table of gene and held_out_r: {error}") from error
+
+
+def choose_genes(
+    mapped: list[str], held_out: pd.Series | None, given: str | None, n_genes: int
+) -> list[str]:
+    """Those ``given`` by --genes, or the ``n_genes`` with the highest held-out r, if known."""
+    if not mapped:
+        raise utils.StageError(f"{utils.MAPS.name} holds no map.", f"Run {utils.HISTEX} again.")
+    if given is not None:
+        return gene_lists.read_genes(given, mapped, utils.MAPS.name)
+    if held_out is not None:
+        mapped = sorted(mapped, key=lambda gene: -np.nan_to_num(held_out.get(gene, -2.0), nan=-2.0))
+    return mapped[:n_genes]
+
+
+# --------------------------------------------------------------------------------------------------
+# spots and labels
+# --------------------------------------------------------------------------------------------------
 def read_spots(directory: Path, genes: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Spot centres (N, 2) as row, column in superpixels of he.jpg, and counts (N, genes)."""
     locs, counts = read_tables(open_sample(directory), genes)
-    return locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, counts.to_numpy(np.float32)
+    return locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, counts.to_numpy()
 
 
 def read_tables(stage: utils.Stage, genes: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """locs.csv and the counts of ``genes``, both by spot id."""
-    for artifact in (utils.LOCS, utils.CNTS):
-        if stage.find(artifact) is None:
-            raise stage.error(stage.directory / artifact.name, "is missing.")
-    locs = tables.read_locs(stage, stage.path(utils.LOCS))
-    counts, measured = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
-    if unknown := pd.Index(genes).difference(measured, sort=False).tolist():
-        raise stage.error(
-            stage.path(utils.CNTS),
-            f"lacks {len(unknown)} of the {len(genes)} genes to score: {', '.join(unknown[:5])}.",
-        )
-    columns = pd.Index(measured).get_indexer(genes)
-    return locs, pd.DataFrame(counts[:, columns].toarray(), locs.index, genes)
+    """x and y of locs.csv, pixels of he.jpg, and the counts (float32) of ``genes``, by spot id."""
+    locs, path = tables.read_locs(stage, path_of(stage, utils.LOCS)), path_of(stage, utils.CNTS)
+    counts, measured = tables.read_sparse_counts(stage, path, locs.index)
+    columns = pd.Index(measured).get_indexer(pd.Index(genes))
+    if unknown := [gene for gene, i in zip(genes, columns, strict=True) if i < 0]:
+        n, names = len(unknown), utils.some(unknown)
+        raise stage.error(path, f"lacks {n} of the {len(genes)} genes of the maps: {names}.")
+    return locs, pd.DataFrame(counts[:, columns].toarray(), locs.index, genes, copy=False)
 
 
 def read_radius(directory: Path) -> float:
     """Radius of a spot in superpixels."""
     stage = open_sample(directory)
-    path = directory / utils.RADIUS.name
+    path, longest = path_of(stage, utils.RADIUS), utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
+    return plain.read_number(stage, path, utils.TOKEN_PX, longest, "px of he.jpg") / utils.TOKEN_PX
+
+
+def load_labels(path: Path, shape: tuple[int, int], most: int) -> np.ndarray:
+    """Labels ``shape`` of an .npy, whole numbers from 0 (none) to ``most``.
+
+    A ValueError says what is wrong with it; what follows from that is up to the caller.
+    """
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"is not a whole .npy array: {error}") from error
+    whole = labels.dtype.kind in "iu" and labels.size > 0
+    if labels.shape != shape or not whole or labels.min() < 0 or labels.max() > most:
+        numbers = f", {labels.min()} to {labels.max()}" if whole else ""
+        raise ValueError(
+            f"is {labels.dtype} {labels.shape}{numbers}; expected whole numbers from 0 to {most}, "
+            f"{shape}"
+        )
+    return labels
+
+
+def read_label_texts(
+    stage: utils.Stage, artifact: utils.Artifact, column: str, n: int, needed: bool = False
+) -> list[str] | None:
+    """A column of the table beside labels, which has a row for each of at least n, in their order.
+
+    Else None: with a warning if the table is of other labels, or lacks a column that is needed.
+    """
+    path = stage.directory / artifact.name
     if not path.is_file():
-        raise stage.error(path, "is missing.")
-    longest = utils.MAX_RADIUS_SUPERPIXELS * utils.TOKEN_PX
-    number = plain.read_number(stage, path, utils.TOKEN_PX, longest, "px of he.jpg")
-    return number / utils.TOKEN_PX
+        return None
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        stage.warn(f"{path.name} is left out: it is not a table ({error})")
+        return None
+    numbers = [str(i) for i in range(1, len(table) + 1)]
+    ordered = all(table[c].tolist() == numbers for c in NUMBER_COLUMNS if c in table)
+    if needed and column not in table:
+        stage.warn(f"{path.name} is left out: it has no column {column}")
+    elif len(table) < n or not ordered:
+        stage.warn(f"{path.name} is left out: it does not list the labels 1 to {n}")
+    elif column in table:
+        return table[column].tolist()
+    return None

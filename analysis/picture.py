@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import utils
@@ -19,7 +21,7 @@ SATURATED = 99.0  # percentile at which the colours end
 SHOWN_BIN = 2  # superpixels: in single ones, truth is mostly counting noise
 
 
-def draw_scores(axes, table: pd.DataFrame, key: str, where: str) -> None:
+def draw_scores(axes: Sequence[Axes], table: pd.DataFrame, key: str, where: str) -> None:
     """Three panels of r per gene: against interpolation, against the ceiling, by abundance."""
     versus_linear, versus_ceiling, by_count = axes
     for ax, name in ((versus_linear, "linear"), (versus_ceiling, "ceiling")):
@@ -48,10 +50,14 @@ def draw_scores(axes, table: pd.DataFrame, key: str, where: str) -> None:
 def choose_shown(table: pd.DataFrame) -> dict[str, str]:
     """Gene -> why it is shown: those nearest to three quantiles of r at the largest bin."""
     r = table[f"histex_{BINS[-1]}x"].dropna()
-    return {(r - r.quantile(q)).abs().idxmin(): why for why, q in SHOWN.items()} if len(r) else {}
+    if r.empty:
+        return {}
+    return {str((r - float(r.quantile(q))).abs().idxmin()): why for why, q in SHOWN.items()}
 
 
-def draw_maps(axes, truth: np.ndarray, maps: dict[str, np.ndarray], blocks: Blocks) -> None:
+def draw_maps(
+    axes: Sequence[Axes], truth: np.ndarray, maps: dict[str, np.ndarray], blocks: Blocks
+) -> None:
     """A gene in a row: the truth (rows, columns) and maps by their title, all on its scale."""
     side = SHOWN_BIN * utils.SUPERPIXEL_UM
     shown = {f"truth, {side:.0f} um": truth, **maps}
@@ -83,7 +89,7 @@ def draw(table: pd.DataFrame, truth: Truth, directory: Path) -> Figure:
         _, linear = interpolate_spots(centres, counts / area, truth.tissue.shape)
         images = {"histex": read_map(files[gene], truth.tissue.shape), "linear": linear[..., 0]}
         maps = {
-            f"{METHODS[name]}, r = {table.loc[gene, f'{name}_{SHOWN_BIN}x']:.2f}": image
+            f"{METHODS[name]}, r = {table[f'{name}_{SHOWN_BIN}x'][gene]:.2f}": image
             for name, image in images.items()
         }
         axes = part.subplots(1, 3)

@@ -7,6 +7,7 @@ constant (but RMSE); a constant map has r = 0.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 
 import cv2
 import numpy as np
@@ -46,7 +47,9 @@ class Windows:
     def mean(self, image: np.ndarray) -> np.ndarray:
         return self._sum(np.where(self.tissue, image, 0.0)) / self.n
 
-    def covariance(self, a, mean_a, b, mean_b) -> np.ndarray:
+    def covariance(
+        self, a: np.ndarray, mean_a: np.ndarray, b: np.ndarray, mean_b: np.ndarray
+    ) -> np.ndarray:
         return (self.mean(a * b) - mean_a * mean_b) * self.unbiased
 
 
@@ -255,7 +258,7 @@ def score_gene(
     grids: list[Blocks],
     mean: np.ndarray | None = None,
     capture: float = 1.0,
-    measures=tuple(MEASURES),
+    measures: Collection[str] = tuple(MEASURES),
 ) -> dict[str, float]:
     """Scores of each map (rows, columns) and the ceiling, by names such as histex_4x."""
     molecules, scores = whole_counts(counts), {}
@@ -277,7 +280,9 @@ def score_gene(
     return scores
 
 
-def score(truth: Truth, maps: dict[str, np.ndarray], measures=tuple(MEASURES)) -> pd.DataFrame:
+def score(
+    truth: Truth, maps: dict[str, np.ndarray], measures: Collection[str] = tuple(MEASURES)
+) -> pd.DataFrame:
     """A row of ``score_gene`` per gene; maps are (rows, columns, genes)."""
     grids = make_blocks(truth.tissue)
     rows = []
@@ -288,6 +293,10 @@ def score(truth: Truth, maps: dict[str, np.ndarray], measures=tuple(MEASURES)) -
     return pd.DataFrame(rows, index=pd.Index(truth.genes, name="gene"))
 
 
-def rounded(value: float, digits: int = 4) -> float | None:
+def rounded(value: float | None, digits: int = 4) -> float | None:
     """For JSON, which knows no NaN."""
-    return round(float(value), digits) if np.isfinite(value) else None
+    return None if value is None or not np.isfinite(value) else round(float(value), digits)
+
+
+def number_text(value: float | None, form: str = ".2f") -> str:
+    return "unknown" if value is None or not np.isfinite(value) else f"{value:{form}}"

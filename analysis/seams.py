@@ -9,6 +9,9 @@ import math
 
 import numpy as np
 
+# Of rows, then columns: summed differences (lines, genes) across each line, pairs (lines,)
+Gradients = list[tuple[np.ndarray, np.ndarray]]
+
 # Tiles as Histology_Extractor.py lays them out: side and least overlap, in tokens, and whether the
 # side is as short as the number of tiles allows.
 TILINGS = {"ViT tiles of 14": (14, 1, False), "CNN tiles": (128, 10, True)}
@@ -28,15 +31,15 @@ def known_periods(radius: float) -> dict[int, str]:
     return dict(sorted(periods.items()))
 
 
-def line_gradients(maps: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of rows, then columns: summed differences (lines, genes) across each line, pairs (lines,).
+def line_gradients(maps: np.ndarray) -> Gradients:
+    """Differences of neighbours in maps (rows, columns, genes).
 
     Line i lies between superpixels i and i + 1. Pairs with a NaN do not count.
     """
     result = []
     for axis in (0, 1):
         step = np.abs(np.diff(np.moveaxis(maps, axis, 0).astype(np.float64), axis=0))
-        inside = np.isfinite(step).all(2)
+        inside = np.asarray(np.isfinite(step).all(2))
         result.append((np.where(inside[..., None], step, 0).sum(1), inside.sum(1)))
     return result
 
@@ -56,7 +59,7 @@ def tile_lines(extent: int, tile: int, overlap: int, shorten: bool) -> np.ndarra
     return (starts[1:] + starts[:-1] + tile) // 2 - 1
 
 
-def offset_gradients(gradients, lines: list[np.ndarray], offsets: int) -> np.ndarray:
+def offset_gradients(gradients: Gradients, lines: list[np.ndarray], offsets: int) -> np.ndarray:
     """Mean difference (offsets, genes) across a grid's lines, moved by 0, 1, ... superpixels.
 
     NaN where no line is left on the map.
@@ -86,7 +89,7 @@ def describe_seam(profile: np.ndarray) -> dict[str, float | int | None]:
 
 
 def score_seams(
-    gradients: list[tuple[np.ndarray, np.ndarray]], radius: float
+    gradients: Gradients, radius: float
 ) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
     """Seams of all genes together, by grid; and the excess of each gene (genes,) by column name."""
     shape = [len(pairs) + 1 for _, pairs in gradients]

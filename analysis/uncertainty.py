@@ -51,7 +51,8 @@ def score_coverage(
     its sum is the sum of the sd. If they were independent, it would be the root of the summed
     squares, so the intervals of 2x and 4x are rather too wide.
     """
-    known, scores = np.isfinite(image) & np.isfinite(sd), {}
+    known = np.isfinite(image) & np.isfinite(sd)
+    scores: dict[str, float] = {}
     molecules = whole_counts(counts)
     for blocks in grids:
         names = [f"coverage{kind}_{blocks.size}x" for kind in ("", "_poisson")]

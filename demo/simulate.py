@@ -16,11 +16,13 @@ The section is an invented carcinoma, built in the order in which nature does it
 4. Spots. Visium lattice and discs; a spot catches each molecule under it with its own efficiency.
 5. H&E (stain.py), painted from the same cells.
 
-Files out: he-raw.jpg (0.4 um per pixel, so that calibration has work to do), pixel-size-raw.txt,
-radius-raw.txt, locs-raw.csv, cnts.csv, and truth.npz. The truth lies on the 8 um superpixels of
-he.jpg before its padding: counts uint16 (rows, columns, genes), all molecules; mean float32, their
-expectation given the cells; tissue bool; regions uint8, the compartment of each, and region_names;
-genes, programs, kinds; capture, the mean share of the molecules that a spot catches.
+Reads   nothing; it makes the folder.
+Writes  he-raw.jpg (0.4 um per pixel, so that calibration has work to do), pixel-size-raw.txt,
+        radius-raw.txt, locs-raw.csv, cnts.csv, truth.npz, and simulate.json. The truth lies on the
+        8 um superpixels of he.jpg before its padding: counts uint16 (rows, columns, genes), all
+        molecules; mean float32, their expectation given the cells; tissue bool; regions uint8, the
+        compartment of each, and region_names; genes, programs, kinds; capture, the mean share of
+        the molecules that a spot catches.
 """
 
 from __future__ import annotations
@@ -29,6 +31,37 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+
+SCRIPT = "demo/simulate.py"
+SIZE_UM = 1792.0  # side of the section's image: 224 superpixels
+TRUTH = utils.Artifact(("truth.npz",), None, "all molecules of a section, and their expectation")
+WRITTEN = (
+    utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.RADIUS_RAW, utils.LOCS_RAW, utils.CNTS, TRUTH,
+)  # fmt: skip
+
+
+def section_size(text: str) -> float:
+    size = float(text)
+    if size < 160 or size % utils.SUPERPIXEL_UM:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8 um, at least 160 um")
+    return size
+
+
+def build_parser() -> utils.Parser:
+    parser = utils.Parser(__doc__)
+    option = parser.add_argument
+    option("--directory", type=utils.sample_directory, required=True, help="Folder to write.")
+    option("--size-um", type=section_size, default=SIZE_UM, help="Side of the image in um.")
+    option("--seed", type=int, default=1, help="Another seed is another section.")
+    utils.add_force(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -36,13 +69,10 @@ from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 from scipy.special import ndtr
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from demo.stain import PIXEL_UM, render
 from demo.tissue import CELL_TYPES, COMPARTMENTS, GLASS, TYPES, Layout, make_layout, place_cells
+from utils import VISIUM_PITCH_UM, VISIUM_RADIUS_UM
 
-SIZE_UM = 1792.0  # side of the section's image: 224 superpixels
-SPOT_PITCH_UM, SPOT_RADIUS_UM = 100.0, 27.5  # Visium
 CAPTURE = 0.6  # mean share of the molecules under a spot that are counted
 DEPTH_SD = 0.15  # sd of the log efficiency between spots
 MIN_SPOT_TISSUE = 0.6  # share of a spot's disc that must lie in tissue
@@ -52,7 +82,7 @@ AMBIENT_SHARE = 0.04  # share of a gene's molecules that float free, anywhere in
 
 # Programs: kind, genes, weight of each cell type, and the field by which the rate varies in space.
 ALL = dict.fromkeys(TYPES, 1.0)
-PROGRAMS = {
+PROGRAMS: dict[str, tuple[str, int, dict[str, float], str | None]] = {
     "TUMOUR": ("marker", 7, {"tumour": 1}, None),
     "GLAND": ("marker", 6, {"gland": 1}, None),
     "FIBRO": ("marker", 7, {"fibroblast": 1}, None),
@@ -82,25 +112,26 @@ CYCLING_SHARE = 0.12  # of the tumour cells
 # --------------------------------------------------------------------------------------------------
 def gene_table() -> pd.DataFrame:
     """One row a gene: program and kind; index = gene name."""
-    rows = [
-        (f"{program}{i + 1}", program, kind)
-        for program, (kind, n, _, _) in PROGRAMS.items()
-        for i in range(n)
-    ]
-    return pd.DataFrame(rows, columns=["gene", "program", "kind"]).set_index("gene")
+    rows = [(name, kind, i) for name, (kind, n, *_) in PROGRAMS.items() for i in range(1, n + 1)]
+    table = pd.DataFrame(rows, columns=["program", "kind", "number"])
+    table.index = pd.Index(table.program + table.number.astype(str), name="gene")
+    return table
 
 
-def expression_rates(layout, cells, genes, rng) -> tuple[np.ndarray, np.ndarray]:
+def expression_rates(
+    layout: Layout, cells: pd.DataFrame, genes: pd.DataFrame, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Expected molecules (cells, genes) of each cell, and ambient ones (genes,) in all."""
     xy = cells[["nx", "ny"]].to_numpy()
     cycling = np.where(rng.random(len(cells)) < CYCLING_SHARE, 1.0, 0.02)
     fold = {}
     for program, (_, _, weights, field) in PROGRAMS.items():
-        weight = cells.type.map(
-            {t: weights.get(t, LEAK if weights else 0.0) for t in TYPES}
-        ).to_numpy()
-        space = {None: 1.0, "cycling": cycling}.get(field)
-        fold[program] = weight * (layout.at(field, xy) * 0.97 + 0.03 if space is None else space)
+        of_type = {t: weights.get(t, LEAK if weights else 0.0) for t in TYPES}
+        weight = cells.type.map(of_type).to_numpy()
+        space = cycling if field == "cycling" else np.ones(len(cells))
+        if field and field != "cycling":
+            space = layout.at(field, xy) * 0.97 + 0.03
+        fold[program] = weight * space
     size = CELL_TYPES.rna[cells.type].to_numpy() * rng.gamma(8, 1 / 8, len(cells))
     abundance = rng.lognormal(0, 0.5, len(genes))
     rates = np.column_stack([fold[program] for program in genes.program]) * abundance
@@ -112,7 +143,9 @@ def expression_rates(layout, cells, genes, rng) -> tuple[np.ndarray, np.ndarray]
     return rates * (1 - AMBIENT_SHARE), ambient
 
 
-def expected_counts(cells, rates, ambient, tissue_share, grid: int) -> np.ndarray:
+def expected_counts(
+    cells: pd.DataFrame, rates: np.ndarray, ambient: np.ndarray, tissue_share: np.ndarray, grid: int
+) -> np.ndarray:
     """Expected molecules (grid, grid, genes) per superpixel: shares of each cell's Gaussian cloud.
 
     The cloud is cut off beyond three superpixels from the one that holds the nucleus.
@@ -134,7 +167,13 @@ def expected_counts(cells, rates, ambient, tissue_share, grid: int) -> np.ndarra
     return (mean + tissue_share[:, :, None] / tissue_share.sum() * ambient).astype(np.float32)
 
 
-def scatter_molecules(layout, cells, rates, ambient, rng) -> tuple[np.ndarray, np.ndarray]:
+def scatter_molecules(
+    layout: Layout,
+    cells: pd.DataFrame,
+    rates: np.ndarray,
+    ambient: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
     """Molecules inside the image: positions (M, 2) in um, gene index (M,)."""
     drawn = rng.poisson(rates)
     cell, gene = np.nonzero(drawn)
@@ -162,26 +201,31 @@ def bin_molecules(xy: np.ndarray, gene: np.ndarray, grid: int, n_genes: int) -> 
 def spot_lattice(layout: Layout) -> np.ndarray:
     """Centres (N, 2) in um of the Visium lattice's spots that lie on tissue, row by row."""
     size = len(layout.compartment)
-    rows = np.arange(SPOT_RADIUS_UM + 10, size - SPOT_RADIUS_UM, SPOT_PITCH_UM * np.sqrt(3) / 2)
-    first = SPOT_RADIUS_UM + 6
-    last, half = size - SPOT_RADIUS_UM, SPOT_PITCH_UM / 2
-    xy = np.array(
-        [
-            (x, y)
-            for i, y in enumerate(rows)
-            for x in np.arange(first + (i % 2) * half, last, SPOT_PITCH_UM)
-        ]
+    rows = np.arange(
+        VISIUM_RADIUS_UM + 10, size - VISIUM_RADIUS_UM, VISIUM_PITCH_UM * np.sqrt(3) / 2
     )
-    dy, dx = np.mgrid[-SPOT_RADIUS_UM : SPOT_RADIUS_UM + 1, -SPOT_RADIUS_UM : SPOT_RADIUS_UM + 1]
-    disc = np.column_stack([dx.ravel(), dy.ravel()])[np.hypot(dx, dy).ravel() <= SPOT_RADIUS_UM]
+    first = VISIUM_RADIUS_UM + 6
+    last, half = size - VISIUM_RADIUS_UM, VISIUM_PITCH_UM / 2
+    lines = [np.arange(first + i % 2 * half, last, VISIUM_PITCH_UM) for i in range(len(rows))]
+    xy = np.array([(x, y) for line, y in zip(lines, rows, strict=True) for x in line])
+    steps = np.arange(-VISIUM_RADIUS_UM, VISIUM_RADIUS_UM + 1)
+    dx, dy = (axis.ravel() for axis in np.meshgrid(steps, steps))
+    disc = np.column_stack([dx, dy])[np.hypot(dx, dy) <= VISIUM_RADIUS_UM]
     under = layout.at("compartment", (xy[:, None] + disc).reshape(-1, 2)).reshape(len(xy), -1)
     return xy[(under != GLASS).mean(1) >= MIN_SPOT_TISSUE]
 
 
-def catch(xy, gene, spots, efficiency, n_genes: int, rng) -> np.ndarray:
+def catch(
+    xy: np.ndarray,
+    gene: np.ndarray,
+    spots: np.ndarray,
+    efficiency: np.ndarray,
+    n_genes: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """Counts (spots, genes): the molecules within each disc, kept with the spot's efficiency."""
     distance, spot = cKDTree(spots).query(xy)
-    kept = (distance <= SPOT_RADIUS_UM) & (rng.random(len(xy)) < efficiency[spot])
+    kept = (distance <= VISIUM_RADIUS_UM) & (rng.random(len(xy)) < efficiency[spot])
     flat = spot[kept] * n_genes + gene[kept]
     return np.bincount(flat, minlength=len(spots) * n_genes).reshape(len(spots), n_genes)
 
@@ -189,9 +233,10 @@ def catch(xy, gene, spots, efficiency, n_genes: int, rng) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # the files
 # --------------------------------------------------------------------------------------------------
-def simulate(directory: Path, size_um: float, seed: int) -> None:
+def main(stage: utils.Stage) -> None:
     """Write the five input files and truth.npz of one section."""
-    rng = np.random.default_rng(seed)
+    stage.guard(*WRITTEN)
+    size_um, rng = stage.args.size_um, np.random.default_rng(stage.args.seed)
     layout = make_layout(size_um, rng)
     cells, genes = place_cells(layout, rng), gene_table()
     rates, ambient = expression_rates(layout, cells, genes, rng)
@@ -202,52 +247,41 @@ def simulate(directory: Path, size_um: float, seed: int) -> None:
     efficiency = np.minimum(CAPTURE * np.exp(rng.normal(0, DEPTH_SD, len(spots))), 1)
     caught = catch(xy, gene, spots, efficiency, len(genes), rng)
 
-    directory.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(render(layout, cells, rng)).save(directory / "he-raw.jpg", quality=92)
-    (directory / "pixel-size-raw.txt").write_text(f"{PIXEL_UM}\n")
-    (directory / "radius-raw.txt").write_text(f"{SPOT_RADIUS_UM / PIXEL_UM}\n")
+    with stage.writing(utils.HE_RAW) as partial:
+        Image.fromarray(render(layout, cells, rng)).save(partial, quality=92)
+    numbers = {utils.PIXEL_SIZE_RAW: PIXEL_UM, utils.RADIUS_RAW: VISIUM_RADIUS_UM / PIXEL_UM}
+    for artifact, number in numbers.items():
+        with stage.writing(artifact) as partial:
+            partial.write_text(f"{number}\n")
     names = [f"spot{i:04d}" for i in range(len(spots))]
-    locs = pd.DataFrame(spots / PIXEL_UM, index=names, columns=["x", "y"])
-    locs.to_csv(directory / "locs-raw.csv", float_format="%.2f")
-    pd.DataFrame(caught, index=names, columns=genes.index).to_csv(directory / "cnts.csv")
-    np.savez_compressed(
-        directory / "truth.npz",
-        counts=bin_molecules(xy, gene, grid, len(genes)),
-        mean=expected_counts(cells, rates, ambient, tissue_share, grid),
-        tissue=tissue_share >= 0.5,
-        regions=layout.main_compartments(grid),
-        region_names=np.array(COMPARTMENTS),
-        genes=genes.index.to_numpy(str),
-        programs=genes.program.to_numpy(str),
-        kinds=genes.kind.to_numpy(str),
-        capture=CAPTURE,
-    )
+    with stage.writing(utils.LOCS_RAW) as partial:
+        locs = pd.DataFrame(spots / PIXEL_UM, index=names, columns=["x", "y"])
+        locs.to_csv(partial, float_format="%.2f")
+    with stage.writing(utils.CNTS) as partial:
+        pd.DataFrame(caught, index=names, columns=genes.index).to_csv(partial)
+    with stage.writing(TRUTH) as partial:
+        np.savez_compressed(
+            partial,
+            counts=bin_molecules(xy, gene, grid, len(genes)),
+            mean=expected_counts(cells, rates, ambient, tissue_share, grid),
+            tissue=tissue_share >= 0.5,
+            regions=layout.main_compartments(grid),
+            region_names=np.array(COMPARTMENTS),
+            genes=genes.index.to_numpy(str),
+            programs=genes.program.to_numpy(str),
+            kinds=genes.kind.to_numpy(str),
+            capture=CAPTURE,
+        )
     print(
         f"simulated {size_um:.0f} x {size_um:.0f} um: {len(cells):,} cells, {len(xy):,} molecules "
         f"of {len(genes)} genes, {len(spots)} spots of {np.median(caught.sum(1)):.0f} counts"
     )
+    stage.finish()
 
 
-def section_size(text: str) -> float:
-    size = float(text)
-    if size < 160 or size % utils.SUPERPIXEL_UM:
-        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8 um, at least 160 um")
-    return size
-
-
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--directory", type=utils.sample_directory, required=True, help="Folder to write."
-    )
-    parser.add_argument(
-        "--size-um", type=section_size, default=SIZE_UM, help="Side of the image in um."
-    )
-    parser.add_argument("--seed", type=int, default=1, help="Another seed is another section.")
-    args = parser.parse_args(argv)
-    simulate(args.directory, args.size_um, args.seed)
-    return 0
+def run(argv: list[str] | None = None) -> int:
+    return utils.run_stage(main, SCRIPT, build_parser(), argv, makes_folders=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

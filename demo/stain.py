@@ -27,7 +27,9 @@ HAEMATOXYLIN_RGB, EOSIN_RGB = np.array([0.92, 1.14, 0.55]), np.array([0.17, 0.80
 WHITE_RGB = np.array([244.0, 242.0, 245.0])
 
 
-def paint_nuclei(eosin, haematoxylin, cells, rng) -> None:
+def paint_nuclei(
+    eosin: np.ndarray, haematoxylin: np.ndarray, cells: pd.DataFrame, rng: np.random.Generator
+) -> None:
     """Stamp each nucleus (of a red cell: its disc, in eosin) into the density images, in place."""
     look = CELL_TYPES.loc[cells.type]
     swell = np.exp(look.spread.to_numpy()[:, None] * rng.standard_normal((len(cells), 2)))
@@ -66,13 +68,15 @@ def paint_nuclei(eosin, haematoxylin, cells, rng) -> None:
         eosin[here] *= 1 - 0.45 * cover
 
 
-def stain_densities(layout: Layout, cells: pd.DataFrame, rng) -> tuple[np.ndarray, np.ndarray]:
+def stain_densities(
+    layout: Layout, cells: pd.DataFrame, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Eosin and haematoxylin (optical density, float32) at PIXEL_UM, nuclei included."""
     compartment, fields = layout.compartment, layout.fields
     side = len(compartment)
     px = round(side / PIXEL_UM)
 
-    def enlarge(image):
+    def enlarge(image: np.ndarray) -> np.ndarray:
         return cv2.resize(image.astype(np.float32), (px, px), interpolation=cv2.INTER_LINEAR)
 
     y, x = np.mgrid[:side, :side] + 0.5

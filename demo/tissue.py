@@ -94,7 +94,9 @@ def smooth_field(side: int, scale_um: float, rng: np.random.Generator) -> np.nda
     return field[start : start + side, start : start + side].astype(np.float32)
 
 
-def distance_to_circles(x, y, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
+def distance_to_circles(
+    x: np.ndarray, y: np.ndarray, centres: np.ndarray, radii: np.ndarray
+) -> np.ndarray:
     """Signed distance in um to the nearest circle, negative inside."""
     distance = np.full(x.shape, 1e4, np.float32)
     for (cx, cy), radius in zip(centres, radii, strict=True):
@@ -102,7 +104,9 @@ def distance_to_circles(x, y, centres: np.ndarray, radii: np.ndarray) -> np.ndar
     return distance
 
 
-def spaced_points(n: int, low, high, spacing: float, rng: np.random.Generator) -> np.ndarray:
+def spaced_points(
+    n: int, low: list[float], high: list[float], spacing: float, rng: np.random.Generator
+) -> np.ndarray:
     """Up to ``n`` random points (M, 2) between two corners, no two closer than ``spacing``."""
     points = np.empty((0, 2))
     for point in rng.uniform(low, high, (20 * n, 2)):
@@ -124,13 +128,8 @@ def make_layout(size_um: float, rng: np.random.Generator) -> Layout:
     corner = np.hypot(x - size_um, y - size_um) + 45 * smooth_field(side, 120, rng)
     compartment[corner < 0.37 * size_um] = FAT
     area = (size_um / REFERENCE_UM) ** 2
-    acini = spaced_points(
-        round(46 * area) + 1,
-        [0.66 * size_um, 0.1 * size_um],
-        [0.95 * size_um, 0.6 * size_um],
-        88,
-        rng,
-    )
+    low, high = [0.66 * size_um, 0.1 * size_um], [0.95 * size_um, 0.6 * size_um]
+    acini = spaced_points(round(46 * area) + 1, low, high, 88, rng)
     gland = distance_to_circles(x + warp_x, y + warp_y, acini, rng.uniform(26, 46, len(acini)))
     compartment[(gland < 30) & (compartment == TUMOUR)] = STROMA
     compartment[gland < 0] = GLAND
@@ -147,13 +146,11 @@ def make_layout(size_um: float, rng: np.random.Generator) -> Layout:
     compartment[in_stroma & (vessel < 0)] = BLOOD
     # outline: a warped super-ellipse; tear: a crack that runs in from the lower edge
     u, v = x / size_um - 0.5, y / size_um - 0.5
-    outline = (np.abs(u) ** 2.6 + np.abs(v) ** 2.6) ** (1 / 2.6) + 0.012 * smooth_field(
-        side, 190, rng
-    )
+    outline = (np.abs(u) ** 2.6 + np.abs(v) ** 2.6) ** (1 / 2.6)
+    outline = outline + 0.012 * smooth_field(side, 190, rng)
     outline += 0.0022 * smooth_field(side, 22, rng)
-    crack = (
-        (x - 0.40 * size_um) + 0.25 * (y - size_um) + 14 * smooth_field(side, 110, rng) + warp_x / 2
-    )
+    crack = (x - 0.40 * size_um) + 0.25 * (y - size_um)
+    crack = crack + 14 * smooth_field(side, 110, rng) + warp_x / 2
     width = (y - 0.64 * size_um) * 0.10
     glass = (outline > 0.462) | (np.abs(crack) < width)
     compartment[glass] = GLASS
@@ -225,7 +222,9 @@ def place_cells(layout: Layout, rng: np.random.Generator) -> pd.DataFrame:
     return cells
 
 
-def nuclear_angles(layout, cells, to_neighbour, rng) -> np.ndarray:
+def nuclear_angles(
+    layout: Layout, cells: pd.DataFrame, to_neighbour: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Long axis of each nucleus: along fibres, around a vessel, across an epithelium, or any."""
     xy = cells[["x", "y"]].to_numpy()
     right, down = np.array([3.0, 0.0]), np.array([0.0, 3.0])

@@ -19,7 +19,7 @@ from test_evaluate import write_maps
 
 import utils
 from analysis import cells
-from analysis.cells import Frame, Outline
+from analysis.cells import Outline, PixelFrame
 
 RAW, SCALED, SIZE = (150, 300), (208, 416), (224, 448)  # he-raw, he.jpg without and with padding
 GRID = (14, 28)
@@ -56,7 +56,7 @@ def read_maps(directory):
 
 
 def run_cells(directory, masks, *options):
-    code = cells.main(["--directory", str(directory), "--masks", str(masks), *options])
+    code = cells.run(["--directory", str(directory), "--masks", str(masks), *options])
     if code:
         return code, None
     table = pd.read_csv(directory / "cells.csv.gz", keep_default_na=False, na_values={})
@@ -87,7 +87,7 @@ def areas_by_pixel(labels, scale, grid):
 
 def cells_of(labels, scale, grid, band=cells.BAND_ROWS):
     parts = (labels[top : top + band] for top in range(0, len(labels), band))
-    return cells.cells_of_labels(parts, Frame("he-raw", labels.shape, scale), grid, HERE)
+    return cells.cells_of_labels(parts, PixelFrame("he-raw", labels.shape, scale), grid, HERE)
 
 
 # ----- label images -----
@@ -289,7 +289,9 @@ def test_values_are_those_of_loops_over_pixels(section, tmp_path):
     assert record["counts within cells"] == pytest.approx(
         maps[covered].sum() / maps[tissue].sum(), abs=1e-4
     )
-    assert record["inputs"]["cells.tif"]["sha256"] == utils.sha256(tmp_path / "cells.tif")
+    assert record["inputs"][str(tmp_path / "cells.tif")]["sha256"] == utils.sha256(
+        tmp_path / "cells.tif"
+    )
 
 
 def test_cells_off_the_tissue_have_no_counts(section, tmp_path, capsys):
@@ -357,9 +359,9 @@ def test_many_outlines_are_those_of_few(monkeypatch):
         Outline(str(i), "", [(rng.uniform(0, 40, 2) + rng.uniform(0, 9, (3, 2)), False)])
         for i in range(25)
     ]
-    frame = Frame("he", SIZE, (1.0, 1.0))
+    frame = PixelFrame("he", SIZE, (1.0, 1.0))
     whole = cells.cells_of_outlines(outlines, frame, GRID, HERE)
-    monkeypatch.setattr(cells, "OUTLINES_AT_ONCE", 4)
+    monkeypatch.setattr(cells.grid, "MAX_SQUARES", 300)
     parts = cells.cells_of_outlines(outlines, frame, GRID, HERE)
     np.testing.assert_allclose(whole.inside.toarray(), parts.inside.toarray(), atol=1e-9)
     np.testing.assert_allclose(whole.centroids, parts.centroids)
@@ -368,7 +370,7 @@ def test_many_outlines_are_those_of_few(monkeypatch):
 
 def test_what_lies_off_the_map_is_cut_off():
     outlines = [Outline("1", "", [(np.array(box(-32, -32, 32, 16), float), False)])]
-    found = cells.cells_of_outlines(outlines, Frame("he", SIZE, (1.0, 1.0)), GRID, HERE)
+    found = cells.cells_of_outlines(outlines, PixelFrame("he", SIZE, (1.0, 1.0)), GRID, HERE)
     assert found.area[0] == 64 * 48
     assert found.inside.toarray().reshape(GRID)[0, :2].tolist() == [1, 1]
     assert found.inside.sum() == 2
@@ -385,6 +387,25 @@ def test_the_same_cells_give_the_same_bytes(section, tmp_path):
     assert (section / "cells.csv.gz").read_bytes() == first
     text = gzip.decompress(first).decode()
     assert text.splitlines()[0] == 'cell,x,y,area_um2,share_on_tissue,class,A,"B,1",NA'
+
+
+def test_a_table_of_yours_is_not_replaced(section, tmp_path, capsys):
+    labels = np.zeros(RAW, np.uint8)
+    labels[50:60, 100:160] = 1
+    tifffile.imwrite(tmp_path / "cells.tif", labels)
+    (section / "cells.csv.gz").write_bytes(b"mine")
+    assert run_cells(section, tmp_path / "cells.tif")[0] == 2
+    error = capsys.readouterr().err
+    assert "cells.csv.gz was made or edited by hand" in error
+    assert f"--masks {tmp_path / 'cells.tif'}" in error
+    assert (section / "cells.csv.gz").read_bytes() == b"mine"
+    other = tmp_path / "other"
+    assert cells.run(["--directory", str(section), "--masks", str(tmp_path / "cells.tif"),
+                      "--output", str(other)]) == 0  # fmt: skip
+    assert {path.name for path in other.iterdir()} == {"cells.csv.gz", "cells.json"}
+    assert run_cells(section, tmp_path / "cells.tif", "--force")[0] == 0
+    record = json.loads((section / "cells.json").read_text())
+    assert {"versions", "code", "seconds", "outputs"} <= record.keys()
 
 
 BAD_LABELS = {

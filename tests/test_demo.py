@@ -22,7 +22,7 @@ SIZE_UM = 400.0
 @pytest.fixture(scope="module")
 def section(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo") / "section B"
-    assert simulate.main(["--directory", str(directory), "--size-um", str(SIZE_UM)]) == 0
+    assert simulate.run(["--directory", str(directory), "--size-um", str(SIZE_UM)]) == 0
     return directory
 
 
@@ -33,18 +33,30 @@ def truth(section):
 
 # ----- simulate.py -----
 def digest(directory):
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in directory.iterdir()}
+    """Of all files but the record, which tells when they were made."""
+    files = [file for file in directory.iterdir() if file.name != "simulate.json"]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def test_same_seed_same_bytes_other_seed_other_section(section, tmp_path):
     for folder, seed in (("same", "1"), ("other", "2")):
-        simulate.main(
+        simulate.run(
             ["--directory", str(tmp_path / folder), "--size-um", str(SIZE_UM), "--seed", seed]
         )
     first, same, other = digest(section), digest(tmp_path / "same"), digest(tmp_path / "other")
     assert first == same
     for name in ("he-raw.jpg", "cnts.csv", "truth.npz"):
         assert first[name] != other[name]
+
+
+def test_a_sample_of_yours_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "cnts.csv").write_text("mine")
+    options = ["--directory", str(tmp_path), "--size-um", str(SIZE_UM)]
+    assert simulate.run(options) == 2
+    assert "cnts.csv was made or edited by hand" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"cnts.csv"}
+    assert simulate.run([*options, "--force"]) == 0
+    assert simulate.run(options) == 0  # now it is one of ours
 
 
 def test_files_agree_with_each_other(section, truth):
@@ -166,7 +178,7 @@ def test_image_shows_nuclei_where_cells_are(section, truth):
 @pytest.mark.parametrize("size", ["150", "401", "0", "nan"])
 def test_size_must_be_whole_superpixels(size, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        simulate.main(["--directory", str(tmp_path / "x"), "--size-um", size])
+        simulate.run(["--directory", str(tmp_path / "x"), "--size-um", size])
     assert stop.value.code == 2
     assert "multiple of 8 um" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
@@ -193,7 +205,7 @@ def write_maps(section, maps, genes, padding=3):
 def test_score_of_perfect_maps_is_the_ceiling(section, truth, tmp_path, capsys):
     copy = shutil.copytree(section, tmp_path / "copy")
     write_maps(copy, np.where(truth["tissue"][..., None], truth["mean"], np.nan), truth["genes"])
-    assert evaluate.main(["--directory", str(copy)]) == 0
+    assert evaluate.run(["--directory", str(copy)]) == 0
     table = pd.read_csv(copy / "evaluation.csv", index_col=0)
     assert list(table.index) == list(truth["genes"])
     np.testing.assert_allclose(table["histex_1x"], table["ceiling_1x"], atol=1e-3)
@@ -209,14 +221,14 @@ def test_picture_is_drawn_for_genes_chosen_by_rule(section, truth, tmp_path):
     figure = pytest.importorskip("demo.figure")
     copy = shutil.copytree(section, tmp_path / "copy")
     write_maps(copy, truth["mean"], truth["genes"])
-    evaluate.main(["--directory", str(copy), "--no-plot"])
+    evaluate.run(["--directory", str(copy), "--no-plot"])
     known = inputs.read_truth(copy)
     chosen = figure.choose_genes(known, pd.read_csv(copy / "evaluation.csv", index_col=0))
     assert len(chosen) == 4
     total = truth["counts"].sum((0, 1))
     markers = truth["kinds"] == "marker"
     assert next(iter(chosen)) == truth["genes"][markers][total[markers].argmax()]
-    assert figure.main(["--directory", str(copy)]) == 0
+    assert figure.run(["--directory", str(copy)]) == 0
     assert np.asarray(Image.open(copy / "demo.png")).std() > 20
 
 

@@ -1,6 +1,7 @@
 """analysis/evaluate.py: scores against independent references; no way for the truth to leak."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -506,7 +507,7 @@ def test_maps_without_gradients_or_too_small_for_a_grid_have_no_seam():
 
 # ----- the command -----
 def test_perfect_maps_reach_the_ceiling_and_sum_to_the_spots(section, capsys):
-    assert evaluate.main(["--directory", str(section)]) == 0
+    assert evaluate.run(["--directory", str(section)]) == 0
     table = read_table(section / "evaluation.csv")
     assert list(table.index) == ["A", "B", "NA"]
     for measure in scores.MEASURES:
@@ -537,24 +538,53 @@ def test_perfect_maps_reach_the_ceiling_and_sum_to_the_spots(section, capsys):
 
 
 def test_results_go_to_another_folder_and_are_repeatable(section):
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 0
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 0
     assert not (section / "evaluation.png").exists()
     other = section.parent / "results of A"
-    assert evaluate.main(["--directory", str(section), "--no-plot", "--output", str(other)]) == 0
+    assert evaluate.run(["--directory", str(section), "--no-plot", "--output", str(other)]) == 0
     for name in ("evaluation.csv", "evaluation.json"):
         assert (other / name).read_bytes() == (section / name).read_bytes()
+
+
+def test_a_table_of_yours_is_not_replaced_and_all_of_ours_are_known(section, capsys):
+    options = ["--directory", str(section), "--no-plot"]
+    (section / "evaluation.csv").write_text("mine")
+    assert evaluate.run(options) == 2
+    assert "evaluation.csv was made or edited by hand" in capsys.readouterr().err
+    assert (section / "evaluation.csv").read_text() == "mine"
+    assert not (section / "evaluation.json").exists()
+    assert evaluate.run([*options, "--force"]) == 0
+    assert evaluate.run(options) == 0  # now it is one of ours
+    record = json.loads((section / "evaluate.json").read_text())
+    assert record["outputs"].keys() == {"evaluation.csv", "evaluation.json"}
+    used = {"truth.npz", "cnts-super", "cnts.csv", "locs.csv", "radius.txt"}
+    assert used <= record["inputs"].keys()
+    assert {"versions", "code", "seconds"} <= record.keys()
+
+
+def test_what_reads_a_sample_leaves_it_as_it_is(section, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # write-protected
+    leftover = section / ".x.12345678.partial.csv"
+    leftover.write_text("of a run that was cut off")
+    os.utime(leftover, (0, 0))
+    before = sorted(section.rglob("*"))
+    inputs.read_truth(section)
+    inputs.read_mask(section, SHAPE)
+    inputs.read_spots(section, ["A"])
+    assert inputs.read_radius(section) == RADIUS
+    assert sorted(section.rglob("*")) == before
 
 
 def test_a_gene_without_a_map_is_left_out_and_said(section, capsys):
     index = pd.read_csv(section / "cnts-super" / "index.csv", keep_default_na=False)
     index.drop(index=1).to_csv(section / "cnts-super" / "index.csv", index=False)
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 0
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 0
     assert list(read_table(section / "evaluation.csv").index) == ["A", "NA"]
     assert "of 3 genes of the truth" in capsys.readouterr().out
 
 
 def test_coverage_is_told_where_the_maps_have_a_standard_deviation(section, capsys):
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 0
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 0
     assert "90 % interval" not in capsys.readouterr().out
     genes, saved = ["A", "B", "NA"], dict(np.load(section / "truth.npz"))
     maps = np.where(saved["tissue"][..., None], saved["mean"], np.nan)
@@ -564,7 +594,7 @@ def test_coverage_is_told_where_the_maps_have_a_standard_deviation(section, caps
     del saved["mean"]
     np.savez(section / "truth.npz", **saved)
     write_maps(section, maps / 2, genes, "cnts-super-sd")
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 0
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 0
     table = read_table(section / "evaluation.csv")
     np.testing.assert_allclose(table["coverage_1x"], 0.9, atol=0.03)
     assert (table["coverage_poisson_1x"] < 0.8).all()
@@ -572,7 +602,7 @@ def test_coverage_is_told_where_the_maps_have_a_standard_deviation(section, caps
     facts = json.loads((section / "evaluation.json").read_text())
     assert facts["median coverage"]["coverage"]["1x"] == pytest.approx(0.9, abs=0.02)
     (section / "cnts-super-sd" / "index.csv").unlink()
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 2
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 2
     assert "cnts-super-sd" in capsys.readouterr().err
 
 
@@ -583,7 +613,7 @@ def test_scores_collapse_when_the_truth_is_shuffled(section):
     covered = saved["tissue"]
     saved["counts"][covered] = rng.permutation(saved["counts"][covered])
     np.savez(section / "truth.npz", **saved)
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 0
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 0
     table = read_table(section / "evaluation.csv")
     for method in ("histex", "linear", "nearest"):
         for measure in ("r", "rho"):
@@ -593,13 +623,13 @@ def test_scores_collapse_when_the_truth_is_shuffled(section):
 
 
 def test_truth_in_counts_of_all_molecules_is_compared_on_the_scale_of_the_spots(section):
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 0
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 0
     before = read_table(section / "evaluation.csv")
     saved = dict(np.load(section / "truth.npz"))
     np.savez(section / "truth.npz", **saved, capture=0.5)
     images = np.stack(list(inputs.read_maps(section, ["A", "B", "NA"]).values()), axis=2)
     write_maps(section, images / 2, ["A", "B", "NA"])
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 0
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 0
     after = read_table(section / "evaluation.csv")
     for method in ("histex", "ceiling"):
         for size in scores.BINS:
@@ -622,7 +652,7 @@ def test_published_truth_is_read_whichever_end_the_genes_are_at(section, first):
     np.testing.assert_array_equal(truth.counts, saved["counts"])
     np.testing.assert_array_equal(truth.tissue, saved["tissue"])
     assert truth.genes == ["A", "B", "NA"]
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 0
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 0
     table = read_table(section / "evaluation.csv")
     assert table["histex_4x"].min() > 0.7
     assert (table["histex_1x"] < table["ceiling_1x"] + 0.05).all()
@@ -650,7 +680,7 @@ class Canary:
 def test_a_published_truth_that_cannot_be_understood_is_refused(section, capsys, content, message):
     (section / "truth.npz").unlink()
     (section / "genes_3D.pkl").write_bytes(pickle.dumps(content))
-    assert evaluate.main(["--directory", str(section), "--no-plot"]) == 2
+    assert evaluate.run(["--directory", str(section), "--no-plot"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
@@ -709,7 +739,7 @@ def damage(section, what):
 def test_bad_input_is_named_and_old_results_stay(section, capsys, what, messages):
     (section / "evaluation.csv").write_text("old")
     damage(section, what)
-    assert evaluate.main(["--directory", str(section)]) == 2
+    assert evaluate.run(["--directory", str(section), "--force"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     for message in messages:
@@ -720,7 +750,7 @@ def test_bad_input_is_named_and_old_results_stay(section, capsys, what, messages
 
 def test_without_matplotlib_the_command_says_so_before_any_work(section, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert evaluate.main(["--directory", str(section)]) == 2
+    assert evaluate.run(["--directory", str(section)]) == 2
     assert "pip install -r analysis/requirements.txt" in capsys.readouterr().err
 
 
@@ -799,7 +829,7 @@ def test_holdout_predicts_every_spot_from_maps_made_without_it(finished, capsys)
     names = {path.name for path in finished.iterdir()}
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     options = ["--holdout", "2", "--histex", "--epochs 1 --n-states 1 --map-format npy"]
-    assert evaluate.main(["--directory", str(finished), *options]) == 0
+    assert evaluate.run(["--directory", str(finished), *options]) == 0
 
     scores = read_table(finished / "evaluation-holdout.csv")
     assert list(scores.index) == list(table)
@@ -808,7 +838,7 @@ def test_holdout_predicts_every_spot_from_maps_made_without_it(finished, capsys)
     facts = json.loads((finished / "evaluation-holdout.json").read_text())
     assert (facts["spots"], facts["spots without tissue"], facts["folds"]) == (22, 0, 2)
     assert facts["options of HISTEX.py"] == options[-1]
-    made = {f"evaluation-holdout.{kind}" for kind in ("csv", "json", "png")}
+    made = {f"evaluation-holdout.{kind}" for kind in ("csv", "json", "png")} | {"evaluate.json"}
     assert {path.name for path in finished.iterdir()} == names | made
     assert all(path.read_bytes() == content for path, content in before.items())
     assert "left-out spots" in capsys.readouterr().out
@@ -858,7 +888,7 @@ def test_a_failing_fold_leaves_nothing_behind(finished, monkeypatch, capsys):
         raise utils.StageError(f"{script} ended", "mend it")
 
     monkeypatch.setattr(holdout, "run_script", fail)
-    assert evaluate.main(["--directory", str(finished), "--holdout", "2", "--no-plot"]) == 2
+    assert evaluate.run(["--directory", str(finished), "--holdout", "2", "--no-plot"]) == 2
     assert "get_HR.py ended" in capsys.readouterr().err
     assert {path.name for path in finished.iterdir()} == names
 
@@ -871,7 +901,7 @@ def test_holdout_checks_its_sample_first(finished, capsys, what, message):
     if what == "stale":
         (finished / "pixel-size-raw.txt").write_text("0.51\n")
     folds = "2" if what == "stale" else what
-    assert evaluate.main(["--directory", str(finished), "--holdout", folds, "--no-plot"]) == 2
+    assert evaluate.run(["--directory", str(finished), "--holdout", folds, "--no-plot"]) == 2
     assert message in capsys.readouterr().err
 
 

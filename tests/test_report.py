@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+import utils
 from analysis import charts, inputs, report
 from analysis import page as page_parts
 from analysis.spots import disc_weights
@@ -156,7 +157,7 @@ class Browser:
 # ----- a section whose page is known -----
 SHAPE = (42, 56)  # superpixels
 RADIUS = 3.4375  # superpixels: Visium
-HOSTILE = """</script ><img src=x onerror="pwned=1">'&"""
+HOSTILE = """</script ><img src=x onerror="pwned=1">'&{{data}}{% x %}"""
 GENES = ["KRT8", "NA", HOSTILE, "FLAT"]
 PINK, BLUE = (230, 150, 190), (90, 80, 160)  # the left and the right half of the image
 
@@ -221,7 +222,8 @@ def section(_section, tmp_path):
 
 
 def write_page(directory, *options) -> str:
-    assert report.main(["--directory", str(directory), *options]) == 0
+
+    assert report.run(["--directory", str(directory), *options]) == 0
     return (directory / "report.html").read_text(encoding="utf-8")
 
 
@@ -279,10 +281,10 @@ def test_a_map_without_any_value_or_with_infinities_is_stored_without_them():
 def test_genes_are_those_asked_for_or_the_best_held_out_ones():
     r = pd.Series({"A": 0.1, "B": np.nan, "C": 0.9, "D": -0.5})
     mapped = ["A", "B", "C", "D", "E"]
-    assert report.choose_genes(mapped, r, None, 10) == ["C", "A", "D", "B", "E"]
-    assert report.choose_genes(mapped, r, None, 2) == ["C", "A"]
-    assert report.choose_genes(mapped, None, None, 2) == ["A", "B"]
-    assert report.choose_genes(mapped, r, ["E", "B", "E"], 1) == ["E", "B"]
+    assert inputs.choose_genes(mapped, r, None, 10) == ["C", "A", "D", "B", "E"]
+    assert inputs.choose_genes(mapped, r, None, 2) == ["C", "A"]
+    assert inputs.choose_genes(mapped, None, None, 2) == ["A", "B"]
+    assert inputs.choose_genes(mapped, r, "E,B,E", 1) == ["E", "B"]
 
 
 @given(st.floats(-1e4, 1e4), st.floats(1e-4, 1e4))
@@ -324,11 +326,6 @@ def test_bars_count_all_values():
 
 def test_colours_of_regions_differ():
     assert len(set(page_parts.region_colours(24))) == 24
-
-
-def test_what_is_filled_in_is_not_filled_in_again():
-    parts = {"a": "{{b}}", "b": iter(["1", "{{a}}"])}
-    assert "".join(page_parts.fill("x {{a}} y {{b}} z", parts)) == "x {{b}} y 1{{a}} z"
 
 
 # ----- the page as text -----
@@ -395,9 +392,46 @@ def test_the_same_sample_gives_the_same_bytes_in_place_of_the_old_page(section):
 
 def test_the_page_goes_where_it_is_told_to(section, tmp_path):
     output = tmp_path / "new" / "a.html"
-    assert report.main(["--directory", str(section), "--output", str(output)]) == 0
+    assert report.run(["--directory", str(section), "--output", str(output)]) == 0
     assert output.is_file()
     assert not (section / "report.html").exists()
+
+
+def test_a_page_of_yours_is_not_replaced(section, tmp_path, capsys):
+    mine = tmp_path / "figures" / "mine.html"
+    mine.parent.mkdir()
+    for path, options in ((section / "report.html", []), (mine, ["--output", str(mine)])):
+        path.write_text("mine")
+        assert report.run(["--directory", str(section), *options]) == 2
+        said = capsys.readouterr().err
+        assert f"{path} was made or edited by hand" in said
+        assert "python analysis/report.py --directory" in said
+        assert path.read_text() == "mine"
+        assert report.run(["--directory", str(section), *options, "--force"]) == 0
+        assert report.run(["--directory", str(section), *options]) == 0  # now it is a page of ours
+        path.write_text(path.read_text() + "<!-- mine -->")
+        assert report.run(["--directory", str(section), *options]) == 2
+
+
+def test_all_pages_of_a_folder_are_known_by_its_record(section):
+    for name in ("a.html", "b.html", "a.html"):
+        assert report.run(["--directory", str(section), "--output", str(section / name)]) == 0
+    record = json.loads((section / "report.json").read_text())
+    pages = {name: utils.fingerprint(section / name) for name in ("a.html", "b.html")}
+    assert record["outputs"] == pages
+    assert {"versions", "code", "seconds"} <= record.keys()
+    used = {"he.jpg", "cnts-super", "cnts.csv", "locs.csv", "radius.txt", "segments.npy"}
+    assert used <= record["inputs"].keys()
+
+
+def test_a_sample_that_is_write_protected_can_be_looked_at(section, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or path != section)
+    page = tmp_path / "page.html"
+    before = sorted(section.rglob("*"))
+    assert report.run(["--directory", str(section), "--output", str(page)]) == 0
+    assert page.is_file()
+    assert report.run(["--directory", str(section)]) == 2
+    assert sorted(section.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -496,7 +530,7 @@ def damage(section, what):
 def test_bad_input_is_named_and_the_old_page_stays(section, capsys, what, messages):
     (section / "report.html").write_text("old")
     damage(section, what)
-    assert report.main(["--directory", str(section)]) == 2
+    assert report.run(["--directory", str(section), "--force"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     for message in messages:
@@ -508,14 +542,14 @@ def test_bad_input_is_named_and_the_old_page_stays(section, capsys, what, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--genes", "KRT8,KRT9"], "no map of KRT9"),
+        (["--genes", "KRT8,KRT9"], "names KRT9: no such gene in cnts-super"),
         (["--genes", ","], "names no gene"),
         (["--output", "he.jpg"], "does not end in .html"),
     ],
 )
 def test_options_that_cannot_be_followed_are_refused(section, capsys, options, message):
     try:
-        code = report.main(["--directory", str(section), *options])
+        code = report.run(["--directory", str(section), *options])
     except SystemExit as error:
         code = error.code
     assert code == 2
@@ -528,7 +562,7 @@ def test_records_and_their_warnings_are_shown_and_changes_are_warned_of(finished
     record["warnings"] = ["two <spots> & a half"]
     (finished / "get_HR.json").write_text(json.dumps(record))
     page = Page(write_page(finished))
-    for text in (*page_parts.SCRIPTS, "two <spots> & a half", "--backbone efficientnet_lite0",
+    for text in (*utils.STAGES, "two <spots> & a half", "--backbone efficientnet_lite0",
                  record["versions"]["pandas"], record["ended"].replace("T", " ")):  # fmt: skip
         assert text in page.text
     assert record["arguments"]["directory"] not in page.text  # whose computer it was is not told
@@ -575,7 +609,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(_section, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    assert report.main(["--directory", str(_section), "--output", str(path)]) == 0
+    assert report.run(["--directory", str(_section), "--output", str(path)]) == 0
     return path
 
 

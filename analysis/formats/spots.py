@@ -1,0 +1,35 @@
+"""--format spots of analysis/export.py: the maps summed over the discs of the spots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import utils
+from analysis import inputs
+from analysis.formats.mapset import MapSet, each_map
+from analysis.spots import disc_weights, on_tissue, sum_discs
+from reading import tables
+
+SPOT_SUPERPIXELS = 100  # of Visium, there is less than one spot in so many
+
+
+def bytes_needed(source: MapSet) -> int:
+    """Of the disk: digits."""
+    return 12 * len(source.files) * source.n_superpixels // SPOT_SUPERPIXELS
+
+
+def write(source: MapSet, target: Path) -> None:
+    stage, shape = source.stage, source.tissue.shape
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    radius = inputs.read_radius(stage.directory)
+    discs = disc_weights(locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, radius, shape)
+    kept = on_tissue(discs, np.where(source.tissue, 0.0, np.nan), radius)
+    if not kept.any():
+        raise stage.error(stage.path(utils.LOCS), "has no spot on the tissue of the maps.")
+    print(f"{kept.sum()} of {len(locs)} spots lie on the tissue")
+    totals = np.column_stack([sum_discs(discs[kept], image) for image in each_map(source)])
+    table = pd.DataFrame(totals, locs.index[kept], source.genes)
+    table.to_csv(target, lineterminator="\n", float_format="%.7g")
