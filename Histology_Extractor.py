@@ -41,13 +41,14 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from reading import cli
 
 UNI, UNI_HUB, UNI_FILE = "uni", "MahmoodLab/UNI", "pytorch_model.bin"
 LITE = "efficientnet_lite0"
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     parser.add_argument(
         "--backbone",
         default=UNI,
@@ -66,10 +67,10 @@ def build_parser() -> utils.Parser:
         help="Hugging Face token; it is safer to set HF_TOKEN (default: that, or the login stored "
         "by the hub's own tool).",
     )
-    utils.add_device(parser)
+    cli.add_device(parser)
     parser.add_argument(
         "--batch-size",
-        type=utils.positive,
+        type=cli.positive,
         help="Tiles run at once (default: 32 for a ViT, 1 for a CNN).",
     )
     parser.add_argument(

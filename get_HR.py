@@ -36,16 +36,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import utils
+from reading import cli
 
 SCRIPT = utils.HIGH_RESOLUTION
 N_GENES = 1000  # as published
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = utils.stage_parser(__doc__)
+    parser = cli.stage_parser(__doc__)
     parser.add_argument(
         "--n-genes",
-        type=utils.positive,
+        type=cli.positive,
         default=N_GENES,
         help="Number of most variable genes to select if there is no gene-names.txt of yours.",
     )

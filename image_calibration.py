@@ -38,15 +38,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import utils
+from reading import cli
 
 SCRIPT = utils.CALIBRATION
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     parser.add_argument(
         "--max-megapixels",
-        type=utils.positive,
+        type=cli.positive,
         default=utils.MAX_MEGAPIXELS,
         metavar="N",
         help="Refuse images of more than N million pixels, before or after calibration.",

@@ -26,15 +26,16 @@ import sys
 from collections.abc import Iterator
 
 import utils
+from reading import cli
 
 SCRIPT = utils.MASKING
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     parser.add_argument(
         "--seed",
-        type=utils.not_negative,
+        type=cli.not_negative,
         default=0,
         help="Seed of the random choice among the seeds.",
     )

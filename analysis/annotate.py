@@ -56,6 +56,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
+from reading import cli
 
 SCRIPT = "analysis/annotate.py"
 CHANCE_SHARE = 0.05  # of the tissue, which markers without meaning may label
@@ -69,8 +70,8 @@ def share(text: str) -> float:
     return number
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     files.add_output(parser)
     option = parser.add_argument
     markers_help = "Table with the columns gene and label, and perhaps weight."

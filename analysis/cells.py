@@ -43,13 +43,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
+from reading import cli
 
 SCRIPT = "analysis/cells.py"
 RAW, CALIBRATED = "he-raw", "he"  # frames
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     option = parser.add_argument
     option("--masks", type=Path, required=True, help="Label image or GeoJSON of the cells.")
     option(

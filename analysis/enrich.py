@@ -51,6 +51,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
+from reading import cli
 
 SCRIPT = "analysis/enrich.py"
 MAX_Q = 0.05
@@ -58,8 +59,8 @@ LOG2_FOLD = 0.5  # a region's genes have 1.4 times the counts of elsewhere, at l
 MIN_SIZE, MAX_SIZE = 5, 500  # genes of a set, in the background; usual limits
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     files.add_output(parser)
     option = parser.add_argument
     option("--gene-sets", type=Path, required=True, help="Gene sets, a GMT file.")
@@ -78,7 +79,7 @@ def build_parser() -> utils.Parser:
     sizes = (("--min-size", "Smallest", MIN_SIZE), ("--max-size", "Largest", MAX_SIZE))
     for name, word, size in sizes:
         size_help = f"{word} set that is tested: its number of genes in the background."
-        option(name, type=utils.positive, default=size, help=size_help)
+        option(name, type=cli.positive, default=size, help=size_help)
     return parser
 
 

@@ -62,18 +62,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
+from reading import cli
 
 SCRIPT = "analysis/evaluate.py"
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     option = parser.add_argument
     folder_help = "Folder for the results (default: the folder of the sample)."
     option("--output", dest="folder", metavar="FOLDER", type=Path, help=folder_help)
     option(
         "--holdout",
-        type=utils.positive,
+        type=cli.positive,
         metavar="K",
         help="Leave out the spots in K folds and predict them, in place of a truth (default: score "
         "against the truth).",
@@ -84,7 +85,12 @@ def build_parser() -> utils.Parser:
         metavar="OPTIONS",
         help="With --holdout: options of HISTEX.py, in quotes (default: those of its last run).",
     )
-    option("--seed", type=utils.not_negative, default=0, help="With --holdout: seed of the folds.")
+    option(
+        "--seed",
+        type=cli.not_negative,
+        default=0,
+        help="With --holdout: seed of the folds.",
+    )
     option("--no-plot", action="store_true", help="Draw no picture; matplotlib is not needed then.")
     return parser
 

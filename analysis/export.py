@@ -43,6 +43,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from reading import cli
 from reading import genes as gene_lists
 
 SCRIPT = "analysis/export.py"
@@ -68,8 +69,8 @@ FORMATS = {
 }
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     parser.add_argument("--format", choices=list(FORMATS), required=True, help="What to write.")
     some = parser.add_mutually_exclusive_group()
     some.add_argument(
@@ -79,7 +80,7 @@ def build_parser() -> utils.Parser:
     )
     some.add_argument(
         "--n-genes",
-        type=utils.positive,
+        type=cli.positive,
         metavar="N",
         help="Export the N genes with the highest held-out r (default: all).",
     )

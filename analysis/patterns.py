@@ -70,18 +70,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
+from reading import cli
 
 SCRIPT = "analysis/patterns.py"
 PERMUTATIONS = 999
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     files.add_output(parser)
     option = parser.add_argument
     n_help = "Number of permutations of the counts over the spots."
-    option("--permutations", type=utils.positive, default=PERMUTATIONS, help=n_help)
-    option("--seed", type=utils.not_negative, default=0, help="Seed of the permutations.")
+    option("--permutations", type=cli.positive, default=PERMUTATIONS, help=n_help)
+    option("--seed", type=cli.not_negative, default=0, help="Seed of the permutations.")
     normalise_help = "Divide the counts of spots and maps by their totals over genes."
     option("--normalise", action="store_true", help=normalise_help)
     option("--truth", action="store_true", help="Compare with the expected counts in truth.npz.")

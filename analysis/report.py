@@ -29,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
+from reading import cli
 from reading import genes as gene_lists
 
 SCRIPT = "analysis/report.py"
@@ -40,20 +41,25 @@ def html_file(text: str) -> Path:
     return Path(text)
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     option = parser.add_argument
-    option("--directory", type=utils.sample_directory, required=True, help="Folder of the sample.")
+    option(
+        "--directory",
+        type=cli.sample_directory,
+        required=True,
+        help="Folder of the sample.",
+    )
     option("--genes", help=f"Genes of the page: {gene_lists.HELP} (default: see --n-genes).")
     option(
         "--n-genes",
-        type=utils.positive,
+        type=cli.positive,
         default=50,
         help="Without --genes: how many genes, the highest held-out r first.",
     )
     option(
         "--image-px",
-        type=utils.positive,
+        type=cli.positive,
         default=4000,
         help="Longest side of the H&E in the page, in pixels.",
     )
@@ -63,7 +69,7 @@ def build_parser() -> utils.Parser:
         metavar="FILE",
         help=f"The page, a file (default: {files.REPORT.name} in the folder of the sample).",
     )
-    utils.add_force(parser)
+    cli.add_force(parser)
     parser.set_defaults(allow_stale=False)  # a stale sample is shown, with a warning in the page
     return parser
 

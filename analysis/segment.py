@@ -60,6 +60,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
+from reading import cli
 
 SCRIPT = "analysis/segment.py"
 METHODS = {"kmeans": "k-means", "hierarchical": "Ward's method", "leiden": "Leiden's method"}
@@ -68,23 +69,23 @@ SMOOTHING_UM = 8.0  # more of it makes rings, of what lies between two kinds of 
 MIN_REGION_MM2 = 0.005
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.stage_parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
     files.add_output(parser)
     option = parser.add_argument
     option("--method", choices=list(METHODS), default="kmeans", help="How to divide the tissue.")
     n_help = "Number of kinds of region."
-    option("--n-regions", type=utils.positive, default=N_REGIONS, help=n_help)
+    option("--n-regions", type=cli.positive, default=N_REGIONS, help=n_help)
     um_help = "Sigma in um of the Gaussian that smooths the latent maps; 0 does not smooth."
     option("--smoothing-um", type=files.number_from_0, default=SMOOTHING_UM, help=um_help)
     mm2_help = "Area in mm2; smaller pieces are merged into a neighbouring region."
     option("--min-region-mm2", type=files.number_from_0, default=MIN_REGION_MM2, help=mm2_help)
-    option("--seed", type=utils.not_negative, default=0, help="Seed of the random numbers.")
+    option("--seed", type=cli.not_negative, default=0, help="Seed of the random numbers.")
     halves_help = (
         "Number of random halves of the tissue used to measure stability; at least 2 (1 skips the "
         "measurement)."
     )
-    option("--n-halves", type=utils.positive, default=N_HALVES, help=halves_help)
+    option("--n-halves", type=cli.positive, default=N_HALVES, help=halves_help)
     parser.alias("--seeds", "--n-halves")
     option("--truth", action="store_true", help="Compare with the true regions in truth.npz.")
     return parser

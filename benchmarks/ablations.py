@@ -22,16 +22,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks import accuracy
+from reading import cli
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     accuracy.add_sections(parser)
     option = parser.add_argument
     option("--variants", nargs="+", metavar="NAME", help="Rows of the table (default: all rows).")
-    option("--n-states", type=utils.positive, default=1, help="Number of networks per variant.")
+    option("--n-states", type=cli.positive, default=1, help="Number of networks per variant.")
     parser.alias("--states", "--n-states")
-    option("--seed", type=utils.not_negative, default=0, help="Random seed of the first state.")
+    option("--seed", type=cli.not_negative, default=0, help="Random seed of the first state.")
     option("--keep", type=Path, required=True, help="Folder for samples and results.")
     return parser
 

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks import measure
 from benchmarks.measure import ROOT, TRUTH_FILE, Facts, add_sections, cached
+from reading import cli
 
 SCRIPT = "benchmarks/accuracy.py"
 METHODS = {  # in the order of the table
@@ -61,20 +62,20 @@ SCORES = {  # name in the results: measure and bin of analysis/scores.py
 }  # fmt: skip
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     add_sections(parser)
     option = parser.add_argument
-    option("--n-seeds", type=utils.positive, default=3,
+    option("--n-seeds", type=cli.positive, default=3,
            help="Runs of each method that has a seed.")  # fmt: skip
     parser.alias("--seeds", "--n-seeds")
     option("--methods", nargs="+", choices=list(METHODS), default=list(METHODS),
            help="Rows of the table (default: all).")  # fmt: skip
     option("--histex-options", default="",
            help="Options of HISTEX.py for both presets, in quotes (default: none).")  # fmt: skip
-    option("--published-epochs", type=utils.positive, default=500,
+    option("--published-epochs", type=cli.positive, default=500,
            help="Epochs of the published preset; it has no early stopping.")  # fmt: skip
-    option("--published-states", type=utils.positive, default=5,
+    option("--published-states", type=cli.positive, default=5,
            help="States of the published preset.")  # fmt: skip
     option("--keep", type=Path, help="Folder for all results, by which a later run goes on "
            "(default: one that is removed).")  # fmt: skip

@@ -20,15 +20,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks.measure import origin, run_benchmark, run_measured, script_command, table
+from reading import cli
 
 SCRIPT = "benchmarks/analyses.py"
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "--directory",
-        type=utils.sample_directory,
+        type=cli.sample_directory,
         required=True,
         help="A sample after all five scripts.",
     )

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import utils
 from benchmarks.stages import processor, run_measured
+from reading import cli
 
 SIDES = (5_000, 12_000, 20_000)
 FORMATS = {
@@ -85,13 +86,17 @@ def calibration(root: Path, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "--before", type=Path, help="Checkout to compare with (default: no comparison)."
     )
     parser.add_argument(
-        "--sides", type=utils.positive, nargs="+", default=SIDES, help="Sides of the images, px."
+        "--sides",
+        type=cli.positive,
+        nargs="+",
+        default=SIDES,
+        help="Sides of the images, px.",
     )
     return parser
 

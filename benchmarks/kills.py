@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks import measure
 from benchmarks.measure import Facts
+from reading import cli
 
 SCRIPT = "benchmarks/kills.py"
 STAGES = (
@@ -56,14 +57,14 @@ COLUMNS = {  # what is counted, and its name in the table
 }
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     option = parser.add_argument
-    option("--directory", type=utils.sample_directory,
+    option("--directory", type=cli.sample_directory,
            help="Section to use (default: one is simulated).")  # fmt: skip
     measure.add_keep(parser)
-    option("--kills", type=utils.positive, default=50, help="Trials, spread over the stages.")
-    option("--seed", type=utils.not_negative, default=0, help="Seed of the moments.")
+    option("--kills", type=cli.positive, default=50, help="Trials, spread over the stages.")
+    option("--seed", type=cli.not_negative, default=0, help="Seed of the moments.")
     option("--output", type=Path,
            help="Markdown file for the table (default: it is only printed).")  # fmt: skip
     return parser

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from reading import cli
 from utils import ROOT
 
 BROUGHT = (
@@ -188,7 +189,7 @@ def origin(command: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # the command line
 # --------------------------------------------------------------------------------------------------
-def add_keep(parser: utils.Parser) -> None:
+def add_keep(parser: cli.Parser) -> None:
     parser.add_argument(
         "--keep",
         type=Path,
@@ -197,18 +198,18 @@ def add_keep(parser: utils.Parser) -> None:
     )
 
 
-def add_sections(parser: utils.Parser) -> None:
+def add_sections(parser: cli.Parser) -> None:
     """Options that say which sections a benchmark runs on."""
     option = parser.add_argument
-    option("--directory", type=utils.sample_directory, nargs="*", default=[], metavar="DIR",
+    option("--directory", type=cli.sample_directory, nargs="*", default=[], metavar="DIR",
            help="Samples with a truth.npz; nothing is written there (default: none).")  # fmt: skip
-    option("--simulated", type=utils.not_negative, default=0, help="Sections to simulate.")
+    option("--simulated", type=cli.not_negative, default=0, help="Sections to simulate.")
 
 
 def run_benchmark(
     main: Callable[[argparse.Namespace], None],
     script: str,
-    parser: utils.Parser,
+    parser: cli.Parser,
     argv: list[str] | None = None,
 ) -> int:
     """Run ``main(args)`` and return the exit code; ``args.command`` is what was typed."""

@@ -17,15 +17,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from benchmarks.measure import run_benchmark
 from benchmarks.preparing import add_prepare_options, measure_prepare
+from reading import cli
 
 SCRIPT = "benchmarks/prepare_hd.py"
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "--size-mm",
         type=float,

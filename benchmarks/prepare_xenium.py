@@ -18,23 +18,23 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from benchmarks.measure import run_benchmark
 from benchmarks.preparing import add_prepare_options, measure_prepare
+from reading import cli
 
 SCRIPT = "benchmarks/prepare_xenium.py"
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "--cells",
-        type=utils.positive,
+        type=cli.positive,
         nargs="+",
         default=[500_000],
         help="Sizes to measure (default: 500000).",
     )
-    parser.add_argument("--panel", type=utils.positive, default=400, help="Genes of the panel")
+    parser.add_argument("--panel", type=cli.positive, default=400, help="Genes of the panel")
     add_prepare_options(parser)
     return parser
 

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from benchmarks.measure import origin, run_measured, script_command, table
+from reading import cli
 
 TIMES = ("made in (s)", "prepared in (s)", "peak memory (GB)")
 
 
-def add_prepare_options(parser: utils.Parser) -> None:
+def add_prepare_options(parser: cli.Parser) -> None:
     parser.add_argument(
         "--truth-genes",
-        type=utils.not_negative,
+        type=cli.not_negative,
         default=300,
         metavar="N",
         help="Passed on to the prepare script",

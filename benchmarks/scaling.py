@@ -36,6 +36,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks import measure
+from reading import cli
 from utils import ROOT
 
 SCRIPT = "benchmarks/scaling.py"
@@ -48,21 +49,21 @@ STAGES = (
 def size(text: str) -> str:
     """argparse type: small, middle, full or a whole number."""
     if text not in ("small", "middle", "full"):
-        utils.positive(text)
+        cli.positive(text)
     return text
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     measure.add_keep(parser)
     option = parser.add_argument
     option("--stages", nargs="+", choices=STAGES, default=list(STAGES),
            help="What to measure (default: all).")  # fmt: skip
     option("--sizes", nargs="+", type=size, default=["full"], help="small, full, middle (last "
            "but one of full) or numbers (default: full).")  # fmt: skip
-    option("--repeat", type=utils.positive, default=1, help="Runs, of which the median is kept.")
-    option("--epochs", type=utils.positive, default=2, help="Epochs of HISTEX.py.")
-    option("--n-states", type=utils.positive, default=1, help="States of HISTEX.py.")
+    option("--repeat", type=cli.positive, default=1, help="Runs, of which the median is kept.")
+    option("--epochs", type=cli.positive, default=2, help="Epochs of HISTEX.py.")
+    option("--n-states", type=cli.positive, default=1, help="States of HISTEX.py.")
     parser.alias("--states", "--n-states")
     option("--output", type=Path, default=ROOT / "benchmarks" / "SCALING.md",
            help="The table, in Markdown; the plot is put beside it "

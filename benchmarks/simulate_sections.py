@@ -33,15 +33,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks.measure import run_benchmark
+from reading import cli
 
 SCRIPT = "benchmarks/simulate_sections.py"
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     option = parser.add_argument
-    option("--directory", type=utils.sample_directory, required=True, help="Folder to write.")
-    option("--seed", type=utils.not_negative, default=0,
+    option("--directory", type=cli.sample_directory, required=True, help="Folder to write.")
+    option("--seed", type=cli.not_negative, default=0,
            help="Another seed is another section; seed modulo 3 chooses the design.")  # fmt: skip
     return parser
 

@@ -21,14 +21,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks import measure
+from reading import cli
 
 SCRIPT = "benchmarks/stages.py"
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     option = parser.add_argument
-    option("--directory", type=utils.sample_directory, required=True, help="Sample to copy.")
+    option("--directory", type=cli.sample_directory, required=True, help="Sample to copy.")
     option("--extractor", default=shlex.join(measure.EXTRACTOR_OPTIONS),
            help="Options of Histology_Extractor.py, in quotes.")  # fmt: skip
     option("--histex", default="",

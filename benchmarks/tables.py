@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import utils
 from benchmarks.stages import KILOBYTES, processor
+from reading import cli
 
 KINDS = {  # rows, columns, and how a number is written
     "whole numbers": (14_000, 1_000, str),
@@ -101,7 +102,7 @@ def compare(readers: dict[str, str], path: Path, times: int) -> Iterator[str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--before", type=Path, help="Another checkout, whose reader runs as well.")
-    parser.add_argument("--times", type=utils.positive, default=3, help="Readings of each table.")
+    parser.add_argument("--times", type=cli.positive, default=3, help="Readings of each table.")
     parser.add_argument("--reader", help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, help=argparse.SUPPRESS)
     return parser

@@ -23,18 +23,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
+from reading import cli
 
 SCRIPT = "demo/figure.py"
 PICTURE = utils.Artifact(("demo.png",), SCRIPT, "spots, maps and truth of some genes", True)
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     help_directory = "Folder of the sample."
     parser.add_argument(
-        "--directory", type=utils.sample_directory, required=True, help=help_directory
+        "--directory", type=cli.sample_directory, required=True, help=help_directory
     )
-    utils.add_force(parser)
+    cli.add_force(parser)
     parser.set_defaults(allow_stale=False)
     return parser
 

@@ -33,6 +33,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from reading import cli
 
 SCRIPT = "demo/simulate.py"
 SIZE_UM = 1792.0  # side of the section's image: 224 superpixels
@@ -49,13 +50,13 @@ def section_size(text: str) -> float:
     return size
 
 
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(__doc__)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
     option = parser.add_argument
-    option("--directory", type=utils.sample_directory, required=True, help="Folder to write.")
+    option("--directory", type=cli.sample_directory, required=True, help="Folder to write.")
     option("--size-um", type=section_size, default=SIZE_UM, help="Side of the image in um.")
     option("--seed", type=int, default=1, help="Another seed is another section.")
-    utils.add_force(parser)
+    cli.add_force(parser)
     return parser
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-import utils
+from reading import cli
 
 
 def positive_float(text: str) -> float:
@@ -16,14 +16,19 @@ def positive_float(text: str) -> float:
     return number
 
 
-def parser(doc: str) -> utils.Parser:
-    parser = utils.stage_parser(doc)
-    utils.add_device(parser)
+def parser(doc: str) -> cli.Parser:
+    parser = cli.stage_parser(doc)
+    cli.add_device(parser)
     option = parser.add_argument
-    option("--epochs", type=utils.positive, default=500, help="Largest number of epochs per state.")
+    option(
+        "--epochs",
+        type=cli.positive,
+        default=500,
+        help="Largest number of epochs per state.",
+    )
     option(
         "--n-states",
-        type=utils.positive,
+        type=cli.positive,
         default=5,
         help="Number of networks that are trained; a map is their median.",
     )
@@ -35,12 +40,14 @@ def parser(doc: str) -> utils.Parser:
     )
     option(
         "--seed",
-        type=utils.not_negative,
+        type=cli.not_negative,
         default=0,
         help="Random seed; state i is trained with seed + i.",
     )
     option(
-        "--batch-size", type=utils.positive, help="Spots per training step (default: the preset's)."
+        "--batch-size",
+        type=cli.positive,
+        help="Spots per training step (default: the preset's).",
     )
     option(
         "--learning-rate",
@@ -63,5 +70,5 @@ def parser(doc: str) -> utils.Parser:
         "on held-out spots. Prediction then takes about five times as long.",
     )
     option("--keep-background", action="store_true", help="Predict outside the tissue as well.")
-    option("--n-plots", type=utils.not_negative, default=12, help="Number of genes to draw.")
+    option("--n-plots", type=cli.not_negative, default=12, help="Number of genes to draw.")
     return parser

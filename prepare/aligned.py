@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import images, slides
+from prepare import images, scans
 
 TILE_PX = 512  # of the warped image, made at a time
 SHARP = 1.1  # source pixels per output pixel above which each is averaged from 2 x 2 samples
@@ -56,7 +56,7 @@ class Placing:
 
 
 def read_placing(
-    alignment: Path | None, run_um: float, slide: slides.Slide, given_um: float | None
+    alignment: Path | None, run_um: float, slide: scans.Slide, given_um: float | None
 ) -> Placing:
     """By the alignment to a run of ``run_um`` per px; without one, the image lies in the frame of
     the run, corner on corner."""
@@ -73,7 +73,7 @@ def read_placing(
     return Placing(np.diag([1 / size, 1 / size, 1.0]), np.diag([size, size, 1.0]))
 
 
-def check_pixel_size(placing: Placing, slide: slides.Slide, given: float | None) -> None:
+def check_pixel_size(placing: Placing, slide: scans.Slide, given: float | None) -> None:
     """Stop if the alignment belongs to another copy of the image, larger or smaller."""
     size, said = placing.pixel_size(placing.to_slide), given or slide.pixel_size_um
     if said is None or abs(said / size - 1) <= images.MAX_PIXEL_SIZE_ERROR:
@@ -88,7 +88,7 @@ def check_pixel_size(placing: Placing, slide: slides.Slide, given: float | None)
     )
 
 
-def check_alignment(xy: np.ndarray, slide: slides.Slide, placing: Placing) -> None:
+def check_alignment(xy: np.ndarray, slide: scans.Slide, placing: Placing) -> None:
     """Stop if the tissue (N, 2), in um, does not lie on the H&E; say what would have fitted."""
     share = share_on(slide, placing.to_slide, xy)
     if share >= images.MIN_INSIDE:
@@ -106,7 +106,7 @@ def check_alignment(xy: np.ndarray, slide: slides.Slide, placing: Placing) -> No
     )
 
 
-def share_on(slide: slides.Slide, um_to_slide: np.ndarray, xy: np.ndarray) -> float:
+def share_on(slide: scans.Slide, um_to_slide: np.ndarray, xy: np.ndarray) -> float:
     return images.share_inside(project(um_to_slide, xy), slide.size[::-1])
 
 
@@ -138,7 +138,7 @@ class Aligned(images.Region):
         to_slide = self.to_slide @ scale  # from px of the tile
         corners = project(to_slide, np.array([[0, 0], [width, 0], [width, height], [0, height]]))
         if np.isnan(corners).any():
-            return np.full((height, width, 3), slides.WHITE, np.uint8)
+            return np.full((height, width, 3), scans.WHITE, np.uint8)
         pixels = np.sqrt(polygon_area(corners) / (width * height))  # of the slide per px
         step = max(1, int(pixels + 0.05))
         times = 2 if pixels / step > SHARP else 1
@@ -156,7 +156,7 @@ class Aligned(images.Region):
         tile = cv2.warpPerspective(
             source, np.linalg.inv(half) @ mapping @ half, (width * times, height * times),
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT,
-            borderValue=(slides.WHITE,) * 3,
+            borderValue=(scans.WHITE,) * 3,
         )  # fmt: skip
         if times > 1:
             tile = cv2.resize(tile, (width, height), interpolation=cv2.INTER_AREA)

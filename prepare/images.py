@@ -15,8 +15,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import slides
-from prepare.slides import Region, Slide
+from prepare import scans
+from prepare.scans import Region, Slide
 
 COPIED = (".jpg", ".jpeg", ".png")  # image_calibration.py reads them as they are
 MIN_INSIDE = 0.95  # share of the in-tissue spots that must fall on the image
@@ -35,7 +35,7 @@ def open_image(path: Path) -> Slide:
             f"{path} is missing or no file; expected the H&E image at full resolution.",
             "Give it by --image FILE.",
         )
-    return slides.open_slide(path)
+    return scans.open_slide(path)
 
 
 def image_shape(image: Path | np.ndarray | Region) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def place_slide(
     ``check`` is to see the whole of it. ``downsample`` is a whole factor, by default the one that
     brings the image near to 0.5 um per px.
     """
-    step = downsample or slides.whole_factor(pixel_size_um)
+    step = downsample or scans.whole_factor(pixel_size_um)
     low, high = np.zeros(2, int), np.array(slide.size)
     xy = locs[["x", "y"]].to_numpy()
     if margin_um is not None and share_inside(xy, slide.size[::-1]) >= MIN_INSIDE:
@@ -129,7 +129,7 @@ def write_image(image: Path | np.ndarray | Region, partial: Path) -> None:
     if isinstance(image, Path):
         shutil.copyfile(image, partial)
     else:
-        slides.write_tiff(image, partial)
+        scans.write_tiff(image, partial)
 
 
 def thumbnail(image: Path | np.ndarray | Region) -> np.ndarray:

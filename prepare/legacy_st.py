@@ -24,11 +24,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import options
+from reading import cli
 
 SCRIPT = "prepare/legacy_st.py"
 
 
-def build_parser() -> utils.Parser:
+def build_parser() -> cli.Parser:
     parser = options.prepare_parser(__doc__)
     parser.add_argument("--counts", type=Path, required=True, help="Table of counts, .tsv(.gz).")
     parser.add_argument("--spots", type=Path, required=True, help="Spot selection, .tsv.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from reading import genes
+from reading import cli, genes
 
 N_TRUTH_GENES = 300  # 812 x 812 superpixels of 300 genes are 0.8 GB when they are scored
 
@@ -34,16 +34,16 @@ def pixel_size(text: str) -> float:
     return value
 
 
-def prepare_parser(doc: str) -> utils.Parser:
-    """Parser with what all scripts have that prepare a whole sample; ``doc`` as in utils.Parser."""
-    parser = utils.Parser(doc)
+def prepare_parser(doc: str) -> cli.Parser:
+    """Parser with what all scripts have that prepare a whole sample; ``doc`` as in cli.Parser."""
+    parser = cli.Parser(doc)
     option = parser.add_argument
-    option("--directory", type=utils.sample_directory, required=True,
+    option("--directory", type=cli.sample_directory, required=True,
            help="Folder of the sample to write; it is made if it does not exist.")  # fmt: skip
     option("--genes",
            help=f"Genes to predict: {genes.HELP}. They become gene-names.txt (default: get_HR.py "
                 "chooses the genes).")  # fmt: skip
-    utils.add_force(parser)
+    cli.add_force(parser)
     return parser
 
 
@@ -52,7 +52,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     option("--crop-um", type=micrometres, metavar="MARGIN",
            help="Cut the image to the spots and a margin of so many um (default: the whole "
                 "image).")  # fmt: skip
-    option("--downsample", type=utils.positive, metavar="FACTOR",
+    option("--downsample", type=cli.positive, metavar="FACTOR",
            help="Shrink the image by this whole factor (default: JPEG and PNG are copied as they "
                 "are, slides and TIFF are shrunk to about 0.5 um per pixel).")  # fmt: skip
 
@@ -67,7 +67,7 @@ def add_pixel_size(parser: argparse.ArgumentParser, otherwise: str) -> None:
 
 def add_truth_genes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--truth-genes", type=utils.not_negative, default=N_TRUTH_GENES, metavar="N",
+        "--truth-genes", type=cli.not_negative, default=N_TRUTH_GENES, metavar="N",
         help="Number of genes in truth.npz: so many of the most variable ones, or all of --genes "
              "if that is given. 0 writes no truth.npz",
     )  # fmt: skip

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import images
 from prepare.section import CountedTruth, PreparedSection, SpotFit, check_fit, draw_check
+from reading import cli
 
 RAW = (utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW, utils.CNTS, utils.RADIUS_RAW)
 TRUTH = utils.Artifact(
@@ -38,7 +39,7 @@ CNTS_NAME = "cnts.csv.gz"
 def run(
     prepare: Callable[[argparse.Namespace], PreparedSection],
     script: str,
-    parser: utils.Parser,
+    parser: cli.Parser,
     argv: list[str] | None,
 ) -> int:
     """Run a prepare script: read the section by ``prepare(args)``, check and write it."""

@@ -29,11 +29,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import options
+from reading import cli
 
 SCRIPT = "prepare/scverse.py"
 
 
-def build_parser() -> utils.Parser:
+def build_parser() -> cli.Parser:
     parser = options.prepare_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--h5ad", type=Path, help="AnnData with obsm['spatial'].")
@@ -75,7 +76,7 @@ import pandas as pd
 from scipy import sparse
 
 from method.grid import lattice_pitch
-from prepare import images, sample, section, slides, tenx
+from prepare import images, sample, scans, section, tenx
 from prepare.annotated import (
     Annotated,
     describe,
@@ -190,7 +191,7 @@ def read_h5ad(args: argparse.Namespace) -> SourceSpots:
 # -------------------------------------------------------------------------------------------------
 # SpatialData
 # -------------------------------------------------------------------------------------------------
-class ZarrSlide(slides.Slide):
+class ZarrSlide(scans.Slide):
     """A multiscale raster (c, y, x) of a SpatialData store."""
 
     def __init__(self, path: Path) -> None:
@@ -211,7 +212,7 @@ class ZarrSlide(slides.Slide):
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         part = self.arrays[level][:, y : y + height, x : x + width]
-        return slides.opaque_rgb(np.ascontiguousarray(np.moveaxis(np.asarray(part), 0, 2)))
+        return scans.opaque_rgb(np.ascontiguousarray(np.moveaxis(np.asarray(part), 0, 2)))
 
 
 def image_attributes(attributes: dict, path: Path) -> dict:

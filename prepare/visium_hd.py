@@ -35,11 +35,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import options
+from reading import cli
 
 SCRIPT = "prepare/visium_hd.py"
 
 
-def build_parser() -> utils.Parser:
+def build_parser() -> cli.Parser:
     parser = options.prepare_parser(__doc__)
     options.add_space_ranger_options(parser)
     parser.add_argument(

@@ -36,12 +36,13 @@ from pathlib import Path, PurePosixPath
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import options
+from reading import cli
 
 SCRIPT = "prepare/xenium.py"
 MIN_QUALITY = 20.0  # Phred-scaled; what the vendor's own cell matrix counts
 
 
-def build_parser() -> utils.Parser:
+def build_parser() -> cli.Parser:
     parser = options.prepare_parser(__doc__)
     parser.add_argument("--outs", type=Path, required=True, help="Folder, .zip or .tar.gz.")
     parser.add_argument("--image", type=Path, required=True, help="H&E image of the section.")
@@ -96,7 +97,7 @@ from scipy import sparse
 from scipy.ndimage import uniform_filter
 
 from method import grid
-from prepare import images, lattice, sample, section, slides, tenx
+from prepare import images, lattice, sample, scans, section, tenx
 from prepare.aligned import Aligned, check_alignment, check_pixel_size, project, read_placing
 
 EXPERIMENT, MOLECULES, MATRIX = "experiment.xenium", "transcripts.parquet", "cell_feature_matrix.h5"
@@ -519,7 +520,7 @@ def superpixel_centres(chosen: np.ndarray) -> np.ndarray:
     return (np.argwhere(chosen)[:, ::-1] + 0.5) * utils.TOKEN_PX
 
 
-def on_slide(chosen: np.ndarray, slide: slides.Slide, to_slide_px: np.ndarray) -> np.ndarray:
+def on_slide(chosen: np.ndarray, slide: scans.Slide, to_slide_px: np.ndarray) -> np.ndarray:
     """Which of the chosen superpixels (h, w) have their centre on the slide."""
     xy = project(to_slide_px, superpixel_centres(chosen))
     there = np.zeros_like(chosen)

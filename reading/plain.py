@@ -30,13 +30,6 @@ def read_lines(stage: utils.Stage, path: Path) -> list[str]:
     return [line.strip() for line in _read_text(stage, path).splitlines() if line.strip()]
 
 
-def read_gene_names(stage: utils.Stage, path: Path) -> list[str]:
-    """As ``reading.genes.read_gene_names``, for callers that do not import that yet."""
-    from reading.genes import read_gene_names as read
-
-    return read(stage, path)
-
-
 def _read_text(stage: utils.Stage, path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")

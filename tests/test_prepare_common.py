@@ -711,7 +711,7 @@ def test_spots_that_miss_the_image_are_judged_by_the_whole_of_it(tmp_path):
 
 
 def test_images_of_many_tiles_are_written_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("prepare.slides.STRIP_PX", 64)
+    monkeypatch.setattr("prepare.scans.STRIP_PX", 64)
     picture = section_picture((230, 170))
     images.write_image(picture, tmp_path / "a.tif")
     with Image.open(tmp_path / "a.tif") as written:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import utils
-from prepare import slides
+from prepare import scans, slides
 
 SHAPE = (1000, 1404)
 
@@ -79,7 +79,7 @@ def test_every_layout_of_a_tiff_gives_the_pixels_that_were_written(picture, tmp_
     written = sorted(tmp_path.glob("*.tif"))
     assert len(written) == 8
     for path in written:
-        with slides.open_slide(path) as slide:
+        with scans.open_slide(path) as slide:
             assert slide.size == (SHAPE[1], SHAPE[0])
             assert slide.downsamples == (1,)
             np.testing.assert_array_equal(
@@ -92,7 +92,7 @@ def test_every_layout_of_a_tiff_gives_the_pixels_that_were_written(picture, tmp_
 @pytest.mark.parametrize("planar", [True, False])
 def test_pyramids_are_read_at_the_level_that_serves(picture, tmp_path, subifds, planar):
     path = write_pyramid(tmp_path / "p.tif", picture, subifds=subifds, planar=planar)
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         assert slide.downsamples == (1, 2, 8)
         whole = slide.read_region(0, 0, *slide.size, 1)
         np.testing.assert_array_equal(whole, picture)
@@ -123,7 +123,7 @@ def test_any_region_is_that_of_the_white_padded_image(x, y, width, height, downs
     assert found.size == 0 or np.abs(found.astype(int) - expected).max() <= 1
 
 
-class Kept(slides.Slide):
+class Kept(scans.Slide):
     """A slide in memory, of one level."""
 
     def __init__(self, image):
@@ -145,7 +145,7 @@ def whole_slide():
 
 def test_strips_join_to_the_whole_image(picture, tmp_path):
     path = write_pyramid(tmp_path / "p.tif", picture)
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         for step in (1, 2, 4):
             width, height = (side // step * step for side in slide.size)
             whole = slide.read_region(0, 0, width, height, step)
@@ -158,13 +158,13 @@ def test_strips_join_to_the_whole_image(picture, tmp_path):
 
 def test_blocks_bound_the_memory_and_change_nothing(picture, tmp_path, monkeypatch):
     path = write_pyramid(tmp_path / "p.tif", picture, factors=(1,))
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         whole = slide.read_region(0, 0, *slide.size, 5)
         monkeypatch.setattr(slides, "BLOCK_PIXELS", 50_000)
         read = []
         monkeypatch.setattr(
             slide, "read_level",
-            lambda *box: read.append(box[3] * box[4]) or slides.TiffSlide.read_level(slide, *box),
+            lambda *box: read.append(box[3] * box[4]) or scans.TiffSlide.read_level(slide, *box),
         )  # fmt: skip
         np.testing.assert_array_equal(slide.read_region(0, 0, *slide.size, 5), whole)
     assert len(read) > 10
@@ -175,7 +175,7 @@ def test_only_the_tiles_of_a_region_are_read_and_the_cache_is_bounded(
     picture, tmp_path, monkeypatch
 ):
     path = write_pyramid(tmp_path / "p.tif", picture)
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         decoded = []
         page = slide.pages[0][0]
         decode = page.decode
@@ -190,12 +190,12 @@ def test_only_the_tiles_of_a_region_are_read_and_the_cache_is_bounded(
         assert decoded == [1]
         monkeypatch.setattr(slides, "CACHE_BYTES", 4 * 256 * 128 * 3)
         slide.read_region(0, 0, *slide.size)
-        assert slide.cached == sum(s.nbytes for s in slide.cache.values()) <= slides.CACHE_BYTES
+        assert slide.cached == sum(s.nbytes for s in slide.cache.values()) <= scans.CACHE_BYTES
 
 
 def test_thumbnail_keeps_the_proportions_and_uses_a_coarse_level(picture, tmp_path):
     path = write_pyramid(tmp_path / "p.tif", picture)
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         small = slide.thumbnail(175)
         assert small.shape == (111, 156, 3)  # shrunk 9 times
         tiny = slide.thumbnail(20)
@@ -218,16 +218,16 @@ def test_jpeg_tiles_grey_alpha_and_sparse_tiles(picture, tmp_path):
         tmp_path / "alpha.tif", np.concatenate([picture, alpha], 2), photometric="rgb",
         extrasamples=["unassalpha"], tile=(256, 256),
     )  # fmt: skip
-    with slides.open_slide(tmp_path / "jpeg.tif") as slide:
+    with scans.open_slide(tmp_path / "jpeg.tif") as slide:
         error = slide.read_region(0, 0, *slide.size).astype(int) - picture
         assert np.abs(error).mean() < 4
         with Image.open(tmp_path / "jpeg.tif") as image:
             assert np.abs(error + picture - np.asarray(image.convert("RGB"))).max() <= 1
-    with slides.open_slide(tmp_path / "grey.tif") as slide:
+    with scans.open_slide(tmp_path / "grey.tif") as slide:
         np.testing.assert_array_equal(
             slide.read_region(5, 6, 70, 80), np.repeat(grey[6:86, 5:75, None], 3, 2)
         )
-    with slides.open_slide(tmp_path / "alpha.tif") as slide:
+    with scans.open_slide(tmp_path / "alpha.tif") as slide:
         found = slide.read_region(0, 0, *slide.size)
         assert (found[:100] == 255).all()
         blend = picture[100:200] * 0.2 + 255 * 0.8
@@ -249,9 +249,9 @@ def test_openslide_reads_the_same_pixels(picture, tmp_path):
         resolution=(1e4 / 0.25, 1e4 / 0.25), resolutionunit="CENTIMETER",
     )  # fmt: skip
     (tmp_path / "a.tif").write_bytes(path.read_bytes())
-    with slides.open_slide(path) as one, slides.open_slide(tmp_path / "a.tif") as two:
-        assert isinstance(one, slides.OpenSlideSlide)
-        assert isinstance(two, slides.TiffSlide)
+    with scans.open_slide(path) as one, scans.open_slide(tmp_path / "a.tif") as two:
+        assert isinstance(one, scans.OpenSlideSlide)
+        assert isinstance(two, scans.TiffSlide)
         assert one.size == two.size == SHAPE[::-1]
         assert one.downsamples == two.downsamples == (1, 2, 8)
         assert one.pixel_size_um == pytest.approx(0.25, rel=1e-3)
@@ -281,7 +281,7 @@ def test_pixel_size_of_ome_tiff_with_its_unit(tmp_path, metadata, expected):
     image = np.full((300, 300, 3), 200, np.uint8)
     path = tmp_path / "a.ome.tif"
     tifffile.imwrite(path, image, photometric="rgb", metadata={"axes": "YXS", **metadata})
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         assert slide.pixel_size_um == (expected and pytest.approx(expected))
 
 
@@ -304,19 +304,19 @@ def test_pixel_size_of_tiff_resolution_only_if_a_microscope_could_have_it(
     tifffile.imwrite(
         path, image, photometric="rgb", resolution=resolution, resolutionunit=unit, metadata=None
     )
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         assert slide.pixel_size_um == (expected and pytest.approx(expected, rel=1e-4))
 
 
 def test_pictures_are_read_as_stored(picture, tmp_path):
     Image.fromarray(picture).save(tmp_path / "a.png", compress_level=1, dpi=(96, 96))
     Image.fromarray(picture).save(tmp_path / "a.jpg", quality=90)
-    with slides.open_slide(tmp_path / "a.png") as slide:
+    with scans.open_slide(tmp_path / "a.png") as slide:
         assert slide.size == SHAPE[::-1]
         assert slide.pixel_size_um is None
         assert max(slide.thumbnail(100).shape) == 100
         np.testing.assert_array_equal(slide.read_region(7, 8, 90, 91), picture[8:99, 7:97])
-    with slides.open_slide(tmp_path / "a.jpg") as slide, Image.open(tmp_path / "a.jpg") as image:
+    with scans.open_slide(tmp_path / "a.jpg") as slide, Image.open(tmp_path / "a.jpg") as image:
         np.testing.assert_array_equal(
             slide.read_region(0, 0, *slide.size), np.asarray(image.convert("RGB"))
         )
@@ -351,22 +351,22 @@ def five_channels(path):
 def test_what_is_no_histology_is_refused(tmp_path, name, write, words):
     write(tmp_path / name)
     with pytest.raises(utils.StageError, match=words) as error:
-        slides.open_slide(tmp_path / name)
+        scans.open_slide(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
 
 
 def test_a_tile_that_is_damaged_or_cut_off_is_an_error_never_grey(picture, tmp_path):
     path = write_pyramid(tmp_path / "p.tif", picture, factors=(1,))
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         offsets = slide.pages[0][0].dataoffsets
     whole = path.read_bytes()
     path.write_bytes(whole[: offsets[5] + 3] + b"\xff" * 200 + whole[offsets[5] + 203 :])
-    with slides.open_slide(path) as slide, pytest.raises(utils.StageError, match="cannot be dec"):
+    with scans.open_slide(path) as slide, pytest.raises(utils.StageError, match="cannot be dec"):
         slide.read_region(0, 0, *slide.size)
     late = max(offsets)
     if late > whole.rfind(zlib.compress(b"")[:2]):
         late = offsets[-1]
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         page = slide.pages[0][0]
         page.dataoffsets = [*offsets[:-1], len(whole) - 5]
         with pytest.raises(utils.StageError, match="is cut off"):
@@ -443,4 +443,4 @@ def test_a_full_disk_ends_with_2_and_leaves_nothing(picture, tmp_path, capsys, m
     [(0.5, 1), (0.25, 2), (0.2527, 2), (0.2628, 1), (0.125, 4), (0.0883, 5), (0.9, 1), (0.2125, 2)],
 )
 def test_the_factor_keeps_the_image_about_as_fine_as_half_a_micrometre(pixel_size, factor):
-    assert slides.whole_factor(pixel_size) == factor
+    assert scans.whole_factor(pixel_size) == factor

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from scipy import sparse
 
 import utils
-from prepare import aligned, slides, xenium
+from prepare import aligned, scans, xenium
 
 RUN_UM = 0.2125  # um per pixel of the run's own images
 GENES = ["ACTB", "EPCAM", "KRT8", "MARCH1", "NA", "PTPRC"]
@@ -328,7 +328,7 @@ def test_the_image_is_brought_into_the_frame_of_the_run(tmp_path, pixel_um, degr
     h_and_e(path, matrix, size, metadata=None)
     frame = xenium.make_frame(LOW, HIGH, None)
     run_px = np.diag([1 / RUN_UM] * 2 + [1.0])
-    with slides.open_slide(path) as slide:
+    with scans.open_slide(path) as slide:
         to_slide = np.linalg.inv(matrix) @ run_px @ frame.to_um
         image = aligned.Aligned(slide, 0, 0, *frame.size, to_slide=to_slide)
         whole = image.read(0, image.shape[0])
@@ -730,6 +730,6 @@ def test_the_first_stage_accepts_the_sample(shared, tmp_path):
     assert prepare(shared, tmp_path / "s") == 0
     assert image_calibration.run(["--directory", str(tmp_path / "s")]) == 0
     _, truth, tissue, *_ = read_sample(tmp_path / "s")
-    with slides.open_slide(tmp_path / "s" / "he.jpg") as image:
+    with scans.open_slide(tmp_path / "s" / "he.jpg") as image:
         assert image.size == (tissue.shape[1] * 16, tissue.shape[0] * 16)
     assert truth.shape[:2] == tissue.shape

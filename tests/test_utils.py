@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import utils
 from method import devices
-from reading import images
+from reading import cli, images
 
 
 def names_in(directory: Path) -> list[str]:
@@ -212,16 +212,16 @@ def test_the_record_is_unfinished_while_outputs_move(stage, monkeypatch):
     ],
 )  # fmt: skip
 def test_sample_directory(given_name, wanted):
-    assert utils.sample_directory(given_name) == Path(wanted)
+    assert cli.sample_directory(given_name) == Path(wanted)
 
 
 def test_positive():
-    assert utils.positive("3") == 3
+    assert cli.positive("3") == 3
     for text in ("0", "-1"):
         with pytest.raises(argparse.ArgumentTypeError, match="1 or more"):
-            utils.positive(text)
+            cli.positive(text)
     with pytest.raises(ValueError, match="x"):
-        utils.positive("x")
+        cli.positive("x")
 
 
 def test_resolve_device():
