@@ -21,13 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from benchmarks import accuracy
+from benchmarks.measure import add_sections
 from reading import cli
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
-    accuracy.add_sections(parser)
+    add_sections(parser)
     option = parser.add_argument
     option("--variants", nargs="+", metavar="NAME", help="Rows of the table (default: all rows).")
     option("--n-states", type=cli.positive, default=1, help="Number of networks per variant.")
@@ -54,6 +54,7 @@ from torch import Tensor, nn
 
 import HISTEX
 from analysis import inputs
+from benchmarks import accuracy
 from method import prediction, states
 from method.network import disc_sums
 from method.section import Section, read_section
