@@ -639,6 +639,8 @@ class Parser(argparse.ArgumentParser):
         """As argparse does, but a misspelt option is named before anything that is missing."""
         for text in sys.argv[1:] if args is None else args:
             name = str(text).split("=")[0]
+            if " " in name:
+                continue  # options in quotes, the value of another one
             if name.startswith("--") and name not in self._option_string_actions:
                 known = [option for option in self._option_string_actions if option[:2] == "--"]
                 close = difflib.get_close_matches(name, known, n=1)
