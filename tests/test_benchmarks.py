@@ -14,7 +14,7 @@ from conftest import PIPELINE, ROOT, run
 
 import utils
 from analysis import annotate, enrich
-from benchmarks import analyses, kills, measure, scaling
+from benchmarks import analyses, kills, measure, scaling, stages
 
 SLOW = "import time\n\ntime.sleep(2)"
 
@@ -189,6 +189,15 @@ def test_every_analysis_is_measured(finished, monkeypatch, capsys):
     assert said.startswith("28 x 42 superpixels, 8 genes")
     assert "| report.py | " in said
     assert f"* command: `python benchmarks/analyses.py --directory '{finished}'`" in said
+
+
+# ----- stages -----
+def test_options_of_a_script_are_given_in_quotes(sample, capsys):
+    words = ["--directory", str(sample), "--histex", "--epochs 5 --n-states=2"]
+    assert stages.build_parser().parse_args(words).histex == "--epochs 5 --n-states=2"
+    with pytest.raises(SystemExit):
+        stages.build_parser().parse_args([*words, "--hist=x"])
+    assert "Did you mean --histex?" in capsys.readouterr().err
 
 
 # ----- measure -----
