@@ -16,7 +16,7 @@ from scipy import sparse
 
 from utils import Stage, duplicates, is_number, some
 
-BLOCK_CHARACTERS = 2**22  # of a table read at a time
+BLOCK_CHARACTERS = 2**20  # of a table read at a time
 Table = tuple[pd.Index, list[str], sparse.csr_array]
 Row = tuple[str, int, str]  # id, number of other fields, and those that are read, a line each
 

@@ -9,6 +9,7 @@ import pickletools
 import string
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,23 @@ def test_blocks_of_narrow_and_wide_tables_hold_the_numbers_of_python(
     found, _ = tables.read_sparse_counts(stage, path, spots)
     wanted = np.array([[float(cell) for cell in row] for row in cells], np.float32)
     np.testing.assert_array_equal(found.toarray(), wanted)
+
+
+def test_a_large_table_is_never_held_whole(stage, monkeypatch):
+    """Dense, the numbers take 8 MB; the text of the table takes 4 MB."""
+    monkeypatch.setattr(tables, "BLOCK_CHARACTERS", 2**16)
+    row = "," + ",".join("7" if i % 100 == 0 else "0" for i in range(1000)) + "\n"
+    spots = pd.Index([f"s{i}" for i in range(2000)])
+    header = "id," + ",".join(f"G{i}" for i in range(1000)) + "\n"
+    path = put(stage, "cnts.csv", header + "".join(spot + row for spot in spots))
+    tracemalloc.start()
+    try:
+        found, _ = tables.read_sparse_counts(stage, path, spots)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (found.nnz, found.sum()) == (20_000, 140_000)
+    assert peak < 3e6
 
 
 def test_a_field_beyond_the_limit_of_csv_is_refused(stage):
