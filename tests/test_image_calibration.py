@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -695,6 +696,17 @@ def test_more_disk_than_is_free(sample, capsys, monkeypatch):
     assert calibrate(sample) == 2
     assert "about 0.00 GB are needed" in capsys.readouterr().err
     assert (sample / "he.jpg").read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk at hand")
+@pytest.mark.parametrize("shape", [(40, 60), (2000, 3000)])
+def test_a_disk_that_fills_up_is_told_from_a_damaged_image(shape, sample, monkeypatch, capsys):
+    write, image = calibration.write_image, pyvips.Image.new_from_array(texture(*shape))
+    monkeypatch.setattr(calibration, "write_image", lambda *_: write(image, Path("/dev/full")))
+    before = {path.name: path.read_bytes() for path in sample.iterdir()}
+    assert calibrate(sample) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in sample.iterdir()} == before
 
 
 def test_two_raw_images(sample, capsys):

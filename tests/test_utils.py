@@ -11,6 +11,7 @@ import torch
 from conftest import ONE_FOLDER, draw_section, make_stage, put
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import utils
 from method import devices
@@ -256,18 +257,18 @@ def test_cuda():
 # ----- images ------------------------------------------------------------
 @given(st.binary(max_size=120), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n"]))
 @ONE_FOLDER
-def test_read_rgb_refuses_junk(stage, junk, start):
+def test_image_rows_refuse_junk(stage, junk, start):
     path = put(stage, "he.jpg", start + junk)
     with pytest.raises(utils.StageError, match=r"he\.jpg"):
-        images.read_rgb(stage, path)
+        images.ImageRows(stage, path)[:]
 
 
-def test_read_rgb_refuses_every_truncation_of_a_jpeg(tmp_path):
+def test_image_rows_refuse_every_truncation_of_a_jpeg(tmp_path):
     path, stage = tmp_path / "he.jpg", make_stage(tmp_path)
-    utils.Image.fromarray(draw_section((64, 64))).save(path, quality=95)
-    assert images.read_rgb(stage, path).shape == (64, 64, 3)
+    Image.fromarray(draw_section((64, 64))).save(path, quality=95)
+    assert images.ImageRows(stage, path)[:].shape == (64, 64, 3)
     whole = path.read_bytes()
     for size in range(0, len(whole) - 200, 97):  # never grey rows
         path.write_bytes(whole[:size])
         with pytest.raises(utils.StageError, match=r"he\.jpg"):
-            images.read_rgb(stage, path)
+            images.ImageRows(stage, path)[:]
