@@ -15,26 +15,38 @@ kernel and the same encoding, without spots, padding, checks or a record.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from benchmarks import measure
+from reading import cli
+
+SCRIPT = "benchmarks/calibration.py"
+SIDES = (5_000, 12_000, 20_000)
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    option = parser.add_argument
+    option("--before", type=Path, help="Checkout to compare with (default: no comparison).")
+    option("--sides", type=cli.positive, nargs="+", default=SIDES, help="Sides of the images, px.")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+
 import multiprocessing
-import platform
-import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pyvips
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import utils
-from benchmarks.stages import processor, run_measured
-from reading import cli
-
-SIDES = (5_000, 12_000, 20_000)
 FORMATS = {
     "jpg": {"Q": 90},
     "png": {"compression": 1, "filter": "sub"},
@@ -67,18 +79,6 @@ def write_sample(folder: Path, kind: str, side: int) -> None:
     (folder / "pixel-size-raw.txt").write_text(f"{PIXEL_SIZE_UM}\n", encoding="utf-8")
 
 
-def measure(command: list[str], log: Path) -> str:
-    """Wall seconds, CPU seconds and peak memory of a command, as cells of the table."""
-
-    def cpu() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    before = cpu()
-    seconds, memory = run_measured(command, log)
-    return f"{seconds:.1f} | {cpu() - before:.1f} | {memory:.2f}"
-
-
 def calibration(root: Path, folder: Path) -> list[str]:
     return [
         sys.executable, str(root / utils.CALIBRATION), "--directory", str(folder),
@@ -86,62 +86,47 @@ def calibration(root: Path, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "--before", type=Path, help="Checkout to compare with (default: no comparison)."
-    )
-    parser.add_argument(
-        "--sides",
-        type=cli.positive,
-        nargs="+",
-        default=SIDES,
-        help="Sides of the images, px.",
-    )
-    return parser
-
-
-def said(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def commit(root: Path) -> str:
-    return said("git", "-C", str(root), "rev-parse", "--short", "HEAD")
+def cells(command: list[str], log: Path) -> list[str]:
+    """Wall seconds, CPU seconds and peak memory of a command."""
+    facts = measure.run_measured(command, log)
+    return [f"{facts[name]:.{digits}f}" for name, digits in (("seconds", 1), ("cpu", 1), ("gb", 2))]
 
 
 def main(args: argparse.Namespace) -> None:
-    programs = {"this commit": ROOT}
+    programs = {"now": measure.ROOT}
     if args.before:
         programs = {"before": args.before, **programs}
     vips = shutil.which("vips")
-    names = [f"{name} ({commit(root)})" for name, root in programs.items()]
-    names.append("vips" if vips else "vips: not installed")
-    print("# image_calibration.py on large images\n")
-    print(f"{processor()}, {platform.system()}; Python {platform.python_version()}.", end=" ")
-    print(f"libvips {'.'.join(str(pyvips.version(i)) for i in range(3))} in Python", end=", ")
-    shell = said(vips, "--version") if vips else "none"
-    print(f"{shell} in the shell.\n")
-    print(f"Command: python benchmarks/calibration.py {' '.join(sys.argv[1:])}\n")
-    print("Each cell: wall seconds, CPU seconds, peak memory in GB.\n")
-    print(f"| image | {' | '.join(f'{name}: wall s | CPU s | GB' for name in names)} |")
-    print("|---" * (1 + 3 * len(names)) + "|")
+    names = [*programs, "vips" if vips else "vips (not installed)"]
+    rows = []
     for side in args.sides:
         for kind in FORMATS:
             with tempfile.TemporaryDirectory(prefix="calibration-") as work:
                 folder, log = Path(work) / "sample", Path(work) / "log"
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as drawing:
                     drawing.submit(write_sample, folder, kind, side).result()
-                cells = [measure(calibration(root, folder), log) for root in programs.values()]
+                row = [f"{side:,} px {kind}"]
+                for root in programs.values():
+                    row += cells(calibration(root, folder), log)
                 if vips:
-                    source, target = folder / f"he-raw.{kind}", Path(work) / "he.jpg"
-                    target = f"{target}[Q=95,subsample_mode=off,strip]"
+                    target = Path(work) / "he.jpg[Q=95,subsample_mode=off,strip]"
                     scale = str(PIXEL_SIZE_UM / utils.PIXEL_SIZE_UM)
-                    command = [vips, "resize", str(source), target, scale, "--kernel", "cubic"]
-                    cells.append(measure(command, log))
-                else:
-                    cells.append(" | | ")
-                print(f"| {side:,} px {kind} | {' | '.join(cells)} |", flush=True)
+                    source = folder / f"he-raw.{kind}"
+                    command = [vips, "resize", str(source), str(target), scale, "--kernel", "cubic"]
+                    row += cells(command, log)
+                rows.append(row if vips else [*row, "", "", ""])
+                print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    heads = ["image", *(f"{name}: {what}" for name in names for what in ("wall s", "CPU s", "GB"))]
+    said = [vips, "--version"] if vips else ["echo", "no vips on the command line"]
+    version = subprocess.run(said, capture_output=True, text=True, check=True).stdout.strip()
+    print("# image_calibration.py on large images\n")
+    print("\n".join([*measure.table(heads, rows), "", *measure.origin(args.command)]))
+    print(f"* libvips {'.'.join(str(pyvips.version(i)) for i in range(3))} in Python; {version}")
+
+
+def run(argv: list[str] | None = None) -> int:
+    return measure.run_benchmark(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    sys.exit(run())

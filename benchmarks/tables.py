@@ -2,32 +2,52 @@
 
     python benchmarks/tables.py --before ../before > benchmarks/TABLES.md
 
-Writes synthetic tables into a temporary folder. Every reading is a process of its own, several of
+Reads   synthetic tables, which it writes into a temporary folder; with --before another checkout
+Writes  a table in Markdown to the console
+
+Every reading is a process of its own, several of
 them in turn; the least CPU seconds and peak of memory count. All must give the same counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import measure as measuring
+from reading import cli
+
+SCRIPT = "benchmarks/tables.py"
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    option = parser.add_argument
+    option("--before", type=Path, help="Another checkout to compare with (default: none).")
+    option("--times", type=cli.positive, default=3, help="Readings of each table.")
+    option("--reader", help=argparse.SUPPRESS)
+    option("--table", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+
 import importlib
 import json
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import utils
-from benchmarks.stages import KILOBYTES, processor
-from reading import cli
+from benchmarks.stages import measuring.KILOBYTES
 
 KINDS = {  # rows, columns, and how a number is written
     "whole numbers": (14_000, 1_000, "{}"),
@@ -53,8 +73,9 @@ def read_by_pandas(path: Path) -> sparse.csr_array:
 
 def read_by_checkout(root: Path, path: Path) -> sparse.csr_array:
     """By the reader of that checkout: in reading/tables.py, or in utils.py as it was before."""
-    sys.path[:] = [str(root), *(place for place in sys.path if place != str(ROOT))]
-    sys.modules.pop("utils", None)
+    sys.path[:] = [str(root), *(place for place in sys.path if place != str(measuring.ROOT))]
+    for name in [n for n in sys.modules if n.split(".")[0] in ("utils", "reading")]:
+        del sys.modules[name]
     theirs = importlib.import_module("utils")
     is_home = hasattr(theirs, "read_sparse_counts")
     home = theirs if is_home else importlib.import_module("reading.tables")
@@ -70,7 +91,7 @@ def measure(reader: str, path: Path) -> None:
     counts = read_by_pandas(path) if reader == "pandas" else read_by_checkout(Path(reader), path)
     seconds = time.process_time() - start
     sums = [counts.data @ np.arange(counts.nnz), counts.indices.sum(), counts.indptr.sum()]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTES / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * measuring.KILOBYTES / 1e9
     print(json.dumps([seconds, peak, str(sums)]))
 
 
@@ -89,33 +110,30 @@ def compare(readers: dict[str, str], path: Path, times: int) -> Iterator[str]:
         yield f"{seconds:.2f} s ({seconds / least['seconds'].iloc[0]:.2f}x), {memory:.2f} GB"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--before", type=Path, help="Another checkout, whose reader runs as well.")
-    parser.add_argument("--times", type=cli.positive, default=3, help="Readings of each table.")
-    parser.add_argument("--reader", help=argparse.SUPPRESS)
-    parser.add_argument("--table", type=Path, help=argparse.SUPPRESS)
-    return parser
-
-
 def main(args: argparse.Namespace) -> None:
     if args.reader:
         return measure(args.reader, args.table)
-    readers = {"this reader": str(ROOT), "pandas.read_csv": "pandas"}
-    readers |= {"before": str(args.before.resolve())} if args.before else {}
-    code = utils.code_of("benchmarks/tables.py").get("commit", "unknown")[:12]
-    print(f"# Reading cnts.csv\n\n{processor()}, commit {code}, pandas {pd.__version__}.")
-    print("CPU seconds, in brackets times those of this reader, and peak memory.\n")
-    print("    python benchmarks/tables.py --before ../before > benchmarks/TABLES.md\n")
-    print(f"| table | spots x genes | MB | {' | '.join(readers)} |")
-    print(f"|---|---|---|{'---|' * len(readers)}")
-    for kind, (rows, columns, spelling) in KINDS.items():
+    readers = {"this reader": str(measuring.ROOT), "pandas.read_csv": "pandas"}
+    if args.before:
+        readers["before"] = str(args.before.resolve())
+    rows = []
+    for kind, (n_rows, columns, spell) in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cnts.csv"
-            write_table(path, rows, columns, spelling)
-            cells = [kind, f"{rows:,} x {columns:,}", f"{path.stat().st_size / 1e6:.0f}"]
-            print("|", " | ".join([*cells, *compare(readers, path, args.times)]), "|", flush=True)
+            write_table(path, n_rows, columns, spell)
+            size = f"{path.stat().st_size / 1e6:,.0f}"
+            rows.append([kind, f"{n_rows:,} x {columns:,}", size])
+            rows[-1] += compare(readers, path, args.times)
+            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    heads = ["table", "spots x genes", "MB", *readers]
+    print("# Reading cnts.csv\n\nSeconds of the processor and peak memory; in brackets, times the")
+    print("seconds of this reader.\n")
+    print("\n".join([*measuring.table(heads, rows), "", *measuring.origin(args.command)]))
+
+
+def run(argv: list[str] | None = None) -> int:
+    return measuring.run_benchmark(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    sys.exit(run())
