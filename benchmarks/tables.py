@@ -47,8 +47,6 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from benchmarks.stages import measuring.KILOBYTES
-
 KINDS = {  # rows, columns, and how a number is written
     "whole numbers": (14_000, 1_000, "{}"),
     "with fractions": (14_000, 1_000, "{}.25"),
