@@ -148,7 +148,9 @@ def explained(repository: str, has_token: bool) -> Iterator[None]:
     """Turn failures of the hub into a StageError; a full disk is left to the caller."""
     from huggingface_hub import errors
 
-    transport = errors.HfHubHTTPError.__bases__[0]  # what the hub's own HTTP library raises
+    transport: type[Exception] = errors.HfHubHTTPError.__bases__[
+        0
+    ]  # what the hub's own HTTP library raises
     try:
         yield
     except (OSError, errors.EntryNotFoundError, transport) as error:
@@ -193,7 +195,8 @@ def hub_error(error: Exception, repository: str, has_token: bool) -> StageError:
 
 def embedded_weights() -> Path:
     package = importlib.util.find_spec(LITE_PACKAGE)
-    path = Path(package.origin).with_name("models") / LITE_FILE if package else Path(LITE_FILE)
+    found = package.origin if package else None
+    path = Path(found).with_name("models") / LITE_FILE if found else Path(LITE_FILE)
     if not path.is_file() or utils.sha256(path) != LITE_SHA256:
         raise StageError(
             f"{path} is absent or altered; expected the file of {LITE_PACKAGE} 0.1.0 from PyPI.",
@@ -361,7 +364,7 @@ def stain_statistics(image: np.ndarray) -> np.ndarray:
         stains = cv2.LUT(image[top : top + TOKEN_PX], density)
         stains = np.maximum(cv2.transform(stains, HED_FROM_RGB.T), 0)  # (16, W, 3)
         mean = cv2.resize(stains, (w, 1), interpolation=cv2.INTER_AREA)
-        stains -= mean.repeat(TOKEN_PX, axis=1)
+        np.subtract(stains, np.repeat(mean, TOKEN_PX, axis=1), out=stains)
         variance = cv2.resize(stains**2, (w, 1), interpolation=cv2.INTER_AREA)
         rows.append(np.concatenate([mean, np.sqrt(variance)], axis=2))
     return np.concatenate(rows)
@@ -523,7 +526,8 @@ def bands(image: images.ImageRows, starts: Sequence[int], height: int) -> Iterat
 
     with ThreadPoolExecutor(1) as reader:
         band, ahead = np.empty((0, *image.shape[1:]), np.uint8), None
-        for start, following in itertools.pairwise([*starts, None]):
+        later: list[int | None] = [*starts[1:], None]
+        for start, following in zip(starts, later, strict=True):
             band = ahead.result() if ahead else read(start, band, 0)
             ahead = None if following is None else reader.submit(read, following, band, start)
             yield band

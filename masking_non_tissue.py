@@ -139,14 +139,14 @@ def classify(tokens: np.ndarray, rgb: np.ndarray, seed: int) -> np.ndarray:
     for seeds, chosen in zip((tissue, bare), drawn, strict=True):
         places = np.flatnonzero(seeds)
         chosen.flat[rng.permutation(places)[: MAX_SEEDS // 2]] = True
-    seeds, labels = [], []
+    examples, labels = [], []
     for start, block in blocks_of_rows(tokens):
         for of_class, chosen in zip(
             (True, False), drawn[:, start : start + len(block)], strict=True
         ):
-            seeds.append(block[chosen].astype(np.float32))
-            labels.append(np.full(len(seeds[-1]), of_class))
-    weights, threshold = fit_discriminant(np.concatenate(seeds), np.concatenate(labels))
+            examples.append(block[chosen].astype(np.float32))
+            labels.append(np.full(len(examples[-1]), of_class))
+    weights, threshold = fit_discriminant(np.concatenate(examples), np.concatenate(labels))
     found = np.empty(tissue.shape, bool)
     for start, block in blocks_of_rows(tokens):
         found[start : start + len(block)] = block.astype(np.float32) @ weights > threshold

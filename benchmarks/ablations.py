@@ -190,7 +190,7 @@ def run_variant(
     return {"held-out r": float(np.nanmedian(r)), "seconds": seconds, **scores}
 
 
-def prepared(code: Path, source: Path, work: Path) -> tuple[Path, inputs.Truth]:
+def prepared(code: accuracy.Code, source: Path, work: Path) -> tuple[Path, inputs.Truth]:
     """The sample after its first four stages, and the truth of the genes that it predicts."""
     work.mkdir(parents=True, exist_ok=True)
     sample, _ = accuracy.prepare_section(code, source, work)

@@ -43,11 +43,12 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyvips
 
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     "jpg": {"Q": 90},
     "png": {"compression": 1, "filter": "sub"},
     "tif": {"tile": True, "compression": "jpeg", "Q": 90, "tile_width": 256, "tile_height": 256},

@@ -89,8 +89,8 @@ def place_slide(
         margin = margin_um / pixel_size_um
         low = np.clip(np.floor(xy.min(0) - margin), 0, high - 1).astype(int)
         high = np.clip(np.ceil(xy.max(0) + margin), low, high).astype(int)
-    width, height = ((high - low) // step * step).tolist()
-    return Region(slide, *low.tolist(), width, height, step)
+    (x, y), (width, height) = low.tolist(), ((high - low) // step * step).tolist()
+    return Region(slide, x, y, width, height, step)
 
 
 def move(locs: pd.DataFrame, image: Path | Region) -> pd.DataFrame:
