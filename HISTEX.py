@@ -119,10 +119,7 @@ class BidirectionalAttention(nn.Module):
 class DefaultNetwork(Network):
     """Counts per superpixel: the interpolated expression times a factor that the network learns."""
 
-    scales: tuple[int, ...] = (
-        3,
-        9,
-    )  # superpixels: token neighbourhoods of 24 and 72 um beside the token itself
+    scales: tuple[int, ...] = (3, 9)  # superpixels: neighbourhoods of 24 and 72 um
     halo = 4  # superpixels, half of the largest scale
     latent_size = 2 * WIDTH
     interpolates = True

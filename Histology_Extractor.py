@@ -148,9 +148,8 @@ def explained(repository: str, has_token: bool) -> Iterator[None]:
     """Turn failures of the hub into a StageError; a full disk is left to the caller."""
     from huggingface_hub import errors
 
-    transport: type[Exception] = errors.HfHubHTTPError.__bases__[
-        0
-    ]  # what the hub's own HTTP library raises
+    # What the hub's own HTTP library raises
+    transport: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         yield
     except (OSError, errors.EntryNotFoundError, transport) as error:
@@ -270,7 +269,7 @@ def create_timm(name: str, weights: Path | None, login: str | None) -> Any:
     try:
         with explained(name.removeprefix("hf-hub:"), get_token() is not None):
             try:
-                model = timm.create_model(name, dynamic_img_size=True, **options)
+                model: Any = timm.create_model(name, dynamic_img_size=True, **options)
             except TypeError:  # not a ViT
                 model = timm.create_model(name, **options)
     except StageError:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check everything: style (ruff), then all tests (pytest) with the coverage of the scripts.
+# Check everything: style (ruff), types (mypy), then all tests (pytest) with the coverage of the scripts.
 #
 #   bash tests/run.sh [pytest options]      for example: bash tests/run.sh -k HISTEX
 #
@@ -14,4 +14,5 @@ use_environment -r tests/requirements.txt
 export OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=1
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m mypy
 exec "$python" -m pytest --cov --cov-report=term "$@"
