@@ -311,7 +311,7 @@ def choose_genes(
                 f"names {len(unknown)} of {len(listed)} genes that {table.name} does not have: "
                 f"{', '.join(unknown[:5])}; it has genes like {', '.join(genes[:5])}.",
             )
-        return columns.get_indexer(listed)
+        return columns.get_indexer(pd.Index(listed))
     n_genes = stage.args.n_genes
     chosen = most_variable(counts, genes, n_genes)
     if not len(chosen):

@@ -214,7 +214,7 @@ def read_tables(stage: utils.Stage, genes: list[str]) -> tuple[pd.DataFrame, pd.
             stage.path(utils.CNTS),
             f"lacks {len(unknown)} of the {len(genes)} genes to score: {', '.join(unknown[:5])}.",
         )
-    columns = pd.Index(measured).get_indexer(genes)
+    columns = pd.Index(measured).get_indexer(pd.Index(genes))
     return locs, pd.DataFrame(counts[:, columns].toarray(), locs.index, genes)
 
 
