@@ -166,7 +166,7 @@ def read_radius(stage: utils.Stage, pixel_size: float) -> float:
 
 def inside(xy: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Which of the centres (N, 2), x and y, lie in an image of (rows, columns): bool (N,)."""
-    return ((xy >= 0) & (xy < shape[::-1])).all(axis=1)
+    return np.all((xy >= 0) & (xy < shape[::-1]), axis=1)
 
 
 def spot_pitch(xy: np.ndarray) -> float:

@@ -34,7 +34,7 @@ import utils
 from benchmarks.stages import processor, run_measured
 
 SIDES = (5_000, 12_000, 20_000)
-FORMATS = {
+FORMATS: dict[str, dict[str, int | str | bool]] = {
     "jpg": {"Q": 90},
     "png": {"compression": 1, "filter": "sub"},
     "tif": {"tile": True, "compression": "jpeg", "Q": 90, "tile_width": 256, "tile_height": 256},
@@ -128,10 +128,10 @@ def main(args: argparse.Namespace) -> None:
                     drawing.submit(write_sample, folder, kind, side).result()
                 cells = [measure(calibration(root, folder), log) for root in programs.values()]
                 if vips:
-                    source, target = folder / f"he-raw.{kind}", Path(work) / "he.jpg"
-                    target = f"{target}[Q=95,subsample_mode=off,strip]"
-                    scale = str(PIXEL_SIZE_UM / utils.PIXEL_SIZE_UM)
-                    command = [vips, "resize", str(source), target, scale, "--kernel", "cubic"]
+                    source, scale = folder / f"he-raw.{kind}", PIXEL_SIZE_UM / utils.PIXEL_SIZE_UM
+                    target = f"{work}/he.jpg[Q=95,subsample_mode=off,strip]"
+                    command = [vips, "resize", str(source), target, str(scale)]
+                    command += ["--kernel", "cubic"]
                     cells.append(measure(command, log))
                 else:
                     cells.append(" | | ")

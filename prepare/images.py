@@ -90,7 +90,7 @@ def place_slide(
         low = np.clip(np.floor(xy.min(0) - margin), 0, high - 1).astype(int)
         high = np.clip(np.ceil(xy.max(0) + margin), low, high).astype(int)
     width, height = ((high - low) // step * step).tolist()
-    return Region(slide, *low.tolist(), width, height, step)
+    return Region(slide, int(low[0]), int(low[1]), width, height, step)
 
 
 def move(locs: pd.DataFrame, image: Path | Region) -> pd.DataFrame:

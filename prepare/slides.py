@@ -464,9 +464,8 @@ def ome_pixel_size(xml: str, width: int) -> float | None:
         sides = []
         for axis in "XY":
             unit = MICROMETRES.get(node.get(f"PhysicalSize{axis}Unit", "um"))
-            value = node.get(f"PhysicalSize{axis}")
-            known = unit is not None and value is not None and utils.is_number(value)
-            sides.append(float(value) * unit if known else None)
+            value = node.get(f"PhysicalSize{axis}", "")
+            sides.append(float(value) * unit if unit and utils.is_number(value) else None)
         return sane_pixel_size(*sides)
     return None
 
@@ -476,9 +475,9 @@ def sane_pixel_size(x: float | None, y: float | None) -> float | None:
 
     Many programs write 72 or 96 per inch, which is no more than a habit of theirs.
     """
-    if x is None or y is None:
-        x = y = x if y is None else y
-    if x is None or not utils.MIN_PIXEL_SIZE_UM <= x <= utils.MAX_PIXEL_SIZE_UM:
+    x = y if x is None else x
+    y = x if y is None else y
+    if x is None or y is None or not utils.MIN_PIXEL_SIZE_UM <= x <= utils.MAX_PIXEL_SIZE_UM:
         return None
     return x if abs(x / y - 1) <= MAX_ANISOTROPY else None
 
