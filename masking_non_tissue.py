@@ -136,8 +136,8 @@ def classify(tokens: np.ndarray, rgb: np.ndarray, seed: int) -> np.ndarray:
         return ~bare  # nothing to compare with: all that is not surely bare slide
     rng = np.random.default_rng(seed)
     drawn = np.zeros((2, *tissue.shape), bool)
-    for seeds, chosen in zip((tissue, bare), drawn, strict=True):
-        places = np.flatnonzero(seeds)
+    for sure, chosen in zip((tissue, bare), drawn, strict=True):
+        places = np.flatnonzero(sure)
         chosen.flat[rng.permutation(places)[: MAX_SEEDS // 2]] = True
     examples, labels = [], []
     for start, block in blocks_of_rows(tokens):
