@@ -526,7 +526,7 @@ def bands(image: images.ImageRows, starts: Sequence[int], height: int) -> Iterat
     with ThreadPoolExecutor(1) as reader:
         band, ahead = np.empty((0, *image.shape[1:]), np.uint8), None
         later: list[int | None] = [*starts[1:], None]
-        for start, following in zip(starts, later, strict=True):
+        for start, following in zip(starts, later, strict=False):  # starts may be empty
             band = ahead.result() if ahead else read(start, band, 0)
             ahead = None if following is None else reader.submit(read, following, band, start)
             yield band

@@ -77,9 +77,9 @@ def _numbers(rows: list[Row], before: int, columns: list[str], dtype: type) -> s
     values = flat.reshape(len(rows), len(columns))
     for row, column in np.argwhere(~np.isfinite(values))[:1]:
         cell = text.split("\n")[row * len(columns) + column]
-        found = f"{cell!r}, read as {values[row, column]}, for spot {rows[row][0]}"
-        where = f"column {columns[column]} (data row {before + row + 1})"
-        raise ValueError(f"it holds {found}, {where}; expected a number.")
+        beyond = f", read as {values[row, column]}," if is_number(cell) else ""
+        where = f"spot {rows[row][0]}, column {columns[column]} (data row {before + row + 1})"
+        raise ValueError(f"it holds {cell!r}{beyond} for {where}; expected a number.")
     return sparse.csr_array(values)
 
 

@@ -778,7 +778,7 @@ def test_26_cuda_where_there_is_none(finished, capfd, script):
 
 def test_28_a_loss_that_is_not_finite_stops_at_once(finished, monkeypatch):
     epochs = []
-    honest = HISTEX.Network.loss
+    honest = HISTEX.DefaultNetwork.loss
 
     def loss(self, *args):
         value = honest(self, *args)
@@ -786,7 +786,7 @@ def test_28_a_loss_that_is_not_finite_stops_at_once(finished, monkeypatch):
             epochs.append(1)
         return value * (float("nan") if len(epochs) > 4 else 1.0)
 
-    monkeypatch.setattr(HISTEX.Network, "loss", loss)
+    monkeypatch.setattr(HISTEX.DefaultNetwork, "loss", loss)
     shutil.rmtree(finished / "states")
     before = contents(finished)
     with pytest.raises(FloatingPointError, match=r"state 0 .* epoch [2-9]"):

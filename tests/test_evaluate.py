@@ -20,6 +20,7 @@ import HISTEX
 import Histology_Extractor
 import utils
 from analysis import evaluate, holdout, inputs, scores, seams, spots, uncertainty
+from method import prediction
 
 RADIUS = 3.4375  # superpixels: Visium
 SHAPE = (42, 56)
@@ -438,7 +439,7 @@ def test_grids_are_those_of_the_prediction(radius_um, patches, blocks):
         ("default", int(np.ceil(radius)), patches),
         ("published", int(radius), blocks),
     ):
-        stride, _ = HISTEX.blending(2 * half + 1, preset)
+        stride, _ = prediction.blending(2 * half + 1, HISTEX.PRESETS[preset].overlap)
         assert stride == period
 
 

@@ -741,7 +741,7 @@ def test_bad_radii(text, sample, capsys):
         (",col,row\na,1,2\n", "expected a column x and y"),
         (",x,y\na,1,nan\nb,3,4\n", "data row 1"),
         (",x,y\na,1,2\nb,inf,4\n", "data row 2"),
-        (",x,y\na,1,2\nb,far,4\n", "'far' in column x, data row 2"),
+        (",x,y\na,1,2\nb,far,4\n", "'far' for spot b, column x (data row 2)"),
         (",x,y\na,1,2\na,3,4\n", "lists the spots a more than once"),
         (",x,y\na,1,2\nb,1,2\n", "the place of another spot"),
         (",x,y\n", "no spot"),

@@ -160,7 +160,7 @@ def test_blocks_bound_the_memory_and_change_nothing(picture, tmp_path, monkeypat
     path = write_pyramid(tmp_path / "p.tif", picture, factors=(1,))
     with scans.open_slide(path) as slide:
         whole = slide.read_region(0, 0, *slide.size, 5)
-        monkeypatch.setattr(slides, "BLOCK_PIXELS", 50_000)
+        monkeypatch.setattr(scans, "BLOCK_PIXELS", 50_000)
         read = []
         monkeypatch.setattr(
             slide, "read_level",
@@ -188,7 +188,7 @@ def test_only_the_tiles_of_a_region_are_read_and_the_cache_is_bounded(
         assert decoded == [1]  # the second tile of 128 columns
         slide.read_region(130, 10, 120, 240)
         assert decoded == [1]
-        monkeypatch.setattr(slides, "CACHE_BYTES", 4 * 256 * 128 * 3)
+        monkeypatch.setattr(scans, "CACHE_BYTES", 4 * 256 * 128 * 3)
         slide.read_region(0, 0, *slide.size)
         assert slide.cached == sum(s.nbytes for s in slide.cache.values()) <= scans.CACHE_BYTES
 
@@ -431,7 +431,7 @@ def test_a_full_disk_ends_with_2_and_leaves_nothing(picture, tmp_path, capsys, m
         raise OSError(28, "No space left on device", str(tmp_path))
 
     tifffile.imwrite(tmp_path / "a.tif", picture, photometric="rgb")
-    monkeypatch.setattr(slides, "write_tiff", fail)
+    monkeypatch.setattr(scans, "write_tiff", fail)
     options = ["--image", str(tmp_path / "a.tif"), "--directory", str(tmp_path / "s")]
     assert slides.run([*options, "--pixel-size", "0.5"]) == 2
     assert "No space left on device" in capsys.readouterr().err

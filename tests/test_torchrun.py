@@ -104,7 +104,7 @@ def test_when_one_process_fails_all_end_and_no_map_is_left(tmp_path, script):
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch, capsys):
-    for name in utils.TORCHRUN:
+    for name in devices.TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     with devices.ranks() as ranks:
         assert (ranks.rank, ranks.world) == (0, 1)
