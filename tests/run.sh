@@ -15,4 +15,4 @@ export OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=1
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest --cov --cov-report=term "$@"
+exec "$python" -m pytest -n auto --maxprocesses 4 --cov --cov-report=term "$@"
