@@ -598,7 +598,8 @@ def predict_and_write(
     device: torch.device,
 ) -> dict[str, Any]:
     """Everything that is as large as the map, and how well held-out spots are predicted."""
-    args, files, factors = stage.args, map_files(stage.args), np.ones(len(genes), np.float32)
+    args, factors = stage.args, np.ones(len(genes), np.float32)
+    files = maps.MapFiles(args.map_format, args.dtype, args.n_plots, args.uncertainty)
     held_out, predicted = states.held_out(trained)
     measured = section.counts[held_out]
     facts: dict[str, Any] = {"held_out": held_out, "r": states.correlations(predicted, measured)}
@@ -631,10 +632,6 @@ def predict_and_write(
     return facts
 
 
-def map_files(args: argparse.Namespace) -> maps.MapFiles:
-    return maps.MapFiles(args.map_format, args.dtype, args.n_plots, args.uncertainty)
-
-
 def main(stage: utils.Stage) -> None:
     args = stage.args
     stage.require(*INPUTS)
@@ -652,7 +649,7 @@ def main(stage: utils.Stage) -> None:
         print(f"{h} x {w} superpixels, preset {args.preset}, {args.n_states} states on {device}")
 
         started = time.monotonic()
-        with devices.explained(device):
+        with devices.memory_explained(device):
             key = states.key_of(training, STATE_CODE, stage.inputs, device)
             folder = stage.directory / utils.STATES.name
             trained = train_states(section, folder, training, key, args.n_states, ranks, device)

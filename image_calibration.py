@@ -248,7 +248,7 @@ def scale_locs(locs: pd.DataFrame, raw: tuple[int, int], shape: tuple[int, int])
 # -------------------------------------------------------------------------------------------------
 # geometry
 # -------------------------------------------------------------------------------------------------
-def report(
+def tell_geometry(
     path: Path, pixel_size: float, raw: tuple[int, int], shape: tuple[int, int]
 ) -> dict[str, object]:
     """Print the geometry, and return it for the record; all pairs are (rows, columns)."""
@@ -322,7 +322,7 @@ def main(stage: utils.Stage) -> None:
     radius = read_radius(stage, pixel_size)
     locs = tables.read_locs(stage, stage.path(utils.LOCS_RAW))
     n_inside = check_spots(stage, locs.to_numpy(), raw, pixel_size)
-    geometry = report(path, pixel_size, raw, shape)
+    geometry = tell_geometry(path, pixel_size, raw, shape)
 
     stage.retire(utils.HE)  # of the other kind, if he.jpg gives way to he.png
     with stage.writing(utils.HE, he_name(padded_shape(shape))) as partial, decoding(stage, path):

@@ -298,7 +298,7 @@ def run_section(code: Code, source: Path, work: Path, args: argparse.Namespace) 
     sample, stage_seconds = prepare_section(code, source, work)
     chosen = set(inputs.read_gene_names(sample))
     truth = inputs.select_genes(truth, [gene for gene in truth.genes if gene in chosen])
-    section = functools.cache(lambda: baselines.read_section(sample, truth.genes))
+    section = functools.cache(lambda: baselines.read_spot_section(sample, truth.genes))
     key, results, runs = section_key(code, source), work / "results", []
 
     def predict_and_score(task: Task, made: str) -> Facts:

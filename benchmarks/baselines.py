@@ -1,6 +1,6 @@
 """Simpler predictors of the same maps from the same spots, for benchmarks/accuracy.py.
 
-Each takes a Section, which holds what the first four stages made of the user's files and nothing of
+Each takes a SpotSection, which holds what the first four stages made of the user's files and nothing of
 the truth, and returns maps (rows, columns, genes) in counts per superpixel, tissue or not.
 
 Those that look at the histology see every token at three scales: itself, and its means over 3 x 3
@@ -42,7 +42,7 @@ N_STATES, FOLDS = 5, 10  # networks; each holds out another tenth of the spots
 
 
 @dataclass
-class Section:
+class SpotSection:
     """What may be learned from; places are (row, col) in superpixels."""
 
     tokens: np.ndarray  # (h, w, F) float32, three scales, mean 0 and sd 1 over the tissue
@@ -58,13 +58,13 @@ class Section:
         self.usable = self.areas.sum(axis=1) >= MIN_DISC_TISSUE * self.disc_area
 
 
-def read_section(directory: Path, genes: list[str]) -> Section:
+def read_spot_section(directory: Path, genes: list[str]) -> SpotSection:
     """Spots, tokens and mask of a sample after the first four stages."""
     tokens = np.load(directory / utils.FEATURES.name, allow_pickle=False).astype(np.float32)
     tissue = read_mask(directory, tokens.shape[:2])
     centres, counts = read_spots(directory, genes)
     tokens = standardise(add_neighbourhoods(tokens), tissue)
-    return Section(tokens, tissue, centres, counts, read_radius(directory))
+    return SpotSection(tokens, tissue, centres, counts, read_radius(directory))
 
 
 def add_neighbourhoods(tokens: np.ndarray) -> np.ndarray:
@@ -82,12 +82,12 @@ def standardise(tokens: np.ndarray, tissue: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # without histology
 # --------------------------------------------------------------------------------------------------
-def nearest_spot(section: Section, seed: int) -> np.ndarray:
+def nearest_spot(section: SpotSection, seed: int) -> np.ndarray:
     maps, _ = interpolate_spots(section.centres, section.counts, section.tissue.shape)
     return maps / section.disc_area
 
 
-def linear_interpolation(section: Section, seed: int) -> np.ndarray:
+def linear_interpolation(section: SpotSection, seed: int) -> np.ndarray:
     _, maps = interpolate_spots(section.centres, section.counts, section.tissue.shape)
     return maps / section.disc_area
 
@@ -95,14 +95,14 @@ def linear_interpolation(section: Section, seed: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # ridge regression
 # --------------------------------------------------------------------------------------------------
-def disc_means(section: Section) -> np.ndarray:
+def disc_means(section: SpotSection) -> np.ndarray:
     """Mean token (N', F) of each usable spot's disc, weighted by its area on tissue."""
     areas = section.areas[np.flatnonzero(section.usable)]
     tokens = section.tokens.reshape(-1, section.tokens.shape[2])
     return (areas @ tokens) / areas.sum(axis=1)[:, None]
 
 
-def full_disc_counts(section: Section) -> np.ndarray:
+def full_disc_counts(section: SpotSection) -> np.ndarray:
     """Counts (N', G) that the usable spots would have if all of their disc were tissue."""
     share = section.areas.sum(axis=1)[section.usable] / section.disc_area
     return section.counts[section.usable] / share[:, None]
@@ -148,7 +148,7 @@ def fit_ridge(x: np.ndarray, y: np.ndarray, penalties: np.ndarray = PENALTIES) -
     return Ridge(x_mean, y_mean, weights, penalty, errors)
 
 
-def ridge_on_spots(section: Section, add_residual: bool) -> np.ndarray:
+def ridge_on_spots(section: SpotSection, add_residual: bool) -> np.ndarray:
     """Ridge of square-root counts, whose noise is the same for rich and poor genes.
 
     The residual at the spots is interpolated linearly between them, on the same scale.
@@ -163,11 +163,11 @@ def ridge_on_spots(section: Section, add_residual: bool) -> np.ndarray:
     return maps.clip(0) ** 2 / section.disc_area
 
 
-def ridge(section: Section, seed: int) -> np.ndarray:
+def ridge(section: SpotSection, seed: int) -> np.ndarray:
     return ridge_on_spots(section, add_residual=False)
 
 
-def ridge_residual(section: Section, seed: int) -> np.ndarray:
+def ridge_residual(section: SpotSection, seed: int) -> np.ndarray:
     return ridge_on_spots(section, add_residual=True)
 
 
@@ -229,7 +229,7 @@ def train_mlp(
     return network
 
 
-def mlp(section: Section, seed: int, n_states: int = N_STATES) -> np.ndarray:
+def mlp(section: SpotSection, seed: int, n_states: int = N_STATES) -> np.ndarray:
     """Median of ``n_states`` networks that give a superpixel's expression by its token alone.
 
     The idea of iStar in an own form. Spots are scaled to 0..1 by each gene's extremes.
@@ -254,7 +254,7 @@ def mlp(section: Section, seed: int, n_states: int = N_STATES) -> np.ndarray:
     return maps.reshape(h, w, -1) / section.disc_area
 
 
-PREDICTORS: dict[str, Callable[[Section, int], np.ndarray]] = {
+PREDICTORS: dict[str, Callable[[SpotSection, int], np.ndarray]] = {
     "nearest": nearest_spot,
     "linear": linear_interpolation,
     "ridge": ridge,

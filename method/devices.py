@@ -97,7 +97,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 @contextlib.contextmanager
-def explained(device: torch.device) -> Iterator[None]:
+def memory_explained(device: torch.device) -> Iterator[None]:
     """Turn the failure to get memory into a StageError."""
     try:
         yield

@@ -59,7 +59,7 @@ def make_section(seed=0, side=36, n_features=5, radius=2.2, pitch=6.0, tissue=No
     centres = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
     tokens = rng.standard_normal((side, side, n_features)).astype(np.float32)
     tissue = np.ones((side, side), bool) if tissue is None else tissue
-    return baselines.Section(
+    return baselines.SpotSection(
         tokens, tissue, centres, np.ones((len(centres), 2), np.float32), radius
     )
 
@@ -67,7 +67,7 @@ def make_section(seed=0, side=36, n_features=5, radius=2.2, pitch=6.0, tissue=No
 def observe(section, maps):
     """The counts that the spots would have, without noise, if the maps were true."""
     totals = section.areas @ maps.reshape(-1, maps.shape[2])
-    return baselines.Section(
+    return baselines.SpotSection(
         section.tokens, section.tissue, section.centres, totals.astype(np.float32), section.radius
     )
 
