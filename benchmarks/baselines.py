@@ -1,7 +1,8 @@
 """Simpler predictors of the same maps from the same spots, for benchmarks/accuracy.py.
 
-Each takes a SpotSection, which holds what the first four stages made of the user's files and nothing
-of the truth, and returns maps (rows, columns, genes) in counts per superpixel, tissue or not.
+Each takes a SpotSection, which holds what the first four stages made of the user's files, and
+returns maps (rows, columns, genes) in counts per superpixel, tissue or not. The truth is unknown to
+it.
 
 Those that look at the histology see every token at three scales: itself, and its means over 3 x 3
 and 9 x 9 superpixels, each standardised over the tissue. The ridge gains by it: with its residual,
