@@ -534,7 +534,9 @@ INPUTS = (
     utils.HE, utils.LOCS, utils.RADIUS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
     utils.FEATURES, utils.MASK,
 )  # fmt: skip
-TRAINS = ("HISTEX.py", "method/grid.py", "method/network.py", "method/section.py")
+TRAINS = (
+    "HISTEX.py", "method/grid.py", "method/network.py", "method/progress.py", "method/section.py",
+)  # fmt: skip
 STATE_CODE = [utils.ROOT / file for file in TRAINS]  # a change in these trains states anew
 
 

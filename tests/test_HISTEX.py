@@ -552,6 +552,8 @@ def test_a_change_of_the_code_trains_anew_and_is_said(finished, tmp_path):
     assert "the code has changed (HISTEX.py)" in said
     said = rerun("method/section.py", "MIN_TISSUE_SHARE = 0.25", "MIN_TISSUE_SHARE = 0.3")
     assert "the code has changed (section.py)" in said
+    said = rerun("method/progress.py", "PLATEAU_FACTOR = 6, 0.5", "PLATEAU_FACTOR = 6, 0.4")
+    assert "the code has changed (progress.py)" in said
     said = rerun("method/maps.py", "PLOT_PX, PLOT_MARGIN_PX", "PLOT_PX , PLOT_MARGIN_PX")
     assert "nothing it was trained on has changed" in said
 
