@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import sys
 from pathlib import Path
 
@@ -31,14 +30,6 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     folder_help = "Folder for the results (default: the folder of the sample)."
     option("--output", dest="folder", metavar="FOLDER", type=Path, help=folder_help)
     option("--no-plot", action="store_true", help="Draw no picture; matplotlib is not needed then.")
-
-
-def number_from_0(text: str) -> float:
-    """argparse type: a finite number of 0 or more."""
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return number
 
 
 def check_matplotlib(stage: utils.Stage) -> None:

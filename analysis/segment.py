@@ -77,9 +77,9 @@ def build_parser() -> cli.Parser:
     n_help = "Number of kinds of region."
     option("--n-regions", type=cli.positive, default=N_REGIONS, help=n_help)
     um_help = "Sigma in um of the Gaussian that smooths the latent maps; 0 does not smooth."
-    option("--smoothing-um", type=files.number_from_0, default=SMOOTHING_UM, help=um_help)
+    option("--smoothing-um", type=cli.from_0, default=SMOOTHING_UM, help=um_help)
     mm2_help = "Area in mm2; smaller pieces are merged into a neighbouring region."
-    option("--min-region-mm2", type=files.number_from_0, default=MIN_REGION_MM2, help=mm2_help)
+    option("--min-region-mm2", type=cli.from_0, default=MIN_REGION_MM2, help=mm2_help)
     option("--seed", type=cli.not_negative, default=0, help="Seed of the random numbers.")
     halves_help = (
         "Number of random halves of the tissue used to measure stability; at least 2 (1 skips the "

@@ -53,11 +53,11 @@ def build_parser() -> cli.Parser:
         parser.add_argument(option, metavar="NAME", help=f"{what}.")
     options.add_pixel_size(parser, "from the spots' pitch")
     parser.add_argument(
-        "--pitch-um", type=options.micrometres, default=utils.VISIUM_PITCH_UM, metavar="UM",
+        "--pitch-um", type=cli.above_0, default=utils.VISIUM_PITCH_UM, metavar="UM",
         help=f"Distance between neighbouring spots; {utils.LEGACY_PITCH_UM:g} for legacy ST",
     )  # fmt: skip
     parser.add_argument(
-        "--radius-um", type=options.micrometres, metavar="UM",
+        "--radius-um", type=cli.above_0, metavar="UM",
         help=f"Radius of a spot; {utils.LEGACY_RADIUS_UM:g} for legacy ST (default: that of the "
              f"source, else {utils.VISIUM_RADIUS_UM:g} for Visium).",
     )  # fmt: skip

@@ -19,6 +19,7 @@ from test_evaluate import write_maps
 import utils
 from analysis import files, regions
 from analysis.spots import disc_weights
+from reading import cli
 
 GRID = (56, 70)  # superpixels: whole tiles
 PITCH, RADIUS = 5.0, 1.8  # superpixels
@@ -458,6 +459,6 @@ def test_facts_are_printed_line_by_line(capsys):
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "x", ""])
 def test_numbers_of_the_command_line(text):
-    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        files.number_from_0(text)
-    assert files.number_from_0("0") == 0
+    with pytest.raises(argparse.ArgumentTypeError, match="of 0 or more"):
+        cli.from_0(text)
+    assert cli.from_0("0") == 0
