@@ -24,12 +24,14 @@ def made_by(stem: str, name: str, what: str) -> Artifact:
     return artifact
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """``args.folder`` and ``args.no_plot``."""
+def add_output(parser: argparse.ArgumentParser, pictures: bool = True) -> None:
+    """``args.folder`` and, if there are ``pictures``, ``args.no_plot``."""
     option = parser.add_argument
     folder_help = "Folder for the results (default: the folder of the sample)."
     option("--output", dest="folder", metavar="FOLDER", type=Path, help=folder_help)
-    option("--no-plot", action="store_true", help="Draw no picture; matplotlib is not needed then.")
+    no_plot_help = "Draw no picture; matplotlib is not needed then."
+    if pictures:
+        option("--no-plot", action="store_true", help=no_plot_help)
 
 
 def check_matplotlib(stage: utils.Stage) -> None:

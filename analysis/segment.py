@@ -105,10 +105,9 @@ from scipy.cluster.vq import vq
 from scipy.sparse import csc_array, csr_array
 from scipy.spatial import cKDTree
 
-from analysis import regions
+from analysis import inputs, regions
 from analysis.inputs import TRUTH
 from analysis.scores import rounded
-from reading import pickles
 
 VARIANCE_KEPT, MOST_COMPONENTS = 0.95, 30  # of the principal components
 FITTED = 50_000  # superpixels by which k-means finds its centres
@@ -129,18 +128,6 @@ NAMED = 3  # genes a region in the picture
 # --------------------------------------------------------------------------------------------------
 # features
 # --------------------------------------------------------------------------------------------------
-def read_embedding(stage: utils.Stage) -> np.ndarray:
-    """Latent maps float32 (dims, rows, columns), NaN outside the tissue."""
-    path = stage.path(utils.EMBEDDINGS)
-    content = pickles.read_pickle(path)
-    found = content.get("cls") if isinstance(content, dict) else None
-    if not (isinstance(found, np.ndarray) and found.ndim == 3 and found.dtype.kind == "f"):
-        found = np.empty(0)
-    if found.size == 0:
-        raise stage.error(path, f"does not hold {utils.EMBEDDINGS.what}.")
-    return found
-
-
 def principal_components(
     embedding: np.ndarray, tissue: np.ndarray, sigma_um: float
 ) -> tuple[np.ndarray, float]:
@@ -420,7 +407,7 @@ def make_segments(stage: utils.Stage) -> None:
     args = stage.args
     check_inputs(stage)
     spots = regions.read_measured_spots(stage)
-    embedding = read_embedding(stage)
+    embedding = inputs.read_embedding(stage)
     tissue = regions.tissue_of(stage, np.isfinite(embedding).all(0))
     if args.n_regions > tissue.sum():
         raise utils.StageError(
