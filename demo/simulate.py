@@ -217,10 +217,11 @@ def catch(
     efficiency: np.ndarray,
     n_genes: int,
     rng: np.random.Generator,
+    radius: float = VISIUM_RADIUS_UM,
 ) -> np.ndarray:
     """Counts (spots, genes): the molecules within each disc, kept with the spot's efficiency."""
     distance, spot = cKDTree(spots).query(xy)
-    kept = (distance <= VISIUM_RADIUS_UM) & (rng.random(len(xy)) < efficiency[spot])
+    kept = (distance <= radius) & (rng.random(len(xy)) < efficiency[spot])
     flat = spot[kept] * n_genes + gene[kept]
     return np.bincount(flat, minlength=len(spots) * n_genes).reshape(len(spots), n_genes)
 
