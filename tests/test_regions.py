@@ -3,7 +3,6 @@
 import argparse
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,18 +91,6 @@ def write_section(directory, labels, rng, maps=None, counts=None, genes=GENES, h
 def add_to_record(directory, **facts):
     path = directory / "HISTEX.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
-
-
-@pytest.fixture(scope="session")
-def _labelled(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("regions") / "section R"
-    return write_section(directory, true_labels(), np.random.default_rng(0))
-
-
-@pytest.fixture
-def labelled(_labelled, tmp_path):
-    """A fresh copy of a finished section of three regions."""
-    return Path(shutil.copytree(_labelled, tmp_path / "section R"))
 
 
 def snapshot(directory):
