@@ -54,7 +54,6 @@ from prepare import images, lattice, sample, section
 
 LABELS = utils.Artifact(("labels.csv",), None, "spot id, a pathologist's label")
 SPOT_COLUMNS = ["x", "y", "pixel_x", "pixel_y"]
-OPTIONAL_COLUMNS = ["new_x", "new_y", "selected"]
 LABEL_COLUMNS = ["x", "y", "label"]
 MAX_RESIDUAL_UM = 50.0  # of a spot from the fitted array, root mean square: half a spot
 MAX_MISSING = 0.2  # share of the selected spots without counts: else of another section
