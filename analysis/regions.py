@@ -253,7 +253,7 @@ def add_scale_bar(ax: Axes, shape: tuple[int, int]) -> None:
     ax.text(width / 2, shape[0] * 1.035, text, ha="center", va="top", fontsize=9)
 
 
-def bare(ax: Axes, title: str) -> None:
+def bare(ax: Axes, title: str = "") -> None:
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.set_title(title, fontsize=10)
