@@ -5,10 +5,11 @@
     python Histology_Extractor.py --directory data/section --backbone efficientnet_lite0
     torchrun --nproc-per-node 2 Histology_Extractor.py --directory data/section    # two cards
 
-Reads he.jpg, some rows at a time. Writes Histology_feature_map.npy, float16 (h, w, F) with h = H/16
-and w = W/16, and Histology_rgb.npy, uint8 (h, w, 3). Finished rows of tiles wait in a hidden folder
-until the map is whole, so that the same command goes on where a killed run stopped, and several
-processes can share the rows of one slide.
+Reads he.jpg, some rows at a time.
+Writes Histology_feature_map.npy, float16 (h, w, F) with h = H/16 and w = W/16, and
+Histology_rgb.npy, uint8 (h, w, 3). Finished rows of tiles wait in a hidden folder until the map is
+whole, so that the same command goes on where a killed run stopped, and several processes can share
+the rows of one slide.
 
 Letters: B tiles in a batch, t x u tokens in a tile, h x w tokens in the image, F features.
 

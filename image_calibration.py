@@ -61,9 +61,9 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import pyvips
-from scipy.spatial import cKDTree
 
 from method.calibration import calibrated_shape, machine_memory, padded_shape
+from method.grid import neighbour_distance
 from reading import pictures, plain, tables
 from utils import LEGACY_PITCH_UM, LEGACY_RADIUS_UM, VISIUM_PITCH_UM, VISIUM_RADIUS_UM
 
@@ -74,7 +74,7 @@ DECODED_BYTES = 6  # of a pixel, in an image that has to be decoded whole
 
 PITCH_TOLERANCE = 1.25  # factor; above any jitter, below the half-way point between the two pitches
 MAX_OUTSIDE = 0.01  # share of spot centres that may miss the image, as strays at an edge do
-RADIUS_RANGE_UM = (utils.SUPERPIXEL_UM, 64 * utils.SUPERPIXEL_UM)  # no platform's spots are beyond
+RADIUS_RANGE_UM = (utils.SUPERPIXEL_UM, utils.MAX_RADIUS_SUPERPIXELS * utils.SUPERPIXEL_UM)
 PIXEL_SIZE_RANGE_UM = (utils.MIN_PIXEL_SIZE_UM, utils.MAX_PIXEL_SIZE_UM)
 FULL_RESOLUTION = (
     "The image at full resolution is needed; Space Ranger's hires and lowres copies are too coarse."
@@ -170,13 +170,6 @@ def inside(xy: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.all((xy >= 0) & (xy < shape[::-1]), axis=1)
 
 
-def spot_pitch(xy: np.ndarray) -> float:
-    """Median distance of the spots (N, 2) to their nearest neighbours; nan for a single spot."""
-    if len(xy) < 2:
-        return float("nan")
-    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
-
-
 def pitch_factor(pitch_um: float) -> float:
     """Factor (above 1) between a pitch and the nearer of the known ones; 1 if the pitch is nan."""
     known = (VISIUM_PITCH_UM, LEGACY_PITCH_UM)
@@ -188,7 +181,7 @@ def diagnose(xy: np.ndarray, shape: tuple[int, int], pixel_size: float) -> str:
 
     xy (N, 2) in pixels of an image of (rows, columns) with ``pixel_size`` um per pixel.
     """
-    pitch = spot_pitch(xy)
+    pitch = neighbour_distance(xy)
     factor = pitch_factor(pitch * pixel_size)
     usual = factor <= PITCH_TOLERANCE
     reach = float((np.quantile(xy, 0.95, axis=0) / shape[::-1]).max())  # 1 is the edge; no strays
@@ -233,7 +226,7 @@ def check_spots(
             f"y from {top:g} to {bottom:g}; the image has {shape[1]} columns and {shape[0]} rows. "
             f"{hint}",
         )
-    apart = f"{spot_pitch(xy) * pixel_size:.1f} um apart"
+    apart = f"{neighbour_distance(xy) * pixel_size:.1f} um apart"
     print(f"spots inside the image: {n_inside} of {n} ({n_inside / n:.1%}), {apart}")
     if hint:
         print(f"warning: {hint} On a platform with another pitch, go on.")

@@ -49,7 +49,6 @@ interpolated spots. Two labels are the same if their names differ in capitals at
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -62,14 +61,6 @@ SCRIPT = "analysis/annotate.py"
 CHANCE_SHARE = 0.05  # of the tissue, which markers without meaning may label
 
 
-def share(text: str) -> float:
-    """argparse type: a number above 0, and 1 at most."""
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and 1 at most")
-    return number
-
-
 def build_parser() -> cli.Parser:
     parser = cli.stage_parser(__doc__)
     files.add_output(parser)
@@ -79,10 +70,11 @@ def build_parser() -> cli.Parser:
     share_help = (
         "Share of the tissue that markers without meaning may label; 1 leaves nothing unclassified."
     )
+    share = cli.number(float, lambda x: 0 < x <= 1, "a number above 0, and 1 at most")
     option("--chance-share", type=share, default=CHANCE_SHARE, help=share_help)
     parser.alias("--level", "--chance-share")
     um_help = "Sigma in um of the Gaussian that smooths the maps; 0 does not smooth."
-    option("--smoothing-um", type=files.number_from_0, default=0.0, help=um_help)
+    option("--smoothing-um", type=cli.from_0, default=0.0, help=um_help)
     spots_help = "Table of labels of spots to compare with (default: no comparison)."
     option("--spot-labels", type=Path, help=spots_help)
     option("--truth", action="store_true", help="Compare with the true regions in truth.npz.")

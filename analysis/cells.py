@@ -66,8 +66,7 @@ def build_parser() -> cli.Parser:
         default="area",
         help="By area, or all counts to the cells in a superpixel.",
     )
-    folder_help = "Folder for the results (default: the folder of the sample)."
-    option("--output", dest="folder", metavar="FOLDER", type=Path, help=folder_help)
+    files.add_output(parser, pictures=False)
     return parser
 
 

@@ -70,10 +70,10 @@ def build_parser() -> cli.Parser:
     )
     option("--tables", metavar="FOLDER", type=Path, help=tables_help)
     q_help = "A gene or gene set is found if its q is below this."
-    option("--max-q", type=files.number_from_0, default=MAX_Q, help=q_help)
+    option("--max-q", type=cli.from_0, default=MAX_Q, help=q_help)
     parser.alias("--level", "--max-q")
     fold_help = "Log2 fold change that the genes of a region must exceed."
-    option("--log2-fold", type=files.number_from_0, default=LOG2_FOLD, help=fold_help)
+    option("--log2-fold", type=cli.from_0, default=LOG2_FOLD, help=fold_help)
     background_help = "Background of the genes with a pattern: those with a map, or with a count."
     option("--background", choices=["maps", "measured"], default="maps", help=background_help)
     sizes = (("--min-size", "Smallest", MIN_SIZE), ("--max-size", "Largest", MAX_SIZE))

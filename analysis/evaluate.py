@@ -69,9 +69,8 @@ SCRIPT = "analysis/evaluate.py"
 
 def build_parser() -> cli.Parser:
     parser = cli.stage_parser(__doc__)
+    files.add_output(parser)
     option = parser.add_argument
-    folder_help = "Folder for the results (default: the folder of the sample)."
-    option("--output", dest="folder", metavar="FOLDER", type=Path, help=folder_help)
     option(
         "--holdout",
         type=cli.positive,
@@ -91,14 +90,12 @@ def build_parser() -> cli.Parser:
         default=0,
         help="With --holdout: seed of the folds.",
     )
-    option("--no-plot", action="store_true", help="Draw no picture; matplotlib is not needed then.")
     return parser
 
 
 if __name__ == "__main__":
     build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
 
-import importlib.util
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -281,13 +278,9 @@ def main(stage: utils.Stage) -> None:
     outputs = [files.EVALUATION, files.EVALUATION_FACTS, files.EVALUATION_PICTURE]
     if args.holdout:
         outputs = [files.LEFT_OUT, files.LEFT_OUT_FACTS, files.LEFT_OUT_PICTURE]
+    files.check_matplotlib(stage)
     if args.no_plot:
         del outputs[2]
-    elif importlib.util.find_spec("matplotlib") is None:
-        raise utils.StageError(
-            "The picture needs matplotlib, which is not installed.",
-            "Run: pip install -r analysis/requirements.txt, or add --no-plot",
-        )
     else:
         from analysis import picture
     stage.guard(*outputs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import sys
 from pathlib import Path
 
@@ -25,20 +24,14 @@ def made_by(stem: str, name: str, what: str) -> Artifact:
     return artifact
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """``args.folder`` and ``args.no_plot``."""
+def add_output(parser: argparse.ArgumentParser, pictures: bool = True) -> None:
+    """``args.folder`` and, if there are ``pictures``, ``args.no_plot``."""
     option = parser.add_argument
     folder_help = "Folder for the results (default: the folder of the sample)."
     option("--output", dest="folder", metavar="FOLDER", type=Path, help=folder_help)
-    option("--no-plot", action="store_true", help="Draw no picture; matplotlib is not needed then.")
-
-
-def number_from_0(text: str) -> float:
-    """argparse type: a finite number of 0 or more."""
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return number
+    no_plot_help = "Draw no picture; matplotlib is not needed then."
+    if pictures:
+        option("--no-plot", action="store_true", help=no_plot_help)
 
 
 def check_matplotlib(stage: utils.Stage) -> None:

@@ -27,6 +27,7 @@ import pandas as pd
 
 import utils
 from analysis import inputs, scores, spots
+from method.grid import neighbour_distance
 
 PREDICTIONS = ("histex", "linear", "smooth", "nearest")
 NAMES = {**scores.METHODS, "smooth": "Gaussian mean of spots, one pitch wide"}
@@ -124,7 +125,7 @@ def predict_folds(
         nearest, linear = spots.interpolation_weights(centres[~out], centres[out])
         predicted["nearest"][out] = nearest @ measured[~out]
         predicted["linear"][out] = linear @ measured[~out]
-        around = spots.gaussian_weights(centres[~out], centres[out], spots.pitch_of(centres))
+        around = spots.gaussian_weights(centres[~out], centres[out], neighbour_distance(centres))
         predicted["smooth"][out] = around @ measured[~out]
         seconds = time.time() - start
         print(f"fold {i + 1}: {out.sum()} spots left out, {seconds:.0f} s", flush=True)

@@ -233,6 +233,19 @@ def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     return image[: shape[0], : shape[1]]
 
 
+def read_embedding(stage: utils.Stage, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Latent maps float32 (dims, rows, columns), NaN outside the tissue; of ``shape``, if given."""
+    path = stage.path(utils.EMBEDDINGS)
+    content = pickles.read_pickle(path)
+    found = content.get("cls") if isinstance(content, dict) else None
+    if (
+        not isinstance(found, np.ndarray) or found.ndim != 3 or found.dtype.kind != "f"
+        or found.size == 0 or shape not in (None, found.shape[1:])
+    ):  # fmt: skip
+        raise stage.error(path, f"does not hold {utils.EMBEDDINGS.what}.")
+    return found.astype(np.float32, copy=False)
+
+
 def read_held_out(stage: utils.Stage) -> pd.Series | None:
     """Correlation with held-out spots by gene, if it is known."""
     path = stage.find(utils.HELD_OUT)
@@ -245,7 +258,7 @@ def read_held_out(stage: utils.Stage) -> pd.Series | None:
             raise ValueError(f"{utils.some(repeated)} more than once")
         return table.set_index("gene")["held_out_r"].replace("", "nan").astype(float)
     except (ValueError, KeyError) as error:
-        raise stage.error(path, f"is not a table of gene and held_out_r: {error}") from error
+        raise stage.error(path, f"is no table of gene and held_out_r: {error}") from error
 
 
 def choose_genes(

@@ -102,14 +102,10 @@ from scipy.sparse import csc_array, csr_array
 from scipy.spatial import cKDTree
 
 from analysis import regions
-from analysis.inputs import TRUTH, map_files, read_map, read_radius, read_truth
+from analysis.inputs import TRUTH, map_files, read_held_out, read_map, read_radius, read_truth
 from analysis.scores import is_constant, pearson, rounded
-from analysis.spots import (
-    gaussian_weights,
-    interpolation_weights,
-    pitch_of,
-    sum_discs,
-)
+from analysis.spots import gaussian_weights, interpolation_weights, sum_discs
+from method.grid import neighbour_distance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -150,7 +146,7 @@ COLUMNS = [
 # --------------------------------------------------------------------------------------------------
 def spot_neighbours(centres: np.ndarray) -> csr_array:
     """Ones (spots, spots) where two spots are neighbours on the lattice."""
-    within = NEIGHBOURS_WITHIN * pitch_of(centres)
+    within = NEIGHBOURS_WITHIN * neighbour_distance(centres)
     first, second = cKDTree(centres).query_pairs(within, output_type="ndarray").T
     where = np.concatenate([first, second]), np.concatenate([second, first])
     return csr_array((np.ones(len(where[0])), where), (len(centres), len(centres)))
@@ -253,7 +249,8 @@ def guess_left_out(
     First interpolated linearly, then by the Gaussian means MEANS_WITHIN.
     """
     parts = max(1, round(len(held_out) / (LEFT_OUT * len(centres))))
-    part, pitch = np.random.default_rng(seed).permutation(len(held_out)) % parts, pitch_of(centres)
+    part = np.random.default_rng(seed).permutation(len(held_out)) % parts
+    pitch = neighbour_distance(centres)
     guess = np.empty((1 + len(MEANS_WITHIN), len(held_out), counts.shape[1]))
     for i in range(parts):
         places = centres[held_out[part == i]]
@@ -345,16 +342,11 @@ class SpotsAndMaps:
 
 def read_correlations(stage: utils.Stage, section: SpotsAndMaps) -> tuple[np.ndarray, np.ndarray]:
     """Correlation (genes,) with the counts of held-out spots; which spots (M,) of the section."""
-    path = stage.path(utils.HELD_OUT)
-    try:
-        empty = {"held_out_r": [""]}
-        table = pd.read_csv(path, dtype={"gene": str}, keep_default_na=False, na_values=empty)
-        r = pd.to_numeric(table.set_index("gene")["held_out_r"])
-        if r.abs().max() > 1 + TIE:
-            raise ValueError(f"r has the size {r.abs().max():g}")
-        r = r.reindex(section.genes)
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        raise stage.error(path, f"is no table of gene and held_out_r: {error!r:.200}") from error
+    r = read_held_out(stage)
+    assert r is not None  # it is required
+    if (size := r.abs().max()) > 1 + TIE:
+        problem = f"is no table of gene and held_out_r: r has the size {size:g}"
+        raise stage.error(stage.path(utils.HELD_OUT), problem)
     record = stage.directory / utils.record_name(utils.HISTEX)
     again = f"Run: {stage.command(utils.HISTEX)}"
     spots = (utils.read_record(stage, utils.HISTEX) or {}).get("held_out_spots", [])
@@ -369,7 +361,7 @@ def read_correlations(stage: utils.Stage, section: SpotsAndMaps) -> tuple[np.nda
     if (at < 0).any():
         stage.warn(f"{(at < 0).sum()} held-out spots are not on the tissue and are left out")
         at = at[at >= 0]
-    return r.to_numpy(float), np.sort(at)
+    return r.reindex(section.genes).to_numpy(float), np.sort(at)
 
 
 def measure_genes(

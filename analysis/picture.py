@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 import utils
 from analysis.inputs import Truth, map_files, read_map, read_radius, read_spots, select_genes
+from analysis.regions import bare
 from analysis.scores import BINS, METHODS, Blocks
 from analysis.spots import interpolate_spots
 
@@ -65,9 +66,7 @@ def draw_maps(
     top = max(float(np.nanpercentile(binned[0], SATURATED)), 1e-6)
     for ax, title, values in zip(axes, shown, binned, strict=True):
         image = ax.imshow(values, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-        ax.set_title(title, fontsize=10)
+        bare(ax, title)
     bar = axes[0].figure.colorbar(image, ax=list(axes), extend="max", pad=0.01, aspect=25)
     bar.set_label("counts per superpixel", fontsize=9)
     bar.outline.set_visible(False)

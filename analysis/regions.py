@@ -22,7 +22,6 @@ from scipy.stats.contingency import crosstab
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from analysis import files
 from analysis.inputs import TRUTH, read_map, read_radius
 from analysis.page import region_colours
 from analysis.spots import disc_weights, interpolation_weights, on_tissue, superpixel_centres
@@ -254,7 +253,7 @@ def add_scale_bar(ax: Axes, shape: tuple[int, int]) -> None:
     ax.text(width / 2, shape[0] * 1.035, text, ha="center", va="top", fontsize=9)
 
 
-def bare(ax: Axes, title: str) -> None:
+def bare(ax: Axes, title: str = "") -> None:
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.set_title(title, fontsize=10)
@@ -359,8 +358,3 @@ def print_facts(facts: dict[str, Any], margin: str = "") -> None:
             continue
         parts = [f"{key} {'unknown' if fact is None else fact}" for key, fact in inner.items()]
         print(f"{margin}{name}: {', '.join(parts) or ('unknown' if value is None else value)}")
-
-
-def check_output(stage: utils.Stage) -> None:
-    """For evaluate.py, until it guards its outputs: matplotlib is there, if it is needed."""
-    files.check_matplotlib(stage)

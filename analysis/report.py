@@ -90,9 +90,10 @@ from tqdm import tqdm
 
 from analysis import inputs, page
 from analysis.page import PageContent, SpotCounts
+from analysis.regions import read_measured_spots
 from analysis.scores import rounded
 from analysis.spots import disc_weights, on_tissue, score_totals, sum_discs
-from reading import images, tables
+from reading import images
 
 TEMPLATE = Path(__file__).with_name("report.html")
 LEVELS = 255  # values that a byte holds beside 0, which is no tissue
@@ -141,12 +142,10 @@ def warn_of_changes(stage: utils.Stage, record: dict[str, Any]) -> None:
 def read_spot_counts(stage: utils.Stage, shape: tuple[int, int]) -> SpotCounts | None:
     if any(stage.find(artifact) is None for artifact in (utils.LOCS, utils.RADIUS, utils.CNTS)):
         return None
-    locs = tables.read_locs(stage, stage.path(utils.LOCS))
-    counts, genes = tables.read_sparse_counts(stage, stage.path(utils.CNTS), locs.index)
-    centres = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
+    ids, centres, counts, genes = read_measured_spots(stage)
     radius = inputs.read_radius(stage.directory)
     return SpotCounts(
-        ids=list(locs.index),
+        ids=list(ids),
         centres=centres,
         radius=radius,
         discs=disc_weights(centres, radius, shape),

@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+from method.tiling import Tiling
+
 # Of rows, then columns: summed differences (lines, genes) across each line, pairs (lines,)
 Gradients = list[tuple[np.ndarray, np.ndarray]]
 
@@ -51,12 +53,9 @@ def grid_lines(extent: int, period: int) -> np.ndarray:
 
 def tile_lines(extent: int, tile: int, overlap: int, shorten: bool) -> np.ndarray:
     """Lines in the middle of the overlaps of tiles that are spread evenly over the extent."""
-    steps = max(-(-(extent - tile) // (tile - overlap)), 0)
-    if shorten and steps:
-        tile = -(-(extent + steps * overlap) // (steps + 1))
-    reach = max(extent - tile, 0)
-    starts = np.array([round(i * reach / max(steps, 1)) for i in range(steps + 1)])
-    return (starts[1:] + starts[:-1] + tile) // 2 - 1
+    tiling = Tiling(tile, overlap, blend=not shorten)
+    starts = np.array(tiling.starts(extent))
+    return (starts[1:] + starts[:-1] + tiling.side(extent)) // 2 - 1
 
 
 def offset_gradients(gradients: Gradients, lines: list[np.ndarray], offsets: int) -> np.ndarray:

@@ -77,9 +77,9 @@ def build_parser() -> cli.Parser:
     n_help = "Number of kinds of region."
     option("--n-regions", type=cli.positive, default=N_REGIONS, help=n_help)
     um_help = "Sigma in um of the Gaussian that smooths the latent maps; 0 does not smooth."
-    option("--smoothing-um", type=files.number_from_0, default=SMOOTHING_UM, help=um_help)
+    option("--smoothing-um", type=cli.from_0, default=SMOOTHING_UM, help=um_help)
     mm2_help = "Area in mm2; smaller pieces are merged into a neighbouring region."
-    option("--min-region-mm2", type=files.number_from_0, default=MIN_REGION_MM2, help=mm2_help)
+    option("--min-region-mm2", type=cli.from_0, default=MIN_REGION_MM2, help=mm2_help)
     option("--seed", type=cli.not_negative, default=0, help="Seed of the random numbers.")
     halves_help = (
         "Number of random halves of the tissue used to measure stability; at least 2 (1 skips the "
@@ -105,10 +105,9 @@ from scipy.cluster.vq import vq
 from scipy.sparse import csc_array, csr_array
 from scipy.spatial import cKDTree
 
-from analysis import regions
+from analysis import inputs, regions
 from analysis.inputs import TRUTH
 from analysis.scores import rounded
-from reading import pickles
 
 VARIANCE_KEPT, MOST_COMPONENTS = 0.95, 30  # of the principal components
 FITTED = 50_000  # superpixels by which k-means finds its centres
@@ -129,18 +128,6 @@ NAMED = 3  # genes a region in the picture
 # --------------------------------------------------------------------------------------------------
 # features
 # --------------------------------------------------------------------------------------------------
-def read_embedding(stage: utils.Stage) -> np.ndarray:
-    """Latent maps float32 (dims, rows, columns), NaN outside the tissue."""
-    path = stage.path(utils.EMBEDDINGS)
-    content = pickles.read_pickle(path)
-    found = content.get("cls") if isinstance(content, dict) else None
-    if not (isinstance(found, np.ndarray) and found.ndim == 3 and found.dtype.kind == "f"):
-        found = np.empty(0)
-    if found.size == 0:
-        raise stage.error(path, f"does not hold {utils.EMBEDDINGS.what}.")
-    return found
-
-
 def principal_components(
     embedding: np.ndarray, tissue: np.ndarray, sigma_um: float
 ) -> tuple[np.ndarray, float]:
@@ -420,7 +407,7 @@ def make_segments(stage: utils.Stage) -> None:
     args = stage.args
     check_inputs(stage)
     spots = regions.read_measured_spots(stage)
-    embedding = read_embedding(stage)
+    embedding = inputs.read_embedding(stage)
     tissue = regions.tissue_of(stage, np.isfinite(embedding).all(0))
     if args.n_regions > tissue.sum():
         raise utils.StageError(

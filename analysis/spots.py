@@ -11,7 +11,7 @@ from scipy.spatial import Delaunay, cKDTree
 from scipy.spatial.distance import cdist
 
 from analysis.scores import pearson
-from method.grid import disc_areas, neighbour_distance
+from method.grid import disc_areas
 
 MIN_DISC_TISSUE = 0.25  # as HISTEX.py: from less tissue, a spot's counts tell too little
 SUBSAMPLES = 16  # per superpixel and axis: twice as many as HISTEX.py needs
@@ -66,11 +66,6 @@ def interpolation_weights(centres: np.ndarray, points: np.ndarray) -> tuple[csr_
     shares[beyond], corners[beyond] = (1, 0, 0), nearest[beyond, None]
     linear = csr_array((shares.ravel(), (every.repeat(3), corners.ravel())), shape)
     return csr_array((np.ones(len(points)), (every, nearest)), shape), linear
-
-
-def pitch_of(centres: np.ndarray) -> float:
-    """Median distance of a spot from the nearest one."""
-    return neighbour_distance(centres)
 
 
 def gaussian_weights(centres: np.ndarray, points: np.ndarray, sigma: float) -> np.ndarray:

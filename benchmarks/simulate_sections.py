@@ -56,7 +56,7 @@ import pandas as pd
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from demo.simulate import bin_molecules, expected_counts, scatter_molecules
+from demo.simulate import bin_molecules, catch, expected_counts, scatter_molecules
 from demo.stain import PIXEL_UM, stain_densities
 from demo.tissue import (
     BLOOD,
@@ -347,22 +347,6 @@ def spot_lattice(layout: Layout, design: Design) -> np.ndarray:
     return xy[(under != GLASS).mean(1) >= MIN_SPOT_TISSUE]
 
 
-def catch(
-    xy: np.ndarray,
-    gene: np.ndarray,
-    spots: np.ndarray,
-    radius: float,
-    efficiency: np.ndarray,
-    n_genes: int,
-    rng: Rng,
-) -> np.ndarray:
-    """Counts (spots, genes): the molecules within each disc, kept with the spot's efficiency."""
-    distance, spot = cKDTree(spots).query(xy)
-    kept = (distance <= radius) & (rng.random(len(xy)) < efficiency[spot])
-    flat = spot[kept] * n_genes + gene[kept]
-    return np.bincount(flat, minlength=len(spots) * n_genes).reshape(len(spots), n_genes)
-
-
 # --------------------------------------------------------------------------------------------------
 # the files
 # --------------------------------------------------------------------------------------------------
@@ -380,7 +364,7 @@ def simulate(directory: Path, design: Design, seed: int) -> None:
     share = (layout.compartment != GLASS).reshape(grid, step, grid, step).mean((1, 3))
     spots = spot_lattice(layout, design)
     efficiency = np.minimum(design.capture * np.exp(rng.normal(0, EFFICIENCY_SD, len(spots))), 1)
-    caught = catch(xy, gene, spots, design.radius_um, efficiency, len(genes), rng)
+    caught = catch(xy, gene, spots, efficiency, len(genes), rng, design.radius_um)
 
     directory.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(stain(layout, cells, design, rng))

@@ -53,6 +53,7 @@ from matplotlib.patches import Rectangle
 from scipy.ndimage import uniform_filter
 
 from analysis import inputs
+from analysis.regions import bare
 from reading import images
 
 SHOWN_KINDS = {"marker": "cell-type marker", "region": "region gene", "gradient": "gradient gene"}
@@ -92,8 +93,7 @@ def choose_detail(tissue: np.ndarray, counts: np.ndarray, side: int) -> tuple[in
 
 def show_section(ax: Axes, image: np.ndarray, extent: Extent) -> None:
     ax.imshow(image, extent=extent, interpolation="antialiased")
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
+    bare(ax)
 
 
 def scale_bar(
@@ -180,8 +180,7 @@ def draw_genes(
         spots.set_title("spots, 55 um" if printed else "spots", fontsize=11)
         for ax, values in ((predicted, maps[gene]), (known, true)):
             shown = ax.imshow(values, extent=extent, cmap=palette, norm=norm, interpolation="none")
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
+            bare(ax)
         r, simple, best = table.loc[gene, ["histex_4x", "linear_4x", "ceiling_4x"]]
         title = f"HISTEX: r = {r:.2f} at 32 um\n(interpolation {simple:.2f}, at most {best:.2f})"
         predicted.set_title(title, fontsize=10)

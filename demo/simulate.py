@@ -27,7 +27,6 @@ Writes  he-raw.jpg (0.4 um per pixel, so that calibration has work to do), pixel
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -43,18 +42,13 @@ WRITTEN = (
 )  # fmt: skip
 
 
-def section_size(text: str) -> float:
-    size = float(text)
-    if size < 160 or size % utils.SUPERPIXEL_UM:
-        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8 um, at least 160 um")
-    return size
-
-
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     option = parser.add_argument
     option("--directory", type=cli.sample_directory, required=True, help="Folder to write.")
-    option("--size-um", type=section_size, default=SIZE_UM, help="Side of the image in um.")
+    step = utils.SUPERPIXEL_UM
+    size = cli.number(float, lambda um: um >= 160 and not um % step, "a multiple of 8 um from 160")
+    option("--size-um", type=size, default=SIZE_UM, help="Side of the image in um.")
     option("--seed", type=int, default=1, help="Another seed is another section.")
     cli.add_force(parser)
     return parser
@@ -223,10 +217,11 @@ def catch(
     efficiency: np.ndarray,
     n_genes: int,
     rng: np.random.Generator,
+    radius: float = VISIUM_RADIUS_UM,
 ) -> np.ndarray:
     """Counts (spots, genes): the molecules within each disc, kept with the spot's efficiency."""
     distance, spot = cKDTree(spots).query(xy)
-    kept = (distance <= VISIUM_RADIUS_UM) & (rng.random(len(xy)) < efficiency[spot])
+    kept = (distance <= radius) & (rng.random(len(xy)) < efficiency[spot])
     flat = spot[kept] * n_genes + gene[kept]
     return np.bincount(flat, minlength=len(spots) * n_genes).reshape(len(spots), n_genes)
 

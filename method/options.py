@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import math
-
 from reading import cli
-
-
-def positive_float(text: str) -> float:
-    """argparse type: a number above zero."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
 
 
 def parser(doc: str) -> cli.Parser:
@@ -51,7 +40,7 @@ def parser(doc: str) -> cli.Parser:
     )
     option(
         "--learning-rate",
-        type=positive_float,
+        type=cli.above_0,
         help="Step size of the training (default: the preset's).",
     )
     option(

@@ -54,7 +54,6 @@ from prepare import images, lattice, sample, section
 
 LABELS = utils.Artifact(("labels.csv",), None, "spot id, a pathologist's label")
 SPOT_COLUMNS = ["x", "y", "pixel_x", "pixel_y"]
-OPTIONAL_COLUMNS = ["new_x", "new_y", "selected"]
 LABEL_COLUMNS = ["x", "y", "label"]
 MAX_RESIDUAL_UM = 50.0  # of a spot from the fitted array, root mean square: half a spot
 MAX_MISSING = 0.2  # share of the selected spots without counts: else of another section
@@ -85,18 +84,11 @@ def read_selection(path: Path) -> pd.DataFrame:
 
 def read_count_table(path: Path) -> pd.DataFrame:
     """Counts (spots, genes), whole numbers; R's header may lack the column of the ids."""
-
-    def read(path: Path) -> pd.DataFrame:
-        table = pd.read_csv(path, sep="\t", index_col=0, dtype={0: str}, encoding="utf-8-sig")
-        if table.shape[1] == 0:
-            raise utils.broken(path, "has one column only; expected tabs between the columns.")
-        return table
-
-    table = section.read_numbers(path, read)
+    table = section.read_spot_table(path, delimiter="\t")
     values = table.to_numpy()
     if (values < 0).any() or (values != np.floor(values)).any():
         raise utils.broken(path, "holds negative numbers or fractions; expected raw counts.")
-    return table.set_axis([str(name).strip() for name in table.index]).rename(columns=str)
+    return table
 
 
 def fit_square_array(spots: pd.DataFrame, path: Path) -> tuple[float, pd.DataFrame]:
@@ -142,19 +134,13 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
     fitted, ideal = fit_square_array(spots, args.spots)
     size = args.pixel_size or fitted
     selected = spots[spots["selected"]]
-    chosen = [spot for spot in counts.index if spot in selected.index]
-    if not chosen:
-        raise utils.StageError(
-            f"{args.counts} and {args.spots} have no spot in common: {utils.some(counts.index)}; "
-            f"{utils.some(selected.index)}.",
-            "Give the counts and the spots of one and the same section.",
-        )
+    chosen = section.shared_spots(counts, args.counts, selected, args.spots)
     missing = len(selected) - len(chosen)
     if missing > MAX_MISSING * len(selected):
         raise utils.StageError(
             f"{args.counts} has no counts for {missing} of the {len(selected)} spots that "
             f"{args.spots} selects: they are of two sections.",
-            "Give the counts and the spots of one and the same section.",
+            section.ONE_SECTION,
         )
     image, locs, out_size = images.place_image(
         args.image, selected.loc[chosen], size, args.crop_um, args.downsample
@@ -162,7 +148,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
     notes = images.check_metadata(
         args.image, size, args.pixel_size is not None, f"--pixel-size {size:.4g}"
     )
-    notes += section.repeated_note(args.counts, "\t")
+    notes += section.repeated_note(args.counts)
     if missing:
         notes.append(f"{missing} selected spots without counts are left out")
     others = spots.drop(chosen)[["x", "y"]]

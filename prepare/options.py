@@ -16,24 +16,6 @@ from reading import cli, genes
 N_TRUTH_GENES = 300  # 812 x 812 superpixels of 300 genes are 0.8 GB when they are scored
 
 
-def micrometres(text: str) -> float:
-    """argparse type: a length in um, above zero."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no length in um above zero")
-    return value
-
-
-def pixel_size(text: str) -> float:
-    """argparse type: um per pixel."""
-    value = float(text)
-    if not utils.MIN_PIXEL_SIZE_UM <= value <= utils.MAX_PIXEL_SIZE_UM:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not between {utils.MIN_PIXEL_SIZE_UM} and {utils.MAX_PIXEL_SIZE_UM} um"
-        )
-    return value
-
-
 def prepare_parser(doc: str) -> cli.Parser:
     """Parser with what all scripts have that prepare a whole sample; ``doc`` as in cli.Parser."""
     parser = cli.Parser(doc)
@@ -49,7 +31,7 @@ def prepare_parser(doc: str) -> cli.Parser:
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
-    option("--crop-um", type=micrometres, metavar="MARGIN",
+    option("--crop-um", type=cli.above_0, metavar="MARGIN",
            help="Cut the image to the spots and a margin of so many um (default: the whole "
                 "image).")  # fmt: skip
     option("--downsample", type=cli.positive, metavar="FACTOR",
@@ -59,8 +41,10 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def add_pixel_size(parser: argparse.ArgumentParser, otherwise: str) -> None:
     """``otherwise`` says where the pixel size comes from without the option."""
+    low, high = utils.MIN_PIXEL_SIZE_UM, utils.MAX_PIXEL_SIZE_UM
+    size = cli.number(float, lambda um: low <= um <= high, f"between {low} and {high} um")
     parser.add_argument(
-        "--pixel-size", type=pixel_size, metavar="UM",
+        "--pixel-size", type=size, metavar="UM",
         help=f"um per pixel of the image at full resolution (default: {otherwise}).",
     )  # fmt: skip
 

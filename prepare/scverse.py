@@ -53,11 +53,11 @@ def build_parser() -> cli.Parser:
         parser.add_argument(option, metavar="NAME", help=f"{what}.")
     options.add_pixel_size(parser, "from the spots' pitch")
     parser.add_argument(
-        "--pitch-um", type=options.micrometres, default=utils.VISIUM_PITCH_UM, metavar="UM",
+        "--pitch-um", type=cli.above_0, default=utils.VISIUM_PITCH_UM, metavar="UM",
         help=f"Distance between neighbouring spots; {utils.LEGACY_PITCH_UM:g} for legacy ST",
     )  # fmt: skip
     parser.add_argument(
-        "--radius-um", type=options.micrometres, metavar="UM",
+        "--radius-um", type=cli.above_0, metavar="UM",
         help=f"Radius of a spot; {utils.LEGACY_RADIUS_UM:g} for legacy ST (default: that of the "
              f"source, else {utils.VISIUM_RADIUS_UM:g} for Visium).",
     )  # fmt: skip
@@ -395,26 +395,6 @@ def need_plain(prefix: str, names: tuple[str, ...], what: str) -> Path:
     return path
 
 
-def separator(path: Path) -> str:
-    """Tab or comma, whichever the header of a table has more of."""
-    first = pd.read_csv(path, header=None, nrows=1, sep="\0", engine="c", encoding="utf-8-sig")
-    header = str(first.iat[0, 0])
-    return "\t" if header.count("\t") >= max(1, header.count(",")) else ","
-
-
-def read_plain(path: Path, columns: list[str] | None) -> pd.DataFrame:
-    """A table whose first column is the spot id; commas or tabs, as its header has them."""
-
-    def read(path: Path) -> pd.DataFrame:
-        return pd.read_csv(
-            path, sep=separator(path), dtype={0: str}, index_col=0, keep_default_na=False,
-            encoding="utf-8-sig",
-        )  # fmt: skip
-
-    values = section.read_numbers(path, read, columns)
-    return values.set_axis(values.index.astype(str).str.strip())
-
-
 def read_one_number(path: Path) -> float:
     content = path.read_text(encoding="utf-8-sig").strip()
     if not utils.is_number(content) or not float(content) > 0:
@@ -427,28 +407,23 @@ def read_tables(args: argparse.Namespace) -> SourceSpots:
     counts_path = need_plain(prefix, utils.CNTS.names, "counts")
     locs_path = need_plain(prefix, LOCS_NAMES, "places of the spots")
     image = args.image or need_plain(prefix, utils.HE_RAW.names, "image")
-    counts, locs = read_plain(counts_path, None), read_plain(locs_path, ["x", "y"])
+    counts = section.read_spot_table(counts_path)
+    locs = section.read_spot_table(locs_path, ["x", "y"])
     if not whole_counts(counts.to_numpy()):
         raise utils.StageError(
             f"{counts_path} holds fractions or negative numbers"
             f"{describe(counts.to_numpy(), 'it')}; expected raw counts.",
             "Give the counts before they were normalised.",
         )
-    shared = [spot for spot in counts.index if spot in locs.index]
-    if not shared:
-        raise utils.StageError(
-            f"{counts_path} and {locs_path} have no spot in common: {utils.some(counts.index)}; "
-            f"{utils.some(locs.index)}.",
-            "Give the tables of one and the same section.",
-        )
+    shared = section.shared_spots(counts, counts_path, locs, locs_path)
     size_path = find_plain(prefix, utils.PIXEL_SIZE_RAW.names, "pixel size")
     radius_path = find_plain(prefix, utils.RADIUS_RAW.names, "radius")
     size = args.pixel_size or (read_one_number(size_path) if size_path else None)
-    notes = section.repeated_note(counts_path, separator(counts_path))
+    notes = section.repeated_note(counts_path)
     if alone := len(counts) + len(locs) - 2 * len(shared):
         notes.append(f"{alone} spots are in one table only and are left out")
     spots = SourceSpots(
-        sparse.csr_array(counts.loc[shared].to_numpy()), shared, [str(g) for g in counts.columns],
+        sparse.csr_array(counts.loc[shared].to_numpy()), shared, list(counts.columns),
         locs.loc[shared], np.ones(len(shared), bool), notes, pixel_size_um=size, image=image,
         files=[path for path in (counts_path, locs_path, size_path, radius_path) if path],
     )  # fmt: skip

@@ -29,6 +29,7 @@ from prepare import images
 from reading.genes import read_genes
 
 MAX_PITCH_ERROR = 0.05  # relative, between the measured and the expected pitch
+ONE_SECTION = "Give the counts and the spots of one and the same section."
 DAMAGED = (ValueError, OSError, EOFError, KeyError, TypeError, zlib.error)  # by damaged tables
 Colour = tuple[int, int, int]
 TISSUE_COLOUR, OTHER_COLOUR, WARNING_COLOUR = (0, 110, 60), (150, 150, 150), (220, 30, 30)
@@ -181,10 +182,48 @@ def unique_symbols(symbols: list[str], ids: list[str]) -> list[str]:
     return names
 
 
-def repeated_note(path: Path, separator: str) -> list[str]:
+def separator(path: Path) -> str:
+    """Tab or comma, whichever the header of a table has more of."""
+    first = pd.read_csv(path, header=None, nrows=1, sep="\0", engine="c", encoding="utf-8-sig")
+    header = str(first.iat[0, 0])
+    return "\t" if header.count("\t") >= max(1, header.count(",")) else ","
+
+
+def read_spot_table(
+    path: Path, columns: Sequence[str] | None = None, delimiter: str | None = None
+) -> pd.DataFrame:
+    """Numbers by spot id, the first column; without ``delimiter`` the header tells it."""
+
+    def read(path: Path) -> pd.DataFrame:
+        table = pd.read_csv(
+            path, sep=delimiter or separator(path), dtype={0: str}, index_col=0,
+            keep_default_na=False, encoding="utf-8-sig",
+        )  # fmt: skip
+        if table.shape[1] == 0:
+            raise utils.broken(path, "has one column only; expected tabs between columns.")
+        return table.rename(columns=str)
+
+    values = read_numbers(path, read, columns)
+    return values.set_axis(values.index.astype(str).str.strip())
+
+
+def shared_spots(
+    counts: pd.DataFrame, counts_path: Path, spots: pd.DataFrame, spots_path: Path
+) -> list[str]:
+    """Ids that both tables have, in the order of the counts."""
+    if shared := [spot for spot in counts.index if spot in spots.index]:
+        return shared
+    raise utils.StageError(
+        f"{counts_path} and {spots_path} have no spot in common: {utils.some(counts.index)}; "
+        f"{utils.some(spots.index)}.",
+        ONE_SECTION,
+    )
+
+
+def repeated_note(path: Path) -> list[str]:
     """A note if the header of a table has names more than once, to which pandas adds .1, .2, ..."""
     header = pd.read_csv(
-        path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False,
+        path, sep=separator(path), header=None, nrows=1, dtype=str, keep_default_na=False,
         encoding="utf-8-sig",
     )  # fmt: skip
     repeated = utils.duplicates(header.iloc[0])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -84,20 +87,24 @@ def stage_parser(doc: str) -> Parser:
     return parser
 
 
-def positive(text: str) -> int:
-    """argparse type: a whole number of 1 or more."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small; it must be 1 or more")
-    return number
+def number(
+    kind: Callable[[str], float], fits: Callable[[float], bool], what: str
+) -> Callable[[str], float]:
+    """argparse type: an int or float that ``fits``; ``what`` says in words which ones do."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return read
 
 
-def not_negative(text: str) -> int:
-    """argparse type: a whole number of 0 or more."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative")
-    return number
+positive = number(int, lambda n: n >= 1, "a whole number of 1 or more")
+not_negative = number(int, lambda n: n >= 0, "a whole number of 0 or more")
+above_0 = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+from_0 = number(float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

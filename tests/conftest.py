@@ -104,6 +104,22 @@ def run_process(
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
+def run_alone(script: str, directory: Path, *options: str) -> None:
+    """The same from within the sample, without the project on sys.path, torch and matplotlib."""
+    code = f"""
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
+except SystemExit as done:
+    assert done.code == 0, done.code
+assert not {{"torch", "matplotlib"}} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code, script, "--directory", str(directory), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=directory, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 PIPELINE = (  # the README's order, with options that suit a test
     ("image_calibration.py",),
     ("get_HR.py",),
@@ -127,6 +143,20 @@ def finished_sample(tmp_path_factory):
 def finished(finished_sample, tmp_path):
     """A fresh copy of the finished sample; copytree keeps times, so its records stay valid."""
     return Path(shutil.copytree(finished_sample, tmp_path / "finished A"))
+
+
+@pytest.fixture(scope="session")
+def _labelled(tmp_path_factory):
+    from test_regions import true_labels, write_section
+
+    directory = tmp_path_factory.mktemp("regions") / "section R"
+    return write_section(directory, true_labels(), np.random.default_rng(0))
+
+
+@pytest.fixture
+def labelled(_labelled, tmp_path):
+    """A fresh copy of a finished section of three regions."""
+    return Path(shutil.copytree(_labelled, tmp_path / "section R"))
 
 
 # ----- reading one file -----

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -224,28 +223,3 @@ def test_what_is_kept_is_not_made_again(tmp_path):
 
 def test_tables_are_markdown():
     assert measure.table(["a", "b"], [[1, "x"]]) == ["| a | b |", "|---|---|", "| 1 | x |"]
-
-
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")
-                   if "def build_parser" in path.read_text(encoding="utf-8")
-                   and path.stem not in ("ablations", "prepare_hd", "prepare_xenium"))
-)  # fmt: skip
-def test_help_tells_an_example_files_and_defaults_without_slow_imports(name):
-    words = f"""
-import runpy, sys
-sys.argv = ["{name}.py", "--help"]
-try:
-    runpy.run_path("{ROOT / "benchmarks" / name}.py", run_name="__main__")
-except SystemExit as end:
-    assert end.code == 0
-slow = {{"numpy", "pandas", "torch", "cv2", "scipy", "matplotlib"}} & set(sys.modules)
-assert not slow, slow
-"""
-    said = subprocess.run(
-        [sys.executable, "-c", words], capture_output=True, text=True, check=True
-    ).stdout
-    assert f"    python benchmarks/{name}.py --" in said
-    assert "\nReads " in said
-    assert "\nWrites " in said
-    assert "None" not in said

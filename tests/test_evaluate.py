@@ -4,13 +4,12 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run
+from conftest import run, run_alone
 from PIL import Image
 from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 from scipy.stats import pearsonr, spearmanr
@@ -756,20 +755,7 @@ def test_without_matplotlib_the_command_says_so_before_any_work(section, monkeyp
 
 
 def test_the_script_runs_by_itself_and_needs_no_network_library(section):
-    code = (
-        "import sys, runpy; sys.argv = ['evaluate.py', '--directory', sys.argv[1], '--no-plot']\n"
-        f"try: runpy.run_path({str(ROOT / 'analysis' / 'evaluate.py')!r}, run_name='__main__')\n"
-        "except SystemExit as done: assert done.code == 0, done.code\n"
-        "assert not {'torch', 'matplotlib'} & set(sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(section)],
-        capture_output=True,
-        text=True,
-        cwd=section,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_alone("analysis/evaluate.py", section, "--no-plot")
     assert (section / "evaluation.json").is_file()
 
 

@@ -870,7 +870,7 @@ BAD = {
     "no held-out r": (
         "held-out-r.csv",
         "gene,r\nKRT8,1\n",
-        "is not a table of gene and held_out_r",
+        "is no table of gene and held_out_r",
     ),
 }
 

@@ -20,7 +20,9 @@ ROOMS = {  # a room and those below it, from which it may import
     "benchmarks": {"utils", "reading", "method", "stages", "prepare", "analysis", "demo"},
 }
 WINGS = ("prepare", "analysis")  # whose scripts stand alone
-SLOW = ("torch", "numpy", "pandas", "scipy", "cv2", "PIL", "matplotlib", "h5py", "pyvips")
+SLOW = (
+    "torch", "numpy", "pandas", "scipy", "cv2", "PIL", "matplotlib", "h5py", "pyarrow", "pyvips",
+)  # fmt: skip
 LONGEST = {"utils.py": 750, "image_calibration.py": 350}  # lines; 700 for the others
 FILES = sorted(
     path.relative_to(ROOT)
@@ -127,8 +129,8 @@ finally:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == "imported:"
-    assert f"python {script.as_posix()} " in done.stdout
-    assert "Reads " in done.stdout
-    assert "Writes " in done.stdout
+    assert f"    python {script.as_posix()} --" in done.stdout
+    assert "\nReads " in done.stdout
+    assert "\nWrites " in done.stdout
     assert "None" not in done.stdout
     assert done.stdout.count("(default: (default") == 0

@@ -32,6 +32,7 @@ import utils
 from analysis import patterns
 from analysis.scores import pearson
 from analysis.spots import disc_weights, interpolation_weights, superpixel_centres
+from method.grid import neighbour_distance
 
 OUTPUTS = ["patterns.csv", "patterns.json", "patterns.png"]
 AREA = np.pi * RADIUS**2
@@ -142,7 +143,7 @@ def test_spots_have_the_neighbours_of_their_lattice(lattice_of):
     found = patterns.spot_neighbours(centres)
     assert (found.toarray() == expected).all()
     assert found.sum(axis=0).max() == most
-    assert patterns.pitch_of(centres) == pytest.approx(pitch, rel=0.05)
+    assert neighbour_distance(centres) == pytest.approx(pitch, rel=0.05)
 
 
 # ----- interpolation -----

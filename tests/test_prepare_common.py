@@ -6,15 +6,13 @@ import functools
 import gzip
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run
+from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -759,27 +757,6 @@ def test_genes_are_a_file_or_a_list_in_their_order_without_repeats(tmp_path):
 
 
 # ----- the command line -----
-@pytest.mark.parametrize("name", ["visium", "visium_hd", "legacy_st", "scverse", "xenium"])
-def test_help_tells_an_example_and_files_without_slow_imports(name):
-    script = ROOT / "prepare" / f"{name}.py"
-    words = f"""
-import runpy, sys
-sys.argv = ["{name}.py", "--help"]
-try:
-    runpy.run_path(r"{script}", run_name="__main__")
-except SystemExit as end:
-    assert end.code == 0
-slow = {{"numpy", "pandas", "cv2", "scipy", "h5py", "pyarrow", "PIL"}} & set(sys.modules)
-assert not slow, slow
-"""
-    command = [sys.executable, "-c", words]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert f"    python prepare/{name}.py --" in said
-    assert "\nReads " in said
-    assert "\nWrites " in said
-    assert "None" not in said
-
-
 def test_old_spellings_of_xenium_go_on():
     needed = ["--outs", "o", "--image", "i", "--aligned", "--directory", "d"]
     region = ["0", "1", "9.5", "8"]

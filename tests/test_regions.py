@@ -3,7 +3,6 @@
 import argparse
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from test_evaluate import write_maps
 import utils
 from analysis import files, regions
 from analysis.spots import disc_weights
+from reading import cli
 
 GRID = (56, 70)  # superpixels: whole tiles
 PITCH, RADIUS = 5.0, 1.8  # superpixels
@@ -91,18 +91,6 @@ def write_section(directory, labels, rng, maps=None, counts=None, genes=GENES, h
 def add_to_record(directory, **facts):
     path = directory / "HISTEX.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
-
-
-@pytest.fixture(scope="session")
-def _labelled(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("regions") / "section R"
-    return write_section(directory, true_labels(), np.random.default_rng(0))
-
-
-@pytest.fixture
-def labelled(_labelled, tmp_path):
-    """A fresh copy of a finished section of three regions."""
-    return Path(shutil.copytree(_labelled, tmp_path / "section R"))
 
 
 def snapshot(directory):
@@ -458,6 +446,6 @@ def test_facts_are_printed_line_by_line(capsys):
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "x", ""])
 def test_numbers_of_the_command_line(text):
-    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        files.number_from_0(text)
-    assert files.number_from_0("0") == 0
+    with pytest.raises(argparse.ArgumentTypeError, match="of 0 or more"):
+        cli.from_0(text)
+    assert cli.from_0("0") == 0

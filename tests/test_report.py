@@ -10,7 +10,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import time
 import zlib
 from html.parser import HTMLParser
@@ -20,7 +19,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import run_alone
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -581,15 +580,7 @@ def test_records_and_their_warnings_are_shown_and_changes_are_warned_of(finished
 
 
 def test_the_script_runs_by_itself_and_needs_no_network_library(section):
-    code = (
-        "import sys, runpy; sys.argv = ['report.py', '--directory', sys.argv[1]]\n"
-        f"try: runpy.run_path({str(ROOT / 'analysis' / 'report.py')!r}, run_name='__main__')\n"
-        "except SystemExit as done: assert done.code == 0, done.code\n"
-        "assert not {'torch', 'matplotlib'} & set(sys.modules)"
-    )
-    command = [sys.executable, "-c", code, str(section)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=section, check=False)
-    assert done.returncode == 0, done.stderr
+    run_alone("analysis/report.py", section)
     assert (section / "report.html").is_file()
 
 

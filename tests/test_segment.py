@@ -37,18 +37,6 @@ OUTPUTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def _labelled(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("segment") / "section S"
-    return write_section(directory, true_labels(), np.random.default_rng(0))
-
-
-@pytest.fixture
-def labelled(_labelled, tmp_path):
-    """A fresh copy of a finished section of three regions."""
-    return shutil.copytree(_labelled, tmp_path / "section S")
-
-
 def run_segment(directory, *options):
     return segment.run(["--directory", str(directory), "--no-plot", *options])
 

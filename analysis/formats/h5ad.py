@@ -68,7 +68,7 @@ def write(source: MapSet, target: Path) -> None:
             },
         }
         put_anndata(file, parts)
-        embedding = mapset.read_embedding(source)
+        embedding = inputs.read_embedding(source.stage, source.tissue.shape)
         dims, where = len(embedding), np.flatnonzero(source.tissue)
         flat, chunks = embedding.reshape(dims, -1), (chunks[0], dims)
         latent = new_array(file["obsm"], "X_histex", (n, dims), np.float32, chunks=chunks, **packed)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import utils
 from analysis import inputs
-from analysis.formats.mapset import MapSet, each_map, in_mask, read_embedding
+from analysis.formats.mapset import MapSet, each_map, in_mask
 
 SMALL_MASK = "mask-small.png"
 LARGE_WRITE_BYTES = 2**16  # what the pickler writes in one piece is pixels, no names
@@ -38,7 +38,8 @@ def write(source: MapSet, target: Path) -> None:
     (target / utils.MAPS.name).mkdir(parents=True)
     for name, image in zip(names, each_map(source), strict=True):
         write_pickle(target / utils.MAPS.name / f"{name}.pickle", image)
-    write_pickle(target / utils.EMBEDDINGS.name, {"cls": read_embedding(source)})
+    embedding = inputs.read_embedding(source.stage, source.tissue.shape)
+    write_pickle(target / utils.EMBEDDINGS.name, {"cls": embedding})
     Image.fromarray(in_mask(source).astype(np.uint8) * 255).save(target / SMALL_MASK)
     he = stage.path(utils.HE)
     shutil.copyfile(he, target / he.name)

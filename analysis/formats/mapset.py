@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import utils
 from analysis import files, inputs
-from reading import images, pickles
+from reading import images
 
 LABELS = {  # column of a table of superpixels -> the labels, and the table of their names
     "region": (files.SEGMENTS, files.SEGMENT_TABLE),
@@ -79,16 +79,6 @@ def each_map(source: MapSet, desc: str = "genes") -> Iterator[np.ndarray]:
                 f"The maps were changed. Run: {source.stage.command(utils.HISTEX)}",
             )
         yield image.astype(np.float32, copy=False)
-
-
-def read_embedding(source: MapSet) -> np.ndarray:
-    """Latent maps float32 (dims, rows, columns)."""
-    path = source.stage.path(utils.EMBEDDINGS)
-    content = pickles.read_pickle(path)
-    found = content.get("cls") if isinstance(content, dict) else None
-    if not isinstance(found, np.ndarray) or found.shape[1:] != source.tissue.shape:
-        raise source.stage.error(path, f"does not hold {utils.EMBEDDINGS.what}.")
-    return found.astype(np.float32, copy=False)
 
 
 def read_labels(source: MapSet, column: str) -> tuple[np.ndarray, list[str]] | None:

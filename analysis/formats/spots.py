@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 import utils
-from analysis import inputs
 from analysis.formats.mapset import MapSet, each_map
-from analysis.spots import disc_weights, on_tissue, sum_discs
+from analysis.regions import centres_of, discs_of
+from analysis.spots import sum_discs
 from reading import tables
 
 SPOT_SUPERPIXELS = 100  # of Visium, there is less than one spot in so many
@@ -22,11 +22,9 @@ def bytes_needed(source: MapSet) -> int:
 
 
 def write(source: MapSet, target: Path) -> None:
-    stage, shape = source.stage, source.tissue.shape
+    stage = source.stage
     locs = tables.read_locs(stage, stage.path(utils.LOCS))
-    radius = inputs.read_radius(stage.directory)
-    discs = disc_weights(locs[["y", "x"]].to_numpy() / utils.TOKEN_PX, radius, shape)
-    kept = on_tissue(discs, np.where(source.tissue, 0.0, np.nan), radius)
+    discs, kept = discs_of(stage, centres_of(locs), source.tissue)
     if not kept.any():
         raise stage.error(stage.path(utils.LOCS), "has no spot on the tissue of the maps.")
     print(f"{kept.sum()} of {len(locs)} spots lie on the tissue")
