@@ -37,6 +37,7 @@ Writes  cells.csv.gz and its record, cells.json.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def build_parser() -> cli.Parser:
     )
     folder_help = "Folder for the results (default: the folder of the sample)."
     option("--output", dest="folder", metavar="FOLDER", type=Path, help=folder_help)
+    option("--no-plot", action="store_true", help=argparse.SUPPRESS)  # taken before, drew nothing
     return parser
 
 
