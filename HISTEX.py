@@ -469,13 +469,14 @@ def train_state(
     if (predicted := states.read_state(folder, key, network, shape)) is not None:
         print(f"state {index}: taken from {folder.name}, nothing it was trained on has changed")
         return states.State(network, split, predicted)
-    if changed := key.change_since(folder):
-        print(f"state {index}: trained anew, since {changed}")
 
     progress, checkpoint = training.start(network), states.Checkpoint(folder, key)
     if (saved := checkpoint.read()) is not None:
         progress.restore(saved)
         print(f"state {index}: goes on after epoch {len(progress.history)}")
+    elif changed := key.change_since(folder):
+        print(f"state {index}: trained anew, since {changed}")
+
     saved_at, n_done = 0.0, len(progress.history)
     bar = tqdm(total=training.epochs, initial=n_done, desc=f"state {index}", disable=None)
     while n_done < training.epochs and not (

@@ -37,6 +37,7 @@ Writes  cells.csv.gz and its record, cells.json.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def build_parser() -> cli.Parser:
         help="By area, or all counts to the cells in a superpixel.",
     )
     files.add_output(parser, pictures=False)
+    option("--no-plot", action="store_true", help=argparse.SUPPRESS)  # taken before, drew nothing
     return parser
 
 

@@ -134,7 +134,10 @@ def key_of(
         # through JSON, since that is how the key of an earlier run comes back
         training=json.loads(json.dumps(described(training))),
         inputs={name: known["sha256"] for name, known in inputs.items()},
-        code={path.name: utils.hash_of([path]) for path in sorted(paths)},
+        code={
+            name: utils.hash_of(path for path in paths if path.name == name)
+            for name in sorted({path.name for path in paths})  # two files may be of one name
+        },
         machine={"device": device.type, "torch": torch.__version__},
     )
 

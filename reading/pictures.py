@@ -30,6 +30,7 @@ for _kind in ("Jpeg", "Png", "Tiff"):
     pyvips.operation_block_set(f"VipsForeignLoad{_kind}", False)
 
 COLOURS = {"srgb": 3, "rgb16": 3, "b-w": 1, "grey16": 1, "cmyk": 4}  # channels without alpha
+DARK = 2**13  # of 65535: 12-bit cameras write values below it
 SRGB_TOLERANCE = 2  # levels: profiles that call themselves sRGB differ by as much
 JPEG_END = b"\xff\xd9"
 TAIL_BYTES = 2**16  # of a PNG, where a writer may put what it did not know before the pixels
@@ -108,7 +109,7 @@ def orientation(image: pyvips.Image, path: Path) -> int:
 
 
 def check(image: pyvips.Image, path: Path) -> None:
-    """Raise Misfit if the header tells that the pixels would mislead."""
+    """Raise Misfit if the pixels would mislead, by the header and, of 16 bits, by the values."""
     if (turned := orientation(image, path)) != 1:
         raise Misfit(
             f"has EXIF orientation {turned}, so viewers turn it; expected 1 or none: spots refer "
@@ -123,6 +124,11 @@ def check(image: pyvips.Image, path: Path) -> None:
         raise Misfit(
             f"has {image.bands} channels of kind {image.interpretation}; expected RGB, grey or "
             f"CMYK, each with or without alpha."
+        )
+    if image.format == "ushort" and (top := open_picture(path).max()) < DARK:
+        raise Misfit(
+            f"has 16 bits a channel, but no value above {top:.0f}: it would come out nearly black.",
+            "Save it so that white is 65535, or as 8-bit RGB.",
         )
     for number in range(1, fact(image, "n-pages", 1)):
         page = pyvips.Image.tiffload(str(path), page=number, unlimited=True)

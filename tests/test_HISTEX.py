@@ -486,6 +486,19 @@ def test_every_field_of_a_training_and_every_source_file_is_in_its_key():
     assert other.code.keys() == {"HISTEX.py", "network.py", "test_HISTEX.py"}
 
 
+def test_two_source_files_of_one_name_are_both_in_the_key(tmp_path):
+    files = [tmp_path / folder / "network.py" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("width = 1")
+    training = HISTEX.Training(HISTEX.PRESETS["default"])
+    seen = [states.key_of(training, files, {}, CPU).hash]
+    for file in files:
+        file.write_text("width = 2")
+        seen.append(states.key_of(training, files, {}, CPU).hash)
+    assert len(set(seen)) == 3
+
+
 class Constant(Network):
     """A network of our own: every superpixel has the expression of its context, scaled."""
 

@@ -492,3 +492,8 @@ def test_other_errors(section, tmp_path, capsys):
     (section / "image_calibration.json").write_text(json.dumps(record))
     assert run_cells(section, tmp_path / "cells.npy")[0] == 2
     assert "does not tell the sizes" in capsys.readouterr().err
+
+
+def test_no_plot_is_taken_as_before():
+    given = ["--directory", "a", "--masks", "b.tif", "--no-plot"]
+    assert cells.build_parser().parse_args(given).no_plot

@@ -643,6 +643,7 @@ BAD_IMAGES = {
     "half": ("tif", lambda: tiff(SECTION.astype(np.float16), photometric="rgb"), "kind float"),
     "32 bit": ("tif", lambda: tiff(SECTION.astype(np.uint32), photometric="rgb"), "kind uint"),
     "signed": ("tif", lambda: tiff(SECTION.astype(np.int16), photometric="rgb"), "kind short"),
+    "12 bit in 16": ("tif", lambda: tiff(WIDE // 16, photometric="rgb"), "no value above 40"),
     "five channels": ("tif", five_channels, "5 channels"),
     "planar tiles": (
         "tif",
