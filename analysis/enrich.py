@@ -327,7 +327,8 @@ def read_lists(stage: utils.Stage) -> list[GeneList]:
     markers, patterns = (read_findings(stage, table, spots.genes) for table in (MARKERS, PATTERNS))
     if markers is None and patterns is None:
         raise utils.StageError(
-            f"Neither {MARKERS.name} nor {PATTERNS.name} is in {args.tables or stage.directory}.",
+            f"Neither {MARKERS.name} nor {PATTERNS.name} in {args.tables or stage.directory} names "
+            f"any gene, or they are missing.",
             f"Run: {stage.command(MARKERS.made_by)} and {stage.command(PATTERNS.made_by)}",
         )
     counted = spots.genes[np.asarray(spots.counts.sum(axis=0)).ravel() > 0]
