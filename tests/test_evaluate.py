@@ -863,7 +863,7 @@ def test_a_stage_that_fails_is_named_with_its_message(finished):
     with pytest.raises(utils.StageError) as stop:
         holdout.run_script("get_HR.py", finished, ["--n-genes", "0"])
     assert "get_HR.py ended with 2" in str(stop.value)
-    assert "must be 1 or more" in str(stop.value)
+    assert "is not a whole number of 1 or more" in str(stop.value)
 
 
 def test_a_failing_fold_leaves_nothing_behind(finished, monkeypatch, capsys):
