@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import utils
+from writing import progress
 
 
 def sample_directory(text: str) -> Path:
@@ -209,10 +210,10 @@ def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) 
     """0 if ``work()`` ends well; else print one message and return the code: see above."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A console that cannot show a gene name must not stop us
-            stream.reconfigure(errors="replace")
+            # A console that cannot show a gene name must not stop us; a log is read as it grows
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
-        with _signals():
+        with _signals(), progress.spoken(Path(sys.argv[0]).name):
             work()
     except utils.StageError as error:
         return _say(f"error: {error}", 2)
