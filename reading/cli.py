@@ -247,6 +247,11 @@ def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
+def send_again() -> None:
+    """Have a Ctrl-C that came where nothing can be raised come once more, a little later."""
+    threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM raise, so that partial files are removed; none of them gets lost.
@@ -261,7 +266,7 @@ def _signals() -> Iterator[None]:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             hook(dropped)
         else:
-            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
+            send_again()
 
     hook, sys.unraisablehook = sys.unraisablehook, again
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
