@@ -672,7 +672,7 @@ def main(stage: utils.Stage) -> None:
     if args.uncertainty:
         facts["coverage_of_90"] = report_coverage(stage, found["coverage"])
     # Nothing is up to date where a state is missing: to remove one means to train it anew
-    parts = [f"{utils.STATES.name}/{index:02d}" for index in range(args.n_states)]
+    parts = [f"{utils.STATES.name}/{i:02d}/model.json" for i in range(args.n_states)]
     stage.finish(seed=args.seed, device=str(device), parts=parts, **facts, **seconds)
 
 

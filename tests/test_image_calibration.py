@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import struct
 import zlib
 from pathlib import Path
@@ -574,7 +575,8 @@ def refused(directory, capsys, *words, options=()) -> None:
     assert calibrate(directory, *options) == 2
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     message = capsys.readouterr().err
-    for word in (*words, f'python image_calibration.py --directory "{directory}"'):
+    quoted = shlex.quote(str(directory))
+    for word in (*words, f"python image_calibration.py --directory {quoted}"):
         assert word in message, message
 
 
