@@ -25,8 +25,16 @@ from scipy import sparse
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import images
-from prepare.section import CountedTruth, PreparedSection, SpotFit, check_fit, draw_check
+from prepare.section import (
+    CountedTruth,
+    PreparedSection,
+    SpotFit,
+    check_fit,
+    draw_check,
+    without_strays,
+)
 from reading import cli
+from reading.genes import spoilt_by_excel
 
 RAW = (utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW, utils.CNTS, utils.RADIUS_RAW)
 TRUTH = utils.Artifact(
@@ -60,6 +68,9 @@ def guard_sample(stage: utils.Stage) -> None:
 def write_sample(stage: utils.Stage, section: PreparedSection) -> SpotFit:
     """Check the section, then write all files of the sample: all of them, or none."""
     fit = check_fit(section)
+    section = without_strays(section)
+    if spoilt := spoilt_by_excel(section.genes):
+        stage.warn(f"the counts name {spoilt}")
     writers = plan_files(section, fit)
     stage.guard(*writers)
     for path in section.sources:

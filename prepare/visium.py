@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
@@ -46,6 +45,7 @@ import numpy as np
 import pandas as pd
 
 from prepare import lattice, sample, section, tenx
+from reading import plain, tables
 
 POSITIONS = (  # the newest layout first
     "tissue_positions.csv", "tissue_positions.csv.gz", "tissue_positions.parquet",
@@ -76,9 +76,11 @@ def find_outs(path: Path) -> Path:
 
 def read_positions(path: Path) -> pd.DataFrame:
     """Index barcode; in_tissue (bool), array_row, array_col, x, y (px of full resolution)."""
-    table = section.read_numbers(path, read_table, tenx.COLUMNS, text=["barcode"])
+    table = section.read_numbers(
+        path, read_table, tenx.COLUMNS, text=["barcode"], flags=["in_tissue"]
+    )
     if repeated := utils.duplicates(table["barcode"]):
-        raise utils.broken(path, f"lists the barcodes {utils.some(repeated)} more than once.")
+        raise section.unfit(path, f"lists the barcodes {utils.some(repeated)} more than once.")
     table = table.set_index(pd.Index(table.pop("barcode").astype(str), name=None))
     table = table.rename(columns={tenx.COLUMNS[4]: "y", tenx.COLUMNS[5]: "x"})
     return table.assign(in_tissue=table["in_tissue"] > 0)
@@ -89,16 +91,14 @@ def read_table(path: Path) -> pd.DataFrame:
     with path.open("rb") as file:
         if file.read(4) == b"PAR1":
             return pd.read_parquet(path)
-    reading: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    first = pd.read_csv(path, header=None, nrows=1, **reading).iloc[0].str.strip()
-    if "in_tissue" in first.tolist():
-        table = pd.read_csv(path, **reading)
-        return table.rename(columns=str.strip)
-    if len(first) != len(tenx.COLUMNS) or not first.iloc[1:].map(utils.is_number).all():
-        raise ValueError(
+    first, *others = tables.read_rows(path)
+    if "in_tissue" in first:
+        return pd.DataFrame(others, columns=first, dtype=object)
+    if len(first) != len(tenx.COLUMNS) or not all(map(utils.is_number, first[2:])):
+        raise plain.Unfit(
             f"its first line is {','.join(first)[:80]!r}; expected {','.join(tenx.COLUMNS)}"
         )
-    return pd.read_csv(path, header=None, names=list(tenx.COLUMNS), **reading)
+    return pd.DataFrame([first, *others], columns=list(tenx.COLUMNS), dtype=object)
 
 
 # -------------------------------------------------------------------------------------------------

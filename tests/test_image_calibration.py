@@ -871,17 +871,23 @@ def test_a_pitch_of_another_platform_is_a_warning(sample, capsys):
     assert "a factor of 2.0" in printed
 
 
-def test_up_to_one_percent_may_be_outside(sample, capsys):
+def test_up_to_five_percent_may_be_outside_and_are_left_out(sample, capsys):
+    """As prepare/ has it: what that accepts must not be refused here."""
     xy = hexagonal_spots((440, 660), 30.0, 20.0)[:200]
-    xy[:2] += 5000
+    xy[:10] += 5000
     table = pd.DataFrame(xy, columns=["x", "y"]).rename(index="s{}".format)
     table.to_csv(sample / "locs-raw.csv")
     assert calibrate(sample) == 0
-    assert "198 of 200 (99.0%)" in capsys.readouterr().out
-    table.iloc[2] += 5000
+    printed = capsys.readouterr().out
+    assert "190 of 200 (95.0%)" in printed
+    assert "note: 10 spots off the image are left out: s0, s1, s2, s3, s4, ..." in printed
+    assert pd.read_csv(sample / "locs.csv", index_col=0).index.tolist() == table.index[10:].tolist()
+    record = json.loads((sample / "image_calibration.json").read_text())
+    assert (record["spots"], record["spots_inside"]) == (200, 190)
+    table.iloc[10] += 5000
     table.to_csv(sample / "locs-raw.csv")
     (sample / "image_calibration.json").unlink()
-    words = ("puts 3 of 200 spots outside", "660 columns and 440 rows", "another image")
+    words = ("puts 11 of 200 spots outside", "660 columns and 440 rows", "another image")
     refused(sample, capsys, "locs-raw.csv", *words)
 
 

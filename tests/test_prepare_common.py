@@ -383,6 +383,59 @@ def test_five_percent_of_the_spots_may_miss_the_image(tmp_path):
                 sections.check_fit(moved)
 
 
+def test_spots_off_the_image_are_left_out_with_a_note(tmp_path):
+    """And image_calibration.py takes what is written."""
+    section, counts = make_section(tmp_path)
+    locs = section.locs.copy()
+    locs.iloc[0, 0] = -0.5
+    section, _ = make_section(tmp_path, locs=locs, off_tissue=locs)
+    write_sample(tmp_path / "sample", section)
+    written = pd.read_csv(tmp_path / "sample" / "locs-raw.csv", index_col=0)
+    assert written.index.tolist() == locs.index[1:].tolist()
+    table = pd.read_csv(tmp_path / "sample" / "cnts.csv.gz", index_col=0, keep_default_na=False)
+    np.testing.assert_array_equal(table.to_numpy(), counts[1:])
+    record = json.loads((tmp_path / "sample" / "prepare.json").read_text())
+    assert record["spots"] == record["spots_on_image"] + 1 == len(locs)
+    assert record["notes"] == ["1 spots in tissue lie off the image and are left out: s0-1"]
+    assert run("image_calibration.py", tmp_path / "sample") == 0
+
+
+def test_55_counts_beyond_reason_are_refused_with_the_number(tmp_path):
+    _, counts = make_section(tmp_path)
+    counts = counts.astype(float)
+    counts[3, 2] = 1e9
+    make_section(tmp_path, counts=counts, spots=None)
+    counts[3, 2] = 3e36
+    with pytest.raises(utils.StageError, match=r"run up to 3e\+36; .* at most 1e\+09"):
+        make_section(tmp_path, counts=counts, spots=None)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_46_names_that_hold_the_end_of_a_line_are_refused(tmp_path, end):
+    genes = [*GENES[:3], f"A{end}B"]
+    with pytest.raises(utils.StageError, match="hold the end of a line"):
+        make_section(tmp_path, genes=genes)
+
+
+def test_names_that_excel_makes_of_genes_are_said(tmp_path):
+    section, _ = make_section(tmp_path, genes=[*GENES[:3], "1-Mar"])
+    write_sample(tmp_path / "sample", section)
+    record = json.loads((tmp_path / "sample" / "prepare.json").read_text())
+    assert record["warnings"][0].startswith("the counts name 1-Mar: a date or a number that Excel")
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["A", "B", "A", "A"], ["A", "B", "A.1", "A.2"]),
+        (["A", "A.1", "A"], ["A", "A.1", "A.2"]),
+        (["", "", "A"], ["", ".1", "A"]),
+    ],
+)
+def test_columns_of_one_name_are_numbered(names, wanted):
+    assert sections.numbered(names) == wanted
+
+
 def test_swapped_axes_are_recognised(tmp_path):
     section, _ = make_section(tmp_path)
     swapped = section.locs.rename(columns={"x": "y", "y": "x"})
