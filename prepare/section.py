@@ -184,7 +184,7 @@ def read_numbers(
     if table.empty:
         raise unfit(path, "is empty: it has no row.")
     wanted += [name for name in optional if name in table]
-    found = {}
+    found: dict[str, Any] = {}
     for name in wanted:
         if name in text:
             found[name] = table[name]
@@ -195,23 +195,28 @@ def read_numbers(
     return pd.DataFrame(found)
 
 
-def as_numbers(column: pd.Series, path: Path, expected: str = "a number") -> np.ndarray:
-    """A column of a table as finite float64 (N,); StageError with the first cell that is none."""
+def as_numbers(
+    column: pd.Series, path: Path, expected: str = "a number", above: int = 0
+) -> np.ndarray:
+    """A column of a table as finite float64 (N,); StageError with the first cell that is none.
+
+    ``above`` are the data rows of the file before those of the column.
+    """
     values = pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
     for row in np.flatnonzero(~np.isfinite(values))[:1]:
         cell = str(column.iloc[row])
         raise unfit(
             path,
-            f"holds {cell!r} in column {column.name}, data row {row + 1}; expected {expected}"
-            f"{tables.point(cell)}.",
+            f"holds {cell!r} in column {column.name}, data row {above + row + 1}; expected "
+            f"{expected}{tables.point(cell)}.",
         )
     return values
 
 
-def as_flags(column: pd.Series, path: Path) -> np.ndarray:
+def as_flags(column: pd.Series, path: Path, above: int = 0) -> np.ndarray:
     """A column of 1 and 0, or of TRUE and FALSE, yes and no, in any case, as bool (N,)."""
     values = column.map(lambda cell: FLAGS.get(str(cell).strip().casefold(), cell))
-    return as_numbers(values, path, "1 or 0, TRUE or FALSE") > 0
+    return as_numbers(values, path, "1 or 0, TRUE or FALSE", above) > 0
 
 
 def first_of(folder: Path, names: Sequence[str], remedy: str) -> Path:

@@ -60,13 +60,9 @@ MAX_STRANGERS = 0.05  # share of the filtered barcodes without tissue: else from
 def find_outs(path: Path) -> Path:
     """The outs folder itself, or the one within the folder of a run."""
     for folder in (path, path / "outs"):
+        tenx.refuse_other_outputs(folder)
         if (folder / "spatial").is_dir():
             return folder
-        if (folder / "binned_outputs").is_dir():
-            raise utils.StageError(
-                f"{folder} holds binned_outputs: it is of Visium HD.",
-                f"Run: python prepare/visium_hd.py --outs {folder} --image FULLRES --directory DIR",
-            )
     found = "has no folder spatial" if path.is_dir() else "is no folder"
     raise utils.StageError(
         f"{path} {found}.",

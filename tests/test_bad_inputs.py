@@ -75,6 +75,12 @@ def gone(*names: str):
     return spoil
 
 
+def packed(directory):
+    path = directory / "cnts.csv"
+    path.with_name("cnts.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+
+
 def cut(name: str, keep: int):
     def spoil(directory):
         path = directory / name
@@ -289,7 +295,7 @@ BAD = [
        f"run: python {CALIBRATION}")
       for value in ("", "0.5 0.5", "0,5", "0", "-0.5", "nan", "inf", "3.72", "55", "0.5 um",
       "1_0")),
-    ("9 not text", text("pixel-size-raw.txt", b"\xff\xfe0\x00"), CALIBRATION, (), ["UTF-8"],
+    ("9 not text", text("pixel-size-raw.txt", b"\xe90\x00"), CALIBRATION, (), ["UTF-8"],
      CALIBRATION),
     # locs-raw
     ("10 no column y", table("locs-raw.csv", lambda t: t.rename(columns={"y": "row"})),
@@ -319,8 +325,8 @@ BAD = [
      CALIBRATION),
     ("11 hires image", table("locs-raw.csv", lambda t: t.astype(float) * 12), CALIBRATION, (),
      ["outside he-raw", "hires or lowres"], CALIBRATION),
-    ("11 negative", cell("locs-raw.csv", 0, "x", "-3"), CALIBRATION, (), ["1 of 22 spots outside"],
-     CALIBRATION),
+    ("11 negative", many(*[cell("locs-raw.csv", i, "x", "-3") for i in (0, 7)]), CALIBRATION, (),
+     ["2 of 22 spots outside"], CALIBRATION),
     # cnts
     ("12 a spot without counts", table("cnts.csv", lambda t: t.drop("spot007")), HR, (),
      ["cnts.csv", "no counts for 1 of", "22", "spot007"], f"run: python {HR}"),
@@ -331,9 +337,8 @@ BAD = [
     ("13 only a header", text("cnts.csv", "id,A,B\n"), HR, (), ["no spot"], HR),
     ("13 not text", text("cnts.csv", b"\x80\x81,\xff\n\x00"), HR, (), ["cnts.csv",
      "cannot be read"], HR),
-    ("13 gz cut", lambda d: (d / "cnts.csv").rename(d / "cnts.csv.gz") and cut("cnts.csv.gz",
-     99)(d), HR,
-     (), ["cnts.csv.gz", "cannot be read"], HR),
+    ("13 gz cut", many(packed, cut("cnts.csv.gz", 99)), HR, (), ["cnts.csv.gz", "cannot be read"],
+     HR),
     ("14 negative", cell("cnts.csv", 2, "GENE3", "-1"), HR, (),
      ["holds -1", "spot002", "GENE3", "cannot be negative"], HR),
     ("14 nothing", cell("cnts.csv", 2, "GENE3", ""), HR, (), ["holds ''", "GENE3", "data row 3"],
@@ -396,6 +401,10 @@ BAD = [
     ("22 cut", many(mask(np.random.default_rng(0).integers(0, 2, (28, 42), np.uint8) * 255),
                     cut("mask.png", 150)), MODEL, (), ["mask.png"], MASKING),
     ("22 bomb", text("mask.png", png_header(100_000, 100_000)), MODEL, (), ["mask.png"], MASKING),
+    ("45 sides of 60,000 px", text("mask.png", png_header(60_000, 60_000)), MODEL, (),
+     ["mask.png", "60000 x 60000 px", "expected 42 x 28 px"], MASKING),
+    ("45 a multiple of 1,500", text("mask.png", png_header(63_000, 42_000)), MODEL, (),
+     ["mask.png", "63000 x 42000 px, 1500 a superpixel; one is enough"], "to 42 x 28 px"),
     ("23 a blank slide", array("Histology_rgb.npy", lambda a: np.full_like(a, 250)), MASKING, (),
      ["he.jpg", "shows no tissue", "42 x 28 px"], "HISTEX.py"),
     # the machine

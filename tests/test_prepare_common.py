@@ -111,18 +111,107 @@ def test_mtx_folder_is_read_packed_or_not(tmp_path, matrix, packed):
 def test_old_layouts_without_feature_types_are_read_whole(tmp_path, matrix):
     counts, barcodes, ids, names, _ = matrix
     old = tenx.read_10x_mtx(write_mtx(tmp_path / "m", counts, barcodes, ids, names))
-    path = tmp_path / "v2.h5"
-    with h5py.File(path, "w") as file:
-        group, csr = file.create_group("GRCh38"), sparse.csr_array(counts)
-        group["shape"] = np.array(csr.shape[::-1])
-        group["data"], group["indices"], group["indptr"] = csr.data, csr.indices, csr.indptr
-        group["barcodes"] = np.array(barcodes, "S")
-        group["genes"], group["gene_names"] = np.array(ids, "S"), np.array(names, "S")
+    path = write_genomes(tmp_path / "v2.h5", {"GRCh38": (counts, barcodes, ids, names)})
     for read, found_barcodes, features in (old, tenx.read_10x_h5(path)):
         np.testing.assert_array_equal(read.toarray(), counts)
         assert found_barcodes == barcodes
         assert features["id"].tolist() == ids
         assert features.attrs["dropped"] == {}
+
+
+def write_genomes(path, read):
+    """A group a genome, as Cell Ranger 2 has it; read: genome -> counts, barcodes, ids, names."""
+    with h5py.File(path, "w") as file:
+        for genome, (counts, barcodes, ids, names) in read.items():
+            group, csr = file.create_group(genome), sparse.csr_array(counts)
+            group["shape"] = np.array(csr.shape[::-1])
+            group["data"], group["indices"], group["indptr"] = csr.data, csr.indices, csr.indptr
+            group["barcodes"] = np.array(barcodes, "S")
+            group["genes"], group["gene_names"] = np.array(ids, "S"), np.array(names, "S")
+    return path
+
+
+def test_two_genomes_of_the_old_layout_are_joined_by_barcode(tmp_path):
+    """Their barcodes differ in part and in order; one gene id is in both."""
+    human = np.array([[1, 2], [3, 0]]), ["a-1", "b-1"], ["ENSG1", "X"], ["ACTB", "TAG"]
+    mouse = np.array([[7, 0], [0, 8]]), ["c-1", "a-1"], ["ENSMUSG1", "X"], ["Actb", "TAG"]
+    path = write_genomes(tmp_path / "m.h5", {"GRCh38": human, "mm10": mouse})
+    counts, barcodes, features = tenx.read_10x_h5(path)
+    assert barcodes == ["a-1", "b-1", "c-1"]
+    assert features["id"].tolist() == ["ENSG1", "GRCh38_X", "ENSMUSG1", "mm10_X"]
+    assert tenx.gene_names(features) == ["ACTB", "GRCh38_TAG", "Actb", "mm10_TAG"]
+    np.testing.assert_array_equal(counts.toarray(), [[1, 2, 0, 8], [3, 0, 0, 0], [0, 0, 7, 0]])
+    notes = tenx.dropped_notes(features)
+    assert notes == ["the matrices of the genomes GRCh38, mm10 are joined by barcode"]
+    with pytest.raises(utils.StageError, match="the genomes GRCh38, mm10 in matrices of their own"):
+        tenx.open_h5(path).__enter__()
+
+
+def test_withdrawn_probes_and_antibodies_are_left_out_and_counted(tmp_path):
+    """By id or by name; a gene whose name only contains the word stays."""
+    ids = ["ENSG1", "DEPRECATED_ENSG2", "ENSG3", "ENSG4", "CD3"]
+    names = ["ACTB", "TBCE", "DEPRECATED_NA", "NOT_DEPRECATED_", "CD3"]
+    types = [*["Gene Expression"] * 4, "Antibody Capture"]
+    counts = np.array([[1, 2, 4, 8, 16], [0, 32, 0, 64, 0]])
+    matrix = counts, ["a-1", "b-1"], ids, names, types
+    folder = write_mtx(tmp_path / "m", *matrix)
+    for read in (tenx.read_10x_h5(write_h5(tmp_path / "m.h5", *matrix)), tenx.read_10x(folder)):
+        np.testing.assert_array_equal(read[0].toarray(), counts[:, [0, 3]])
+        assert tenx.gene_names(read[2]) == ["ACTB", "NOT_DEPRECATED_"]
+        assert tenx.dropped_notes(read[2]) == [
+            "2 features of type DEPRECATED with 38 molecules are left out",
+            "1 features of type Antibody Capture with 16 molecules are left out",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("obs", r"AnnData .*scverse\.py --h5ad"),
+        ("barcode_idx", "molecule_info"),
+        ("feature_slices", "feature_slice"),
+        ("other", "the groups other"),
+    ],
+)
+def test_another_h5_file_is_named(tmp_path, name, words):
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file.create_group(name)
+    with pytest.raises(utils.StageError, match=words) as error:
+        tenx.read_10x_h5(tmp_path / "m.h5")
+    assert "ownload" not in str(error.value)
+
+
+def test_a_matrix_that_its_bytes_cannot_hold_is_refused_from_the_header(tmp_path, matrix):
+    path = write_h5(tmp_path / "m.h5", *matrix)
+    with h5py.File(path, "r+") as file:
+        del file["matrix/data"]
+        file["matrix"].create_dataset("data", (10**12,), np.int32, chunks=(10**6,))
+    with pytest.raises(utils.StageError, match=r"declares 4,000\.0 GB of values"):
+        tenx.read_10x_h5(path)
+
+
+def test_tables_of_a_matrix_as_windows_saves_them(tmp_path, matrix):
+    folder = write_mtx(tmp_path / "m", *matrix, packed=False)
+    for name in ("barcodes.tsv", "features.tsv"):
+        text = (folder / name).read_text().replace("\n", "\r\n")
+        (folder / name).write_bytes(text.encode("utf-8-sig"))
+    assert_same_matrix(tenx.read_10x_mtx(folder), matrix)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_scale_factors_of_any_encoding_are_read(tmp_path, encoding):
+    path = tmp_path / tenx.SCALE_FACTORS
+    path.write_bytes('{"tissue_hires_scalef": 0.25, "spot_diameter_fullres": 9}'.encode(encoding))
+    assert tenx.read_spatial(tmp_path).scales == {"tissue_hires_scalef": 0.25}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "NaN", "Infinity", '""', '"1,5"', "null", "[1]"])
+def test_scale_factors_that_are_none_are_named(tmp_path, value):
+    path = tmp_path / tenx.SCALE_FACTORS
+    path.write_text(f'{{"tissue_hires_scalef": {value}}}')
+    with pytest.raises(utils.StageError, match=r"scalefactors_json\.json (says|holds no)") as error:
+        tenx.read_spatial(tmp_path)
+    assert "ownload" not in str(error.value)
 
 
 def break_indices(file):
