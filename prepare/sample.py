@@ -31,6 +31,7 @@ from prepare.section import (
     SpotFit,
     check_fit,
     draw_check,
+    exchanged_notes,
     without_strays,
 )
 from reading import cli
@@ -68,10 +69,11 @@ def guard_sample(stage: utils.Stage) -> None:
 def write_sample(stage: utils.Stage, section: PreparedSection) -> SpotFit:
     """Check the section, then write all files of the sample: all of them, or none."""
     fit = check_fit(section)
-    section = without_strays(section)
+    section, small = without_strays(section), images.thumbnail(section.image)
+    section.notes += exchanged_notes(section, small)
     if spoilt := spoilt_by_excel(section.genes):
         stage.warn(f"the counts name {spoilt}")
-    writers = plan_files(section, fit)
+    writers = plan_files(section, fit, small)
     stage.guard(*writers)
     for path in section.sources:
         stage.use(path)
@@ -106,16 +108,16 @@ def write_sample(stage: utils.Stage, section: PreparedSection) -> SpotFit:
 
 
 def plan_files(
-    section: PreparedSection, fit: SpotFit
+    section: PreparedSection, fit: SpotFit, small: np.ndarray
 ) -> dict[utils.Artifact, Callable[[Path], object]]:
-    """What writes each file of the sample to a path."""
+    """What writes each file of the sample to a path; ``small`` is a thumbnail of the image."""
     writers: dict[utils.Artifact, Callable[[Path], object]] = {
         utils.HE_RAW: partial(images.write_image, section.image),
         utils.PIXEL_SIZE_RAW: partial(write_text, f"{section.pixel_size_um:.8g}\n"),
         utils.RADIUS_RAW: partial(write_text, f"{section.radius_px:.6g}\n"),
         utils.LOCS_RAW: partial(write_table, section.locs[["x", "y"]], float_format="%.3f"),
         utils.CNTS: partial(write_counts, section),
-        CHECK: partial(draw_check, section, fit),
+        CHECK: partial(draw_check, section, fit, small),
     }
     if section.gene_names is not None:
         text = "".join(f"{gene}\n" for gene in section.gene_names)

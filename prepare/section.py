@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
@@ -34,6 +35,8 @@ from prepare import images
 from reading import plain, tables
 from reading.genes import read_genes
 
+MIN_COLOUR = 8  # levels by which tissue must differ from glass, to tell where it is
+CLEARLY_MORE = 0.25  # share of the spots, by which x and y exchanged must fit the tissue better
 MAX_PITCH_ERROR = 0.05  # relative, between the measured and the expected pitch
 ONE_SECTION = "Give the counts and the spots of one and the same section."
 DAMAGED = (ValueError, OSError, EOFError, KeyError, TypeError, zlib.error)  # by damaged tables
@@ -94,6 +97,10 @@ class PreparedSection:
                     f"The {name} {utils.some(repeated)} occur more than once.",
                     "Mend the source files: ids must be unique.",
                 )
+        if not len(self.locs):
+            raise utils.StageError(
+                "No spot is in tissue.", "See the column in_tissue, or selected, of the positions."
+            )
         order = rows.get_indexer(self.locs.index)
         if (order < 0).any():
             raise utils.StageError(
@@ -422,9 +429,36 @@ def likely_cause(xy: np.ndarray, shape: tuple[int, int], scales: dict[str, float
     return "They belong to another image, or this one was cropped. Give the original image."
 
 
-def draw_check(section: PreparedSection, fit: SpotFit, path: Path) -> None:
+def exchanged_notes(section: PreparedSection, small: np.ndarray) -> list[str]:
+    """A note if the spots would lie on the tissue of the image with x and y exchanged only.
+
+    ``small`` is a thumbnail of the image, uint8 (rows, columns, 3); tissue has more colour than the
+    glass around it. Where tissue fills the image, or has the same shape either way, none can tell.
+    """
+    colour = small.max(axis=2) - small.min(axis=2)
+    tissue = colour > cv2.threshold(colour, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0]
+    if tissue.all() or not tissue.any():
+        return []
+    shape = images.image_shape(section.image)
+    scale = np.array([small.shape[1] / shape[1], small.shape[0] / shape[0]])
+
+    def on_tissue(xy: np.ndarray) -> float:
+        column, row = (xy * scale).astype(int).T
+        found = inside(xy * scale, tissue.shape)
+        return float(tissue[row[found], column[found]].sum() / len(xy))
+
+    as_they_are, exchanged = on_tissue(section.xy), on_tissue(section.xy[:, ::-1])
+    stained = colour[tissue].mean() - colour[~tissue].mean() >= MIN_COLOUR
+    if not stained or exchanged < images.MIN_INSIDE or exchanged - as_they_are < CLEARLY_MORE:
+        return []
+    return [
+        f"{as_they_are:.0%} of the spots lie on coloured tissue, but {exchanged:.0%} would with x "
+        f"and y exchanged: see in check.png that they lie on the tissue; if not, exchange them"
+    ]
+
+
+def draw_check(section: PreparedSection, fit: SpotFit, small: np.ndarray, path: Path) -> None:
     """check.png: the spots on a thumbnail, in and off the tissue and the image, and the numbers."""
-    small = images.thumbnail(section.image)
     shape = images.image_shape(section.image)
     scale = np.array([small.shape[1] / shape[1], small.shape[0] / shape[0]])
     radius = max(section.radius_px * scale.mean(), 1.5)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import itertools
+import re
 from collections.abc import Generator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from reading import genes as gene_names
 from reading import plain
 from utils import Stage, duplicates, is_number, some
 
+SEP = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)  # the line in which Excel names its separator
 BLOCK_CHARACTERS = 2**20  # of a table read at a time
 MAX_COUNT = 1e9  # of a gene in a spot: a whole spot has 1e5 molecules, and no sum overflows yet
 UNREADABLE = (ValueError, csv.Error, *plain.DAMAGED)  # ValueError: Unfit, and what is no UTF-8
@@ -30,7 +32,7 @@ def _lines(path: Path) -> Generator[list[str], None, None]:
         while lines := file.readlines(BLOCK_CHARACTERS):
             if any("\0" in line for line in lines):
                 raise plain.Unfit("it holds zero bytes, as no text does.")
-            yield [line for line in lines if line.strip()]
+            yield [line for line in lines if line.strip() and not SEP.match(line)]
 
 
 def _delimiter(line: str) -> str:
@@ -65,6 +67,11 @@ def _split(lines: list[str], delimiter: str, picked: list[int] | None) -> list[R
     rows = [(name, cells) for name, *cells in csv.reader(lines, delimiter=delimiter)]
     at = range(max(len(cells) for _, cells in rows)) if picked is None else picked
     return [(i, len(c), "\n".join(c[k] for k in at if k < len(c))) for i, c in rows]
+
+
+def shown(names: list[str]) -> str:
+    """Names for a message; one that is empty, as behind the last column of a spreadsheet, shows."""
+    return some([name or "'' (no name)" for name in names])
 
 
 def point(cell: str) -> str:
@@ -109,7 +116,7 @@ def read_table(path: Path, wanted: list[str] | None = None, repeats: bool = Fals
         first = [*next(parts, []), *next(parts, [])]  # a header may fill a part alone
         names, delimiter = _header(first[:2])
         if not repeats and (repeated := duplicates(names)):
-            raise plain.Unfit(f"it names the columns {some(repeated)} more than once.")
+            raise plain.Unfit(f"it names the columns {shown(repeated)} more than once.")
         columns, dtype = (wanted, np.float64) if wanted else (names, np.float32)
         if missing := " and ".join(sorted(set(columns) - set(names))):
             raise plain.Unfit(f"it has the columns {some(names)}; expected a column {missing}.")
@@ -157,7 +164,7 @@ def read_text_table(path: Path) -> pd.DataFrame:
     """A small table as text, its first row the header; see read_rows."""
     header, *rows = read_rows(path)
     if repeated := duplicates(header):
-        raise plain.Unfit(f"it names the columns {some(repeated)} more than once.")
+        raise plain.Unfit(f"it names the columns {shown(repeated)} more than once.")
     return pd.DataFrame(rows, columns=header, dtype=object)
 
 

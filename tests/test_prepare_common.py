@@ -489,6 +489,41 @@ def test_spots_off_the_image_are_left_out_with_a_note(tmp_path):
     assert run("image_calibration.py", tmp_path / "sample") == 0
 
 
+def tissue_of(path, spots, shape=(640, 640)):
+    """Stained discs of 50 px about places (N, 2) on grey glass, as a file."""
+    picture = np.full((*shape, 3), 240, np.uint8)
+    row, col = np.mgrid[: shape[0], : shape[1]]
+    for x, y in spots:
+        picture[np.hypot(col - x, row - y) < 50] = (200, 120, 180)
+    Image.fromarray(picture).save(path)
+    return path
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_spots_that_lie_on_the_tissue_with_x_and_y_exchanged_only_are_noted(tmp_path, exchanged):
+    """Where no array tells: a band of spots on a square image, stained where they lie."""
+    xy = lattice.hexagonal_lattice((50, 60, 560, 300), PITCH)
+    image = tissue_of(tmp_path / "he.png", xy[:, ::-1] if exchanged else xy)
+    locs = pd.DataFrame(xy, [f"s{i}" for i in range(len(xy))], ["x", "y"])
+    counts = sparse.csr_array(np.ones((len(xy), len(GENES))))
+    section, _ = make_section(tmp_path, image=image, locs=locs, counts=counts, spots=None)
+    write_sample(tmp_path / "sample", section)
+    notes = json.loads((tmp_path / "sample" / "prepare.json").read_text())["notes"]
+    assert [("would with x and y exchanged" in note) for note in notes] == [True] * exchanged
+
+
+@pytest.mark.parametrize("stain", [(240, 240, 240), (200, 120, 180)])
+def test_an_image_of_one_colour_does_not_tell_of_exchanged_axes(tmp_path, stain):
+    section, _ = make_section(tmp_path)
+    assert sections.exchanged_notes(section, np.full((500, 640, 3), stain, np.uint8)) == []
+
+
+def test_a_section_without_spots_is_refused(tmp_path):
+    section, _ = make_section(tmp_path)
+    with pytest.raises(utils.StageError, match="No spot is in tissue"):
+        make_section(tmp_path, locs=section.locs[:0])
+
+
 def test_55_counts_beyond_reason_are_refused_with_the_number(tmp_path):
     _, counts = make_section(tmp_path)
     counts = counts.astype(float)
@@ -860,7 +895,8 @@ def test_images_of_many_tiles_are_written_whole(tmp_path, monkeypatch):
 
 def test_check_png_shows_each_spot_in_its_place(tmp_path):
     section, _ = make_section(tmp_path, off_tissue=pd.DataFrame({"x": [600.0], "y": [40.0]}))
-    sections.draw_check(section, sections.check_fit(section), tmp_path / "check.png")
+    small = images.thumbnail(section.image)
+    sections.draw_check(section, sections.check_fit(section), small, tmp_path / "check.png")
     with Image.open(tmp_path / "check.png") as image:
         picture = np.asarray(image.convert("RGB")).astype(int)
     header = picture.shape[0] - 500
