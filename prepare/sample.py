@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -62,7 +61,6 @@ def run(
 
 def guard_sample(stage: utils.Stage) -> None:
     """Refuse to replace files that were not prepared here or were edited since, unless --force."""
-    Image.MAX_IMAGE_PIXELS = utils.MAX_HE_PIXELS
     stage.guard(*RAW, TRUTH, CHECK, *([utils.GENE_NAMES] if stage.args.genes else []))
 
 

@@ -36,6 +36,7 @@ from reading import plain, tables
 from reading.genes import read_genes
 
 MIN_COLOUR = 8  # levels by which tissue must differ from glass, to tell where it is
+MOSTLY = 0.75  # share of the spots that lie on what is coloured most, where the axes are right
 CLEARLY_MORE = 0.25  # share of the spots, by which x and y exchanged must fit the tissue better
 MAX_PITCH_ERROR = 0.05  # relative, between the measured and the expected pitch
 ONE_SECTION = "Give the counts and the spots of one and the same section."
@@ -449,7 +450,7 @@ def exchanged_notes(section: PreparedSection, small: np.ndarray) -> list[str]:
 
     as_they_are, exchanged = on_tissue(section.xy), on_tissue(section.xy[:, ::-1])
     stained = colour[tissue].mean() - colour[~tissue].mean() >= MIN_COLOUR
-    if not stained or exchanged < images.MIN_INSIDE or exchanged - as_they_are < CLEARLY_MORE:
+    if not stained or exchanged < MOSTLY or exchanged - as_they_are < CLEARLY_MORE:
         return []
     return [
         f"{as_they_are:.0%} of the spots lie on coloured tissue, but {exchanged:.0%} would with x "

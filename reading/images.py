@@ -11,20 +11,9 @@ import pyvips
 from PIL import Image
 
 from reading import pictures
-from utils import (
-    HE,
-    MASK,
-    MASKING,
-    MAX_HE_PIXELS,
-    MAX_MEGAPIXELS,
-    TILE_PX,
-    TOKEN_PX,
-    Stage,
-    StageError,
-)
+from utils import HE, MASK, MASKING, MAX_HE_PIXELS, TILE_PX, TOKEN_PX, Stage
 
 Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS  # Pillow's own limit is below the size of a slide
-MASK_ROWS = 64  # of superpixels in mask.png, looked at together
 BLOCK_PX = TILE_PX  # whole rows of blocks of a JPEG, which libvips does not decode twice
 
 
@@ -112,11 +101,9 @@ def grid_shape(stage: Stage) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            check_extent(stage, path, width, height)
-    except StageError:
-        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise stage.error(path, f"is not an image: {error}") from error
+    check_extent(stage, path, width, height)
     if width % TILE_PX or height % TILE_PX:
         raise stage.error(
             path, f"is {width} x {height} px; both sides must be multiples of {TILE_PX} px."
@@ -127,30 +114,23 @@ def grid_shape(stage: Stage) -> tuple[int, int]:
 def read_mask(stage: Stage, shape: tuple[int, int]) -> np.ndarray:
     """Tissue (h, w) bool from mask.png: whatever is not black or transparent, in any image mode.
 
-    The picture has a pixel a superpixel, or a whole multiple of that, which its header tells.
+    The picture has a pixel a superpixel, or a whole multiple of that.
     """
     path = stage.path(MASK)
     try:
         with Image.open(path) as image:
-            times = max(1, image.height // shape[0])
-            if (image.height, image.width) != (shape[0] * times, shape[1] * times):
-                raise stage.error(
-                    path,
-                    f"is {image.width} x {image.height} px; expected {shape[1]} x {shape[0]} px, "
-                    f"one a superpixel (or a whole multiple of that).",
-                )
-            if image.height * image.width > MAX_MEGAPIXELS * 10**6:
-                raise stage.error(
-                    path,
-                    f"is {image.width} x {image.height} px, {times} a superpixel; one is enough.",
-                    f"Shrink it to {shape[1]} x {shape[0]} px.",
-                )
-            bands = range(0, shape[0], MASK_ROWS)
-            tissue = np.concatenate([_painted(image, row, shape, times) for row in bands])
-    except StageError:
-        raise
+            pixels = np.asarray(image.convert("RGBA"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise stage.error(path, f"is not a readable image: {error}") from error
+    painted = (pixels[..., :3] > 0).any(axis=-1) & (pixels[..., 3] > 0)
+    times = max(1, painted.shape[0] // shape[0])
+    if painted.shape != (shape[0] * times, shape[1] * times):
+        raise stage.error(
+            path,
+            f"is {painted.shape[1]} x {painted.shape[0]} px; expected {shape[1]} x {shape[0]} px, "
+            f"one a superpixel (or a whole multiple of that).",
+        )
+    tissue = painted.reshape(shape[0], times, shape[1], times).mean(axis=(1, 3)) >= 0.5
     if not tissue.any():
         raise stage.error(
             path,
@@ -160,12 +140,3 @@ def read_mask(stage: Stage, shape: tuple[int, int]) -> np.ndarray:
     if tissue.all():
         print(f"warning: by {path.name} the whole image is tissue")
     return tissue
-
-
-def _painted(image: Image.Image, row: int, shape: tuple[int, int], times: int) -> np.ndarray:
-    """Tissue in MASK_ROWS rows of superpixels from ``row``: bool (n, w)."""
-    n = min(MASK_ROWS, shape[0] - row)
-    part = image.crop((0, row * times, shape[1] * times, (row + n) * times))
-    pixels = np.asarray(part.convert("RGBA"))
-    painted = (pixels[..., :3] > 0).any(axis=-1) & (pixels[..., 3] > 0)
-    return painted.reshape(n, times, shape[1], times).mean(axis=(1, 3)) >= 0.5

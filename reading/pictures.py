@@ -180,8 +180,10 @@ def to_rgb(image: pyvips.Image, path: Path) -> tuple[pyvips.Image, str]:
 
 def fourth_has_no_meaning(image: pyvips.Image, path: Path) -> bool:
     """True if a TIFF does not say of its fourth channel that it is alpha; libvips would take it."""
+    from PIL.TiffImagePlugin import TiffImageFile  # reads the header of any size, as open does not
+
     if image.get("vips-loader").startswith("tiff"):
-        with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(path) as header:
+        with contextlib.suppress(OSError, SyntaxError, ValueError), TiffImageFile(path) as header:
             return header.mode in ("RGB", "RGBX")
     return False
 

@@ -3,6 +3,8 @@
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pandas as pd
 import pytest
 import pyvips
 import tifffile
-from conftest import REAL_DATA, draw_section, hexagonal_spots, run, run_process
+from conftest import REAL_DATA, ROOT, draw_section, hexagonal_spots, run, run_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFilter, JpegImagePlugin
@@ -889,6 +891,20 @@ def test_up_to_five_percent_may_be_outside_and_are_left_out(sample, capsys):
     (sample / "image_calibration.json").unlink()
     words = ("puts 11 of 200 spots outside", "660 columns and 440 rows", "another image")
     refused(sample, capsys, "locs-raw.csv", *words)
+
+
+def test_a_large_tiff_of_four_channels_is_no_bomb_to_pillow(tmp_path):
+    """20,000 px of sides by its header: Pillow, asked what the fourth one is, must not stop."""
+    path = tmp_path / "four.tif"
+    tifffile.imwrite(path, np.zeros((16, 16, 4), np.uint8), photometric="rgb", extrasamples=[0])
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for name in ("ImageWidth", "ImageLength"):
+            tiff.pages[0].tags[name].overwrite(20_000)
+    code = "import sys, pathlib; from reading import pictures; path = pathlib.Path(sys.argv[1])\n"
+    code += "print(pictures.fourth_has_no_meaning(pictures.pyvips.Image.tiffload(path), path))"
+    command = [sys.executable, "-W", "error", "-c", code, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_swapped_columns_stop_the_run(sample, capsys):

@@ -21,7 +21,7 @@ from scipy.io import mmwrite
 
 import utils
 from method.grid import lattice_pitch
-from prepare import images, lattice, options, sample, tenx, xenium
+from prepare import aligned, images, lattice, options, sample, tenx, xenium
 from prepare import section as sections
 
 PITCH, UM = 80.0, 1.25  # px and um per px: 100 um
@@ -908,6 +908,30 @@ def test_check_png_shows_each_spot_in_its_place(tmp_path):
         )
         assert np.abs(distance.min(1) - 22).max() < 2.6
         assert set(distance.argmin(1)) == set(range(len(xy)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "1,0,3\n0,2,4\n0,0,1\n".encode("utf-8-sig"),
+        b"1;0;3\r\n0;2;4\r\n0;0;1\r\n",
+        "1\t0\t3\r\n0\t2\t4\r\n0\t0\t1".encode("utf-16"),
+    ],
+)
+def test_the_matrix_of_an_alignment_is_read_as_spreadsheets_save_it(tmp_path, content):
+    (tmp_path / "matrix.csv").write_bytes(content)
+    wanted = [[1, 0, 3], [0, 2, 4], [0, 0, 1]]
+    np.testing.assert_array_equal(aligned.read_alignment(tmp_path / "matrix.csv"), wanted)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["1,0,3\n0,2,4\n", "1,0,3\n0,2,4\n0,0\n", "1;0;1,5\n0;2;4\n0;0;1\n", "1,0,3\n,2,4\n0,0,1"],
+)
+def test_what_is_no_matrix_is_named(tmp_path, content):
+    (tmp_path / "matrix.csv").write_text(content)
+    with pytest.raises(utils.StageError, match=r"matrix\.csv (is no matrix|holds)"):
+        aligned.read_alignment(tmp_path / "matrix.csv")
 
 
 def test_a_missing_image_is_named(tmp_path):
