@@ -491,8 +491,8 @@ def rewrite(name, change):
         (lambda f: (f / "he-raw.jpg").unlink(), "he-raw.jpg (image)"),
         (lambda f: (f / "cnts.tsv").write_text("x"), "which is the counts"),
         (rewrite("cnts.csv", np.log1p), "log-transformed"),
-        (rewrite("cnts.csv", lambda t: t.assign(NA="x")), "no whole table of numbers"),
-        (rewrite("locs-raw.csv", lambda t: t.rename(columns={"x": "X"})), "expected x, y"),
+        (rewrite("cnts.csv", lambda t: t.assign(NA="x")), "holds 'x' for spot"),
+        (rewrite("locs-raw.csv", lambda t: t.rename(columns={"x": "X"})), "expected a column x"),
         (rewrite("locs-raw.csv", lambda t: t.rename(index=lambda i: i + "a")), "in common"),
         (
             rewrite(
