@@ -91,8 +91,8 @@ def read_count_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def fit_square_array(spots: pd.DataFrame, path: Path) -> tuple[float, pd.DataFrame]:
-    """(um per pixel, the ideal place of each spot in px) from the array's pitch of 200 um."""
+def fit_square_array(spots: pd.DataFrame, path: Path) -> tuple[lattice.FittedArray, pd.DataFrame]:
+    """(the array with a pitch of 200 um, the ideal place of each spot in px)."""
     lattice_um = spots[["column", "row"]].to_numpy() * utils.LEGACY_PITCH_UM
     fitted = lattice.fit_array(lattice_um, spots[["x", "y"]].to_numpy(), path)
     if fitted.residual_um > MAX_RESIDUAL_UM or fitted.skew > MAX_SKEW:
@@ -103,7 +103,7 @@ def fit_square_array(spots: pd.DataFrame, path: Path) -> tuple[float, pd.DataFra
             f"section?",
         )
     ideal = pd.DataFrame(fitted.place(lattice_um), index=spots.index, columns=["x", "y"])
-    return fitted.pixel_size_um, ideal
+    return fitted, ideal
 
 
 def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -132,7 +132,7 @@ def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str
 def prepare(args: argparse.Namespace) -> section.PreparedSection:
     spots, counts = read_selection(args.spots), read_count_table(args.counts)
     fitted, ideal = fit_square_array(spots, args.spots)
-    size = args.pixel_size or fitted
+    size = args.pixel_size or fitted.pixel_size_um
     selected = spots[spots["selected"]]
     chosen = section.shared_spots(counts, args.counts, selected, args.spots)
     missing = len(selected) - len(chosen)
@@ -148,7 +148,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
     notes = images.check_metadata(
         args.image, size, args.pixel_size is not None, f"--pixel-size {size:.4g}"
     )
-    notes += section.repeated_note(args.counts)
+    notes += [*lattice.mirror_notes(fitted), *section.repeated_note(args.counts)]
     if missing:
         notes.append(f"{missing} selected spots without counts are left out")
     others = spots.drop(chosen)[["x", "y"]]

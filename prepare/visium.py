@@ -45,7 +45,7 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 
-from prepare import sample, section, tenx
+from prepare import lattice, sample, section, tenx
 
 POSITIONS = (  # the newest layout first
     "tissue_positions.csv", "tissue_positions.csv.gz", "tissue_positions.parquet",
@@ -128,16 +128,12 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
     matrix_path = tenx.find_matrix(outs)
     positions = read_positions(positions_path)
     fitted = tenx.fit_visium_array(positions, positions_path)
-    mirrored = bool(np.linalg.det(fitted.axes) < 0)
     places, in_tissue = positions[["x", "y"]], positions["in_tissue"]
     written, notes = tenx.choose_image(args, places[in_tissue], fitted.pixel_size_um, spatial)
-    if (spatial.folder / tenx.CYTASSIST_IMAGE).is_file():
+    cytassist = (spatial.folder / tenx.CYTASSIST_IMAGE).is_file()
+    if cytassist:
         notes.append("CytAssist run: coordinates refer to the microscope image, not to its own")
-    elif mirrored:  # with CytAssist it is the rule
-        notes.append(
-            "the array is mirrored in the image: if the image was not, x and y of the positions "
-            "are exchanged"
-        )
+    notes += lattice.mirror_notes(fitted, from_the_back=cytassist)
     counts, barcodes, features = tenx.read_10x(matrix_path)
     spots, joined = join_tissue(positions, barcodes, positions_path)
     genes = tenx.gene_names(features)
@@ -156,7 +152,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         facts={
             "full_resolution_um_per_px": fitted.pixel_size_um,
             "array_turned_degrees": round(float(np.degrees(np.arctan2(*fitted.axes[0, ::-1]))), 3),
-            "array_mirrored": mirrored,
+            "array_mirrored": fitted.mirrored,
         },
         notes=[*notes, *joined, *tenx.dropped_notes(features)],
     )

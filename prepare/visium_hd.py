@@ -416,6 +416,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
             f"{where['all']:,.0f} molecules; {where['bins not in tissue']:,.0f} are of bins off "
             f"the tissue, {where['off the image']:,.0f} off the image"
         )
+    notes += lattice.mirror_notes(bins.array, from_the_back=True)  # HD is CytAssist always
     if size_um > 2:
         notes.append(f"bins of {size_um:g} um: pseudo-spots are coarser than from {BIN_FOLDERS[0]}")
     if dropped := matrix.features.attrs["n_dropped"]:
@@ -437,6 +438,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
             "bin_um": size_um,
             "bins": bins.n_all,
             "bins_in_tissue": len(bins.xy),
+            "array_mirrored": bins.array.mirrored,
             "full_resolution_um_per_px": pixel_size,
             "lattice_residual_um": bins.array.residual_um,
             "molecules_of_source": molecules,

@@ -110,8 +110,8 @@ def test_labels_of_a1_are_carried_over(tmp_path):
         (table["x"] - near["new_x"]).abs().lt(1e-3) & (table["y"] - near["new_y"]).abs().lt(1e-3)
     ]
     assert row["label"].tolist() == [labels["label"].iloc[0]]
-    size, _ = legacy_st.fit_square_array(spots, RAW / "A1_selection.tsv")
-    assert size == pytest.approx(200 / 218.36, rel=0.005)
+    fitted, _ = legacy_st.fit_square_array(spots, RAW / "A1_selection.tsv")
+    assert fitted.pixel_size_um == pytest.approx(200 / 218.36, rel=0.005)
 
 
 # ------------------------------------------------------------------------------ written tables
@@ -136,6 +136,17 @@ def test_a_section_is_joined_by_place_on_the_array(tmp_path, degrees):
     record = json.loads((tmp_path / "s" / "prepare.json").read_text())
     assert record["spots"] == 40
     assert record["spots_off_tissue"] == 2
+
+
+def test_pixel_x_and_y_exchanged_are_noted(tables, tmp_path):
+    path = tables / "C1_selection.tsv"
+    table = pd.read_csv(path, sep="\t")
+    exchanged = table.rename(columns={"pixel_x": "pixel_y", "pixel_y": "pixel_x"})
+    exchanged.to_csv(path, sep="\t", index=False)
+    Image.new("RGB", (840, 840), "pink").save(tables / "C1.png")  # a square: all spots fall on it
+    assert prepare(tables, tmp_path / "s") == 0
+    notes = json.loads((tmp_path / "s" / "prepare.json").read_text())["notes"]
+    assert sum("x and y of the positions are exchanged" in note for note in notes) == 1
 
 
 def test_labels_are_joined_by_the_adjusted_coordinates(tables, tmp_path):

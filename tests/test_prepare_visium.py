@@ -168,14 +168,34 @@ def test_pixel_size_holds_at_any_rotation_and_flip(tmp_path, degrees, flip):
     assert read_sample(tmp_path / "sample")[2] == pytest.approx(UM, rel=1e-6)  # unrounded positions
 
 
-@pytest.mark.parametrize(("flip", "cytassist"), [(True, False), (True, True), (False, False)])
+XY_EXCHANGED = {"x": "y", "y": "x"}
+BOTH_WAYS = [(True, False), (True, True), (False, False), (False, True)]
+
+
+@pytest.mark.parametrize(("flip", "cytassist"), BOTH_WAYS)
 def test_a_mirrored_array_is_noted_where_it_is_not_the_rule(tmp_path, flip, cytassist):
     """x and y exchanged look like a mirrored image, and may fall on a square one."""
     outs, _, _ = write_outs(tmp_path, flip=flip, cytassist=cytassist)
     assert prepare(tmp_path, outs) == 0
     record = json.loads((tmp_path / "sample" / "prepare.json").read_text())
     assert record["array_mirrored"] is flip
-    assert any("is mirrored" in note for note in record["notes"]) == (flip and not cytassist)
+    notes = [note for note in record["notes"] if "will be transposed" in note]
+    assert len(notes) == (flip is not cytassist)
+    if notes:
+        assert notes[0].startswith(f"the array is {'' if flip else 'not '}mirrored in the image")
+
+
+def test_x_and_y_exchanged_on_a_square_image_are_noted(tmp_path):
+    """All spots fall on the image, and the pitch is right: only the array tells."""
+    square = (1100, 1100)
+    outs, table, _ = write_outs(tmp_path, centre=(550, 550))
+    write_positions(outs / "spatial", table.reset_index().rename(columns=XY_EXCHANGED), "header")
+    scan = Image.fromarray(picture(square))
+    scan.save(tmp_path / "scan.png")
+    scan.resize((220, 220)).save(outs / "spatial" / "tissue_hires_image.png")
+    assert prepare(tmp_path, outs) == 0
+    notes = json.loads((tmp_path / "sample" / "prepare.json").read_text())["notes"]
+    assert sum("x and y of the positions are exchanged" in note for note in notes) == 1
 
 
 def test_without_the_hires_copy_the_metadata_must_agree(tmp_path, capsys):

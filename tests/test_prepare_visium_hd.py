@@ -388,6 +388,16 @@ def test_hires_image_is_refused_or_scaled(tmp_path, capsys):
     np.testing.assert_allclose(read_truth(tmp_path / "sample")[0], full, atol=1e-3)
 
 
+@pytest.mark.parametrize("flip", [True, False])
+def test_bins_that_lie_as_no_cytassist_puts_them_are_noted(tmp_path, flip):
+    """The arrays of HD are mirrored in the image; with x and y exchanged they are not."""
+    outs, *_ = write_outs(tmp_path, size=16, flip=flip)
+    assert prepare(tmp_path, outs, "--truth-genes", "0") == 0
+    record = json.loads((tmp_path / "sample" / "prepare.json").read_text())
+    assert record["array_mirrored"] is flip
+    assert any("x and y of the positions" in note for note in record["notes"]) is not flip
+
+
 @pytest.mark.skipif(not REAL.is_file(), reason="files in the vendors' formats are not at hand")
 def test_real_positions_of_16_um_bins():
     """A section mirrored in its image; 10x's scale factors for it say 0.27397 um per px."""
