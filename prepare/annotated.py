@@ -10,7 +10,7 @@ import contextlib
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -68,7 +68,6 @@ class Annotated:
 
     path: Path
     root: Any
-    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def ids(self) -> list[str]:
@@ -329,7 +328,10 @@ def open_anndata(path: Path) -> Iterator[Annotated]:
         else:
             root = stack.enter_context(h5py.File(path))
         check_content(path, root)
-        yield Annotated(path, root)
+        data = Annotated(path, root)
+        for table in ("obs", "var"):
+            data.size(table)
+        yield data
 
 
 # -------------------------------------------------------------------------------------------------
@@ -373,12 +375,12 @@ def find_counts(
         values = data.read_matrix(place)
         if whole_counts(values):
             notes = [f"the counts are those of {name}"]
-            notes += [f"not those of{words}" for words in seen]
+            notes += [f"{words}, so that it is passed over" for words in seen]
             return sparse.csr_array(values)[rows], place[1], notes
         seen += describe(values, name)
     raise utils.StageError(
         f"{data.path} holds no raw counts: {utils.some(places) or 'no matrix'} hold fractions or "
-        f"negative numbers, or nothing{f' ({seen[0].strip()})' if seen else ''}.",
+        f"negative numbers, or nothing{f' ({seen[0]})' if seen else ''}.",
         "Give the object before it was normalised, or keep its counts in layers['counts'].",
     )
 
@@ -389,9 +391,9 @@ def describe(values: Any, name: str) -> list[str]:
     if data.dtype.kind != "f" or data.size == 0 or not data.any():
         return []
     if data.min() < 0:
-        return [f" {name} runs from {data.min():.3g} to {data.max():.3g}: scaled, or residuals"]
+        return [f"{name} runs from {data.min():.3g} to {data.max():.3g}: scaled, or residuals"]
     logged = "log-transformed" if data.max() < MAX_LOGARITHM else "normalised"
-    return [f" {name} runs up to {data.max():.3g}: {logged}"]
+    return [f"{name} runs up to {data.max():.3g}: {logged}"]
 
 
 def gene_names(data: Annotated, var: str) -> tuple[list[str], np.ndarray, list[str]]:

@@ -247,8 +247,9 @@ def ask(data: Annotated, problem: str, candidates: pd.DataFrame, spots: Spots) -
     if not telling:
         raise utils.StageError(
             f"{data.path} {problem}. No column of obs tells them apart.",
-            "Give the object of one section, or write the sections' names into "
-            f"obs['library_id'] and choose one by --library NAME. --library {ALL} takes all spots.",
+            "Give the object of one section, or write the sections' names into obs['library_id'] "
+            "and choose one by --library NAME."
+            + ("" if utils.duplicates(spots.ids) else f" --library {ALL} takes all spots."),
         )
     raise utils.StageError(
         f"{data.path} {problem}. Sections may be {shown(telling)}.",

@@ -81,9 +81,9 @@ import numpy as np
 from scipy import sparse
 
 from method.grid import lattice_pitch
-from prepare import images, sample, section, stores, tenx
+from prepare import images, lattice, sample, section, stores, tenx
 from prepare.annotated import describe, keys_of, open_anndata, read_array, whole_counts
-from prepare.libraries import SourceSpots, choose_library, read_places, spots_of
+from prepare.libraries import ARRAY, SourceSpots, choose_library, read_places, spots_of
 
 LOCS_NAMES = ("locs-raw.csv", "locs-raw.tsv", "locs-raw.csv.gz", "locs-raw.tsv.gz")
 OTHER_IMAGE = (
@@ -153,8 +153,8 @@ def read_tables(args: argparse.Namespace) -> SourceSpots:
     locs = section.read_spot_table(locs_path, ["x", "y"])
     if not whole_counts(counts.to_numpy()):
         raise utils.StageError(
-            f"{counts_path} holds fractions or negative numbers;"
-            f"{''.join(describe(counts.to_numpy(), 'it'))}; expected raw counts.",
+            f"{counts_path} holds fractions or negative numbers; expected raw counts. "
+            + "".join(describe(counts.to_numpy(), "It")),
             "Give the counts before they were normalised.",
         )
     shared = section.shared_spots(counts, counts_path, locs, locs_path)
@@ -177,14 +177,35 @@ def read_tables(args: argparse.Namespace) -> SourceSpots:
 # -------------------------------------------------------------------------------------------------
 # the section
 # -------------------------------------------------------------------------------------------------
-def pixel_size(args: argparse.Namespace, spots: SourceSpots, path: Path) -> float:
+def fit_array(
+    args: argparse.Namespace, spots: SourceSpots, path: Path
+) -> tuple[lattice.FittedArray | None, list[str]]:
+    """Visium's array, where array_row and array_col are known, and notes. It must fit, unless the
+    pixel size is known without it."""
+    if not set(ARRAY) <= set(spots.places) or args.pitch_um != utils.VISIUM_PITCH_UM:
+        return None, []
+    known = spots.places.dropna()
+    notes = []
+    if unknown := len(spots.places) - len(known):
+        notes.append(f"{unknown} spots have no {' or '.join(ARRAY)}; the others tell the array")
+    try:
+        fitted = tenx.fit_visium_array(known, path) if len(known) else None
+    except utils.StageError as error:
+        if not (args.pixel_size or spots.pixel_size_um):
+            raise
+        return None, [*notes, f"the pixel size is taken as given, but {str(error).splitlines()[0]}"]
+    return fitted, notes if fitted is None else [*notes, *lattice.mirror_notes(fitted, None)]
+
+
+def pixel_size(
+    args: argparse.Namespace, spots: SourceSpots, fitted: lattice.FittedArray | None
+) -> float:
     """um per px of the image: as given, by the array, or by the distances of nearest spots."""
-    known = args.pixel_size or spots.pixel_size_um
-    if known is not None:
-        return known
-    if "array_row" in spots.places and args.pitch_um == utils.VISIUM_PITCH_UM:
-        return tenx.fit_visium_array(spots.places, path).pixel_size_um
-    return args.pitch_um / lattice_pitch(spots.places[["x", "y"]].to_numpy())
+    if known := args.pixel_size or spots.pixel_size_um:
+        return float(known)
+    if fitted is not None:
+        return fitted.pixel_size_um
+    return float(args.pitch_um / lattice_pitch(spots.places[["x", "y"]].to_numpy()))
 
 
 def prepare(args: argparse.Namespace) -> section.PreparedSection:
@@ -199,13 +220,13 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         )
     if not spots.in_tissue.any():
         raise utils.StageError(f"{source} has no spot in tissue.", "See its column in_tissue.")
-    size = pixel_size(args, spots, source)
+    fitted, notes = fit_array(args, spots, source)
+    size = pixel_size(args, spots, fitted)
     places = spots.places[["x", "y"]]
     inside = places[spots.in_tissue]
-    notes = []
     if isinstance(given, Path):
         trusted = "--pixel-size is given" if args.pixel_size else None
-        notes = spots.copies.check_size(given, trusted, OTHER_IMAGE)
+        notes += spots.copies.check_size(given, trusted, OTHER_IMAGE)
         notes += images.check_metadata(given, size, bool(trusted), f"--pixel-size {size:.4g}")
         image, locs, size = images.place_image(given, inside, size, args.crop_um, args.downsample)
     else:
@@ -226,7 +247,10 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         scales=spots.copies.scales,
         notes=spots.notes + notes,
         sources=[*spots.files, given if isinstance(given, Path) else given.path],
-        facts={"source": str(source)},
+        facts={
+            "source": str(source),
+            "array_mirrored": None if fitted is None else fitted.mirrored,
+        },
     )
 
 

@@ -18,7 +18,7 @@ from scipy import sparse
 
 import image_calibration
 import utils
-from prepare import scverse, stores
+from prepare import annotated, libraries, scverse, stores
 
 FORMATS = ROOT / "tests" / "formats"
 
@@ -46,13 +46,20 @@ def image(tmp_path_factory):
 
 def prepare(name, image, tmp_path, *options, archive="anndata.zip") -> int:
     """Prepare one of the objects that anndata wrote."""
-    with zipfile.ZipFile(FORMATS / archive) as packed:
-        packed.extract(f"{name}.h5ad", tmp_path)
-    path = tmp_path / f"{name}.h5ad"
+    path = unpack(name, tmp_path, archive)
     target = tmp_path / "s"
     return scverse.run(
         ["--h5ad", str(path), "--image", str(image), "--directory", str(target), *options]
     )
+
+
+def unpack(name: str, tmp_path: Path, archive: str = "anndata.zip") -> Path:
+    """The .h5ad file of that name, or the .zarr folder if that is part of the name."""
+    name = name if name.endswith(".zarr") else f"{name}.h5ad"
+    with zipfile.ZipFile(FORMATS / archive) as packed:
+        members = [m for m in packed.namelist() if m == name or m.startswith(f"{name}/")]
+        packed.extractall(tmp_path, members)
+    return tmp_path / name
 
 
 def read(target):
@@ -211,6 +218,233 @@ def test_a_section_is_chosen_of_several(image, tmp_path, capsys):
     assert "'P3'" in capsys.readouterr().err
     assert prepare("two_sections", image, tmp_path, "--library", "P1") == 0
     check_sample(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["table_of_places", "seurat_places"])
+def test_places_in_a_table_are_taken_by_the_names_of_its_columns(name, image, tmp_path):
+    """y stands before x in it; Seurat calls them imagerow and imagecol."""
+    assert prepare(name, image, tmp_path) == 0
+    check_sample(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("joined", "P1, P2 (obs['library_id'])"),
+        ("joined_batch", "P1, P2 (obs['batch'])"),
+        ("joined_own_column", "P1, P2 (obs['whose'])"),
+        ("joined_nameless", "No column of obs tells them apart"),
+        ("joined_same_ids", "64 spots have the id of another"),
+    ],
+)
+def test_sections_joined_without_uns_are_told_apart(name, told, image, tmp_path, capsys):
+    assert prepare(name, image, tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "seems to hold several sections" in message
+    assert told in message
+    assert ("--library all" in message) == (name != "joined_same_ids")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_joined_section_is_taken_by_name(image, tmp_path, capsys):
+    assert prepare("joined", image, tmp_path, "--library", "P2") == 0
+    locs, found, _ = read(tmp_path / "s")
+    np.testing.assert_allclose(
+        locs.to_numpy() - np.array([37, 25]), array()[["x", "y"]][4:], atol=6e-4
+    )
+    np.testing.assert_array_equal(found, counts()[4:])
+    assert prepare("joined_own_column", image, tmp_path, "--library", "whose=P1") == 0
+    np.testing.assert_allclose(read(tmp_path / "s")[0], array()[["x", "y"]], atol=6e-4)
+    assert prepare("joined_nameless", image, tmp_path, "--library", "all", "--force") == 0
+    locs, _, record = read(tmp_path / "s")
+    assert len(locs) == 128
+    assert any("all spots are taken" in note for note in record["notes"])
+
+
+def test_pieces_of_one_array_are_one_section(image, tmp_path):
+    """A column called sample has two values, but all spots lie on one array."""
+    assert prepare("one_array", image, tmp_path) == 0
+    check_sample(tmp_path / "s")
+
+
+def spots_at(xy, rows_cols=None):
+    return libraries.Spots(np.arange(len(xy)).astype(object), np.asarray(xy, float), rows_cols)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), pitch=st.floats(5, 300), turn=st.floats(0, 3.2),
+    shift=st.tuples(st.floats(0.1, 0.9), st.floats(0.1, 0.9)), share=st.floats(0.3, 1),
+)  # fmt: skip
+def test_one_lattice_is_told_from_two(seed, pitch, turn, shift, share):
+    """Of any pitch and turn, with holes, and by hand a little off its places."""
+    rng = np.random.default_rng(seed)
+    row, col = np.mgrid[:14, :14]
+    xy = np.column_stack([(col + row % 2 / 2).ravel(), (row * np.sqrt(3) / 2).ravel()])
+    xy = xy[np.hypot(*(xy - xy.mean(0)).T) < 6]
+    xy = xy[rng.permutation(len(xy))[: int(0.8 * len(xy))]]
+    spin = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    one = xy @ spin * pitch
+    assert spots_at(one + rng.normal(0, 0.02 * pitch, one.shape)).several() == ""
+    step = np.array([[1, 0], [0.5, np.sqrt(3) / 2]])
+    other = (xy + np.array(shift) @ step)[: int(share * len(xy))] @ spin * pitch
+    assert spots_at(np.concatenate([one, other])).several()
+
+
+def test_what_has_no_value_is_left_out_and_counted(image, tmp_path):
+    """Nullable columns and categories of anndata 0.12, in HDF5 and in both formats of zarr."""
+    for name in ("without_values", "zarr2.zarr", "zarr3.zarr"):
+        assert prepare(name, image, tmp_path, "--library", "P1") == 0
+        locs, found, record = read(tmp_path / "s")
+        table = array().iloc[4:62]
+        assert locs.index.tolist() == table.index.tolist()
+        np.testing.assert_allclose(locs, table[["x", "y"]], atol=6e-4)
+        np.testing.assert_array_equal(found, counts()[4:62, :3])
+        assert found.columns.tolist() == GENES[:3]
+        assert float((tmp_path / "s" / "pixel-size-raw.txt").read_text()) == pytest.approx(1.25)
+        for note in (
+            "the counts are those of layer 'counts'",
+            "1 features of type no type are left out",
+            "1 spots without a value in in_tissue are left out",
+            "2 spots without a value in obs['section'] are left out",
+            "1 spots have no array_row or array_col; the others tell the array",
+        ):
+            assert note in record["notes"]
+        assert any(n.startswith("X runs up to 8.") and "passed over" in n for n in record["notes"])
+
+
+def test_a_category_without_value_is_not_the_last_one():
+    np.testing.assert_array_equal(
+        annotated.categories_of(["a", "b"], np.array([0, -1, 1], np.int8)), ["a", "", "b"]
+    )
+    for code in (-2, 2):
+        with pytest.raises(ValueError, match="of 2 categories"):
+            annotated.categories_of(["a", "b"], np.array([code]))
+
+
+def test_indices_of_64_bits_are_read(image, tmp_path):
+    assert prepare("wide_indices", image, tmp_path) == 0
+    check_sample(tmp_path / "s")
+
+
+def test_exchanged_x_and_y_are_noted(tmp_path):
+    """On a square image nothing else tells: every spot falls on it, and the lattice fits."""
+    Image.new("RGB", (820, 820), "pink").save(tmp_path / "square.png")
+    assert prepare("exchanged", tmp_path / "square.png", tmp_path) == 0
+    record = read(tmp_path / "s")[2]
+    assert record["array_mirrored"] is True
+    assert any("x and y of the positions are exchanged" in note for note in record["notes"])
+    assert prepare("float", tmp_path / "square.png", tmp_path, "--pixel-size", "1.25") == 0
+    record = read(tmp_path / "s")[2]
+    assert record["array_mirrored"] is False
+    assert not any("positions are exchanged" in note for note in record["notes"])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [(["1", "0", "maybe"], "obs['in_tissue'] holds maybe"), (["TRUE", "FALSE", "true"], "")],
+)
+def test_in_tissue_is_yes_or_no(values, words, image, tmp_path, capsys):
+    path = unpack("float", tmp_path)
+    with h5py.File(path, "r+") as file:
+        del file["obs/in_tissue"]
+        file["obs/in_tissue"] = np.array([values[min(i // 4, 2)] for i in range(64)], "S")
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == (2 if words else 0)
+    assert words in capsys.readouterr().err
+    if not words:
+        assert len(read(tmp_path / "s")[0]) == 60
+
+
+def huge_dense(file):
+    del file["X"]
+    file.create_dataset("X", (10**6, 10**6), "f4", chunks=(1000, 1000))
+    rename(file, 10**6)
+
+
+def huge_sparse(file):
+    """Whole, but for its size: nothing is stored."""
+    del file["X"]
+    group = file.create_group("X")
+    group.attrs["encoding-type"], group.attrs["shape"] = "csr_matrix", (10**6, 10**6)
+    for name, n in (("data", 0), ("indices", 0), ("indptr", 10**6 + 1)):
+        group.create_dataset(name, (n,), "i8", chunks=(1000,) if n else None)
+    rename(file, 10**6)
+
+
+def rename(file, n):
+    """As many rows and columns; the places of none of them are stored."""
+    for table in ("obs", "var"):
+        for name in list(file[table]):
+            del file[table][name]
+        file[table].create_dataset("_index", (n,), h5py.string_dtype(), chunks=(10**6,))
+        file[table].attrs["_index"] = "_index"
+    del file["obsm/spatial"]
+    file["obsm"].create_dataset("spatial", (n, 2), "f8", chunks=(10**6, 2))
+
+
+def huge_names(file):
+    rename(file, 10**10)
+
+
+def huge_places(file):
+    del file["obsm/spatial"]
+    file["obsm"].create_dataset("spatial", (64, 10**11), "f8", chunks=(64, 10**6))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (huge_dense, "1,000,000 spots x 1,000,000 genes"),
+        (huge_sparse, "1,000,000 spots x 1,000,000 genes"),
+        (huge_names, "declares 10,000,000,000 rows of obs"),
+        (huge_places, "GB can be read here"),
+    ],
+)
+def test_what_declares_too_much_is_refused_by_its_header(
+    spoil, words, image, tmp_path, capsys, monkeypatch
+):
+    """The empty names of the million are equal; that comes first otherwise."""
+    monkeypatch.setattr(libraries.Spots, "several", lambda spots: "")
+    path = unpack("float", tmp_path)
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run([*options, "--library", "all"]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert str(path) in message
+
+
+def other_content(name):
+    def spoil(path):
+        path.unlink()
+        with h5py.File(path, "w") as file:
+            file.create_group(name)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (other_content("matrix"), "prepare/visium.py"),
+        (other_content("mod"), "MuData"),
+        (other_content("assays"), "h5Seurat"),
+        (other_content("row_attrs"), ".loom"),
+        (other_content("things"), "holds things, no obs and var"),
+        (lambda p: p.write_bytes(b"PK\3\4 and so on"), "unzip"),
+        (lambda p: p.write_bytes(b"\x1f\x8b and so on"), "gunzip"),
+    ],
+)
+def test_another_format_gets_its_name_and_a_way_out(spoil, words, image, tmp_path, capsys):
+    path = unpack("float", tmp_path)
+    spoil(path)
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert "download" not in message
 
 
 @pytest.mark.parametrize(
