@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from scipy import sparse
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from method.calibration import machine_memory
+from prepare.readable import Refused, readable
 from prepare.section import unique_symbols
 from prepare.tenx import KEPT_TYPE
 
@@ -47,19 +47,6 @@ REWRITE = (
     "Read it with anndata and write it again: anndata.read_h5ad(FILE).write_h5ad(NEW). If anndata "
     "cannot read it either, copy or download it again."
 )
-DAMAGED = (OSError, RuntimeError, EOFError, zlib.error)  # by bytes that cannot be decoded
-UNKNOWN = (
-    KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError, AssertionError,
-    MemoryError,
-)  # fmt: skip
-
-
-class Refused(ValueError):
-    """An element that is not read: what it is, and the way out. See readable()."""
-
-    def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(problem, remedy)
-        self.problem, self.remedy = problem, remedy
 
 
 @dataclass
@@ -297,24 +284,6 @@ def check_content(path: Path, root: Any) -> None:
             "Give the .h5ad file or the .zarr folder that anndata wrote.",
         )
     raise utils.StageError(f"{path} is no AnnData but {found[0]}.", found[1])
-
-
-@contextlib.contextmanager
-def readable(path: Path, what: str, remedy: str) -> Iterator[None]:
-    """Whatever cannot be read becomes a StageError: damaged bytes, or content that is not that of
-    the format (then with ``remedy``). Errors of the system itself (errno) are passed on."""
-    try:
-        yield
-    except utils.StageError:
-        raise
-    except Refused as error:
-        raise utils.StageError(f"{path} {error.problem}", error.remedy) from error
-    except DAMAGED as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise utils.broken(path, f"is no whole {what}: {error!r:.300}") from error
-    except UNKNOWN as error:
-        raise utils.StageError(f"{path} is no {what} as known: {error!r:.300}.", remedy) from error
 
 
 @contextlib.contextmanager

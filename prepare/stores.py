@@ -16,15 +16,14 @@ import utils
 from prepare import scans
 from prepare.annotated import (
     Annotated,
-    Refused,
     check_kind,
     import_zarr,
     open_anndata,
     read_array,
-    readable,
     text_of,
 )
 from prepare.libraries import SourceSpots, Spots, spots_of
+from prepare.readable import Refused, readable
 
 WHOLE_IMAGE = "Give the full-resolution image by --image."
 KINDS = ("tables", "table", "shapes", "points", "images", "labels")  # folders of a store
