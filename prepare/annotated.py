@@ -7,6 +7,7 @@ not needed for it. What has no value (a code of -1, a masked element, NaN) is re
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ def read_array(node: Any) -> Any:
         return found
     raise Refused(
         f"holds {node.name} encoded as {kind or 'nothing known'!r}, which is not read here.",
-        "Write it as a plain or sparse array, or as a column of text, then run the same command.",
+        "Write it as a plain or sparse array or a column of text, or drop it if it is not needed.",
     )
 
 
@@ -239,6 +240,7 @@ def import_zarr() -> ModuleType:
             f"zarr is needed to read SpatialData, but is not there: {error}",
             "Run: python -m pip install -r prepare/requirements.txt",
         ) from error
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what fails in zarr is raised as well
     return zarr
 
 
@@ -333,6 +335,11 @@ def find_counts(
                 "Name one of its layers by --layer.",
             )
         places = {name: places[name]}
+    if not places:
+        raise utils.StageError(
+            f"{data.path} has no matrix: no X, no layers, no raw.",
+            "Give the object with its raw counts.",
+        )
     seen: list[str] = []
     for name, place in places.items():
         if (n := len(rows) * data.size(place[1])) > MAX_VALUES:
@@ -348,7 +355,7 @@ def find_counts(
             return sparse.csr_array(values)[rows], place[1], notes
         seen += describe(values, name)
     raise utils.StageError(
-        f"{data.path} holds no raw counts: {utils.some(places) or 'no matrix'} hold fractions or "
+        f"{data.path} holds no raw counts: {utils.some(places)} hold fractions or "
         f"negative numbers, or nothing{f' ({seen[0]})' if seen else ''}.",
         "Give the object before it was normalised, or keep its counts in layers['counts'].",
     )

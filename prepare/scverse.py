@@ -82,7 +82,15 @@ from scipy import sparse
 
 from method.grid import lattice_pitch
 from prepare import images, lattice, sample, section, stores, tenx
-from prepare.annotated import describe, keys_of, open_anndata, read_array, whole_counts
+from prepare.annotated import (
+    Annotated,
+    describe,
+    keys_of,
+    open_anndata,
+    read_array,
+    shape_of,
+    whole_counts,
+)
 from prepare.libraries import ARRAY, SourceSpots, choose_library, read_places, spots_of
 
 LOCS_NAMES = ("locs-raw.csv", "locs-raw.tsv", "locs-raw.csv.gz", "locs-raw.tsv.gz")
@@ -102,14 +110,25 @@ def read_h5ad(args: argparse.Namespace) -> SourceSpots:
         spots = spots_of(data, rows, xy[rows], args.layer)
         spots.notes += notes
         spots.files = [args.h5ad]
-        factors = f"uns/spatial/{library}/scalefactors"
-        there = keys_of(data.root, factors)
-        for name in (name for name in tenx.SCALES if name in there):
-            spots.copies.scales[name] = float(read_array(data.root[f"{factors}/{name}"]))
-        copies = f"uns/spatial/{library}/images"
-        if "hires" in keys_of(data.root, copies):
-            spots.copies.hires_size = data.root[f"{copies}/hires"].shape[1::-1]
+        spots.copies = read_copies(data, library)
     return spots
+
+
+def read_copies(data: Annotated, library: str | None) -> tenx.SmallerCopies:
+    """What uns["spatial"] says of the hires and lowres copies of the image, as far as it does."""
+    scales, size = {}, None
+    factors, copies = (f"uns/spatial/{library}/{name}" for name in ("scalefactors", "images"))
+    for name in set(tenx.SCALES) & set(keys_of(data.root, factors)):
+        scales[name] = float(read_array(data.root[f"{factors}/{name}"]))
+    if "hires" in keys_of(data.root, copies):
+        size = shape_of(data.root[f"{copies}/hires"])[1::-1]
+    sound = all(np.isfinite(scale) and scale > 0 for scale in scales.values())
+    if not sound or (size is not None and (len(size) != 2 or min(size) < 1)):
+        raise utils.StageError(
+            f"{data.path} says of the copies of the image: scales {scales}, hires of {size} px.",
+            "Mend or delete uns['spatial'], then run the same command.",
+        )
+    return tenx.SmallerCopies(scales, size)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -191,9 +210,14 @@ def fit_array(
     try:
         fitted = tenx.fit_visium_array(known, path) if len(known) else None
     except utils.StageError as error:
-        if not (args.pixel_size or spots.pixel_size_um):
-            raise
-        return None, [*notes, f"the pixel size is taken as given, but {str(error).splitlines()[0]}"]
+        problem = str(error).splitlines()[0]
+        if args.pixel_size or spots.pixel_size_um:
+            return None, [*notes, f"the pixel size is taken as given, but {problem}"]
+        raise utils.StageError(
+            problem,
+            f"Mend {' and '.join(ARRAY)} in obs, or drop both: then the distances between spots "
+            f"tell the pixel size. Or give it by --pixel-size.",
+        ) from error
     return fitted, notes if fitted is None else [*notes, *lattice.mirror_notes(fitted, None)]
 
 

@@ -94,6 +94,8 @@ from prepare import xenium_files as files
 from prepare.aligned import Aligned, check_alignment, check_pixel_size, project, read_placing
 
 SPOT_RADIUS_PX = utils.VISIUM_RADIUS_UM / utils.PIXEL_SIZE_UM
+MAX_CELL_UM = 2000.0  # side of the box around an outline
+FAR_UM = 1e6  # no section is a metre wide
 MARGIN_UM = 50.0  # around the molecules
 TISSUE_WINDOW = 5  # superpixels, 40 um: local density
 TISSUE_SHARE = 0.1  # of the median density; diffused molecules off the tissue are far below
@@ -279,12 +281,24 @@ def outline_shares(cell: np.ndarray, xy: np.ndarray, n: int) -> tuple[grid.Cover
     return found._replace(area=found.area / total[found.polygon]), np.flatnonzero(total == 0)
 
 
+def too_large(cell: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Which vertices (V,) belong to an outline larger than any cell: one vertex far away would
+    have it cover the whole plane. xy (V, 2) in um; cell -1 is none."""
+    low, high = (np.full((cell.max(initial=-1) + 1, 2), fill) for fill in (np.inf, -np.inf))
+    known = cell >= 0
+    np.minimum.at(low, cell[known], xy[known])
+    np.maximum.at(high, cell[known], xy[known])
+    large = ~((high - low <= MAX_CELL_UM) & (np.abs(low) < FAR_UM)).all(axis=1)
+    return known & np.append(large, False)[cell]
+
+
 def count_by_area(
     cells: RunCells, outs: Path, frame: RunFrame, xy: np.ndarray
 ) -> tuple[Counts, int]:
     """Molecules of a cell spread over its outline; also how many have none: by centroid."""
     table = files.read_outlines(outs)
     cell = cells.ids.get_indexer(pd.Index(table["cell_id"]))
+    cell[too_large(cell, table[["vertex_x", "vertex_y"]].to_numpy())] = -1
     order = np.flatnonzero(cell >= 0)
     order = order[np.argsort(cell[order], kind="stable")]
     px = frame.to_px(table[["vertex_x", "vertex_y"]].to_numpy()[order])
@@ -365,7 +379,7 @@ def count(
         return count_at_centroids(cells, frame, xy), frame, xy, notes, facts
     counts, bare = count_by_area(cells, outs, frame, xy)
     if bare:
-        notes.append(f"{bare} cells without an outline are counted at their centroids")
+        notes.append(f"{bare} cells without a sound outline are counted at their centroids")
     return counts, frame, xy, notes, facts
 
 
