@@ -244,9 +244,17 @@ def read_cells(outs: Path) -> RunCells:
             f"{utils.some(missing)}; its own are like {utils.some(table.index)}.",
             files.ONE_RUN,
         )
-    xy = table.loc[barcodes].to_numpy()
-    notes = tenx.dropped_notes(features)
-    return RunCells(counts, tenx.gene_names(features), xy, pd.Index(barcodes), notes)
+    xy, notes = table.loc[barcodes].to_numpy(float), tenx.dropped_notes(features)
+    placed = np.isfinite(xy).all(axis=1)
+    if lost := int((~placed).sum()):
+        molecules = counts[np.flatnonzero(~placed)].sum()
+        notes.append(f"{lost} cells without a place, {molecules:,.0f} molecules, are left out")
+    if not placed.any():
+        raise utils.StageError(f"{path} has no place for any cell.", files.ONE_RUN)
+    return RunCells(
+        counts[np.flatnonzero(placed)], tenx.gene_names(features), xy[placed],
+        pd.Index(barcodes)[placed], notes,
+    )  # fmt: skip
 
 
 def count_at_centroids(cells: RunCells, frame: RunFrame, xy: np.ndarray) -> Counts:

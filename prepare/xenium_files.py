@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +28,7 @@ from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from prepare import section, tenx
+from prepare import tenx
 from prepare.annotated import as_text, import_zarr, read_whole
 from prepare.readable import Refused, readable
 
@@ -217,16 +217,52 @@ def read_outlines(outs: Path) -> pd.DataFrame:
 
 
 def read_cell_table(path: Path, columns: list[str]) -> pd.DataFrame:
-    """cell_id (text) and columns of numbers, of .parquet or .csv(.gz)."""
-
-    def read(path: Path) -> pd.DataFrame:
-        wanted = ["cell_id", *columns]
+    """cell_id (text) and columns of numbers, NaN for none, of .parquet or .csv(.gz); rows without
+    a cell_id are of no cell."""
+    wanted = ["cell_id", *columns]
+    with readable(path, "table of cells", ONE_RUN):
         if path.suffix == ".parquet":
-            return pd.read_parquet(path, columns=wanted)
-        return pd.read_csv(path, usecols=wanted, dtype={"cell_id": str}, keep_default_na=False)
+            with open_parquet(path) as file:
+                check_columns(file.schema_arrow.names, wanted)
+                table = file.read(wanted).to_pandas()
+        else:
+            names = check_columns(csv_columns(path), wanted)
+            table = read_csv(path, names).rename(columns=str.strip)
+        numbers = {name: pd.to_numeric(table[name]).astype(float) for name in columns}
+        found = pd.DataFrame({"cell_id": as_text(table["cell_id"]), **numbers})
+    return found[found["cell_id"] != ""]
 
-    table = section.read_numbers(path, read, ["cell_id", *columns], text=["cell_id"])
-    return table.assign(cell_id=as_text(table["cell_id"]))
+
+def check_columns(there: list[str], needed: Iterable[str], more: Iterable[str] = ()) -> list[str]:
+    """The columns to read: those needed, and more if they are there."""
+    if missing := [name for name in needed if name not in there]:
+        raise Refused(f"has no column {', '.join(missing)}, but {utils.some(there)}.", ONE_RUN)
+    return [*needed, *(name for name in more if name in there)]
+
+
+@contextlib.contextmanager
+def open_parquet(path: Path) -> Iterator[parquet.ParquetFile]:
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except pyarrow.ArrowException as error:
+        raise utils.broken(path, f"is no whole Parquet file: {error}") from error
+
+
+def csv_columns(path: Path) -> list[str]:
+    return [name.strip() for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
+
+
+def read_csv(path: Path, names: list[str], **options: Any) -> Any:
+    """The columns of these names as text, None for an empty cell; see pandas for options."""
+
+    def bare(name: str) -> str:
+        return name.strip()
+
+    return pd.read_csv(
+        path, usecols=lambda name: bare(name) in names, dtype=str, keep_default_na=False,
+        na_values=[""], encoding="utf-8-sig", **options,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -256,8 +292,6 @@ def zarr_centroids(path: Path) -> pd.DataFrame:
         names = as_text(summary.attrs.get("column_names", ("cell_centroid_x", "cell_centroid_y")))
         columns = [names.index(f"cell_centroid_{axis}") for axis in "xy"]
         xy = read_whole(summary)[:, columns].astype(float)
-        if not np.isfinite(xy).all():
-            raise ValueError("centroids that are no numbers")
         cells = cell_names(read_whole(root["cell_id"]))
         return pd.DataFrame(xy, index=cells, columns=["x_centroid", "y_centroid"])
 
@@ -399,29 +433,18 @@ def batches(path: Path) -> Iterator[Batch]:
 
 
 PLACES = ("x_location", "y_location", "qv")
-NEEDED = ("feature_name", *PLACES)
-
-
-def check_columns(there: list[str]) -> list[str]:
-    """The columns to read."""
-    if missing := [name for name in NEEDED if name not in there]:
-        raise Refused(
-            f"has no column {', '.join(missing)}, but {utils.some(there)}.",
-            "Give the molecules as the run wrote them.",
-        )
-    return [*NEEDED, *(n for n in ("is_gene", "codeword_category") if n in there)]
+NEEDED, TELLING = ("feature_name", *PLACES), ("is_gene", "codeword_category")
 
 
 def parquet_batches(path: Path) -> Iterator[Batch]:
-    with readable(path, "table of molecules", "Give the molecules as the run wrote them."):
-        try:
-            file = parquet.ParquetFile(path)
-        except pyarrow.ArrowException as error:
-            raise utils.broken(path, f"is no whole Parquet file: {error}") from error
-        with file:
-            wanted = check_columns(file.schema_arrow.names)
-            for part in file.iter_batches(BATCH, columns=wanted):
-                yield arrow_batch(part)
+    with readable(path, "table of molecules", ONE_RUN), open_parquet(path) as file:
+        wanted = check_columns(file.schema_arrow.names, NEEDED, TELLING)
+        for part in file.iter_batches(BATCH, columns=wanted):
+            try:
+                batch = arrow_batch(part)
+            except pyarrow.ArrowException as error:  # whole, but of other types
+                raise ValueError(str(error)) from error
+            yield batch
 
 
 def arrow_batch(part: pyarrow.RecordBatch) -> Batch:
@@ -452,26 +475,17 @@ def encoded(column: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def csv_batches(path: Path) -> Iterator[Batch]:
-    def bare(name: str) -> str:
-        return name.strip()
-
-    with readable(path, "table of molecules", "Give the molecules as the run wrote them."):
-        header = pd.read_csv(path, nrows=0, encoding="utf-8-sig")
-        wanted = check_columns(list(map(bare, header.columns)))
-        parts = pd.read_csv(
-            path, usecols=lambda name: bare(name) in wanted, dtype=str, keep_default_na=False,
-            chunksize=BATCH, encoding="utf-8-sig",
-        )  # fmt: skip
-        for part in parts:
-            table = part.rename(columns=bare)
-            feature, features = pd.factorize(table["feature_name"].replace("", None))
-            numbers = [pd.to_numeric(table[name].replace("", None)) for name in PLACES]
-            xy = np.column_stack(numbers[:2]).astype(float)
-            batch = Batch(np.asarray(features, object), feature, xy, numbers[2].to_numpy(float))
+    with readable(path, "table of molecules", ONE_RUN):
+        wanted = check_columns(csv_columns(path), NEEDED, TELLING)
+        for part in read_csv(path, wanted, chunksize=BATCH):
+            table = part.rename(columns=str.strip)
+            feature, features = pd.factorize(table["feature_name"])
+            x, y, quality = (pd.to_numeric(table[name]).to_numpy(float) for name in PLACES)
+            batch = Batch(np.asarray(features, object), feature, np.column_stack([x, y]), quality)
             if "is_gene" in table:
                 batch.is_gene = table["is_gene"].str.lower().isin({"true", "1"}).to_numpy()
             if "codeword_category" in table:
-                codes, names = pd.factorize(table["codeword_category"].replace("", None))
+                codes, names = pd.factorize(table["codeword_category"])
                 batch.category, batch.categories = codes, np.asarray(names, object)
             yield batch
 

@@ -733,6 +733,24 @@ def test_the_matrix_may_be_a_folder(shared, run_folder, tmp_path):
     )
 
 
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_cells_without_a_place_are_left_out_and_counted(run_folder, tmp_path, form):
+    outs, (counts, centroids, _) = run_folder / "outs", cell_tables(molecules())
+    centroids.iloc[:2, 0] = np.nan
+    table = centroids.reset_index()
+    table = pd.concat([table, table[:3].assign(cell_id=None)])  # of no cell
+    (outs / "cells.parquet").unlink()
+    if form == "csv":
+        table.to_csv(outs / "cells.csv", index=False)
+    else:
+        table.to_parquet(outs / "cells.parquet", index=False)
+    assert prepare(run_folder, tmp_path / "s", "--counts", "cells") == 0
+    record, truth, *_ = read_sample(tmp_path / "s")
+    lost = counts.loc[centroids.index[:2], GENES].to_numpy().sum()
+    assert f"2 cells without a place, {lost:,} molecules, are left out" in record["notes"]
+    assert truth.sum() == counts[GENES].to_numpy().sum() - lost
+
+
 def test_without_transcripts_the_cells_are_taken(run_folder, tmp_path):
     (run_folder / "outs" / "transcripts.parquet").unlink()
     assert prepare(run_folder, tmp_path / "s") == 0
@@ -936,7 +954,17 @@ def drop(*names):
             ("--counts", "polygons"),
             "none of cell_boundaries",
         ),
-        (cut("cells.parquet"), ("--counts", "cells"), "no whole table"),
+        (cut("cells.parquet"), ("--counts", "cells"), "no whole Parquet"),
+        (
+            rewrite("cells.parquet", lambda t: t.rename(columns={"x_centroid": "x"})),
+            ("--counts", "cells"),
+            "has no column x_centroid, but cell_id, x, y_centroid",
+        ),
+        (
+            rewrite("cells.parquet", lambda t: t.assign(x_centroid="left")),
+            ("--counts", "cells"),
+            "no table of cells as known",
+        ),
         (lambda f: shutil.rmtree(f / "outs"), (), "does not exist"),
     ],
 )
