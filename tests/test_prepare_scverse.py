@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import struct
 import zipfile
 from pathlib import Path
 
@@ -565,6 +567,146 @@ def test_an_image_beside_the_store_has_the_pixels_of_its_shapes(store, tmp_path)
     known = STORES
     np.testing.assert_allclose(locs, known.spots() * known.SCALE + known.SHIFT, atol=1e-3)
     assert size == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.fixture
+def stores_folder(tmp_path):
+    with zipfile.ZipFile(FORMATS / "spatialdata.zip") as packed:
+        packed.extractall(tmp_path / "stores")
+    return tmp_path / "stores"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "has the tables other, table"),
+        (("--table", "table"), "he (384 x 320 px), hires (39 x 32 px)"),
+        (("--table", "table", "--image-element", "dapi"), "uint16 (1, 320, 384)"),
+        (("--table", "table", "--image-element", "cy5"), "has the images dapi, he, hires"),
+    ],
+)
+def test_of_several_tables_and_images_one_is_asked_for(
+    stores_folder, tmp_path, capsys, options, words
+):
+    assert prepare_store(stores_folder / "many.zarr", tmp_path / "s", *options) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert "download" not in message
+    options = ("--table", "other", "--image-element", "he")
+    assert prepare_store(stores_folder / "many.zarr", tmp_path / "s", *options) == 0
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], STORES.spots(), atol=1e-3)
+
+
+def test_of_the_sections_of_a_store_one_is_asked_for(stores_folder, tmp_path, capsys):
+    store = stores_folder / "two.zarr"
+    assert prepare_store(store, tmp_path / "s") == 2
+    assert "is of more, spots" in capsys.readouterr().err
+    assert prepare_store(store, tmp_path / "s", "--shapes", "more") == 0
+    locs, found, _ = read(tmp_path / "s")
+    assert locs.index.tolist() == [f"AAAC{i:02d}-2" for i in range(36)]
+    moved = np.array([5, 3]) / STORES.SCALE
+    np.testing.assert_allclose(locs.to_numpy() - moved, STORES.spots(), atol=1e-3)
+    np.testing.assert_array_equal(found, STORES.counts())
+
+
+def test_an_image_that_alone_shares_a_system_with_the_spots_is_taken(stores_folder, tmp_path):
+    store = stores_folder / "many.zarr"
+    change_text("images/hires", '"hires"', '"elsewhere"')(store)
+    assert prepare_store(store, tmp_path / "s", "--table", "table") == 0
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], STORES.spots(), atol=1e-3)
+
+
+def test_coordinate_systems_that_differ_are_asked_for(stores_folder, tmp_path, capsys):
+    """In one of them the transform mirrors the image; the spots follow it."""
+    store = stores_folder / "mirrored.zarr"
+    assert prepare_store(store, tmp_path / "s") == 2
+    message = capsys.readouterr().err
+    assert "--coordinate-system" in message
+    assert "global: x " in message
+    assert "turned: x " in message
+    options = ("--coordinate-system", "global")
+    assert prepare_store(store, tmp_path / "s", *options) == 0
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], STORES.spots(), atol=1e-3)
+    assert prepare_store(store, tmp_path / "s", "--coordinate-system", "hires") == 2
+    assert "that is called 'hires'" in capsys.readouterr().err
+
+
+def test_a_system_can_be_that_of_an_image_beside_the_store(stores_folder, tmp_path, capsys):
+    Image.new("RGB", (300, 300), "pink").save(tmp_path / "full.png")
+    options = ("--image", str(tmp_path / "full.png"), "--pitch-um", "50")
+    store = stores_folder / "mirrored.zarr"
+    assert prepare_store(store, tmp_path / "s", *options, "--coordinate-system", "turned") == 0
+    homogeneous = np.column_stack([STORES.spots(), np.ones(len(STORES.spots()))])
+    known = (homogeneous @ STORES.MIRROR.T)[:, :2] + (50, 0)
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], known, atol=1e-3)
+    assert prepare_store(store, tmp_path / "s", *options, "--coordinate-system", "x") == 2
+    assert "is not in 'x', but in" in capsys.readouterr().err
+
+
+def test_the_scale_of_the_finest_level_is_part_of_the_transform(stores_folder, tmp_path):
+    """spatialdata writes 1 there; other writers of OME-Zarr the pixel size."""
+    store = stores_folder / "new.zarr"
+    path = attributes_file(store, "images/he")
+    content = json.loads(path.read_text())
+    multiscale = content["attributes"]["ome"]["multiscales"][0]
+    (own,) = multiscale["datasets"][0]["coordinateTransformations"]
+    own["scale"] = [1.0, 0.25, 0.25]
+    (move,) = (t for t in multiscale["coordinateTransformations"] if t["type"] == "sequence")
+    for step in move["transformations"]:
+        if step["type"] == "scale":
+            step["scale"] = [n if n == 1 else n * 4 for n in step["scale"]]
+    path.write_text(json.dumps(content))
+    assert prepare_store(store, tmp_path / "s") == 0
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], STORES.spots(), atol=1e-3)
+
+
+def to_polygons(store):
+    path = store / "shapes" / "spots" / "shapes.parquet"
+    table = pd.read_parquet(path)
+    polygon = struct.pack("<BIIIdd", 1, 3, 1, 1, 0.0, 0.0)
+    table.assign(geometry=[polygon] * len(table)).to_parquet(path)
+
+
+def singular(store):
+    path = attributes_file(store, "images/he")
+    content = json.loads(path.read_text())
+    for listed in content["attributes"]["ome"]["multiscales"][0]["coordinateTransformations"]:
+        for step in listed.get("transformations", []):
+            if step["type"] == "scale":
+                step["scale"] = [1, 0, 0]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (to_polygons, "holds shapes of type 3"),
+        (singular, "a transform into 'global' that cannot be undone"),
+        (lambda s: (s / "shapes" / "spots" / "shapes.parquet").unlink(), "has no shapes.parquet"),
+        (lambda s: shutil.rmtree(s / "tables"), "has no tables"),
+        (lambda s: shutil.rmtree(s / "images"), "has no images"),
+    ],
+)
+def test_what_a_store_holds_instead_is_named(stores_folder, tmp_path, capsys, spoil, words):
+    spoil(stores_folder / "new.zarr")
+    assert prepare_store(stores_folder / "new.zarr", tmp_path / "s") == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert "Copy or download it again" not in message
+
+
+def test_one_kind_of_store_given_for_another_is_named(stores_folder, image, tmp_path, capsys):
+    rest = ["--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(["--h5ad", str(stores_folder / "new.zarr"), *rest]) == 2
+    assert "Give it by --spatialdata" in capsys.readouterr().err
+    for name in ("float", "zarr3.zarr"):
+        path = unpack(name, tmp_path)
+        assert scverse.run(["--spatialdata", str(path), *rest]) == 2
+        assert f"prepare/scverse.py --h5ad {path}" in capsys.readouterr().err
+    packed = shutil.make_archive(str(tmp_path / "new.zarr"), "zip", stores_folder / "new.zarr")
+    for option in ("--h5ad", "--spatialdata"):
+        assert scverse.run([option, packed, *rest]) == 2
+        assert f"unzip {packed}" in capsys.readouterr().err
 
 
 def attributes_file(store, element):
