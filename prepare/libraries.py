@@ -115,6 +115,10 @@ class Spots:
 
     def several(self) -> str:
         """Why they cannot be of one section; "" if nothing speaks against it."""
+        return self.repeated() or ("" if self.on_one_array else self.crowded())
+
+    def repeated(self) -> str:
+        """What no two spots of a section share."""
         if repeated := utils.duplicates(self.ids):
             return f"{len(repeated)} spots have the id of another ({utils.some(repeated)})"
         for places, what in ((self.array, " and ".join(ARRAY)), (self.xy, "x and y")):
@@ -123,9 +127,10 @@ class Spots:
             known = places[np.isfinite(places).all(axis=1)]
             if same := len(known) - len(np.unique(known, axis=0)):
                 return f"{same} spots have the {what} of another"
-        return self.crowded()
+        return ""
 
     def crowded(self) -> str:
+        """What the distances say; a few spots far from one another may have such, too."""
         xy = self.xy[np.isfinite(self.xy).all(axis=1)]
         if len(xy) < FEW:
             return ""
@@ -140,7 +145,7 @@ class Spots:
     @property
     def on_one_array(self) -> bool:
         """True if array_row and array_col are known and all spots lie on the array they say."""
-        if self.array is None or self.several():
+        if self.array is None:
             return False
         if not (np.isfinite(self.array).all() and np.isfinite(self.xy).all()):
             return False
@@ -162,11 +167,7 @@ def choose_library(
     """
     known = keys_of(data.root, "uns/spatial")
     rows, notes = np.arange(len(data.ids)), list[str]()
-    found = data.columns("obs", ARRAY)
-    array = None
-    if set(ARRAY) <= set(found):
-        array = np.column_stack([numbers_of(data, found[name]) for name in ARRAY])
-    spots = Spots(np.array(data.ids, object), xy, array)
+    spots = Spots(np.array(data.ids, object), xy, array_of(data))
     candidates = naming_columns(data)
     if library not in (None, ALL):
         rows, notes = rows_of(data, str(library), candidates, known)
@@ -175,14 +176,22 @@ def choose_library(
     own = library if library in known else known[0] if len(known) == 1 else None
     part = spots.part(rows)
     if why := part.several():
-        if library != ALL:
+        if library is None or (library != ALL and part.repeated()):
             ask(data, f"seems to hold several sections: {why}", candidates.iloc[rows], part)
-        notes.append(f"by --library {ALL} all spots are taken for those of one section, but {why}")
+        notes.append(f"by --library {library} these spots are taken for one section, but {why}")
     elif library is None and not part.on_one_array:
         usual = candidates[[name for name in candidates if name in LIBRARIES]]
         if usual.shape[1]:
             ask(data, "may hold several sections", usual, part)
     return rows, own, notes
+
+
+def array_of(data: Annotated) -> np.ndarray | None:
+    """array_row and array_col (N, 2) of all spots, NaN where unknown; None without the columns."""
+    found = data.columns("obs", ARRAY)
+    if not set(ARRAY) <= set(found):
+        return None
+    return np.column_stack([numbers_of(data, found[name]) for name in ARRAY])
 
 
 def naming_columns(data: Annotated) -> pd.DataFrame:

@@ -256,6 +256,13 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
     else:
         image = images.place_slide(given, inside, size, args.crop_um, args.downsample)
         locs, size = images.move(inside, image), size * image.downsample
+    rows, columns = images.image_shape(image)
+    if not isinstance(image, Path) and rows * columns > utils.MAX_MEGAPIXELS * 1e6:
+        raise utils.StageError(
+            f"The image would be {columns:,} x {rows:,} px; expected at most "
+            f"{utils.MAX_MEGAPIXELS:,} megapixels.",
+            "Cut it to the spots by --crop-um 500, or shrink it by --downsample FACTOR.",
+        )
     return section.PreparedSection(
         image=image,
         pixel_size_um=size,

@@ -22,7 +22,7 @@ from prepare.annotated import (
     read_array,
     text_of,
 )
-from prepare.libraries import SourceSpots, Spots, spots_of
+from prepare.libraries import SourceSpots, Spots, array_of, spots_of
 from prepare.readable import Refused, readable
 
 WHOLE_IMAGE = "Give the full-resolution image by --image."
@@ -32,6 +32,7 @@ REWRITE = (
     "spatialdata cannot read it either, copy or download it again."
 )
 POINT = 1  # type of a geometry in WKB
+CHUNK = 4e9  # values of a chunk, which is decoded whole
 SAME_PX = 0.5  # systems that place all spots this near to each other are the same
 
 
@@ -99,6 +100,8 @@ class ZarrSlide(scans.Slide):
             sizes = [array.shape[:0:-1] for array in self.arrays]
             if any(len(size) != 2 or min(size) < 1 for size in sizes):
                 raise ValueError(f"levels of {sizes} px")
+            if (large := max(np.prod(array.chunks, dtype=float) for array in self.arrays)) > CHUNK:
+                raise Refused(f"declares chunks of {large:,.0f} values.", WHOLE_IMAGE)
         super().__init__(path, sizes, None)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
@@ -333,11 +336,16 @@ def read_store(args: argparse.Namespace, data: Annotated) -> SourceSpots:
         )
     xy = circles.loc[wanted].to_numpy(float)
     rows = wanted.index.to_numpy()
-    if why := Spots(np.array(data.ids, object)[rows], xy, None).several():
-        raise utils.StageError(
-            f"{path} seems to hold the spots of several sections: {why}.",
-            "Keep the circles of each section as shapes of their own, and choose by --shapes NAME.",
-        )
+    array = array_of(data)
+    section = Spots(np.array(data.ids, object)[rows], xy, None if array is None else array[rows])
+    if why := section.several():
+        if args.shapes is None or section.repeated():
+            raise utils.StageError(
+                f"{path} seems to hold the spots of several sections: {why}.",
+                "Keep the circles of each section as shapes of their own."
+                + ("" if section.repeated() else f" If it is one, say --shapes {path.name}."),
+            )
+        notes.append(f"by --shapes {path.name} these spots are taken for one section, but {why}")
     slide = None
     if args.image is None:
         slide = choose_slide(args, into)

@@ -260,7 +260,7 @@ def test_a_joined_section_is_taken_by_name(image, tmp_path, capsys):
     assert prepare("joined_nameless", image, tmp_path, "--library", "all", "--force") == 0
     locs, _, record = read(tmp_path / "s")
     assert len(locs) == 128
-    assert any("all spots are taken" in note for note in record["notes"])
+    assert any("taken for one section" in note for note in record["notes"])
 
 
 def test_pieces_of_one_array_are_one_section(image, tmp_path):
@@ -291,6 +291,16 @@ def test_one_lattice_is_told_from_two(seed, pitch, turn, shift, share):
     step = np.array([[1, 0], [0.5, np.sqrt(3) / 2]])
     other = (xy + np.array(shift) @ step)[: int(share * len(xy))] @ spin * pitch
     assert spots_at(np.concatenate([one, other])).several()
+
+
+def test_a_few_spots_of_one_array_are_one_section():
+    """Of a cluster, say: some are neighbours, most are far apart. Only the array tells."""
+    table = array()
+    rng = np.random.default_rng(3)
+    chosen = table.iloc[np.sort(rng.permutation(64)[:24])]
+    xy, place = (chosen[list(names)].to_numpy(float) for names in ("xy", libraries.ARRAY))
+    assert spots_at(xy, place).several() == ""
+    assert spots_at(xy, place[::-1]).several() == spots_at(xy).several() != ""
 
 
 def test_what_has_no_value_is_left_out_and_counted(image, tmp_path):
@@ -667,6 +677,16 @@ def to_polygons(store):
     table.assign(geometry=[polygon] * len(table)).to_parquet(path)
 
 
+def declare(store, **changes):
+    """Another shape of the finest level, of which nothing more is stored."""
+    path = attributes_file(store, "images/he/s0")
+    content = json.loads(path.read_text())
+    content["shape"] = changes.get("shape", content["shape"])
+    if "chunk" in changes:
+        content["chunk_grid"]["configuration"]["chunk_shape"] = changes["chunk"]
+    path.write_text(json.dumps(content))
+
+
 def singular(store):
     path = attributes_file(store, "images/he")
     content = json.loads(path.read_text())
@@ -681,6 +701,11 @@ def singular(store):
     ("spoil", "words"),
     [
         (to_polygons, "holds shapes of type 3"),
+        (lambda s: declare(s, shape=[3, 10**6, 10**6]), "1,000,000 x 1,000,000 px"),
+        (
+            lambda s: declare(s, shape=[3, 10**6, 10**6], chunk=[3, 10**6, 10**6]),
+            "chunks of 3,000,000,000,000 values",
+        ),
         (singular, "a transform into 'global' that cannot be undone"),
         (lambda s: (s / "shapes" / "spots" / "shapes.parquet").unlink(), "has no shapes.parquet"),
         (lambda s: shutil.rmtree(s / "tables"), "has no tables"),
