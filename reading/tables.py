@@ -16,6 +16,7 @@ from scipy import sparse
 
 from utils import Stage, duplicates, is_number, some
 
+MAX_COUNT = 1e9  # of a gene in a spot; no sequencing run reads as many molecules in one place
 BLOCK_CHARACTERS = 2**20  # of a table read at a time
 Table = tuple[pd.Index, list[str], sparse.csr_array]
 Row = tuple[str, int, str]  # id, number of other fields, and those that are read, a line each
@@ -145,6 +146,10 @@ def read_sparse_counts(
         row, column = (at[0] for at in (counts == lowest).nonzero())
         where = f"spot {spots[row]}, gene {genes[column]}"
         raise stage.error(path, f"holds {lowest:g} for {where}; counts cannot be negative.")
+    if (highest := counts.data.max()) > MAX_COUNT:
+        row, column = (at[0] for at in (counts == highest).nonzero())
+        where = f"spot {spots[row]}, gene {genes[column]}"
+        raise stage.error(path, f"holds {highest:g} for {where}; a count is {MAX_COUNT:g} at most.")
     if (counts.data != np.floor(counts.data)).any():
         stage.warn(f"{path.name} holds fractions; raw counts are expected, not normalised ones")
     return counts, genes
