@@ -446,8 +446,13 @@ def one_epoch(
         row["held_out_loss"] = float(losses.mean())
         progress.selection.consider(epoch, losses, predicted, progress.kept)
         progress.schedule.step(row["held_out_loss"])
-    if not all(map(math.isfinite, row.values())):
-        raise FloatingPointError(f"the loss of state {index} is not finite in epoch {epoch}")
+    weights = nn.utils.parameters_to_vector(progress.kept.parameters())
+    if not all(map(math.isfinite, (*row.values(), weights.sum().item()))):
+        raise utils.StageError(
+            f"The training of state {index} diverges: in epoch {epoch}, with the learning rate "
+            f"{rate:g}, its loss is not finite.",
+            "Run the same command with a smaller one: --learning-rate NUMBER",
+        )
     progress.history.append(row)
     return row
 
@@ -489,7 +494,7 @@ def train_state(
     ):
         try:
             row = one_epoch(progress, section, split, training, index, device)
-        except FloatingPointError:
+        except utils.StageError:
             checkpoint.remove()
             raise
         n_done += 1

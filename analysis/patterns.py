@@ -344,7 +344,7 @@ class SpotsAndMaps:
 def read_correlations(stage: utils.Stage, section: SpotsAndMaps) -> tuple[np.ndarray, np.ndarray]:
     """Correlation (genes,) with the counts of held-out spots; which spots (M,) of the section."""
     r = read_held_out(stage)
-    assert r is not None  # it is required
+    assert r is not None  # it is required; this is for mypy  # nosec B101
     if (size := r.abs().max()) > 1 + TIE:
         problem = f"is no table of gene and held_out_r: r has the size {size:g}"
         raise stage.error(stage.path(utils.HELD_OUT), problem)

@@ -509,9 +509,11 @@ def respelt(content, protocol: int, spelling: str) -> bytes:
     class Pickler(pickle._Pickler):
         def save_global(self, obj, name=None):
             module = getattr(obj, "__module__", "") or ""
-            if not module.startswith("numpy._core."):
+            room, _, rest = module.partition(".")
+            core, _, rest = rest.partition(".")
+            if room != "numpy" or core not in ("core", "_core"):
                 return super().save_global(obj, name)
-            module = module.replace("numpy._core", f"numpy.{spelling}")
+            module = f"numpy.{spelling}.{rest}"
             name = name or obj.__name__
             if self.proto >= 4:
                 self.save(module)
