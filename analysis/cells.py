@@ -34,7 +34,7 @@ share_on_tissue, class (of outlines, classification), then the counts of every g
 digits. Outside the tissue no gene is known: a cell gets what its part on the tissue tells, and
 nothing is added for the rest; a cell without such a part has empty counts.
 
-Reads   cnts-super/, he.jpg, image_calibration.json, and mask.png if it is there; --masks.
+Reads   cnts-super/, image_calibration.json, and mask.png if it is there; --masks.
 Writes  cells.csv.gz and its record, cells.json.
 """
 
@@ -87,13 +87,13 @@ import pandas as pd
 from scipy.sparse import csr_array
 
 from analysis import outlines as outline_files
-from analysis.inputs import map_files, read_map, read_sizes
+from analysis.inputs import map_files, read_first_map, read_map, read_sizes
 from analysis.labels import BAND_ROWS, LARGEST_LABEL, open_labels, wrong  # noqa: F401
 from analysis.outlines import Outline
 from analysis.regions import tissue_of
 from analysis.scores import rounded
+from analysis.sheets import warn_of_formulas
 from method import grid
-from reading import images
 
 TINY = 1e-9  # of a superpixel's area: what rounding leaves
 MOST_FAR = 0.01  # of the cells, which may lie far off the image and are left out
@@ -331,6 +331,7 @@ def sum_genes(
 
 
 def write_cells(
+    stage: utils.Stage,
     path: Path,
     cells: CellAreas,
     xy: np.ndarray,
@@ -347,6 +348,8 @@ def write_cells(
     ):  # fmt: skip
         facts[name] = np.char.mod(form, values)
     table = pd.DataFrame({**facts, "class": cells.classes})
+    for names in (cells.ids, cells.classes, genes):
+        warn_of_formulas(stage, names)
     counts[:, share == 0] = np.nan
     with path.open("wb") as file, gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
         for top in range(0, len(table), ROWS_AT_ONCE):
@@ -362,14 +365,10 @@ def main(stage: utils.Stage) -> None:
     args.masks = outline_files.in_folder(args.masks, args.nuclei)
     if not args.masks.is_file():
         raise wrong(args.masks, "is missing.", "Give the file of cells by --masks.")
-    stage.require(utils.HE, utils.MAPS)
+    stage.require(utils.MAPS)
     stage.guard(files.CELLS)
-    shape, maps = images.grid_shape(stage), map_files(stage.directory)
-    first = read_map(next(iter(maps.values())))
-    if first.shape != shape:
-        raise stage.error(
-            stage.path(utils.MAPS), f"holds maps of {first.shape}; {utils.HE.name} needs {shape}."
-        )
+    maps = map_files(stage.directory)
+    first, shape = read_first_map(stage, maps)
     tissue = tissue_of(stage, np.isfinite(first))
     cells, frame = read_cells(stage, shape)
     stage.use(args.masks)
@@ -405,7 +404,7 @@ def main(stage: utils.Stage) -> None:
     )
     xy = cells.centroids / read_frames(stage)[RAW].scale[::-1]
     with stage.writing(files.CELLS) as partial:
-        write_cells(partial, cells, xy, share, list(maps), counts)
+        write_cells(stage, partial, cells, xy, share, list(maps), counts)
     stage.finish(**facts)
 
 

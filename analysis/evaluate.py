@@ -102,7 +102,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis import holdout, inputs, scores, seams, spots, uncertainty
+from analysis import holdout, inputs, scores, seams, sheets, spots, uncertainty
 from analysis.scores import BINS, CEILING, METHODS, column, number_text, rounded
 
 if TYPE_CHECKING:
@@ -311,6 +311,7 @@ def write_scores(
     figure: Figure | None,
 ) -> None:
     """The table, the summary and, unless it is None, the picture."""
+    sheets.warn_of_formulas(stage, table.index)
     with stage.writing(outputs[0]) as partial:
         table.round(5).to_csv(partial, lineterminator="\n")
     with stage.writing(outputs[1]) as partial:

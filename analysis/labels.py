@@ -6,6 +6,7 @@ The header is read first, so that an image of another size is refused before it 
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +137,7 @@ def bands_of(array: np.ndarray) -> Iterator[np.ndarray]:
 def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:
     import tifffile  # other kinds of masks do without
 
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong becomes our message
     with tifffile.TiffFile(path) as tiff:
         page, pages = tiff.pages.first, len(tiff.series[0].pages)
         shape = page.shape if pages == 1 else (pages, *page.shape)

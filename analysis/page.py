@@ -37,6 +37,15 @@ KNOWN_FACTS = (
     "inputs", "outputs",
 )  # fmt: skip
 
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # of facts in a record, and their words
+    "options": ((list,), "a list"),
+    "warnings": ((list,), "a list"),
+    "arguments": ((dict,), "an object"),
+    "versions": ((dict,), "an object"),
+    "seconds": ((float, int), "a number"),
+    "ended": ((str,), "text"),
+}
+
 
 @dataclass
 class SpotCounts:

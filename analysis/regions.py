@@ -22,6 +22,7 @@ from scipy.stats.contingency import crosstab
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from analysis import sheets
 from analysis.inputs import TRUTH, read_map, read_radius
 from analysis.page import region_colours
 from analysis.spots import disc_weights, interpolation_weights, on_tissue, superpixel_centres
@@ -221,14 +222,15 @@ def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.nd
     path = stage.directory / TRUTH
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            found, names = saved["regions"], saved["region_names"].tolist()
+            found, names = saved["regions"], [*map(str, saved["region_names"].tolist())]
     except Exception as error:  # damaged bytes can raise nearly anything
         raise utils.StageError(
             f"{path} does not tell the true regions ({error!r:.200}).",
             "--truth is for sections that hold regions (rows, columns), 0 for none, and "
             "region_names, the name of every number.",
         ) from error
-    if found.ndim != 2 or found.dtype.kind not in "ui" or found.max(initial=0) >= len(names):
+    whole = found.dtype.kind in "ui" and found.min(initial=0) >= 0
+    if found.ndim != 2 or not whole or found.max(initial=0) >= len(names):
         raise utils.StageError(
             f"{path}: regions are {found.dtype} {found.shape} for {len(names)} names.",
             "Expected whole numbers (rows, columns), each with a name.",
@@ -337,6 +339,8 @@ def save(stage: utils.Stage, contents: Mapping[utils.Artifact, Any]) -> None:
             if isinstance(content, np.ndarray):
                 np.save(partial, content, allow_pickle=False)
             elif isinstance(content, pd.DataFrame):
+                for column in content.select_dtypes(exclude="number"):
+                    sheets.warn_of_formulas(stage, content[column])
                 content.to_csv(partial, index=False, lineterminator="\n", float_format="%.5g")
             else:
                 content.savefig(partial)

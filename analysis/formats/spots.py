@@ -10,6 +10,7 @@ import pandas as pd
 import utils
 from analysis.formats.mapset import MapSet, each_map
 from analysis.regions import centres_of, discs_of
+from analysis.sheets import warn_of_formulas
 from analysis.spots import sum_discs
 from reading import tables
 
@@ -30,4 +31,6 @@ def write(source: MapSet, target: Path) -> None:
     print(f"{kept.sum()} of {len(locs)} spots lie on the tissue")
     totals = np.column_stack([sum_discs(discs[kept], image) for image in each_map(source)])
     table = pd.DataFrame(totals, locs.index[kept], source.genes)
+    for names in (table.index, source.genes):
+        warn_of_formulas(stage, names)
     table.to_csv(target, lineterminator="\n", float_format="%.7g")
