@@ -254,7 +254,7 @@ class Annotation(NamedTuple):
 def choose_labels(sums: Sums, weights: np.ndarray) -> Annotation:
     """The winners, and how often the best of as many random sets of genes stays below them."""
     weights = weights[:, sums.used]
-    n_labels, n = weights.shape
+    n_labels, n = weights.shape[0], max(weights.shape[1], 1)
     mean = sums.total / n
     variance = (sums.squares / n - mean**2).clip(0)
     third = sums.cubes / n - 3 * mean * variance - mean**3
@@ -263,6 +263,9 @@ def choose_labels(sums: Sums, weights: np.ndarray) -> Annotation:
     scores = sums.marked
     for label in range(n_labels):
         size = np.abs(weights[label]).sum()
+        if size == 0:  # none of its genes varies
+            scores[label] = np.nan
+            continue
         score = (sums.marked[label] - weights[label].sum() * mean) / size
         of_variance, of_third = drawn_moments(weights[label])
         sd = np.sqrt(variance * of_variance)
@@ -284,7 +287,7 @@ def drawn_moments(weights: np.ndarray) -> tuple[float, float]:
     -m2 / (N - 1), that of one and another one's square -m3 / (N - 1), that of three
     2 m3 / ((N - 1) (N - 2)).
     """
-    n = len(weights)
+    n = max(len(weights), 2)  # of one gene, both are its own
     one, two, three = ((weights**power).sum() for power in (1, 2, 3))
     second = two - (one**2 - two) / (n - 1)
     triples = one**3 - 3 * one * two + 2 * three

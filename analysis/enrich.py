@@ -331,10 +331,13 @@ def read_lists(stage: utils.Stage) -> list[GeneList]:
     spots = regions.read_measured_spots(stage)
     markers, patterns = (read_findings(stage, table, spots.genes) for table in (MARKERS, PATTERNS))
     if markers is None and patterns is None:
+        folder = args.tables or stage.directory
+        missing = [t for t in (MARKERS, PATTERNS) if not (folder / t.name).is_file()]
+        remedy = f"Run: {' and '.join(stage.command(table.made_by) for table in missing)}"
         raise utils.StageError(
-            f"Neither {MARKERS.name} nor {PATTERNS.name} in {args.tables or stage.directory} names "
-            f"any gene, or they are missing.",
-            f"Run: {stage.command(MARKERS.made_by)} and {stage.command(PATTERNS.made_by)}",
+            f"Neither {MARKERS.name} nor {PATTERNS.name} in {folder} names any gene, or they are "
+            f"missing.",
+            remedy if missing else f"There were too few spots to test. {regions.MORE_SPOTS}",
         )
     counted = spots.genes[np.asarray(spots.counts.sum(axis=0)).ravel() > 0]
     lists = []

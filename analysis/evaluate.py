@@ -149,6 +149,8 @@ def evaluate(directory: Path, truth: inputs.Truth) -> tuple[pd.DataFrame, dict[s
     discs = spots.disc_weights(centres, radius, first.shape)
     usable, area = spots.on_tissue(discs, first, radius), np.pi * radius**2
     nearest, linear = spots.interpolation_weights(centres, spots.superpixel_centres(shape))
+    if spots.triangulate(centres) is None:
+        print("note: the spots lie on a line: linear interpolation is that of the nearest spot")
     grids, rows, gradients, blank = scores.make_blocks(tissue), [], [], tissue.copy()
     for i, gene in enumerate(genes):
         image = inputs.read_map(files[gene])

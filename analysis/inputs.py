@@ -6,6 +6,7 @@ What reads a folder writes nothing into it: it may be write-protected.
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,11 +104,12 @@ def read_truth(directory: Path) -> Truth:
     if not path.is_file() and (directory / PUBLISHED_TRUTH).is_file():
         return read_published_truth(directory)
     if not path.is_file():
+        place = shlex.quote(str(directory))
         raise utils.StageError(
             f"{path} is missing, and so is {PUBLISHED_TRUTH}: only a section with known truth can "
             f"be scored.",
-            f'Simulate one: python demo/simulate.py --directory "{directory}"\n'
-            f'or leave out spots: python {SCRIPT} --directory "{directory}" --holdout 5',
+            f"Simulate one: python demo/simulate.py --directory {place}\n"
+            f"or leave out spots: python {SCRIPT} --directory {place} --holdout 5",
         )
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:

@@ -218,7 +218,7 @@ def describe_run(script: str, record: dict[str, Any] | None) -> dict[str, Any]:
     results = {k: v for k, v in record.items() if k not in KNOWN_FACTS}
     lists = {"Results": results, "Arguments": arguments}
     files = [
-        (f"{kind}: {name}", f"{known['bytes']:,}", str(known["sha256"])[:12])
+        (f"{kind}: {name}", number_text(known["bytes"], ",.0f"), str(known["sha256"])[:12])
         for kind in ("inputs", "outputs")
         for name, known in record[kind].items()
     ]

@@ -294,6 +294,7 @@ class SpotsAndMaps:
             raise stage.error(
                 stage.path(utils.LOCS),
                 f"has {keep.sum()} spots on the tissue; expected {MIN_SPOTS} at least.",
+                regions.MORE_SPOTS,
             )
         self.every_spot, self.spots = spots.ids, spots.ids[keep]
         self.centres, self.discs = spots.centres[keep], discs[keep]

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 from scipy.sparse import csr_array
-from scipy.spatial import QhullError
 from scipy.special import comb
 from scipy.stats.contingency import crosstab
 
@@ -25,7 +24,13 @@ import utils
 from analysis import sheets
 from analysis.inputs import TRUTH, read_map, read_radius
 from analysis.page import region_colours
-from analysis.spots import disc_weights, interpolation_weights, on_tissue, superpixel_centres
+from analysis.spots import (
+    disc_weights,
+    interpolation_weights,
+    on_tissue,
+    superpixel_centres,
+    triangulate,
+)
 from reading import arrays, images, tables
 
 if TYPE_CHECKING:
@@ -34,6 +39,9 @@ if TYPE_CHECKING:
 
 SUPERPIXEL_MM2 = (utils.SUPERPIXEL_UM / 1000) ** 2
 SCALE_BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
+MORE_SPOTS = (  # to run another script would give no more of them
+    f"Take a section with more spots on the tissue, or see that {utils.MASK.name} covers them."
+)
 LEGEND_ROWS = 24  # names in one column beside the picture
 LETTER_INCHES = 0.085  # width of a letter in them
 
@@ -107,14 +115,13 @@ def columns_of(stage: utils.Stage, measured: pd.Index, genes: list[str]) -> np.n
 
 def interpolation_of(stage: utils.Stage, centres: np.ndarray, tissue: np.ndarray) -> csr_array:
     """Weights (rows * columns, spots) of linear interpolation between the spots."""
-    try:
-        return interpolation_weights(centres, superpixel_centres(tissue.shape))[1]
-    except QhullError as error:
+    if triangulate(centres) is None:
         raise stage.error(
             stage.path(utils.LOCS),
             "has spots that lie on a line: there is no interpolation between them.",
-            "Leave out --truth." if getattr(stage.args, "truth", False) else None,
-        ) from error
+            "Leave out --truth." if getattr(stage.args, "truth", False) else MORE_SPOTS,
+        )
+    return interpolation_weights(centres, superpixel_centres(tissue.shape))[1]
 
 
 def smooth(image: np.ndarray, tissue: np.ndarray, sigma_um: float) -> np.ndarray:
