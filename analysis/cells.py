@@ -11,11 +11,12 @@ he.jpg; pixel sizes and the padding of he.jpg are taken into account:
   tiles or strips, or an .npy, is read in bands: its size does not matter. A PNG, or a TIFF that is
   compressed in one piece, is decoded whole.
 * outlines, .geojson: Polygons and MultiPolygons, holes and all, of QuPath, of Space Ranger 4
-  (cell_segmentations.geojson, or its folder segmented_outputs) and of Baysor. If the file of QuPath
-  holds cells or detections, annotations and tiles are left out. --nuclei takes the nucleus of every
-  cell (nucleusGeometry) in place of its border. Of samples by prepare/xenium.py, cell_boundaries
-  and nucleus_boundaries (.parquet, .csv.gz) of the run are read, too. What an outline encloses
-  counts, once, also where it crosses itself; an outline without an area is left out.
+  (cell_segmentations.geojson, or its folder segmented_outputs; its cell 7 is cellid_000000007-1 of
+  the matrix) and of Baysor. If the file of QuPath holds cells or detections, annotations and tiles
+  are left out. --nuclei takes the nucleus of every cell (nucleusGeometry) in place of its border.
+  Of samples by prepare/xenium.py, cell_boundaries and nucleus_boundaries (.parquet, .csv.gz) of the
+  run are read, too. What an outline encloses counts, once, also where it crosses itself; an outline
+  without an area is left out.
 
 A cell gets, of every superpixel, the share of the counts that is its share of the area; areas are
 exact, those of pixels cut by the border of a superpixel too. **A superpixel of 64 um2 is about as

@@ -54,6 +54,11 @@ def anew(stage: utils.Stage, script: str) -> str:
     )
 
 
+def new_record(stage: utils.Stage, script: str) -> str:
+    """The remedy for a record with odd facts, by which the script would find itself up to date."""
+    return f"Move it away, then run: {stage.command(script)}"
+
+
 def path_of(stage: utils.Stage, artifact: utils.Artifact) -> Path:
     """Where a file is that must be there, whoever made it and when."""
     path = stage.find(artifact)
@@ -91,7 +96,7 @@ def read_sizes(stage: utils.Stage, *keys: str) -> list[tuple[int, int]]:
         raise stage.error(
             stage.directory / utils.record_name(utils.CALIBRATION),
             f"does not tell the sizes of the images, {' and '.join(keys)}.",
-            f"Run: {stage.command(utils.CALIBRATION)}",
+            new_record(stage, utils.CALIBRATION),
         )
     return [(size[0], size[1]) for size in sizes if size]
 

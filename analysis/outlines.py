@@ -34,6 +34,7 @@ VERTEX = ["cell_id", "vertex_x", "vertex_y"]
 BEYOND_PX = 1e7  # no image has as long a side
 TINY_PX2 = 1e-6  # less than that is no area
 GEOJSON_REMEDY = "Export the cells as GeoJSON (a FeatureCollection of Polygons) again."
+DAMAGE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 Feature = dict[str, Any]
 
 
@@ -97,7 +98,7 @@ def outlines_of(stage: utils.Stage, path: Path, nuclei: bool) -> list[Outline]:
         except UnusableRingError as error:
             left_out[f"have {error}"] += 1
             continue
-        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        except DAMAGE as error:
             problem = f"{path} has a damaged outline, number {number}: {error!s:.100}."
             raise utils.StageError(problem, GEOJSON_REMEDY) from error
         if rings:
@@ -273,6 +274,9 @@ def outlines_of_table(stage: utils.Stage, path: Path) -> list[Outline]:
     columns, delimiter = columns_of(path)
     origin = xenium_origin(stage, path, columns)
     table = read_vertices(path, columns, delimiter)
+    if nameless := int(table["cell_id"].isna().sum()):
+        stage.warn(f"{path.name}: {nameless} vertices without a cell_id are left out")
+        table = table.dropna(subset=["cell_id"])
     xy = table[VERTEX[1:]].to_numpy(np.float64)
     px = (xy - origin) / utils.PIXEL_SIZE_UM
     outlines, left_out = [], 0
@@ -291,7 +295,7 @@ def outlines_of_table(stage: utils.Stage, path: Path) -> list[Outline]:
 def parts_of(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
     """Name of the cell and rows of each of its outlines; label_id tells them apart."""
     keys = [key for key in ("cell_id", "label_id") if key in table]
-    for name, rows in table.groupby(keys, sort=False).indices.items():
+    for name, rows in table.groupby(keys, sort=False, dropna=False).indices.items():
         yield str(name[0] if isinstance(name, tuple) else name), np.asarray(rows)
 
 
@@ -324,7 +328,7 @@ def read_vertices(path: Path, columns: list[str], delimiter: str) -> pd.DataFram
             )
         for column in VERTEX[1:]:
             table[column] = pd.to_numeric(table[column], errors="coerce")
-        return table.dropna(subset=["cell_id"]).astype({"cell_id": str})
+        return table
     except Exception as error:  # damaged bytes can raise nearly anything
         problem = f"is no whole table of {', '.join(VERTEX)} ({error!r:.200})."
         raise utils.broken(path, problem) from error

@@ -102,7 +102,15 @@ from scipy.sparse import csc_array, csr_array
 from scipy.spatial import cKDTree
 
 from analysis import regions
-from analysis.inputs import TRUTH, map_files, read_held_out, read_map, read_radius, read_truth
+from analysis.inputs import (
+    TRUTH,
+    map_files,
+    new_record,
+    read_held_out,
+    read_map,
+    read_radius,
+    read_truth,
+)
 from analysis.scores import is_constant, pearson, rounded
 from analysis.spots import gaussian_weights, interpolation_weights, sum_discs
 from method.grid import neighbour_distance
@@ -344,7 +352,7 @@ def read_correlations(stage: utils.Stage, section: SpotsAndMaps) -> tuple[np.nda
     r = read_held_out(stage)
     assert r is not None  # it is required
     record = stage.directory / utils.record_name(utils.HISTEX)
-    again = f"Run: {stage.command(utils.HISTEX)}"
+    again = new_record(stage, utils.HISTEX)
     spots = (utils.read_record(stage, utils.HISTEX) or {}).get("held_out_spots", [])
     if not isinstance(spots, list):
         raise stage.error(record, "does not list held_out_spots.", again)

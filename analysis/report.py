@@ -205,7 +205,7 @@ def checked(stage: utils.Stage, script: str, record: dict[str, Any]) -> dict[str
             raise stage.error(
                 stage.directory / utils.record_name(script),
                 f"is no whole record of {script}: {name} is {str(value)[:40]!r}, not {what}.",
-                f"Run: {stage.command(script)}",
+                inputs.new_record(stage, script),
             )
     return record
 
