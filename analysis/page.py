@@ -37,6 +37,15 @@ KNOWN_FACTS = (
     "inputs", "outputs",
 )  # fmt: skip
 
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # of facts in a record, and their words
+    "options": ((list,), "a list"),
+    "warnings": ((list,), "a list"),
+    "arguments": ((dict,), "an object"),
+    "versions": ((dict,), "an object"),
+    "seconds": ((float, int), "a number"),
+    "ended": ((str,), "text"),
+}
+
 
 @dataclass
 class SpotCounts:
@@ -211,7 +220,7 @@ def describe_run(script: str, record: dict[str, Any] | None) -> dict[str, Any]:
     results = {k: v for k, v in record.items() if k not in KNOWN_FACTS}
     lists = {"Results": results, "Arguments": arguments}
     files = [
-        (f"{kind}: {name}", f"{known['bytes']:,}", str(known["sha256"])[:12])
+        (f"{kind}: {name}", number_text(known["bytes"], ",.0f"), str(known["sha256"])[:12])
         for kind in ("inputs", "outputs")
         for name, known in record[kind].items()
     ]
