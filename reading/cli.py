@@ -223,8 +223,11 @@ def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) 
         place, reason = error.filename2 or error.filename or directory, os.strerror(error.errno)
         remedy = REMEDIES.get(error.errno, IO_REMEDY)
         return _say(f"error: {place}: {reason}.\n{remedy}, then run the same command.", 2)
-    except MemoryError as error:
-        problem = f"error: there is not enough memory. {error}".rstrip()
+    except (MemoryError, SystemError) as error:
+        memory = error if isinstance(error, MemoryError) else error.__cause__
+        if not isinstance(memory, MemoryError):  # OpenCV wraps numpy's into a SystemError
+            raise
+        problem = f"error: there is not enough memory. {memory}".rstrip()
         remedy = "Close other programs or take a larger machine, then run the same command."
         return _say(f"{problem}\n{remedy}", 2)
     except Terminated:

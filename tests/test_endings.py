@@ -51,7 +51,17 @@ def test_memory_that_is_not_there_is_one_message(capsys):
     assert "not enough memory. Unable to allocate 9. TiB" in said
 
 
-@pytest.mark.parametrize("bug", [ValueError("x"), OSError("no number"), KeyError("y")])
+def test_memory_that_opencv_misses_is_one_message(capsys):
+    def work() -> None:
+        raise SystemError("returned a result with an exception set") from MemoryError("9 GB")
+
+    assert cli.exit_code(work, HERE, "") == 2
+    assert "not enough memory. 9 GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "bug", [SystemError("x"), ValueError("x"), OSError("no number"), KeyError("y")]
+)
 def test_a_bug_keeps_its_traceback(bug):
     with pytest.raises(type(bug)):
         cli.exit_code(lambda: (_ for _ in ()).throw(bug), HERE, "")
