@@ -28,7 +28,7 @@ import pyvips
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from reading import pictures
+from reading import pictures, plain
 
 OPENSLIDE_SUFFIXES = (
     ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm",
@@ -144,6 +144,8 @@ class Slide:
         except utils.StageError:
             raise
         except Exception as error:  # damaged tiles raise whatever their decoder raises
+            if plain.of_system(error):
+                raise
             raise utils.broken(
                 self.path, f"cannot be decoded at x {x}, y {y} of level {level}: {error!r:.200}"
             ) from error
@@ -309,6 +311,8 @@ def open_slide(path: Path) -> Slide:
     except FileNotFoundError as error:
         raise utils.StageError(f"{path} is missing.", "Give the H&E image by --image.") from error
     except Exception as error:  # damaged headers raise nearly anything
+        if plain.of_system(error):
+            raise
         raise utils.broken(path, f"is no whole slide or image: {error!r:.300}") from error
 
 

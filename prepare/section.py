@@ -163,6 +163,8 @@ def reading_table(path: Path) -> Iterator[None]:
     except (plain.Unfit, UnicodeDecodeError, csv.Error) as error:
         raise unfit(path, f"cannot be read: {error}") from error
     except DAMAGED as error:
+        if plain.of_system(error):
+            raise
         raise utils.broken(path, f"is no whole table: {error}") from error
 
 

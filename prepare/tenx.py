@@ -132,6 +132,8 @@ def open_groups(path: Path) -> Iterator[dict[str, Any]]:
     except utils.StageError:
         raise
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        if plain.of_system(error):
+            raise
         raise broken(path, f"is no whole 10x matrix in HDF5: {error}") from error
 
 
@@ -183,6 +185,8 @@ def read_10x_mtx(folder: Path) -> tuple[sparse.csr_array, list[str], pd.DataFram
     try:
         counts = sparse.csr_array(mmread(matrix).T)
     except (ValueError, OSError, EOFError, StopIteration) as error:
+        if plain.of_system(error):
+            raise
         raise broken(matrix, f"is no whole 10x matrix: {error}") from error
     barcodes = [row[0] for row in read_tsv(barcodes_path)]
     rows = read_tsv(features_path)

@@ -62,6 +62,7 @@ from scipy import sparse
 
 from method.calibration import machine_memory
 from prepare import images, lattice, sample, section, tenx
+from reading import plain
 
 BIN_FOLDERS = ("square_002um", "square_008um", "square_016um")
 POSITIONS = "tissue_positions.parquet"
@@ -130,7 +131,7 @@ def read_bins(path: Path, size_um: float) -> Bins:
                 n_all += len(table)
                 last = np.maximum(last, table[:, 1:3].max(axis=0, initial=0))
     except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
-        if isinstance(error, utils.StageError):
+        if isinstance(error, utils.StageError) or plain.of_system(error):
             raise
         raise utils.broken(path, f"is no whole table of positions: {error}") from error
     places = np.concatenate([np.empty((0, 2), np.int32), *kept])

@@ -35,6 +35,11 @@ class Unfit(ValueError):
     """Why a file is not read, though its bytes may be whole; and what would be read."""
 
 
+def of_system(error: BaseException) -> bool:
+    """True if the system failed (disk, rights, memory), so that the file's bytes may be whole."""
+    return isinstance(error, MemoryError) or bool(getattr(error, "errno", None))
+
+
 def open_text(path: Path) -> TextIO:
     """A text file, opened; every line that is read of it ends with \\n. Unfit if it is no text."""
     with path.open("rb") as file:

@@ -817,7 +817,7 @@ def test_swapped_columns():
 
 def test_hires_image_with_coordinates_of_the_full_one():
     text = calibration.diagnose(SPOTS, (200, 300), 0.5)
-    assert "8.8 times as far as the image" in text  # 95 % lie left of column 2650: 2650 / 300
+    assert "8.5 times as far as the image" in text  # 90 % lie left of column 2550: 2550 / 300
     assert "hires" in text
     assert "100.0 um apart (200.0 px x 0.5 um), as they should be" in text
 
@@ -840,7 +840,7 @@ def test_hires_coordinates_on_the_full_image():
     assert "10.0 um apart (20.0 px x 0.5 um)" in text
     assert "a factor of 10.0" in text
     assert "pixel size of 5 um (Visium)" in text
-    assert "only the upper left 9% of the image" in text
+    assert "only the upper left 8% of the image" in text
 
 
 def test_wrong_pixel_size():

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import errno
 import functools
 import gzip
 import io
@@ -21,7 +22,7 @@ from scipy.io import mmwrite
 
 import utils
 from method.grid import lattice_pitch
-from prepare import aligned, images, lattice, options, sample, tenx, xenium
+from prepare import aligned, images, lattice, options, sample, scans, tenx, xenium
 from prepare import section as sections
 from reading import cli
 from writing import disk
@@ -190,6 +191,24 @@ def test_a_matrix_that_its_bytes_cannot_hold_is_refused_from_the_header(tmp_path
         file["matrix"].create_dataset("data", (10**12,), np.int32, chunks=(10**6,))
     with pytest.raises(utils.StageError, match=r"declares 4,000\.0 GB of values"):
         tenx.read_10x_h5(path)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_an_error_of_the_system_is_not_called_damage(tmp_path, matrix, monkeypatch, code):
+    """Copying the file again would not help."""
+
+    def fail(*_, **__):
+        raise OSError(code, "of the disk")
+
+    path = write_h5(tmp_path / "m.h5", *matrix)
+    monkeypatch.setattr(h5py, "File", fail)
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(OSError, match="of the disk"):
+        tenx.read_10x_h5(path)
+    with pytest.raises(OSError, match="of the disk"):
+        sections.read_numbers(path)
+    with pytest.raises(OSError, match="of the disk"):
+        scans.open_slide(path)
 
 
 def test_tables_of_a_matrix_as_windows_saves_them(tmp_path, matrix):
