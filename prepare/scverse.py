@@ -157,9 +157,12 @@ def need_plain(prefix: str, names: tuple[str, ...], what: str) -> Path:
 
 
 def read_one_number(path: Path) -> float:
-    content = path.read_text(encoding="utf-8-sig").strip()
-    if not utils.is_number(content) or not float(content) > 0:
-        raise utils.broken(path, f"holds {content[:40]!r}; expected one number above zero.")
+    content = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    if not utils.is_number(content) or not 0 < float(content) < np.inf:
+        raise utils.StageError(
+            f"{path} holds {content[:40]!r}; expected one number above zero.",
+            "Write that number alone into it, with a point, then run the same command.",
+        )
     return float(content)
 
 

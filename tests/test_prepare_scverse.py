@@ -445,6 +445,7 @@ def other_content(name):
         (other_content("assays"), "h5Seurat"),
         (other_content("row_attrs"), ".loom"),
         (other_content("things"), "holds things, no obs and var"),
+        (lambda p: p.write_text("<!DOCTYPE html><title>Sign in"), "is text ('<!DOCTYP')"),
         (lambda p: p.write_bytes(b"PK\3\4 and so on"), "unzip"),
         (lambda p: p.write_bytes(b"\x1f\x8b and so on"), "gunzip"),
     ],
@@ -456,7 +457,7 @@ def test_another_format_gets_its_name_and_a_way_out(spoil, words, image, tmp_pat
     assert scverse.run(options) == 2
     message = capsys.readouterr().err
     assert words in message
-    assert "download" not in message
+    assert "download it again" not in message
 
 
 @pytest.mark.parametrize(
@@ -903,6 +904,8 @@ def rewrite(name, change):
             "swapped",
         ),
         (lambda f: (f / "pixel-size-raw.txt").write_text("1,25"), "expected one number"),
+        (lambda f: (f / "pixel-size-raw.txt").write_text("inf"), "expected one number"),
+        (lambda f: (f / "pixel-size-raw.txt").write_bytes(b"\xff\xfe1"), "expected one number"),
         (lambda f: (f / "pixel-size-raw.txt").write_text("0.5"), "expected 100 um"),
     ],
 )
