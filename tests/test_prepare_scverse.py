@@ -263,6 +263,28 @@ def test_a_joined_section_is_taken_by_name(image, tmp_path, capsys):
     assert any("taken for one section" in note for note in record["notes"])
 
 
+def test_a_section_that_only_uns_names_is_not_asked_for_in_a_circle(image, tmp_path, capsys):
+    path = unpack("two_sections", tmp_path)
+    with h5py.File(path, "r+") as file:
+        del file["obs/library_id"]
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run([*options, "--library", "P1"]) == 2
+    assert "no column of obs says which spots are of it" in capsys.readouterr().err
+
+
+def test_the_scales_of_another_section_are_not_used(image, tmp_path):
+    """uns holds the section that came first; the hires copy of P2 is not that of P1."""
+    path = unpack("two_sections", tmp_path)
+    with h5py.File(path, "r+") as file:
+        del file["uns/spatial/P2"]
+        file["uns/spatial/P1/images/hires"] = np.zeros((50, 50, 3), "f4")
+        file["uns/spatial/P1/scalefactors/tissue_hires_scalef"] = 0.2
+        file["obsm/spatial"][64:] = file["obsm/spatial"][:64]
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run([*options, "--library", "P1"]) == 2
+    assert scverse.run([*options, "--library", "P2"]) == 0
+
+
 def test_pieces_of_one_array_are_one_section(image, tmp_path):
     """A column called sample has two values, but all spots lie on one array."""
     assert prepare("one_array", image, tmp_path) == 0
