@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import zarr
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -450,6 +451,28 @@ def test_what_declares_too_much_is_refused_by_its_header(
     assert str(path) in message
 
 
+@pytest.mark.parametrize("name", ["csr", "without_values", "joined"])
+def test_damaged_bytes_are_refused_or_do_no_harm(name, image, tmp_path):
+    """No error but a message, wherever a byte is changed or the file ends."""
+    whole = unpack(name, tmp_path).read_bytes()
+    path = tmp_path / "damaged.h5ad"
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    args = scverse.build_parser().parse_args([*options, "--library", "all"])
+    rng = np.random.default_rng(0)
+    refused = []
+    for _ in range(15):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(0, len(whole), 8)] = rng.integers(0, 256, 8)
+        damaged = damaged[: rng.integers(1, len(whole))] if rng.random() < 0.2 else damaged
+        path.write_bytes(damaged.tobytes())
+        try:
+            scverse.prepare(args)
+        except utils.StageError as error:
+            refused.append(str(error))
+    assert len(refused) > 2
+    assert all(str(path) in message or str(image) in message for message in refused)
+
+
 def other_content(name):
     def spoil(path):
         path.unlink()
@@ -640,6 +663,17 @@ def test_of_the_sections_of_a_store_one_is_asked_for(stores_folder, tmp_path, ca
     moved = np.array([5, 3]) / STORES.SCALE
     np.testing.assert_allclose(locs.to_numpy() - moved, STORES.spots(), atol=1e-3)
     np.testing.assert_array_equal(found, STORES.counts())
+
+
+def test_rows_of_a_table_that_tell_no_section_are_left_out_and_counted(stores_folder, tmp_path):
+    table = zarr.open_group(stores_folder / "two.zarr" / "tables" / "table", mode="r+")
+    table["obs/region/codes"][:2] = -1  # one more would be the last category
+    options = ("--shapes", "spots")
+    assert prepare_store(stores_folder / "two.zarr", tmp_path / "s", *options) == 0
+    locs, found, record = read(tmp_path / "s")
+    assert locs.index.tolist() == [f"AAAC{i:02d}-1" for i in range(2, 36)]
+    np.testing.assert_array_equal(found, STORES.counts()[2:])
+    assert "2 rows of the table without a region are left out" in record["notes"]
 
 
 def test_an_image_that_alone_shares_a_system_with_the_spots_is_taken(stores_folder, tmp_path):
