@@ -21,7 +21,8 @@ add up what lies in them; truth.npz counts what lies in each superpixel of 8 um:
 * cells: all molecules of a cell at its centroid;
 * polygons: the molecules of a cell over the superpixels in proportion to the area that its outline
   shares with them; a spot then adds up the superpixels whose centres it covers.
-Negative controls, blank and unassigned codewords are left out, and counted in prepare.json. Of a
+Controls, blank, unassigned and deprecated codewords, and what has no name or place are left out,
+and counted by kind in prepare.json. Of several forms of a file the first one there is read. Of a
 large panel truth.npz holds the genes that vary most between spots (--truth-genes), counted in a
 pass of their own: the grid in memory grows with them, not with the panel.
 
@@ -435,8 +436,9 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         notes.append("the alignment mirrors the H&E: see in check.png that the section fits")
     if args.alignment is None:
         notes.append("by --aligned, the image is taken to lie in the frame of the run")
-    read = [outs / name for name in sorted(files.WANTED)] if args.outs.is_dir() else [args.outs]
-    sources = [path for path in (args.image, args.alignment, *read) if path and path.is_file()]
+    packed = args.outs.is_file()
+    read = [args.outs] if packed else files.files_read(outs, facts["counts_of"])
+    sources = [path for path in (args.image, args.alignment, *read) if path]
     locs = lattice.named_spots(xy)
     return section.PreparedSection(
         image=Aligned(slide, 0, 0, *frame.size, to_slide=to_slide_px),

@@ -160,6 +160,17 @@ def run_pixel_size(outs: Path) -> float:
     return size
 
 
+def files_read(outs: Path, kind: str) -> list[Path]:
+    """The files of which counts of a kind (--counts-of) are made, for the record."""
+    groups = {
+        "transcripts": [MOLECULES], "cells": [CELLS], "polygons": [CELLS, OUTLINES],
+    }[kind]  # fmt: skip
+    found = [outs / EXPERIMENT, *(need_one(outs, names, kind) for names in groups)]
+    matrix = find_matrix(outs)
+    found += [] if matrix is None else utils.files_in(matrix)
+    return [path for path in dict.fromkeys(found) if path.is_file()]
+
+
 def need_one(outs: Path, names: tuple[str, ...], what: str, otherwise: str = "") -> Path:
     """The first file of these names, all of which hold the same."""
     for name in names:

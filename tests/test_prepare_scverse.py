@@ -977,6 +977,16 @@ def test_bad_tables_are_named(image, tmp_path, capsys, spoil, words):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "option"),
+    [("--h5ad", "--table"), ("--spatialdata", "--library"), ("--tables", "--layer")],
+)
+def test_an_option_of_another_source_is_refused(tmp_path, capsys, source, option):
+    options = [source, str(tmp_path), option, "x", "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == 2
+    assert f"{option} says nothing of {source}" in capsys.readouterr().err
+
+
 def test_the_source_folder_is_not_overwritten(image, tmp_path, capsys):
     write_plain(f"{tmp_path}/", image)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
