@@ -252,7 +252,7 @@ def check_kind(path: Path) -> None:
         return
     with path.open("rb") as file:
         start = file.read(8)
-    if start == HDF5:
+    if start == HDF5 or h5py.is_hdf5(path):
         return
     if start.startswith(b"PK"):
         raise utils.StageError(
@@ -265,6 +265,12 @@ def check_kind(path: Path) -> None:
         )
     if start.startswith(b"\x1f\x8b"):
         raise utils.StageError(f"{path} is packed by gzip.", f"Unpack it: gunzip {path}")
+    if start.isascii() and start.strip(b"\0"):
+        raise utils.StageError(
+            f"{path} is text ({start.decode()!r}), no HDF5 as .h5ad files are.",
+            "Give the .h5ad file; tables are read by --tables. A web page of that name is what a "
+            "download leaves that needs a login.",
+        )
     raise utils.broken(path, "is no HDF5 file, as .h5ad files are.")
 
 

@@ -173,7 +173,9 @@ def choose_library(
         rows, notes = rows_of(data, str(library), candidates, known)
     elif library is None and len(known) > 1:
         ask(data, f"holds the sections {utils.some(known)} in uns['spatial']", candidates, spots)
-    own = library if library in known else known[0] if len(known) == 1 else None
+    own = next((n for n in (library, str(library).partition("=")[2]) if n in known), None)
+    if len(known) == 1 and len(rows) == len(data.ids):
+        own = known[0]
     part = spots.part(rows)
     if why := part.several():
         if library is None or (library != ALL and part.repeated()):
@@ -231,6 +233,12 @@ def rows_of(
         return np.flatnonzero(rows), notes
     if known == [library]:
         return np.arange(len(data.ids)), []
+    if library in known:
+        raise utils.StageError(
+            f"{data.path} has the section {library!r} in uns['spatial'], but no column of obs says "
+            f"which spots are of it.",
+            "Write the sections' names into obs['library_id'], then run the same command.",
+        )
     raise utils.StageError(
         f"{data.path} has no section {library!r}, but "
         f"{shown({str(c): values_of(obs[c]) for c in obs}) or utils.some(known) or 'one'}.",

@@ -6,7 +6,8 @@
 
 Reads   .h5ad   counts; obsm["spatial"] = x, y in px of the full-resolution image, as scanpy and
                 squidpy have them; in_tissue, array_row, array_col of obs if they are there
-        .zarr   table and shapes (circles) of SpatialData; the image of the store, or --image
+        .zarr   table and shapes (circles) of SpatialData; the image of the store, or --image;
+                --h5ad takes the .zarr folder of AnnData, too
         tables  cnts.csv or .tsv, locs-raw.csv or .tsv, he-raw.*, pixel-size-raw.txt, and
                 radius-raw.txt if it is there, in a folder or after a prefix (data/P1- reads
                 data/P1-cnts.tsv), as the tools of this family have them
@@ -14,6 +15,10 @@ Writes  the files of a sample, see sample.py; look at check.png before you go on
 
 Raw counts are taken from X, else from a layer, else from raw: from the first that holds nothing but
 whole numbers. Normalised or log-transformed values are refused: counts cannot be got back.
+
+One section is taken. Of several you are asked for one: by a column of obs (--library), or by the
+--table, --shapes, --image-element and --coordinate-system of a store. Whether there are several,
+the spots themselves tell: those of one section lie on one lattice, each at its own place.
 
 The images in uns["spatial"] are the hires and lowres copies, too coarse for the cells: the
 full-resolution image is needed. Pixel size: from array_row and array_col, where Visium's
@@ -157,9 +162,12 @@ def need_plain(prefix: str, names: tuple[str, ...], what: str) -> Path:
 
 
 def read_one_number(path: Path) -> float:
-    content = path.read_text(encoding="utf-8-sig").strip()
-    if not utils.is_number(content) or not float(content) > 0:
-        raise utils.broken(path, f"holds {content[:40]!r}; expected one number above zero.")
+    content = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    if not utils.is_number(content) or not 0 < float(content) < np.inf:
+        raise utils.StageError(
+            f"{path} holds {content[:40]!r}; expected one number above zero.",
+            "Write that number alone into it, with a point, then run the same command.",
+        )
     return float(content)
 
 
@@ -232,7 +240,23 @@ def pixel_size(
     return float(args.pitch_um / lattice_pitch(spots.places[["x", "y"]].to_numpy()))
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Stop at options of another source than the one given: they would do nothing."""
+    own: dict[str, tuple[str, ...]] = {
+        "h5ad": ("layer", "library"),
+        "spatialdata": ("layer", "table", "shapes", "image_element", "coordinate_system"),
+        "tables": (),
+    }
+    source = next(name for name in own if getattr(args, name) is not None)
+    for name in {name for names in own.values() for name in names} - set(own[source]):
+        if getattr(args, name) is not None:
+            raise utils.StageError(
+                f"--{name.replace('_', '-')} says nothing of --{source}.", "Leave it out."
+            )
+
+
 def prepare(args: argparse.Namespace) -> section.PreparedSection:
+    check_options(args)
     source = args.h5ad or args.spatialdata or Path(args.tables)
     read = read_h5ad if args.h5ad else stores.read_spatialdata if args.spatialdata else read_tables
     spots = read(args)

@@ -289,8 +289,9 @@ def read_spatialdata(args: argparse.Namespace) -> SourceSpots:
         return read_store(args, data)
 
 
-def linked_shapes(args: argparse.Namespace, data: Annotated) -> tuple[Path, pd.Series]:
-    """The shapes that a table is of, and the instance of each of its rows of them; index: row."""
+def linked_shapes(args: argparse.Namespace, data: Annotated) -> tuple[Path, pd.Series, list[str]]:
+    """The shapes that a table is of; the instance of each of its rows of them (index: row), and
+    notes on rows that tell neither."""
     link = data.root.get("uns/spatialdata_attrs")
     if link is None:
         raise utils.StageError(
@@ -318,16 +319,18 @@ def linked_shapes(args: argparse.Namespace, data: Annotated) -> tuple[Path, pd.S
             f"{data.path} annotates {', '.join(sorted(set(regions) - {''}))}, not {path.name}.",
             "Choose one of them by --shapes NAME, or another table by --table NAME.",
         )
-    return path, wanted
+    unknown = {"a region": regions == "", "an instance": wanted == ""}
+    notes = [
+        f"{n} rows of the table without {what} are left out"
+        for what, rows in unknown.items()
+        if (n := int(rows.sum()))
+    ]
+    return path, wanted[wanted != ""], notes
 
 
 def read_store(args: argparse.Namespace, data: Annotated) -> SourceSpots:
-    path, wanted = linked_shapes(args, data)
+    path, wanted, notes = linked_shapes(args, data)
     circles, into = read_circles(path)
-    notes = []
-    if empty := int((wanted == "").sum()):
-        notes.append(f"{empty} rows of the table without an instance are left out")
-        wanted = wanted[wanted != ""]
     if missing := [i for i in wanted if i not in circles.index]:
         raise utils.StageError(
             f"{path} lacks {len(missing)} of {len(wanted)} spots of the table: "

@@ -21,7 +21,8 @@ add up what lies in them; truth.npz counts what lies in each superpixel of 8 um:
 * cells: all molecules of a cell at its centroid;
 * polygons: the molecules of a cell over the superpixels in proportion to the area that its outline
   shares with them; a spot then adds up the superpixels whose centres it covers.
-Negative controls, blank and unassigned codewords are left out, and counted in prepare.json. Of a
+Controls, blank, unassigned and deprecated codewords, and what has no name or place are left out,
+and counted by kind in prepare.json. Of several forms of a file the first one there is read. Of a
 large panel truth.npz holds the genes that vary most between spots (--truth-genes), counted in a
 pass of their own: the grid in memory grows with them, not with the panel.
 
@@ -46,6 +47,7 @@ MIN_QUALITY = 20.0  # Phred-scaled; what the vendor's own cell matrix counts
 
 def build_parser() -> cli.Parser:
     parser = options.prepare_parser(__doc__)
+    finite = cli.number(float, lambda x: abs(x) < 1e9, "a number")
     parser.add_argument("--outs", type=Path, required=True, help="Folder, .zip or .tar.gz.")
     parser.add_argument("--image", type=Path, required=True, help="H&E image of the section.")
     alignment = parser.add_mutually_exclusive_group(required=True)
@@ -65,12 +67,12 @@ def build_parser() -> cli.Parser:
     )  # fmt: skip
     parser.alias("--counts", "--counts-of")
     parser.add_argument(
-        "--min-quality", type=float, default=MIN_QUALITY, metavar="Q",
+        "--min-quality", type=finite, default=MIN_QUALITY, metavar="Q",
         help="Least quality of a molecule that counts",
     )  # fmt: skip
     options.add_truth_genes(parser)
     parser.add_argument(
-        "--region-um", type=float, nargs=4, metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        "--region-um", type=finite, nargs=4, metavar=("X", "Y", "WIDTH", "HEIGHT"),
         help="Part of the section, um of the run (default: all molecules and a margin).",
     )  # fmt: skip
     parser.alias("--region", "--region-um")
@@ -139,7 +141,7 @@ def make_frame(low: np.ndarray, high: np.ndarray, region: list[float] | None) ->
         size = np.ceil((high + MARGIN_UM - origin) / utils.PIXEL_SIZE_UM)
     else:
         origin, size = np.array(region[:2]), np.ceil(np.array(region[2:]) / utils.PIXEL_SIZE_UM)
-    if size.min() < utils.TILE_PX or size.prod() > utils.MAX_MEGAPIXELS * 1e6:
+    if not (size.min() >= utils.TILE_PX and size.prod() <= utils.MAX_MEGAPIXELS * 1e6):
         raise utils.StageError(
             f"The section would be {size[0]:.0f} x {size[1]:.0f} px at {utils.PIXEL_SIZE_UM} um; "
             f"expected at least {utils.TILE_PX} px a side, and {utils.MAX_MEGAPIXELS} megapixels.",
@@ -366,7 +368,7 @@ def count(
     kind = args.counts_of or ("transcripts" if there else "cells")
     if kind == "transcripts":
         path = files.need_one(outs, files.MOLECULES, "molecules", "; or take --counts-of cells")
-        molecules = files.Molecules(path, files.read_panel(outs), args.min_quality)
+        molecules = files.Molecules(path, args.min_quality)
         found = files.survey(molecules)
         frame = make_frame(found.low, found.high, args.region_um)
         xy = spot_centres(frame)
@@ -434,8 +436,9 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         notes.append("the alignment mirrors the H&E: see in check.png that the section fits")
     if args.alignment is None:
         notes.append("by --aligned, the image is taken to lie in the frame of the run")
-    read = [outs / name for name in sorted(files.WANTED)] if args.outs.is_dir() else [args.outs]
-    sources = [path for path in (args.image, args.alignment, *read) if path and path.is_file()]
+    packed = args.outs.is_file()
+    read = [args.outs] if packed else files.files_read(outs, facts["counts_of"])
+    sources = [path for path in (args.image, args.alignment, *read) if path]
     locs = lattice.named_spots(xy)
     return section.PreparedSection(
         image=Aligned(slide, 0, 0, *frame.size, to_slide=to_slide_px),

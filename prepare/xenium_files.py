@@ -16,6 +16,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,6 +42,7 @@ OUTLINES = (
 )  # fmt: skip
 MATRIX, MTX_FOLDER = "cell_feature_matrix.h5", "cell_feature_matrix"
 WANTED = {EXPERIMENT, MATRIX, *MOLECULES, *CELLS, *OUTLINES}  # of an archive, nothing else is read
+PACKED = (b"PK", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how packed files begin, but a plain .tar
 GENE = "gene"  # the kind of what counts; the other kinds are those of codeword_category:
 GENE_CATEGORIES = {"predesigned_gene", "custom_gene"}
 CONTROL_PREFIXES = {  # of feature names, where no column tells -> kind
@@ -90,6 +92,10 @@ def unpack(archive: Path, folder: Path) -> None:
     No path of the archive is ever used to write. An archive with absolute paths, .. or with links
     under a wanted name was not made by a Xenium run, and is refused as a whole.
     """
+    with archive.open("rb") as file:
+        start = file.read(262)
+    if not start.startswith(PACKED) and start[257:] != b"ustar":
+        raise utils.StageError(f"{archive} is neither a folder nor an archive.", OUTS_HELP)
     with readable(archive, ".zip or .tar archive", OUTS_HELP):
         try:
             if zipfile.is_zipfile(archive):
@@ -154,6 +160,17 @@ def run_pixel_size(outs: Path) -> float:
     return size
 
 
+def files_read(outs: Path, kind: str) -> list[Path]:
+    """The files of which counts of a kind (--counts-of) are made, for the record."""
+    groups = {
+        "transcripts": [MOLECULES], "cells": [CELLS], "polygons": [CELLS, OUTLINES],
+    }[kind]  # fmt: skip
+    found = [outs / EXPERIMENT, *(need_one(outs, names, kind) for names in groups)]
+    matrix = find_matrix(outs)
+    found += [] if matrix is None else utils.files_in(matrix)
+    return [path for path in dict.fromkeys(found) if path.is_file()]
+
+
 def need_one(outs: Path, names: tuple[str, ...], what: str, otherwise: str = "") -> Path:
     """The first file of these names, all of which hold the same."""
     for name in names:
@@ -185,13 +202,6 @@ def find_matrix(outs: Path) -> Path | None:
     if (outs / MATRIX).is_file():
         return outs / MATRIX
     return outs / MTX_FOLDER if (outs / MTX_FOLDER).is_dir() else None
-
-
-def read_panel(outs: Path) -> set[str] | None:
-    """Gene symbols of the cell matrix, if there is one."""
-    if find_matrix(outs) is None:
-        return None
-    return set(read_matrix(outs)[2]["name"])
 
 
 def read_centroids(outs: Path) -> tuple[Path, pd.DataFrame]:
@@ -332,6 +342,13 @@ class Batch:
     category: np.ndarray | None = None  # (M,) index of categories; -1: none
 
 
+def kind_by_name(name: str, panel: set[str] | None) -> str:
+    for prefix, kind in CONTROL_PREFIXES.items():
+        if name.startswith(prefix):
+            return kind
+    return GENE if panel is None or name in panel else STRANGE
+
+
 @dataclass
 class Molecules:
     """The file of molecules, read again for every pass.
@@ -340,9 +357,14 @@ class Molecules:
     """
 
     path: Path
-    panel: set[str] | None  # genes, where no column of the molecules tells
     quality: float
     kinds: list[str] = field(default_factory=lambda: [GENE])  # the first of them is what counts
+
+    @cached_property
+    def panel(self) -> set[str] | None:
+        """Genes, read where no column of the molecules tells them; None: all but known controls."""
+        outs = self.path.parent
+        return None if find_matrix(outs) is None else set(read_matrix(outs)[2]["name"])
 
     def codes_of(self, kinds: list[str]) -> np.ndarray:
         """Index of each kind; new ones are added."""
@@ -351,7 +373,8 @@ class Molecules:
 
     def kind_of(self, batch: Batch) -> np.ndarray:
         """Index of the kind (M,) of every molecule."""
-        names = [self.kind_by_name(name) for name in batch.features]
+        told = batch.is_gene is not None or batch.categories is not None
+        names = [kind_by_name(n, None if told else self.panel) for n in batch.features]
         kind = self.codes_of([*names, NAMELESS])[batch.feature]
         nameless, strange, placeless = self.codes_of([NAMELESS, NO_GENE_BY_FLAG, PLACELESS])
         if batch.categories is not None:
@@ -361,12 +384,6 @@ class Molecules:
             kind = np.where(batch.is_gene, 0, np.where(kind == 0, strange, kind))
         kind = np.where(batch.feature < 0, nameless, kind)
         return np.where((kind == 0) & ~np.isfinite(batch.xy).all(axis=1), placeless, kind)
-
-    def kind_by_name(self, name: str) -> str:
-        for prefix, kind in CONTROL_PREFIXES.items():
-            if name.startswith(prefix):
-                return kind
-        return GENE if self.panel is None or name in self.panel else STRANGE
 
     def counted(self) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
         """Batches; which molecules (M,) count, and of which kind (M,) all of them are."""

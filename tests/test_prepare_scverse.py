@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import zarr
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -263,6 +264,28 @@ def test_a_joined_section_is_taken_by_name(image, tmp_path, capsys):
     assert any("taken for one section" in note for note in record["notes"])
 
 
+def test_a_section_that_only_uns_names_is_not_asked_for_in_a_circle(image, tmp_path, capsys):
+    path = unpack("two_sections", tmp_path)
+    with h5py.File(path, "r+") as file:
+        del file["obs/library_id"]
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run([*options, "--library", "P1"]) == 2
+    assert "no column of obs says which spots are of it" in capsys.readouterr().err
+
+
+def test_the_scales_of_another_section_are_not_used(image, tmp_path):
+    """uns holds the section that came first; the hires copy of P2 is not that of P1."""
+    path = unpack("two_sections", tmp_path)
+    with h5py.File(path, "r+") as file:
+        del file["uns/spatial/P2"]
+        file["uns/spatial/P1/images/hires"] = np.zeros((50, 50, 3), "f4")
+        file["uns/spatial/P1/scalefactors/tissue_hires_scalef"] = 0.2
+        file["obsm/spatial"][64:] = file["obsm/spatial"][:64]
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run([*options, "--library", "P1"]) == 2
+    assert scverse.run([*options, "--library", "P2"]) == 0
+
+
 def test_pieces_of_one_array_are_one_section(image, tmp_path):
     """A column called sample has two values, but all spots lie on one array."""
     assert prepare("one_array", image, tmp_path) == 0
@@ -428,6 +451,28 @@ def test_what_declares_too_much_is_refused_by_its_header(
     assert str(path) in message
 
 
+@pytest.mark.parametrize("name", ["csr", "without_values", "joined"])
+def test_damaged_bytes_are_refused_or_do_no_harm(name, image, tmp_path):
+    """No error but a message, wherever a byte is changed or the file ends."""
+    whole = unpack(name, tmp_path).read_bytes()
+    path = tmp_path / "damaged.h5ad"
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    args = scverse.build_parser().parse_args([*options, "--library", "all"])
+    rng = np.random.default_rng(0)
+    refused = []
+    for _ in range(15):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(0, len(whole), 8)] = rng.integers(0, 256, 8)
+        damaged = damaged[: rng.integers(1, len(whole))] if rng.random() < 0.2 else damaged
+        path.write_bytes(damaged.tobytes())
+        try:
+            scverse.prepare(args)
+        except utils.StageError as error:
+            refused.append(str(error))
+    assert len(refused) > 2
+    assert all(str(path) in message or str(image) in message for message in refused)
+
+
 def other_content(name):
     def spoil(path):
         path.unlink()
@@ -445,6 +490,7 @@ def other_content(name):
         (other_content("assays"), "h5Seurat"),
         (other_content("row_attrs"), ".loom"),
         (other_content("things"), "holds things, no obs and var"),
+        (lambda p: p.write_text("<!DOCTYPE html><title>Sign in"), "is text ('<!DOCTYP')"),
         (lambda p: p.write_bytes(b"PK\3\4 and so on"), "unzip"),
         (lambda p: p.write_bytes(b"\x1f\x8b and so on"), "gunzip"),
     ],
@@ -456,7 +502,7 @@ def test_another_format_gets_its_name_and_a_way_out(spoil, words, image, tmp_pat
     assert scverse.run(options) == 2
     message = capsys.readouterr().err
     assert words in message
-    assert "download" not in message
+    assert "download it again" not in message
 
 
 @pytest.mark.parametrize(
@@ -617,6 +663,17 @@ def test_of_the_sections_of_a_store_one_is_asked_for(stores_folder, tmp_path, ca
     moved = np.array([5, 3]) / STORES.SCALE
     np.testing.assert_allclose(locs.to_numpy() - moved, STORES.spots(), atol=1e-3)
     np.testing.assert_array_equal(found, STORES.counts())
+
+
+def test_rows_of_a_table_that_tell_no_section_are_left_out_and_counted(stores_folder, tmp_path):
+    table = zarr.open_group(stores_folder / "two.zarr" / "tables" / "table", mode="r+")
+    table["obs/region/codes"][:2] = -1  # one more would be the last category
+    options = ("--shapes", "spots")
+    assert prepare_store(stores_folder / "two.zarr", tmp_path / "s", *options) == 0
+    locs, found, record = read(tmp_path / "s")
+    assert locs.index.tolist() == [f"AAAC{i:02d}-1" for i in range(2, 36)]
+    np.testing.assert_array_equal(found, STORES.counts()[2:])
+    assert "2 rows of the table without a region are left out" in record["notes"]
 
 
 def test_an_image_that_alone_shares_a_system_with_the_spots_is_taken(stores_folder, tmp_path):
@@ -903,6 +960,8 @@ def rewrite(name, change):
             "swapped",
         ),
         (lambda f: (f / "pixel-size-raw.txt").write_text("1,25"), "expected one number"),
+        (lambda f: (f / "pixel-size-raw.txt").write_text("inf"), "expected one number"),
+        (lambda f: (f / "pixel-size-raw.txt").write_bytes(b"\xff\xfe1"), "expected one number"),
         (lambda f: (f / "pixel-size-raw.txt").write_text("0.5"), "expected 100 um"),
     ],
 )
@@ -916,6 +975,16 @@ def test_bad_tables_are_named(image, tmp_path, capsys, spoil, words):
     assert message.startswith("error: ")
     assert words in message
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "option"),
+    [("--h5ad", "--table"), ("--spatialdata", "--library"), ("--tables", "--layer")],
+)
+def test_an_option_of_another_source_is_refused(tmp_path, capsys, source, option):
+    options = [source, str(tmp_path), option, "x", "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == 2
+    assert f"{option} says nothing of {source}" in capsys.readouterr().err
 
 
 def test_the_source_folder_is_not_overwritten(image, tmp_path, capsys):

@@ -212,7 +212,11 @@ def test_every_molecule_is_counted_once_and_spots_equal_brute_force(shared, tmp_
     assert record["of_controls"] == ((table["qv"] >= 20) & ~table["is_gene"]).sum()
     assert record["controls"] == len(CONTROLS)
     assert record["pixel_size_um"] == 0.5
-    assert str(shared / "outs" / "transcripts.parquet") in record["inputs"]
+    read = {Path(name).name for name in record["inputs"]}
+    assert read == {
+        "he.ome.tif", "alignment.csv", "experiment.xenium", "transcripts.parquet",
+        "cell_feature_matrix.h5",
+    }  # fmt: skip
     assert float((tmp_path / "s" / "radius-raw.txt").read_text()) == 55
     assert (tmp_path / "s" / "check.png").is_file()
 
@@ -850,6 +854,15 @@ def test_an_absolute_path_in_a_zip_is_refused(tmp_path):
         xenium_files.unpack(tmp_path / "a.zip", tmp_path)
 
 
+def test_what_is_no_archive_is_not_said_to_be_damaged(shared, tmp_path, capsys):
+    outs = shared / "outs" / "transcripts.parquet"
+    rest = ["--image", str(shared / "he.ome.tif"), "--aligned", "--directory", str(tmp_path / "s")]
+    assert xenium.run(["--outs", str(outs), *rest]) == 2
+    message = capsys.readouterr().err
+    assert "neither a folder nor an archive" in message
+    assert "download" not in message
+
+
 def test_a_cut_off_archive_is_refused(shared, tmp_path):
     pack_tar(tmp_path / "a.tar.gz", {"experiment.xenium": "transcripts.parquet"}, shared / "outs")
     whole = (tmp_path / "a.tar.gz").read_bytes()
@@ -988,6 +1001,14 @@ def test_an_alignment_that_mirrors_is_noted(run_folder, tmp_path):
     np.savetxt(run_folder / "alignment.csv", matrix, delimiter=",")
     assert prepare(run_folder, tmp_path / "s") == 0
     assert any("mirrors the H&E" in note for note in read_sample(tmp_path / "s")[0]["notes"])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e30", "left"])
+def test_a_region_is_of_numbers(shared, tmp_path, capsys, value):
+    with pytest.raises(SystemExit) as stop:
+        prepare(shared, tmp_path / "s", "--region-um", "0", value, "400", "400")
+    assert stop.value.code == 2
+    assert "is not a number" in capsys.readouterr().err
 
 
 def test_the_alignment_cannot_be_forgotten(shared, tmp_path, capsys):
