@@ -262,10 +262,16 @@ def add_scale_bar(ax: Axes, shape: tuple[int, int]) -> None:
     ax.text(width / 2, shape[0] * 1.035, text, ha="center", va="top", fontsize=9)
 
 
+def plain(text: str) -> str:
+    """A text as matplotlib shows it letter by letter: between two $ it would look for formulas."""
+    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    return shown.replace("$", r"\$")
+
+
 def bare(ax: Axes, title: str = "") -> None:
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    ax.set_title(title, fontsize=10)
+    ax.set_title(plain(title), fontsize=10)
 
 
 def innermost(region: np.ndarray) -> tuple[int, int]:
@@ -310,7 +316,7 @@ def draw_labels(
     add_scale_bar(ax, labels.shape)
     handles, area = [], np.bincount(labels.ravel(), minlength=len(names) + 1)
     for i, name in enumerate(names, start=1):
-        text = f"{i}  {name}: {area[i] * SUPERPIXEL_MM2:.3g} mm²"
+        text = plain(f"{i}  {name}: {area[i] * SUPERPIXEL_MM2:.3g} mm²")
         handles.append(Patch(facecolor=colours[i], edgecolor="0.3", label=text))
         if area[i]:
             row, column = innermost(labels == i)
