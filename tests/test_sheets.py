@@ -26,7 +26,7 @@ from analysis import (
     segment,
     sheets,
 )
-from reading import pickles
+from reading import arrays, pickles
 
 
 class Refused(Exception):
@@ -214,6 +214,16 @@ def test_a_missing_map_is_named_only_if_it_is_needed(labelled, capsys):
         error = capsys.readouterr().err
         assert f"{maps['A'].name} is missing" in error
         assert "python HISTEX.py --directory" in error
+
+
+# ----- arrays -----
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_of_an_array_are_its_rows_however_it_was_saved(tmp_path, order):
+    array = np.arange(5 * 4 * 3, dtype=np.float16).reshape(5, 4, 3)
+    np.save(tmp_path / "a.npy", np.asarray(array, order=order))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    for start, stop in ((0, 2), (1, 4), (4, 9)):
+        assert arrays.some_rows(mapped, start, stop).tolist() == array[start:stop].tolist()
 
 
 # ----- pickles -----
