@@ -252,10 +252,10 @@ def read_findings(
     """segment-markers.csv or patterns.csv; None if it is not there."""
     folder = stage.args.tables or stage.directory
     path, script = folder / artifact.name, str(artifact.made_by)
-    again = f"Run: {stage.command(script)}"  # the table is not there: nothing is in the way
+    again = f"Run: {stage.command(script)}"
     if not path.is_file():
         if artifact is MARKERS:
-            refuse_old_markers(folder / OLD_MARKERS, again)
+            refuse_old_markers(folder / OLD_MARKERS, f"{again} --force")
         print(f"without {path.name}: run {script} to have its genes as well")
         return None
     stage.require(artifact, folder=folder)
