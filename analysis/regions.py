@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SUPERPIXEL_MM2 = (utils.SUPERPIXEL_UM / 1000) ** 2
 SCALE_BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
 MORE_SPOTS = (  # to run another script would give no more of them
-    f"Take a section with more spots on the tissue, or see that {utils.MASK.name} covers them, then "
+    f"Take a section with more spots on the tissue, or see that {utils.MASK.name} covers them, and "
     f"run the same command."
 )
 LEGEND_ROWS = 24  # names in one column beside the picture
