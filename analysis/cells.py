@@ -273,6 +273,8 @@ def read_cells(stage: utils.Stage, shape: tuple[int, int]) -> tuple[CellAreas, P
     path, args, frames = stage.args.masks, stage.args, read_frames(stage)
     again = f"Run: {stage.command()}"
     if outline_files.ending(path) in (*outline_files.GEOJSON, *outline_files.TABLES):
+        if args.frame == CALIBRATED and outline_files.ending(path) in outline_files.TABLES:
+            raise wrong(path, "is in um of a Xenium run.", "Leave out --frame.")
         outlines = outline_files.read_outlines(stage, path, args.nuclei)
         frame = frames[args.frame or RAW]
         outlines = without_far(stage, path, outlines, frame)

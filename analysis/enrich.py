@@ -115,6 +115,7 @@ NUMBERS = {  # columns of each table, beside gene
 FLAGS = {MARKERS: ["higher"], PATTERNS: ["found_by_spots", "found_by_maps"]}  # True and False
 BY_SPOTS, BY_MAPS = "spots", "maps"
 TOP, MOST_ROWS = 4, 40  # sets of a list, and of all, in the picture
+TINY_Q = 1e-300  # a smaller q has the colour of this one
 LONGEST_NAME = 48  # characters of a set's name in the picture
 COLOURS = {  # of circle and text, which the colour-blind tell apart
     BY_SPOTS: ("#4c78a8", "#2f5680"),
@@ -251,10 +252,10 @@ def read_findings(
     """segment-markers.csv or patterns.csv; None if it is not there."""
     folder = stage.args.tables or stage.directory
     path, script = folder / artifact.name, str(artifact.made_by)
-    again = f"Run: {stage.command(script)}"  # the table is not there: nothing is in the way
+    again = f"Run: {stage.command(script)}"
     if not path.is_file():
         if artifact is MARKERS:
-            refuse_old_markers(folder / OLD_MARKERS, again)
+            refuse_old_markers(folder / OLD_MARKERS, f"{again} --force")
         print(f"without {path.name}: run {script} to have its genes as well")
         return None
     stage.require(artifact, folder=folder)
@@ -448,8 +449,8 @@ def draw_dots(table: pd.DataFrame, names: list[str], max_q: float) -> Figure:
         return ax.scatter(part["list"].map(column), part["set"].map(row), s=size, **style)
 
     dots(found, color="0.92", edgecolors="0.75", linewidths=0.6)
-    strength = -np.log10(sure["q"].clip(lower=1e-300))
-    low = -np.log10(max_q)
+    strength = -np.log10(sure["q"].clip(lower=TINY_Q))
+    low = -np.log10(max(max_q, TINY_Q))
     top = max(float(strength.max()), low + 1) if len(sure) else low + 1
     drawn = dots(sure, c=strength, cmap="viridis_r", vmin=low, vmax=top, edgecolors="black")
     ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
@@ -478,7 +479,8 @@ def dot_size(share: np.ndarray) -> np.ndarray:
 
 def shortened(name: str) -> str:
     name = name.replace("_", " ")
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    name = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    return regions.plain(name)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def may_be_replaced(folder: Path, kind: str) -> bool:
 
 def read_maps(stage: utils.Stage) -> MapSet:
     args, directory = stage.args, stage.directory
-    stage.require(utils.MAPS, *FORMATS[args.format].inputs)
+    stage.require(*FORMATS[args.format].inputs, utils.MAPS)
     known = map_files(directory)
     if args.n_genes:
         stage.require(utils.HELD_OUT)

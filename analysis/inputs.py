@@ -278,8 +278,6 @@ def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
             image = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
         else:
             image = pickles.read_pickle(path)
-    except utils.StageError:
-        raise
     except Exception as error:  # damaged bytes can raise nearly anything
         raise utils.StageError(f"{path} is not a whole map ({error!r:.200}).", again) from error
     numbers = isinstance(image, np.ndarray) and image.dtype.kind in "fiu" and image.size > 0

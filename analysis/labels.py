@@ -130,8 +130,7 @@ def check_turn(path: Path, orientation: int) -> None:
 
 def bands_of(array: np.ndarray) -> Iterator[np.ndarray]:
     for top in range(0, len(array), BAND_ROWS):
-        rows = top, top + BAND_ROWS
-        yield arrays.some_rows(array, *rows) if array.flags.c_contiguous else array[slice(*rows)]
+        yield arrays.some_rows(array, top, top + BAND_ROWS)
 
 
 def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import utils
 from analysis.inputs import Truth, map_files, read_map, read_radius, read_spots, select_genes
-from analysis.regions import bare
+from analysis.regions import bare, plain
 from analysis.scores import BINS, METHODS, Blocks
 from analysis.spots import interpolate_spots
 
@@ -96,7 +96,7 @@ def draw(table: pd.DataFrame, truth: Truth, directory: Path) -> Figure:
         }
         axes = part.subplots(1, 3)
         draw_maps(axes, true, maps, blocks)
-        axes[0].set_ylabel(f"{gene}\n{why}", fontsize=11)
+        axes[0].set_ylabel(plain(f"{gene}\n{why}"), fontsize=11)
     return figure
 
 

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 SUPERPIXEL_MM2 = (utils.SUPERPIXEL_UM / 1000) ** 2
 SCALE_BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
 MORE_SPOTS = (  # to run another script would give no more of them
-    f"Take a section with more spots on the tissue, or see that {utils.MASK.name} covers them."
+    f"Take a section with more spots on the tissue, or see that {utils.MASK.name} covers them, and "
+    f"run the same command."
 )
 LEGEND_ROWS = 24  # names in one column beside the picture
 LETTER_INCHES = 0.085  # width of a letter in them
@@ -263,10 +264,16 @@ def add_scale_bar(ax: Axes, shape: tuple[int, int]) -> None:
     ax.text(width / 2, shape[0] * 1.035, text, ha="center", va="top", fontsize=9)
 
 
+def plain(text: str) -> str:
+    """A text as matplotlib shows it letter by letter: between two $ it would look for formulas."""
+    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    return shown.replace("$", r"\$")
+
+
 def bare(ax: Axes, title: str = "") -> None:
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    ax.set_title(title, fontsize=10)
+    ax.set_title(plain(title), fontsize=10)
 
 
 def innermost(region: np.ndarray) -> tuple[int, int]:
@@ -311,7 +318,7 @@ def draw_labels(
     add_scale_bar(ax, labels.shape)
     handles, area = [], np.bincount(labels.ravel(), minlength=len(names) + 1)
     for i, name in enumerate(names, start=1):
-        text = f"{i}  {name}: {area[i] * SUPERPIXEL_MM2:.3g} mm²"
+        text = plain(f"{i}  {name}: {area[i] * SUPERPIXEL_MM2:.3g} mm²")
         handles.append(Patch(facecolor=colours[i], edgecolor="0.3", label=text))
         if area[i]:
             row, column = innermost(labels == i)

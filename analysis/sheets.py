@@ -26,6 +26,8 @@ def read_lines(path: Path, refuse: Refusal) -> list[str]:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise refuse(f"cannot be read as text: {error}.") from error
+    if "\0" in text:
+        raise refuse("holds zero bytes, as no text does.")
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 

@@ -410,7 +410,7 @@ def test_r_leaves_out_the_name_of_the_first_column(tmp_path):
     [
         ("", "holds no row below its header."),
         ("gene,label\n\n", "holds no row below its header."),
-        ("gene,cell\nA,x\n", "has the columns gene, cell."),
+        ("gene,cell\nA,x\n", "has the columns gene, cell. It lacks label."),
         ("gene,label\nA,x\nB\n", "has 1 fields in line 3; its header has 2."),
         ("gene,label\nA,x\n\n,x\n", "lacks a gene or a label in line 4."),
         ("gene,label\nA,\n", "lacks a gene or a label in line 2."),

@@ -711,6 +711,8 @@ def test_boundaries_of_xenium_lie_in_the_frame_of_the_sample(section, tmp_path, 
     write_record(section, "prepare/xenium.py", [], [])
     record = json.loads((section / "prepare.json").read_text())
     (section / "prepare.json").write_text(json.dumps(record | {"frame_origin_um": [1000, 2000]}))
+    assert run_cells(section, path, "--frame", "he")[0] == 2
+    assert "Leave out --frame" in capsys.readouterr().err
     code, found = run_cells(section, path)
     assert code == 0
     assert "1 outlines have no three finite vertices" in capsys.readouterr().out

@@ -26,7 +26,7 @@ from analysis import (
     segment,
     sheets,
 )
-from reading import pickles
+from reading import arrays, pickles
 
 
 class Refused(Exception):
@@ -216,6 +216,16 @@ def test_a_missing_map_is_named_only_if_it_is_needed(labelled, capsys):
         assert "python HISTEX.py --directory" in error
 
 
+# ----- arrays -----
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_of_an_array_are_its_rows_however_it_was_saved(tmp_path, order):
+    array = np.arange(5 * 4 * 3, dtype=np.float16).reshape(5, 4, 3)
+    np.save(tmp_path / "a.npy", np.asarray(array, order=order))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    for start, stop in ((0, 2), (1, 4), (4, 9)):
+        assert arrays.some_rows(mapped, start, stop).tolist() == array[start:stop].tolist()
+
+
 # ----- pickles -----
 def test_a_pickle_of_doubled_lists_takes_no_time(tmp_path):
     content = [np.ones(3)]
@@ -308,7 +318,53 @@ def test_any_number_of_states_in_the_record(labelled, states):
     assert report.run(["--directory", str(labelled)]) == 0
 
 
-# ----- names that a spreadsheet takes for formulas -----
+# ----- odd names -----
+def rename_genes(directory, genes):
+    index = pd.read_csv(directory / INDEX, dtype=str, keep_default_na=False)
+    index["gene"] = genes[: len(index)]
+    index.to_csv(directory / INDEX, index=False)
+    counts = pd.read_csv(directory / "cnts.csv", index_col=0, dtype={0: str})
+    counts.columns = genes[: len(index)]
+    counts.to_csv(directory / "cnts.csv")
+    r = pd.read_csv(directory / "held-out-r.csv", dtype=str, keep_default_na=False)
+    r.assign(gene=genes[: len(index)]).to_csv(directory / "held-out-r.csv", index=False)
+    outputs = ["cnts-super", "embeddings-gene.pickle", "held-out-r.csv"]
+    write_record(directory, utils.HISTEX, ["cnts.csv"], outputs)
+    return genes[: len(index)]
+
+
+def test_names_are_drawn_letter_by_letter(labelled, capsys):
+    """matplotlib takes what stands between two $ for a formula, and fails if it is none."""
+    genes = rename_genes(labelled, ["$^$", "$\\frac{$", "a$b$c", "_x", "%s{}", "a\u2028b"])
+    (labelled / "m.csv").write_text("gene,label\n$^$,$_{$\n$\\frac{$,$x^$\na$b$c,_z\n")
+    (labelled / "s.gmt").write_text("$^_$\tx\t" + "\t".join(genes) + "\n")
+    argv = ["--directory", str(labelled)]
+    assert segment.run([*argv, "--n-halves", "1"]) == 0
+    assert annotate.run([*argv, "--markers", str(labelled / "m.csv"), "--chance-share", "1"]) == 0
+    options = ["--gene-sets", str(labelled / "s.gmt"), "--min-size", "1", "--max-q"]
+    for max_q in ("1", "0"):
+        assert enrich.run([*argv, *options, max_q]) == 0
+    for name in ("segments.png", "annotation.png", "annotation-scores.png", "enrichment.png"):
+        assert (labelled / name).stat().st_size > 1000
+
+
+def test_names_that_xml_cannot_hold(labelled):
+    import xml.etree.ElementTree as ET
+
+    import tifffile
+
+    genes = rename_genes(labelled, ["a\x0bb", "<&>", "\ufffe", "\U0001f600", 'é"q', "a\x1fb"])
+    record = json.loads((labelled / "image_calibration.json").read_text())
+    size = [16 * n for n in np.load(labelled / "cnts-super" / "0.npy").shape]
+    sizes = dict.fromkeys(("raw_size", "scaled_size", "size"), size)
+    (labelled / "image_calibration.json").write_text(json.dumps(record | sizes))
+    assert export.run(["--directory", str(labelled), "--format", "ometiff"]) == 0
+    with tifffile.TiffFile(labelled / "histex.ome.tif") as tiff:
+        root = ET.fromstring(tiff.ome_metadata)
+    names = [one.get("Name") for one in root.iter() if one.tag.endswith("Channel")]
+    assert names == ["a?b", "<&>", "?", "\U0001f600", 'é"q', "a?b"][: len(genes)]
+
+
 def test_names_like_formulas_are_written_as_they_are_and_told(labelled, tmp_path, capsys):
     genes = ["=cmd|x", "@SUM", "-A1", "+B", "1e5", "NA"]
     n = len(inputs.map_files(labelled))

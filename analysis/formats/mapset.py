@@ -115,8 +115,14 @@ def in_mask(source: MapSet) -> np.ndarray:
 
 
 def records_of(source: MapSet) -> dict[str, str]:
-    """Records of the five scripts as JSON text, those that are there."""
-    paths = {Path(s).stem: source.stage.directory / utils.record_name(s) for s in utils.STAGES}
-    return {
-        stem: path.read_text(encoding="utf-8") for stem, path in paths.items() if path.is_file()
-    }
+    """Records of the five scripts as JSON text, those that are there and can be read."""
+    found = {}
+    for script in utils.STAGES:
+        path = source.stage.directory / utils.record_name(script)
+        try:
+            found[Path(script).stem] = path.read_bytes().decode("utf-8").replace("\0", "")
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            source.stage.warn(f"{path.name} is left out: it cannot be read as text ({error})")
+    return found

@@ -14,6 +14,7 @@ from skimage.measure import block_reduce
 import utils
 from analysis.formats.mapset import MapSet, each_map, records_of
 
+NOT_IN_XML = "\ufffe\uffff"  # and control characters
 TILE_PX = 256  # and no level is smaller
 COMPRESSION_LEVEL = 1  # the digits of expected counts are noise: more saves little
 BIG_TIFF_BYTES = 2**32 - 2**25  # what 32-bit offsets reach, less the tags
@@ -37,9 +38,9 @@ def write(source: MapSet, target: Path) -> None:
     metadata = {
         "axes": "CYX",
         "UUID": str(uuid.uuid5(uuid.NAMESPACE_URL, known)),  # the same for the same export
-        "Name": source.name,
+        "Name": in_xml(source.name),
         "Description": text,
-        "Channel": {"Name": source.genes},
+        "Channel": {"Name": [in_xml(gene) for gene in source.genes]},
         "PhysicalSizeX": utils.SUPERPIXEL_UM,
         "PhysicalSizeXUnit": "µm",
         "PhysicalSizeY": utils.SUPERPIXEL_UM,
@@ -64,6 +65,11 @@ def write(source: MapSet, target: Path) -> None:
                 subfiletype=1 if level else None,
                 metadata=None if level else metadata,
             )
+
+
+def in_xml(text: str) -> str:
+    """The text without the characters that XML cannot hold."""
+    return "".join(c if c >= " " and c not in NOT_IN_XML else "?" for c in text)
 
 
 def each_level(source: MapSet, level: int) -> Iterator[np.ndarray]:
