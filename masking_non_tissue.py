@@ -43,7 +43,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import cv2
 import numpy as np
@@ -188,16 +188,12 @@ def draw_overlay(picture: np.ndarray, mask: np.ndarray, locs: pd.DataFrame) -> n
     return picture
 
 
-def main(stage: utils.Stage) -> None:
-    stage.require(utils.HE, utils.LOCS, utils.FEATURES, utils.RGB)
-    stage.guard(utils.MASK, utils.MASK_OVERLAY)
+def find_tissue(stage: utils.Stage) -> np.ndarray:
+    """The mask (h, w) bool, from tokens and colours."""
+    stage.require(utils.FEATURES, utils.RGB)
     grid = images.grid_shape(stage)
     tokens = arrays.read_array(stage, utils.FEATURES, np.float16, (*grid, None))
     rgb = arrays.read_array(stage, utils.RGB, np.uint8, (*grid, 3))
-    locs = tables.read_locs(stage, stage.path(utils.LOCS))
-
-    picture = images.thumbnail(stage, stage.path(utils.HE), OVERLAY_PX)
-
     mask = clean(classify(tokens, np.asarray(rgb), stage.args.seed))
     if not mask.any():
         raise stage.error(
@@ -206,6 +202,19 @@ def main(stage: utils.Stage) -> None:
             f"Look at it. If there is tissue, paint {utils.MASK.name} yourself: {mask.shape[1]} x "
             f"{mask.shape[0]} px, the tissue white on black, then go on with HISTEX.py.",
         )
+    return mask
+
+
+def main(stage: utils.Stage) -> None:
+    stage.guard(utils.MASK, utils.MASK_OVERLAY)
+    stage.require(utils.HE, utils.LOCS)
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    picture = images.thumbnail(stage, stage.path(utils.HE), OVERLAY_PX)
+    if stage.kept_by_user(utils.MASK):
+        stage.use(stage.path(utils.MASK))
+        mask = images.read_mask(stage, images.grid_shape(stage))
+    else:
+        mask = find_tissue(stage)
     covered = spots_inside(mask, locs).mean()
     print(f"tissue: {mask.mean():.1%} of the image, under {covered:.1%} of {len(locs)} spots")
     if covered < 0.5:
@@ -213,8 +222,9 @@ def main(stage: utils.Stage) -> None:
     elif mask.all():
         print("The whole image is tissue; if it has bare slide, edit the mask.")
 
-    with stage.writing(utils.MASK) as partial:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(partial)
+    if not stage.kept_by_user(utils.MASK):
+        with stage.writing(utils.MASK) as partial:
+            Image.fromarray(mask.astype(np.uint8) * 255).save(partial)
     with stage.writing(utils.MASK_OVERLAY) as partial:
         Image.fromarray(draw_overlay(picture, mask, locs)).save(partial)
     stage.finish(
@@ -223,7 +233,7 @@ def main(stage: utils.Stage) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, build_parser(), argv)
+    return cli.run_stage(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What all HISTEX scripts share: files, arguments, records, geometry. No algorithm lives here.
+"""What all HISTEX scripts share: files, records, geometry. No algorithm lives here.
 
 A sample directory (``--directory``) is all that the scripts have in common. This file says which
-files it holds and who writes them (the contract), writes them so that a crash never leaves half a
-file under a real name, and keeps a record per script, ``<script>.json``, by which the next one sees
-whether a file is fresh, edited by hand, or out of date.
+files it holds and who writes them (the contract), and keeps a record per script, ``<script>.json``,
+by which a script sees whether a file is fresh, edited by hand, or out of date, and whether there is
+anything to do.
 
 Frames and units. Arrays are (row, col); x (column) and y (row) occur in CSV columns only. Pixel
 coordinates are continuous: 0 is the left or upper edge of the first pixel. he.jpg has 0.5 um per
@@ -14,22 +14,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-import sys
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from writing import disk
 
 ROOT = Path(__file__).resolve().parent
 
@@ -53,7 +52,7 @@ EXTRACTOR = "Histology_Extractor.py"
 MASKING = "masking_non_tissue.py"
 HISTEX = "HISTEX.py"
 STAGES = (CALIBRATION, HIGH_RESOLUTION, EXTRACTOR, MASKING, HISTEX)
-MADE_BY: dict[str, str | None] = {}  # file name -> script, of every artifact that is defined
+ARTIFACTS: dict[str, Artifact] = {}  # file name -> artifact, of every one that is defined
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Artifact:
     user_may_bring: bool = False  # accepted without a record of the producing script
 
     def __post_init__(self) -> None:
-        MADE_BY.update(dict.fromkeys(self.names, self.made_by))
+        ARTIFACTS.update(dict.fromkeys(self.names, self))
 
     @property
     def name(self) -> str:
@@ -123,19 +122,11 @@ PLOTS = Artifact(("cnts-super-plots",), HISTEX, "PNG maps of the best explained 
 HELD_OUT = Artifact(
     ("held-out-r.csv",), HISTEX, "gene, correlation with the counts of held-out spots"
 )
-CONTRACT = (
-    HE_RAW, PIXEL_SIZE_RAW, LOCS_RAW, CNTS, RADIUS_RAW, GENE_NAMES, HE, LOCS, RADIUS, PIXEL_SIZE,
-    HR_LOCS, HR_CNTS, FEATURES, RGB, MASK, MASK_OVERLAY, STATES, MAPS, SPREAD, EMBEDDINGS, PLOTS,
-    HELD_OUT,
-)  # fmt: skip
 
 MIN_PIXEL_SIZE_UM, MAX_PIXEL_SIZE_UM = 0.05, 2.5  # 200x and 4x objectives; a hires image is above
 MAX_RADIUS_SUPERPIXELS = 64  # 0.5 mm; a spot is at least one superpixel
 MAX_MEGAPIXELS = 2000  # about 6 GB as RGB; more is taken for a decompression bomb
 MAX_HE_PIXELS = 65_500**2  # of he.jpg, which is ours; the format has no larger sides
-PUT_ATTEMPTS = 10
-DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
-STALE_PARTIAL_SECONDS = 3600  # a partial file untouched for an hour belongs to no living run
 
 
 class StageError(ValueError):
@@ -150,103 +141,12 @@ def broken(path: Path, problem: str) -> StageError:
     return StageError(f"{path} {problem}", "Copy or download it again, then run the same command.")
 
 
-# ------------------------------------------------------------------------------------------------
-# fingerprints and atomic writes
-# ------------------------------------------------------------------------------------------------
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_in(path: Path) -> list[Path]:
-    """The file itself, or all files of a folder but those that file managers leave in it."""
-    if path.is_file():
-        return [path]
-    return sorted(f for f in path.rglob("*") if f.is_file() and f.name not in DESKTOP_FILES)
-
-
-def _stat(path: Path) -> dict[str, int]:
-    """Bytes and newest mtime of a file, or of all files of a folder."""
-    stats = [file.stat() for file in files_in(path)]
-    return {
-        "bytes": sum(s.st_size for s in stats),
-        "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
-    }
-
-
-def _digest(path: Path) -> str:
-    """sha256 of a file; of a folder, the sha256 of its sorted names and files' sha256."""
-    if path.is_file():
-        return sha256(path)
-    whole = hashlib.sha256()
-    for file in files_in(path):
-        whole.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
-    return whole.hexdigest()
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    return {**_stat(path), "sha256": _digest(path)}
-
-
-def same_as(path: Path, known: dict[str, Any]) -> bool:
-    """True if the file is the one fingerprinted as ``known``; hashes only if the mtime differs."""
-    if not path.exists():
-        return known == ABSENT
-    stat = _stat(path)
-    if stat["bytes"] != known["bytes"]:
-        return False
-    return stat["mtime_ns"] == known["mtime_ns"] or _digest(path) == known["sha256"]
-
-
-ABSENT = {"bytes": 0, "mtime_ns": 0, "sha256": "absent"}  # of an optional input that was not there
-
-
-def partial_name(path: Path) -> Path:
-    """A temporary name in the same folder that keeps the suffix, which image writers go by."""
-    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _put(partial: Path, path: Path) -> None:
-    """Move a finished file or folder to its real name; a folder in the way is moved aside first.
-
-    Another run may put its folder there between the two moves; then it is moved aside as well.
-    """
-    if not partial.is_dir():
-        os.replace(partial, path)
-        return
-    for attempt in range(PUT_ATTEMPTS):
-        aside = partial_name(path)
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(aside)
-        try:
-            partial.rename(path)
-        except OSError:
-            if attempt == PUT_ATTEMPTS - 1 or not path.exists():
-                if aside.exists() and not path.exists():
-                    aside.rename(path)
-                raise
-        else:
-            _remove(aside)
-            return
-        _remove(aside)
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends well, it takes the name ``path``."""
-    partial = partial_name(path)
-    try:
-        yield partial
-        _put(partial, path)
-    finally:
-        _remove(partial)
+def size(n_bytes: float) -> str:
+    """In a unit that fits: 812 bytes, 4.1 kB, 26 MB, 9.6 GB."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= 0.9995 * one:
+            return f"{n_bytes / one:.{1 if n_bytes < 9.95 * one else 0}f} {unit}"
+    return f"{n_bytes:.0f} bytes"
 
 
 def check_disk(directory: Path, need: int, what: str) -> None:
@@ -254,8 +154,8 @@ def check_disk(directory: Path, need: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < need:
         raise StageError(
-            f"{what}: about {need / 1e9:.2f} GB are needed in {directory}, but only "
-            f"{free / 1e9:.2f} GB are free.",
+            f"{what}: about {size(need)} are needed in {directory}, but only {size(free)} are "
+            f"free.",
             "Free some space or move the folder to another disk, then run the same command.",
         )
 
@@ -267,8 +167,9 @@ class Stage:
     """One run of one script on one sample directory: its inputs, its outputs, the record of both.
 
     ``require`` names the inputs, ``guard`` the outputs; both are called before any work is done.
-    ``writing`` gives a temporary path per output. ``finish`` puts all outputs in place and writes
-    the record last. A run that ends in any other way leaves the sample directory as it was.
+    ``writing`` gives a temporary path per output. ``finish`` puts all outputs in place, but those
+    that the user edited and that are kept, and writes the record last. A run that ends in any other
+    way leaves the sample directory as it was.
 
     Inputs lie in ``directory``. Outputs and the record go there too, or into another ``folder``.
     A folder is made when the first output is written, if ``makes_folders`` or if it is that other.
@@ -291,6 +192,7 @@ class Stage:
         self.started = time.time()
         self.inputs: dict[str, dict[str, Any]] = {}
         self.pending: list[tuple[Path, Path]] = []
+        self.kept: set[Path] = set()  # edited or brought by the user: finish leaves them in place
         self.outdated: list[Path] = []
         self.made_folder = False
         self.notes: list[str] = []
@@ -313,12 +215,8 @@ class Stage:
                 f"{self.folder} cannot be written to; {script} writes its results there.",
                 f"Make the folder writable, then run: {self.command(script)}",
             )
-        own = self.folder == self.directory  # any other may be a large one of the user
-        places = self.folder.rglob if own else self.folder.glob
-        for leftover in list(places(".*.????????.partial*")):
-            with contextlib.suppress(OSError):  # gone, or in use by another run
-                if time.time() - leftover.stat().st_mtime > STALE_PARTIAL_SECONDS:
-                    _remove(leftover)
+        for place in [self.folder, *self.folder.glob(f"{STATES.name}/*/")]:
+            disk.sweep(place)
 
     def command(self, script: str | None = None) -> str:
         """The command that runs a script here, with the options it was last run with."""
@@ -328,9 +226,20 @@ class Stage:
             with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
                 text = (self.directory / record_name(script)).read_text(encoding="utf-8")
                 options = [str(option) for option in json.loads(text)["options"]]
-        parts = [str(self.directory), *options]
-        first, *rest = (f'"{part}"' if " " in part else part for part in parts)
-        return " ".join(["python", script, "--directory", first, *rest])
+        words = ["python", script, "--directory", str(self.directory), *options]
+        return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+    def remake(self, script: str) -> str:
+        """The command that makes the outputs of a script anew, also where it would say that they
+        are up to date or that an edit is kept."""
+        with contextlib.suppress(StageError):
+            record = read_record(self, script)
+            if record and record["finished"] and not _stale(self, script):
+                outputs = record["outputs"].items()
+                edits = [name for name, k in outputs if disk.changed_in(self.directory / name, k)]
+                replaced = f" (this replaces your {', '.join(edits)})" if edits else ""
+                return f"{self.command(script)} --force{replaced}"
+        return self.command(script)
 
     def warn(self, text: str) -> None:
         """Print a warning, and keep it in the record."""
@@ -339,9 +248,9 @@ class Stage:
 
     def error(self, path: Path, problem: str, remedy: str | None = None) -> StageError:
         """A StageError about ``path``, whose remedy is to rerun its origin or to mend it."""
-        made_by = MADE_BY.get(path.name)
+        made_by = maker(path.name)
         if remedy is None and made_by and made_by != self.script:
-            remedy = f"It is written by {made_by}. Run: {self.command(made_by)}"
+            remedy = f"It is written by {made_by}. Run: {self.remake(made_by)}"
         elif remedy is None:
             remedy = f"It is a file you provide: mend it, then run: {self.command(self.script)}"
         return StageError(f"{path} {problem}", remedy)
@@ -384,14 +293,21 @@ class Stage:
         """The path of an input that may be missing; its coming or going makes the outputs stale."""
         path = self.find(artifact)
         if path is None:
-            self.inputs[artifact.name] = ABSENT
+            self.inputs[artifact.name] = disk.ABSENT
         else:
             self.require(artifact)
         return path
 
-    def use(self, path: Path) -> None:
-        """Note the fingerprint of an input that lies anywhere, as the user named it."""
-        self.inputs[str(path.resolve())] = fingerprint(path)
+    def use(self, path: Path, known: dict[str, Any] | None = None) -> None:
+        """Note the fingerprint of an input that lies anywhere; ``known`` is one that still holds.
+
+        The fingerprint of a file that only lost its time is taken anew: the next look is faster.
+        """
+        name = path.name if path.parent == self.directory else str(path.resolve())
+        holds = known is not None and disk.is_whole(path, known)
+        if known is None or not holds or not (path.is_dir() or disk.has_time(path, known)):
+            known = disk.fingerprint(path)
+        self.inputs[name] = known
 
     def path(self, artifact: Artifact) -> Path:
         """Path of a required artifact."""
@@ -418,8 +334,12 @@ class Stage:
             known = record["outputs"].get(path.name)
             if known is None and not artifact.user_may_bring:
                 raise self.error(path, f"is not listed in {record_name(artifact.made_by)}.")
-            edited = known is None or not same_as(path, known)
-            if stale and edited and artifact.user_may_bring:
+            brought = known is None
+            if brought or disk.changed_in(path, known):
+                known = None
+            if stale and stale[1] == path.name:
+                stale = None  # what changed is this file itself: it was edited
+            if stale and known is None and artifact.user_may_bring:
                 print(
                     f"{path.name}: your own; {stale[1]} has changed since, see that it still fits"
                 )
@@ -433,15 +353,22 @@ class Stage:
                     f"Run: {self.command(script)} and then the stages after it "
                     f"(or add --allow-stale to use the old files all the same).",
                 )
-            elif edited:
+            elif brought:
+                print(f"{path.name}: not made by {artifact.made_by}, taken as your own")
+            elif known is None:
                 print(f"{path.name}: edited since {artifact.made_by} wrote it, the edit is used")
-            if edited:
-                known = None
-        name = path.name if path.parent == self.directory else str(path.resolve())
-        if known is not None and _stat(path)["mtime_ns"] == known["mtime_ns"]:
-            self.inputs[name] = known  # unchanged, so its hash is known
-        else:
-            self.inputs[name] = fingerprint(path)
+        self.use(path, known)
+
+    def _is_settled(self, name: str) -> bool:
+        """True if nothing is to be said of an input's own origin: see ``_check_fresh``."""
+        artifact = ARTIFACTS.get(name)
+        if artifact is None or artifact.made_by in (None, self.script):
+            return True
+        record = read_record(self, artifact.made_by)
+        if record is None or not record["finished"]:
+            return record is None and artifact.user_may_bring
+        listed = name in record["outputs"] or artifact.user_may_bring
+        return listed and _stale(self, artifact.made_by) is None
 
     # ----- outputs -----
     def is_mine(self, artifact: Artifact) -> bool:
@@ -449,32 +376,102 @@ class Stage:
         path = self.find(artifact, self.folder)
         return path is not None and path in self._own()
 
+    def _known(self) -> list[tuple[Path, dict[str, Any]]]:
+        """What this script wrote: outputs of its last run, or of runs that were cut off.
+
+        A run that was cut off while it put its outputs in place left some old and some new ones.
+        """
+        record = read_record(self, self.script) or {"finished": True, "outputs": {}}
+        written = [record["outputs"]] if record["finished"] else record["written"]
+        return [(self.folder / name, known) for files in written for name, known in files.items()]
+
     def _own(self) -> list[Path]:
         """The unedited outputs of the last run of this script."""
-        record = read_record(self, self.script)
-        if record is None:
-            return []
-        # A run that was cut off while it put its outputs in place left some old and some new ones.
-        written = (
-            [record["outputs"]] if record["finished"] else [record["pending"], record["previous"]]
-        )
-        known = [(self.folder / name, file) for files in written for name, file in files.items()]
-        return [path for path, file in known if path.exists() and same_as(path, file)]
+        known = self._known()
+        return [path for path, file in known if path.exists() and not disk.changed_in(path, file)]
+
+    def _edits(self, path: Path) -> list[Path]:
+        """What the user edited or added: the output itself, or files in the folder that it is."""
+        found = [disk.changed_in(path, known) for place, known in self._known() if place == path]
+        return min(found, key=len, default=[path])
+
+    def kept_by_user(self, artifact: Artifact) -> bool:
+        """True if ``guard`` found that the user's own file is kept."""
+        return self.find(artifact, self.folder) in self.kept
 
     def guard(self, *artifacts: Artifact) -> None:
-        """Refuse to replace an output that was edited or brought by the user, unless --force."""
+        """Keep outputs that the user edited or brought, unless --force: see ``kept``.
+
+        Raise StageError where the user has to choose: a file that this script never wrote lies
+        where it would write, or an edit was made to an output that other inputs or options now
+        make another. What the user may bring anyway, such as mask.png, is kept then, too.
+        """
         for artifact in artifacts:
             path = self.find(artifact, self.folder)
-            record = read_record(self, self.script)
-            if path is None or self.args.force or self.is_mine(artifact):
+            if path is None or self.args.force or not (edits := self._edits(path)):
                 continue
+            record = read_record(self, self.script)
             if record is None and self.script in STAGES and not artifact.user_may_bring:
                 continue  # left by a run that never came to its record
+            since = self._changed_since(record, path)
+            if path not in [known for known, _ in self._known()] and not artifact.user_may_bring:
+                reason = f"was not written by {self.script}, which would overwrite it"
+            elif since and not artifact.user_may_bring:
+                reason = f"was edited by hand, and {since}; {self.script} would replace it"
+            else:
+                self._keep(edits, since)
+                continue
             raise StageError(
-                f"{path} was made or edited by hand; {self.script} would overwrite it.",
-                f"Keep it and go on to the next stage, or replace it. "
-                f"Run: {self.command(self.script)} --force",
+                f"{edits[0]} {reason}.",
+                f"To keep it, move it to another folder and run the same command. "
+                f"To replace it, run: {self.command(self.script)} --force",
             )
+
+    def _changed_since(self, record: dict[str, Any] | None, path: Path) -> str | None:
+        """Which option or input, but the output ``path``, is no longer that of the record."""
+        if record is None or not record["finished"]:
+            return None
+        if _decisive(record["options"]) != _decisive(self.options):
+            return "other options were given"
+        stale = _stale(self, self.script, self.folder)
+        return f"{stale[1]} has changed" if stale and stale[1] != path.name else None
+
+    def _keep(self, edits: list[Path], since: str | None) -> None:
+        edits = [edit for edit in edits if edit not in self.kept]
+        if not edits:
+            return
+        self.kept |= set(edits)
+        names = some([edit.relative_to(self.folder).as_posix() for edit in edits])
+        fits = f"; {since}, see that it still fits" if since else ""
+        print(f"kept your {names}{fits} (--force makes a new one)")
+
+    def up_to_date(self) -> bool:
+        """True if the last run had these inputs, options and code, and its outputs are there.
+
+        Then there is nothing to do; outputs that the user edited since are said to be kept.
+        """
+        record = read_record(self, self.script)
+        if record is None or not record["finished"] or self.args.force:
+            return False
+        if _decisive(record["options"]) != _decisive(self.options):
+            return False
+        if record.get("code", {}).get("sha256") != code_hash(self.script):
+            return False
+        for name, known in record["inputs"].items():
+            if not disk.same_as(self.directory / name, known) or _replaced(self, name):
+                return False
+            if not self._is_settled(name):
+                return False
+        outputs = {self.folder / name: known for name, known in record["outputs"].items()}
+        if not all((self.folder / name).exists() for name in record.get("parts", [])):
+            return False
+        if not all(map(disk.is_whole, outputs, outputs.values())):
+            return False
+        for path, known in outputs.items():
+            if edits := disk.changed_in(path, known):
+                self._keep(edits, None)
+        print(f"{self.script}: up to date, nothing to do (--force runs it all the same)")
+        return True
 
     @contextlib.contextmanager
     def writing(self, artifact: Artifact, name: str | None = None) -> Iterator[Path]:
@@ -483,7 +480,7 @@ class Stage:
             self.folder.mkdir(parents=True)
             self.made_folder = True
         path = self.folder / (name or artifact.name)
-        partial = partial_name(path)
+        partial = disk.partial_name(path)
         self.pending.append((partial, path))
         yield partial
 
@@ -499,10 +496,18 @@ class Stage:
         """The same for all that the last run wrote, except what was edited since."""
         self.outdated += self._own()
 
+    def _carry_over(self, partial: Path, path: Path) -> None:
+        """Put the user's own files of a folder into the one that is going to replace it."""
+        for kept in self.kept:
+            if kept.is_relative_to(path) and kept != path:
+                new = partial / kept.relative_to(path)
+                new.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(kept, new)
+
     def discard(self) -> None:
         """Remove the temporary files of a run that did not finish, and the folder that it made."""
         for partial, _ in self.pending:
-            _remove(partial)
+            disk.remove(partial)
         if self.made_folder:
             with contextlib.suppress(OSError):  # not empty: the run did finish
                 self.folder.rmdir()
@@ -510,23 +515,29 @@ class Stage:
     def finish(self, **facts: Any) -> None:
         """Put the outputs in place, then write the record: the last write says that all is well."""
         json.dumps(facts)  # what cannot be recorded fails here, before any output is replaced
-        outputs = {path.name: fingerprint(partial) for partial, path in self.pending}
-        before = read_record(self, self.script) or {}
-        previous = before.get("outputs") or before.get("previous", {})
-        if self.keeps_others:
-            outputs = {n: k for n, k in previous.items() if (self.folder / n).exists()} | outputs
-        unfinished = {"finished": False, "pending": outputs, "previous": previous}
+        outputs = {path.name: disk.fingerprint(partial) for partial, path in self.pending}
+        before = read_record(self, self.script) or {"finished": True, "outputs": {}}
+        earlier = [before["outputs"]] if before["finished"] else before["written"]
+        if self.keeps_others and before["finished"]:
+            others = before["outputs"].items()
+            outputs = {n: k for n, k in others if (self.folder / n).exists()} | outputs
+        unfinished = {"finished": False, "written": [outputs, *earlier]}
         record_path = self.folder / record_name(self.script)
         _write_json(record_path, {"script": self.script, **unfinished})
         for path in sorted(set(self.outdated) - {path for _, path in self.pending}):
-            aside = partial_name(path)  # half a folder would be taken for the user's own
+            if any(kept.is_relative_to(path) for kept in self.kept):
+                continue
+            aside = disk.partial_name(path)  # half a folder would be taken for the user's own
             with contextlib.suppress(FileNotFoundError):
                 path.rename(aside)
-            _remove(aside)
+            disk.remove(aside)
             print(f"removed {path.name}, which belonged to an earlier run")
         for partial, path in self.pending:  # after the above: never two alternatives side by side
-            _put(partial, path)  # keeps size and mtime, so that the fingerprint holds
-            print(f"wrote {path.name}: {outputs[path.name]['bytes'] / 1e6:,.2f} MB")
+            if path in self.kept:
+                continue
+            self._carry_over(partial, path)
+            disk.put(partial, path)  # keeps size and mtime, so that the fingerprint holds
+            print(f"wrote {path.name}: {size(outputs[path.name]['bytes'])}")
         hidden = ("login", "options")
         arguments = {key: str(value) for key, value in vars(self.args).items() if key not in hidden}
         if getattr(self.args, "login", None):
@@ -539,7 +550,7 @@ class Stage:
             "seconds": round(time.time() - self.started, 2),
             "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": _versions(),
-            "code": code_of(self.script),
+            "code": {"sha256": code_hash(self.script), **_commit()},
             **facts,
             "warnings": self.notes,
             "inputs": self.inputs,
@@ -568,15 +579,11 @@ def read_record(stage: Stage, script: str, folder: Path | None = None) -> dict[s
         raise StageError(f"{path} is not a readable record: {error}", remedy) from error
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         raise StageError(f"{path} is not a record of {script}.", remedy)
-    for key in ("inputs", "outputs") if record["finished"] else ("pending", "previous"):
-        files = record.get(key)
-        if not isinstance(files, dict) or not all(map(is_fingerprint, files.values())):
-            raise StageError(f"{path} is not a whole record of {script}: see {key!r}.", remedy)
-    return record
-
-
-def is_fingerprint(known: Any) -> bool:
-    return isinstance(known, dict) and known.keys() >= {"bytes", "mtime_ns", "sha256"}
+    written = record.get("written", [])
+    for part in (record.get("inputs"), record.get("outputs")) if record["finished"] else written:
+        if not isinstance(part, dict) or not all(map(disk.is_fingerprint, part.values())):
+            raise StageError(f"{path} is not a whole record of {script}.", remedy)
+    return {"options": [], "written": [], **record}
 
 
 def _stale(stage: Stage, script: str, folder: Path | None = None) -> tuple[str, str] | None:
@@ -585,39 +592,55 @@ def _stale(stage: Stage, script: str, folder: Path | None = None) -> tuple[str, 
     if record is None or not record["finished"]:
         return None
     for name, known in record["inputs"].items():
-        producer = MADE_BY.get(name)
+        producer = maker(name)
         if producer and producer != script and (earlier := _stale(stage, producer)):
             return earlier
-        if not same_as(stage.directory / name, known):
+        if other := _replaced(stage, name):
+            return script, other
+        if disk.changed_in(stage.directory / name, known):
             return script, name
     return None
 
 
+def _replaced(stage: Stage, name: str) -> str | None:
+    """What took the place of a file: another name of its artifact, he-raw.png for he-raw.jpg."""
+    artifact = ARTIFACTS.get(name)
+    if artifact is None or len(artifact.names) == 1:
+        return None
+    there = stage.find(artifact)  # two alternatives side by side are an error
+    return there.name if there is not None and there.name != name else None
+
+
+def maker(name: str) -> str | None:
+    """The script that writes a file of this name; None for one that the user provides."""
+    return ARTIFACTS[name].made_by if name in ARTIFACTS else None
+
+
+def _decisive(options: list[str]) -> list[str]:
+    """Options without the token, which decides no result."""
+    return [o for i, o in enumerate(options) if "--login" not in options[max(0, i - 1) : i + 1]]
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic(path) as partial:
+    with disk.atomic(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def hash_of(paths: Iterable[Path]) -> str:
-    """Hash of source files, their names and content."""
-    whole = hashlib.sha256()
-    for path in sorted(paths):
-        whole.update(f"{path.name}\0".encode() + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
-    return whole.hexdigest()[:16]
-
-
-def code_of(script: str) -> dict[str, str]:
-    """What a record says about the code: the commit if there is one, and a hash of the files."""
-    rooms = {"method", "reading", *Path(script).parts[:-1]}
+def code_hash(script: str) -> str:
+    """Hash of the script, of utils.py, and of the rooms that the script stands on."""
+    rooms = {"method", "reading", "writing", *Path(script).parts[:-1]}
     files = [ROOT / script, ROOT / "utils.py"]
     files += [file for room in rooms for file in (ROOT / room).rglob("*.py")]
-    code = {"sha256": hash_of({file for file in files if file.is_file()})}
+    return disk.hash_of({file for file in files if file.is_file()})
+
+
+def _commit() -> dict[str, str]:
     if (ROOT / ".git").exists():
         command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             found = subprocess.run(command, capture_output=True, text=True, check=True)
-            code["commit"] = found.stdout.strip()
-    return code
+            return {"commit": found.stdout.strip()}
+    return {}
 
 
 def _versions() -> dict[str, str]:
@@ -633,73 +656,11 @@ def _versions() -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# entry point
+# words
 # ------------------------------------------------------------------------------------------------
-def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """The options that differ from their defaults, as they would be typed; a token is not shown."""
-    options = []
-    for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
-        if action.dest in ("directory", "force", "allow_stale") or value == action.default:
-            continue
-        options.append(action.option_strings[-1])
-        if action.nargs != 0:
-            values = value if isinstance(value, list) else [value]
-            options += ["***"] if action.dest == "login" else map(str, values)
-    return options
-
-
-def run_stage(
-    main: Callable[[Stage], None],
-    script: str,
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None = None,
-    *,
-    makes_folders: bool = False,
-    folder_of: Callable[[argparse.Namespace], Path | None] = lambda a: getattr(a, "folder", None),
-) -> int:
-    """Run ``main(stage)`` and return the exit code: 0 done, 2 the user can mend it, 130 Ctrl-C.
-
-    Outputs go into the folder ``folder_of(args)``: by default ``args.folder`` if the parser has
-    such an option. Without one they go into the sample's.
-    """
-    args = parser.parse_args(argv)
-    args.options = given_options(parser, args)
-
-    def work() -> None:
-        stage = Stage(script, args, folder_of(args), makes_folders)
-        try:
-            main(stage)
-        finally:
-            stage.discard()
-
-    return exit_code(work, args.directory, "files already finished are kept")
-
-
-def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) -> int:
-    """0 if ``work()`` ends well, 2 with a message if the user can mend it, 130 on Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # A console that cannot show a gene name must not stop us
-            stream.reconfigure(errors="replace")
-    try:
-        work()
-    except StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        print(
-            f"error: {error.filename2 or error.filename or directory}: {error.strerror}.\n"
-            f"Make room, give access to it or close it elsewhere, then run the same command.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {when_interrupted}", file=sys.stderr)
-        return 130
-    return 0
+def plural(n: int, thing: str) -> str:
+    """1 state, 5 states."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 def is_number(text: str) -> bool:

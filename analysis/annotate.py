@@ -82,7 +82,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -634,7 +634,7 @@ def make_annotation(stage: utils.Stage) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(make_annotation, SCRIPT, build_parser(), argv)
+    return cli.run_stage(make_annotation, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

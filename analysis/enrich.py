@@ -84,7 +84,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 from collections.abc import Collection
 from itertools import pairwise
@@ -581,7 +581,7 @@ def find_enriched(stage: utils.Stage) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(find_enriched, SCRIPT, build_parser(), argv)
+    return cli.run_stage(find_enriched, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

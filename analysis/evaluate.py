@@ -63,6 +63,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
 from reading import cli
+from writing import disk
 
 SCRIPT = "analysis/evaluate.py"
 
@@ -94,7 +95,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -294,7 +295,7 @@ def main(stage: utils.Stage) -> None:
         truth = inputs.read_truth(args.directory)
         for path in (args.directory / inputs.TRUTH, args.directory / inputs.PUBLISHED_TRUTH):
             if path.is_file():
-                stage.inputs[path.name] = utils.fingerprint(path)
+                stage.inputs[path.name] = disk.fingerprint(path)
         inputs.note_inputs(stage, utils.MAPS, utils.SPREAD, utils.LOCS, utils.RADIUS, utils.CNTS)
         table, facts = evaluate(args.directory, truth)
         print(f"{summary_text(facts)}\n")
@@ -322,7 +323,7 @@ def write_scores(
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(main, SCRIPT, build_parser(), argv)
+    return cli.run_stage(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 from typing import Protocol, cast
 
@@ -141,7 +141,7 @@ def output_of(args: argparse.Namespace) -> Path:
 
 def guard_export(stage: utils.Stage, path: Path) -> utils.Artifact:
     """Refuse to replace what this script did not write, unless --force; other folders even so."""
-    if utils.MADE_BY.get(path.name, SCRIPT) != SCRIPT:
+    if path.name in utils.ARTIFACTS and utils.maker(path.name) != SCRIPT:
         raise utils.StageError(
             f"{path.name} is the name of another file of a sample.", "Name another --output."
         )
@@ -208,9 +208,7 @@ def main(stage: utils.Stage) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(
-        main, SCRIPT, build_parser(), argv, folder_of=lambda a: a.output and a.output.parent
-    )
+    return cli.run_stage(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pandas as pd
 import utils
 from reading import genes as gene_lists
 from reading import images, pickles, plain, tables
+from writing import disk
 
 SCRIPT = "analysis/evaluate.py"
 TRUTH, PUBLISHED_TRUTH = "truth.npz", "genes_3D.pkl"
@@ -55,8 +56,8 @@ def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
         made = artifact.made_by if artifact.made_by in utils.STAGES else None
         record = (made and utils.read_record(stage, made)) or {}
         known = record.get("outputs", {}).get(path.name)
-        is_known = known is not None and utils.same_as(path, known)  # then its hash is, too
-        stage.inputs[path.name] = known if is_known else utils.fingerprint(path)
+        is_known = known is not None and disk.same_as(path, known)  # then its hash is, too
+        stage.inputs[path.name] = known if is_known else disk.fingerprint(path)
 
 
 def read_sizes(stage: utils.Stage, *keys: str) -> list[tuple[int, int]]:

@@ -71,6 +71,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
 from reading import cli
+from writing import disk
 
 SCRIPT = "analysis/patterns.py"
 PERMUTATIONS = 999
@@ -90,7 +91,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import functools
 from typing import TYPE_CHECKING, Any
@@ -427,7 +428,7 @@ def add_truth(table: pd.DataFrame, section: SpotsAndMaps) -> pd.DataFrame:
     stage = section.stage
     truth = read_truth(stage.directory)
     if (stage.directory / TRUTH).is_file():
-        stage.inputs[TRUTH] = utils.fingerprint(stage.directory / TRUTH)
+        stage.inputs[TRUTH] = disk.fingerprint(stage.directory / TRUTH)
     at = pd.Index(truth.genes).get_indexer(pd.Index(section.genes))
     if truth.mean is None or (at < 0).any():
         raise utils.StageError(
@@ -573,7 +574,7 @@ def find_patterns(stage: utils.Stage) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(find_patterns, SCRIPT, build_parser(), argv)
+    return cli.run_stage(find_patterns, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from analysis.inputs import TRUTH, read_map, read_radius
 from analysis.page import region_colours
 from analysis.spots import disc_weights, interpolation_weights, on_tissue, superpixel_centres
 from reading import arrays, images, tables
+from writing import disk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,7 +234,7 @@ def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.nd
             f"{path}: regions are {found.dtype} {found.shape} for {len(names)} names.",
             "Expected whole numbers (rows, columns), each with a name.",
         )
-    stage.inputs[path.name] = utils.fingerprint(path)
+    stage.inputs[path.name] = disk.fingerprint(path)
     regions = np.zeros(shape, np.int64)
     rows, columns = (min(n) for n in zip(shape, found.shape, strict=True))
     regions[:rows, :columns] = found[:rows, :columns]

@@ -75,7 +75,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import base64
 import zlib
@@ -327,9 +327,7 @@ def main(stage: utils.Stage) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(
-        main, SCRIPT, build_parser(), argv, folder_of=lambda a: a.output and a.output.parent
-    )
+    return cli.run_stage(main, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

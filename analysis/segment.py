@@ -92,7 +92,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 from itertools import combinations
 
@@ -456,7 +456,7 @@ def make_segments(stage: utils.Stage) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    return utils.run_stage(make_segments, SCRIPT, build_parser(), argv)
+    return cli.run_stage(make_segments, SCRIPT, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before the slow imports
+    cli.start(build_parser())  # what needs none of the slow imports below
 
 import contextlib
 import io
@@ -239,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
 
 def run(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return utils.exit_code(lambda: main(args), args.keep, "results that are finished are kept")
+    return cli.exit_code(lambda: main(args), args.keep, "results that are finished are kept")
 
 
 if __name__ == "__main__":

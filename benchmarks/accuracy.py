@@ -40,6 +40,7 @@ import utils
 from benchmarks import measure
 from benchmarks.measure import ROOT, TRUTH_FILE, Facts, add_sections, cached
 from reading import cli
+from writing import disk
 
 SCRIPT = "benchmarks/accuracy.py"
 METHODS = {  # in the order of the table
@@ -85,7 +86,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser())  # what needs none of the slow imports below
 
 import numpy as np
 
@@ -120,7 +121,7 @@ def digest(*parts: object) -> str:
     """Short sha256 of files (by content) and of other things (by their text)."""
     whole = hashlib.sha256()
     for part in parts:
-        text = utils.sha256(part) if isinstance(part, Path) else str(part)
+        text = disk.sha256(part) if isinstance(part, Path) else str(part)
         whole.update(text.encode() + b"\0")
     return whole.hexdigest()[:12]
 
@@ -129,19 +130,19 @@ def copy_code(work: Path) -> Code:
     """All code that results depend on, as it is now; the scripts in a folder named by its hash."""
     rooms = [file for room in ("method", "reading") for file in sorted(ROOT.glob(f"{room}/*.py"))]
     scripts = [*sorted(ROOT.glob("*.py")), *rooms]
-    folder = work / f"code-{utils.hash_of(scripts)}"
+    folder = work / f"code-{disk.hash_of(scripts)}"
     if not folder.exists():
-        with utils.atomic(folder) as partial:
+        with disk.atomic(folder) as partial:
             for path in scripts:
                 copy = partial / path.relative_to(ROOT)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
     return Code(
         folder,
-        first=utils.hash_of(path for path in scripts if path.name != utils.HISTEX),
-        histex=utils.hash_of(scripts),
-        comparing=utils.hash_of(path for name in COMPARING for path in utils.ROOT.glob(name)),
-        scoring=utils.hash_of(path for name in SCORING for path in utils.ROOT.glob(name)),
+        first=disk.hash_of(path for path in scripts if path.name != utils.HISTEX),
+        histex=disk.hash_of(scripts),
+        comparing=disk.hash_of(path for name in COMPARING for path in utils.ROOT.glob(name)),
+        scoring=disk.hash_of(path for name in SCORING for path in utils.ROOT.glob(name)),
     )
 
 
@@ -178,7 +179,7 @@ def prepare_section(code: Code, source: Path, work: Path) -> tuple[Path, float]:
 
     def make() -> Facts:
         if not folder.exists():
-            with utils.atomic(folder) as partial:
+            with disk.atomic(folder) as partial:
                 measure.copy_user_files(source, partial)
         log = work / "stages.log"
         seconds = sum(
@@ -192,10 +193,10 @@ def prepare_section(code: Code, source: Path, work: Path) -> tuple[Path, float]:
 def simulated_section(seed: int, work: Path) -> Path:
     """Folder of a simulated section, made once for each version of the simulation."""
     sources = [Path(simulate_sections.__file__), *(ROOT / "demo").glob("[st]*.py")]
-    folder = work / f"simulated-{seed}" / f"raw-{utils.hash_of(sources)}"
+    folder = work / f"simulated-{seed}" / f"raw-{disk.hash_of(sources)}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with utils.atomic(folder) as partial:
+        with disk.atomic(folder) as partial:
             simulate_sections.run(["--directory", str(partial), "--seed", str(seed)])
     return folder
 
@@ -240,7 +241,7 @@ def run_histex(
     def make() -> Facts:
         resumed = folder.exists()
         if not resumed:
-            with utils.atomic(folder) as partial:
+            with disk.atomic(folder) as partial:
                 shutil.copytree(sample, partial)  # keeps times, so that the records stay valid
         options = ("--preset", task.method, "--seed", str(task.seed), "--n-plots", "0")
         command = (utils.HISTEX, *options, *task.options)

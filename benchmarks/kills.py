@@ -35,6 +35,7 @@ import utils
 from benchmarks import measure
 from benchmarks.measure import Facts
 from reading import cli
+from writing import disk
 
 SCRIPT = "benchmarks/kills.py"
 STAGES = (
@@ -84,14 +85,14 @@ def without_times(content: Any) -> Any:
 def contents(directory: Path) -> dict[str, str]:
     """Path -> hash of every file that a user sees, or record without its times."""
     found = {}
-    for path in utils.files_in(directory):
+    for path in disk.files_in(directory):
         name = path.relative_to(directory).as_posix()
         if any(part.startswith(".") for part in Path(name).parts):
             continue
         if name in RECORDS:
             found[name] = json.dumps(without_times(json.loads(path.read_text(encoding="utf-8"))))
         else:
-            found[name] = utils.sha256(path)
+            found[name] = disk.sha256(path)
     return found
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import utils
 from reading import cli
 from utils import ROOT
+from writing import disk
 
 BROUGHT = (
     utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW, utils.CNTS, utils.RADIUS_RAW,
@@ -130,7 +131,7 @@ def cached(path: Path, make: Callable[[], Facts]) -> Facts:
 
 
 def write(path: Path, text: str) -> None:
-    with utils.atomic(path) as partial:
+    with disk.atomic(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
@@ -215,4 +216,4 @@ def run_benchmark(
     """Run ``main(args)`` and return the exit code; ``args.command`` is what was typed."""
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
-    return utils.exit_code(lambda: main(args), Path.cwd(), "results that are kept stay")
+    return cli.exit_code(lambda: main(args), Path.cwd(), "results that are kept stay")

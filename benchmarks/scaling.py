@@ -76,7 +76,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser())  # what needs none of the slow imports below
 
 
 import functools
@@ -269,7 +269,7 @@ CASES = dict(zip(STAGES, (
 @functools.cache
 def digest(script: str) -> str:
     """Short hash of the code that a result depends on, as it is at first."""
-    return f"{VERSION}-{utils.code_of(script)['sha256'][:12]}"
+    return f"{VERSION}-{utils.code_hash(script)[:12]}"
 
 
 def middle(runs: list[Facts]) -> Facts:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from writing import disk
 
 
 def work_folder(directory: Path, name: str, decisive: Any) -> Path:
@@ -24,7 +25,7 @@ def work_folder(directory: Path, name: str, decisive: Any) -> Path:
     key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
     folder = directory / f".{name}.{key}.work"
     for other in directory.glob(f".{name}.*.work"):
-        if other != folder and time.time() - other.stat().st_mtime > utils.STALE_PARTIAL_SECONDS:
+        if other != folder and time.time() - other.stat().st_mtime > disk.STALE_PARTIAL_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
     return folder
 
@@ -58,5 +59,5 @@ def _link(path: Path, other: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:
-        with utils.atomic(other) as partial:
+        with disk.atomic(other) as partial:
             shutil.copyfile(path, partial)

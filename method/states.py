@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 import utils
 from method.network import Network
 from method.section import Split
+from writing import disk
 
 LIBRARIES = Path(torch.__file__).parent.parent  # source files there are known by their version
 
@@ -135,7 +137,7 @@ def key_of(
         training=json.loads(json.dumps(described(training))),
         inputs={name: known["sha256"] for name, known in inputs.items()},
         code={
-            name: utils.hash_of(path for path in paths if path.name == name)
+            name: disk.hash_of(path for path in paths if path.name == name)
             for name in sorted({path.name for path in paths})  # two files may be of one name
         },
         machine={"device": device.type, "torch": torch.__version__},
@@ -145,6 +147,28 @@ def key_of(
 # ------------------------------------------------------------------------------------------------
 # files
 # ------------------------------------------------------------------------------------------------
+# On the disk while a state is trained, in copies of its weights: the present ones, their average,
+# the best so far and two moments of the optimizer, in the old checkpoint and in the new one.
+CHECKPOINT_COPIES = 10
+
+
+def bytes_of(network: Network, n_states: int) -> int:
+    """Bytes on the disk for states with such a network, and for the checkpoints of one."""
+    weights = sum(value.numel() * value.element_size() for value in network.parameters())
+    return (n_states + CHECKPOINT_COPIES) * weights
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a state, unless what is there leads to files elsewhere."""
+    for place in (folder.parent, folder):
+        if place.is_symlink():
+            raise utils.StageError(
+                f"{place} is a link to {place.resolve()}, whose files would be overwritten.",
+                "Remove the link, then run the same command.",
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 class Checkpoint:
     """What a run has come to, saved now and then; only a run with the same key goes on from it."""
 
@@ -166,8 +190,10 @@ class Checkpoint:
         return saved if isinstance(saved, dict) and saved.get("key") == self.key.hash else None
 
     def write(self, content: dict[str, Any]) -> None:
-        with utils.atomic(self.path) as partial:
-            torch.save({"key": self.key.hash, **content}, partial)
+        saved = io.BytesIO()  # torch tells a full disk by an error that says nothing of it
+        torch.save({"key": self.key.hash, **content}, saved)
+        with disk.atomic(self.path) as partial:
+            partial.write_bytes(saved.getbuffer())
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -212,14 +238,14 @@ def write_state(
 ) -> None:
     """Write a finished state; ``epoch`` is the one whose weights were kept."""
     (folder / "model.json").unlink(missing_ok=True)  # it vouches for the other files
-    with utils.atomic(folder / "history.csv") as partial:
+    with disk.atomic(folder / "history.csv") as partial:
         pd.DataFrame(history).to_csv(partial, index=False, lineterminator="\n")
-    with utils.atomic(folder / "held-out.npy") as partial:
+    with disk.atomic(folder / "held-out.npy") as partial:
         np.save(partial, predicted)
-    with utils.atomic(folder / "model.safetensors") as partial:
+    with disk.atomic(folder / "model.safetensors") as partial:
         weights = {name: value.cpu() for name, value in network.state_dict().items()}
         partial.write_bytes(safetensors.torch.save(weights))  # save_file makes it private
-    with utils.atomic(folder / "model.json") as partial:
+    with disk.atomic(folder / "model.json") as partial:
         info = {"key": key.hash, "network": type(network).__name__, "epoch": epoch}
         info |= {"decided_by": dataclasses.asdict(key)}
         partial.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")

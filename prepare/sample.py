@@ -48,7 +48,7 @@ def run(
         guard_sample(stage)  # before the first expensive step
         write_sample(stage, prepare(stage.args))
 
-    return utils.run_stage(main, script, parser, argv, makes_folders=True)
+    return cli.run_stage(main, script, parser, argv, makes_folders=True)
 
 
 def guard_sample(stage: utils.Stage) -> None:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import options
 from reading import cli
+from writing import disk
 
 SCRIPT = "prepare/visium.py"
 
@@ -40,7 +41,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import numpy as np
 import pandas as pd
@@ -152,7 +153,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         off_tissue=written.move(places[~in_tissue]),
         array=written.move(places),
         scales=spatial.scales,
-        sources=[args.image, positions_path, *spatial.files(), *utils.files_in(matrix_path)],
+        sources=[args.image, positions_path, *spatial.files(), *disk.files_in(matrix_path)],
         facts={
             "full_resolution_um_per_px": fitted.pixel_size_um,
             "array_turned_degrees": round(float(np.degrees(np.arctan2(*fitted.axes[0, ::-1]))), 3),

@@ -52,7 +52,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import numpy as np
 import pandas as pd

@@ -1,14 +1,26 @@
-"""The one grammar of all command lines: how options are read, explained and corrected."""
+"""How every script starts and ends: the one grammar of command lines, and the exit codes.
+
+Exit codes: 0 done, 2 the user can mend it (one message says how), 130 Ctrl-C, 143 told to end by
+the system (SIGTERM), 1 a bug (the traceback is kept).
+"""
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import difflib
+import errno
 import math
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
+
+import utils
 
 
 def sample_directory(text: str) -> Path:
@@ -111,3 +123,154 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="Where to compute: auto, cpu, cuda, cuda:N or mps."
     )
+
+
+# ------------------------------------------------------------------------------------------------
+# start and end of a script
+# ------------------------------------------------------------------------------------------------
+AGAIN_SECONDS = 0.05  # until a Ctrl-C that Python dropped is sent again
+REMEDIES = {
+    errno.ENOSPC: "Make room on the disk",
+    errno.EDQUOT: "Make room: your share of the disk is used up",
+    errno.EACCES: "Give yourself access to it, or close it elsewhere",
+    errno.EPERM: "Give yourself access to it, or close it elsewhere",
+    errno.EROFS: "Choose a folder that can be written to",
+    errno.ENOENT: "Something removed it while the script ran: bring it back",
+    errno.EMFILE: "Allow more open files (ulimit -n)",
+}
+IO_REMEDY = "See that the disk or network drive works"
+
+
+def output_folder(args: argparse.Namespace) -> Path | None:
+    """Where outputs go, by the option for a folder or for one file; None is the sample's folder."""
+    output: Path | None = getattr(args, "output", None)
+    return getattr(args, "folder", None) or (output and output.parent)
+
+
+def start(parser: argparse.ArgumentParser, script: str = "") -> None:
+    """What needs no slow import: --help, a misspelt option, and a ``script`` with nothing to do.
+
+    Ctrl-C during the imports that follow ends the process at once: nothing has been written yet.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_at_once)
+    args = parser.parse_args()
+    if not script:
+        return
+    args.options = given_options(parser, args)
+    with contextlib.suppress(utils.StageError, OSError):  # main says what is wrong
+        if utils.Stage(script, args, output_folder(args)).up_to_date():
+            sys.exit(0)
+
+
+def _end_at_once(*_: object) -> NoReturn:
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
+
+
+def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The options that differ from their defaults, as they would be typed; a token is not shown."""
+    options = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if action.dest in ("directory", "force", "allow_stale") or value == action.default:
+            continue
+        options.append(action.option_strings[-1])
+        if action.nargs != 0:
+            values = value if isinstance(value, list) else [value]
+            options += ["***"] if action.dest == "login" else map(str, values)
+    return options
+
+
+def run_stage(
+    main: Callable[[utils.Stage], None],
+    script: str,
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None = None,
+    *,
+    makes_folders: bool = False,
+) -> int:
+    """Run ``main(stage)``, unless its outputs are up to date, and return the exit code."""
+    args = parser.parse_args(argv)
+    args.options = given_options(parser, args)
+
+    def work() -> None:
+        stage = utils.Stage(script, args, output_folder(args), makes_folders)
+        try:
+            if not stage.up_to_date():
+                main(stage)
+        finally:
+            stage.discard()
+
+    return exit_code(work, args.directory, "files already finished are kept")
+
+
+def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) -> int:
+    """0 if ``work()`` ends well; else print one message and return the code: see above."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A console that cannot show a gene name must not stop us
+            stream.reconfigure(errors="replace")
+    try:
+        with _signals():
+            work()
+    except utils.StageError as error:
+        return _say(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno is None:  # not from the system: a bug of ours or of a library
+            raise
+        place, reason = error.filename2 or error.filename or directory, os.strerror(error.errno)
+        remedy = REMEDIES.get(error.errno, IO_REMEDY)
+        return _say(f"error: {place}: {reason}.\n{remedy}, then run the same command.", 2)
+    except MemoryError as error:
+        problem = f"error: there is not enough memory. {error}".rstrip()
+        remedy = "Close other programs or take a larger machine, then run the same command."
+        return _say(f"{problem}\n{remedy}", 2)
+    except Terminated:
+        return _say(f"ended by the system (SIGTERM); {when_interrupted}", 143)
+    except KeyboardInterrupt:
+        return _say(f"\ninterrupted; {when_interrupted}", 130)
+    return 0
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which a cluster ends a job whose time is up."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise, so that partial files are removed; none of them gets lost.
+
+    Python drops what is raised while an object is deleted. A Ctrl-C that it drops is sent again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            hook(dropped)
+        else:
+            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    if handlers[signal.SIGINT] is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if handlers[signal.SIGTERM] is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

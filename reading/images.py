@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,17 @@ import pyvips
 from PIL import Image
 
 from reading import pictures
-from utils import HE, MASK, MASKING, MAX_HE_PIXELS, TILE_PX, TOKEN_PX, Stage
+from utils import (
+    CALIBRATION,
+    HE,
+    MASK,
+    MASKING,
+    MAX_HE_PIXELS,
+    TILE_PX,
+    TOKEN_PX,
+    Stage,
+    read_record,
+)  # fmt: skip
 
 Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS  # Pillow's own limit is below the size of a slide
 BLOCK_PX = TILE_PX  # whole rows of blocks of a JPEG, which libvips does not decode twice
@@ -100,31 +111,68 @@ def grid_shape(stage: Stage) -> tuple[int, int]:
 
 
 def read_mask(stage: Stage, shape: tuple[int, int]) -> np.ndarray:
-    """Tissue (h, w) bool from mask.png: whatever is not black or transparent, in any image mode.
+    """Tissue (h, w) bool from mask.png: superpixels of which at least half is painted.
 
-    The picture has a pixel a superpixel, or a whole multiple of that.
+    Painted is whatever is not black or transparent, in any image mode. The picture may have the
+    size of he-raw, or a pixel a superpixel, or a whole multiple of that, as he.jpg has.
     """
     path = stage.path(MASK)
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGBA"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise stage.error(path, f"is not a readable image: {error}") from error
-    painted = (pixels[..., :3] > 0).any(axis=-1) & (pixels[..., 3] > 0)
-    times = max(1, painted.shape[0] // shape[0])
-    if painted.shape != (shape[0] * times, shape[1] * times):
-        raise stage.error(
-            path,
-            f"is {painted.shape[1]} x {painted.shape[0]} px; expected {shape[1]} x {shape[0]} px, "
-            f"one a superpixel (or a whole multiple of that).",
-        )
-    tissue = painted.reshape(shape[0], times, shape[1], times).mean(axis=(1, 3)) >= 0.5
+        image = pyvips.Image.new_from_file(str(path), access="random", fail_on="truncated")
+        rows, columns = mask_edges(stage, (image.height, image.width), shape)
+        colours = image[: image.bands - 1] if image.hasalpha() else image
+        painted = (colours > 0).bandor()
+        if image.hasalpha():
+            painted &= image[image.bands - 1] > 0
+        share = np.stack(list(shares(painted, rows, columns)))
+    except pyvips.Error as error:
+        raise stage.error(path, f"is not a readable image: {pictures.reason(error)}.") from error
+    tissue = share >= 0.5
     if not tissue.any():
         raise stage.error(
             path,
             "is all black, which leaves no tissue.",
-            f"Paint the tissue white, or remove the file and run: {stage.command(MASKING)}",
+            f"Paint the tissue white, or have it made. Run: {stage.remake(MASKING)}",
         )
     if tissue.all():
         print(f"warning: by {path.name} the whole image is tissue")
     return tissue
+
+
+def mask_edges(
+    stage: Stage, size: tuple[int, int], shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the superpixels begin and the last one ends, in rows and columns of a mask of ``size``.
+
+    Superpixels of the white that pads he.jpg lie beyond the edge of a mask as large as he-raw.
+    """
+    record = read_record(stage, CALIBRATION) or {}
+    raw, scaled = (record.get(key) or (0, 0) for key in ("raw_size", "scaled_size"))
+    times = max(1, size[0] // shape[0])
+    if size == tuple(raw) != (0, 0):
+        scales = [TOKEN_PX * a / b for a, b in zip(raw, scaled, strict=True)]
+    elif size == (shape[0] * times, shape[1] * times):
+        scales = [times, times]
+    else:
+        like_raw = f"{raw[1]} x {raw[0]} px as he-raw, " if any(raw) else ""
+        he = f"{shape[1] * TOKEN_PX} x {shape[0] * TOKEN_PX} px as {stage.path(HE).name}"
+        raise stage.error(
+            stage.path(MASK),
+            f"is {size[1]} x {size[0]} px; expected {like_raw}{he}, or {shape[1]} x {shape[0]} px, "
+            f"one a superpixel (or a whole multiple of that).",
+            f"Bring it to one of these sizes, or have it made. Run: {stage.remake(MASKING)}",
+        )
+    edges = [np.rint(np.arange(n + 1) * scale) for n, scale in zip(shape, scales, strict=True)]
+    rows, columns = (e.clip(max=end).astype(int) for e, end in zip(edges, size, strict=True))
+    return rows, columns
+
+
+def shares(painted: pyvips.Image, rows: np.ndarray, columns: np.ndarray) -> Iterator[np.ndarray]:
+    """Painted share (w,) of the superpixels of every row."""
+    for top, bottom in itertools.pairwise(rows):
+        share = np.zeros(painted.width)
+        if bottom > top:
+            band = painted.crop(0, top, painted.width, bottom - top).numpy()
+            share = (band > 0).reshape(bottom - top, -1).mean(axis=0)
+        sums = np.concatenate([[0.0], np.cumsum(share)])[columns]
+        yield np.diff(sums) / np.diff(columns).clip(min=1)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import utils
+from writing import disk
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = (
@@ -84,8 +85,8 @@ def write_record(directory: Path, script: str, inputs: list[str], outputs: list[
     record = {
         "finished": True,
         "script": script,
-        "inputs": {name: utils.fingerprint(directory / name) for name in inputs},
-        "outputs": {name: utils.fingerprint(directory / name) for name in outputs},
+        "inputs": {name: disk.fingerprint(directory / name) for name in inputs},
+        "outputs": {name: disk.fingerprint(directory / name) for name in outputs},
     }
     (directory / utils.record_name(script)).write_text(json.dumps(record))
 

@@ -30,6 +30,7 @@ from method import section as sections
 from method.network import Network, Pass, run_batch
 from method.section import Section
 from reading import arrays, images, pickles
+from writing import disk
 
 F, G = 6, 5  # token features, genes
 SHAPE = (40, 46)  # superpixels
@@ -1034,11 +1035,11 @@ def test_without_counts_to_calibrate_by_the_spread_stays():
 
 def test_uncertainty_on_request(finished_sample, finished, capsys):
     """Maps stay as they are; their standard deviation comes, and goes with the next run without."""
-    before = utils.sha256(finished / "cnts-super" / "index.csv")
+    before = disk.sha256(finished / "cnts-super" / "index.csv")
     maps = {path.name: path.read_bytes() for path in (finished / "cnts-super").iterdir()}
     options = trained_options(finished)
     assert run(utils.HISTEX, finished, *options, "--uncertainty") == 0
-    assert utils.sha256(finished / "cnts-super" / "index.csv") == before
+    assert disk.sha256(finished / "cnts-super" / "index.csv") == before
     index = pd.read_csv(finished / "cnts-super-sd" / "index.csv")
     tissue = np.asarray(Image.open(finished / "mask.png")) > 0
     for file in index["file"]:

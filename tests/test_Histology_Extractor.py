@@ -29,6 +29,7 @@ import Histology_Extractor as extractor
 import utils
 from Histology_Extractor import LITE, Tiling
 from reading import images
+from writing import disk
 
 SCRIPT = utils.EXTRACTOR
 TINY_UNI = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -152,7 +153,7 @@ def test_uni_tokens_are_those_of_a_direct_forward_of_every_tile(tiny_uni, tmp_pa
             np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
     facts = record(directory)
     assert facts["backbone"] == "uni"
-    assert facts["weights_sha256"] == utils.sha256(weights)
+    assert facts["weights_sha256"] == disk.sha256(weights)
     assert facts["feature_shape"] == [28, 42, 32]
     assert facts["overlap_tokens"] == 0
 
@@ -647,7 +648,7 @@ def test_rows_of_another_computation_are_not_used(tiny_uni, tmp_path, monkeypatc
     assert outputs(directory)[0].std() > 0.1
     assert folder.is_dir()  # a run that goes on elsewhere may still need it
     write_he(directory, section(448, 224, seed=1))
-    hour_ago = time.time() - 2 * utils.STALE_PARTIAL_SECONDS
+    hour_ago = time.time() - 2 * disk.STALE_PARTIAL_SECONDS
     os.utime(folder, (hour_ago, hour_ago))
     assert run(SCRIPT, directory, *options) == 0
     assert outputs(directory)[0].std() > 0.1

@@ -27,6 +27,7 @@ import HISTEX
 import image_calibration
 import utils
 from reading import pickles
+from writing import disk
 
 CALIBRATION, HR, EXTRACTOR, MASKING, MODEL = (script for script, *_ in PIPELINE)
 OPTIONS = {script: options for script, *options in PIPELINE}
@@ -41,7 +42,7 @@ def pixel_limit(monkeypatch):
 def contents(directory: Path) -> dict[str, str]:
     """Hash of every file of a directory."""
     return {
-        path.relative_to(directory).as_posix(): utils.sha256(path)
+        path.relative_to(directory).as_posix(): disk.sha256(path)
         for path in directory.rglob("*")
         if path.is_file()
     }
@@ -935,7 +936,7 @@ def test_36_two_writers_of_one_folder(tmp_path, monkeypatch):
 
     path.mkdir()
     (path / "map").write_text("old")
-    with utils.atomic(path) as partial:
+    with disk.atomic(path) as partial:
         partial.mkdir()
         (partial / "map").write_text("ours")
         monkeypatch.setattr(Path, "rename", rename)

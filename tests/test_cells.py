@@ -20,6 +20,7 @@ from test_evaluate import write_maps
 import utils
 from analysis import cells
 from analysis.cells import Outline, PixelFrame
+from writing import disk
 
 RAW, SCALED, SIZE = (150, 300), (208, 416), (224, 448)  # he-raw, he.jpg without and with padding
 GRID = (14, 28)
@@ -289,7 +290,7 @@ def test_values_are_those_of_loops_over_pixels(section, tmp_path):
     assert record["counts within cells"] == pytest.approx(
         maps[covered].sum() / maps[tissue].sum(), abs=1e-4
     )
-    assert record["inputs"][str(tmp_path / "cells.tif")]["sha256"] == utils.sha256(
+    assert record["inputs"][str(tmp_path / "cells.tif")]["sha256"] == disk.sha256(
         tmp_path / "cells.tif"
     )
 

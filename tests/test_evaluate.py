@@ -20,6 +20,7 @@ import Histology_Extractor
 import utils
 from analysis import evaluate, holdout, inputs, scores, seams, spots, uncertainty
 from method import prediction
+from writing import disk
 
 RADIUS = 3.4375  # superpixels: Visium
 SHAPE = (42, 56)
@@ -799,7 +800,7 @@ def test_a_fold_never_writes_into_the_files_of_its_sample(finished, tmp_path):
     record = finished / utils.record_name(utils.CALIBRATION)
     facts = json.loads(record.read_text())
     for name in ("cnts.csv", "gene-names.txt"):  # as if a record named what the fold writes anew
-        facts["inputs"][name] = utils.fingerprint(finished / name)
+        facts["inputs"][name] = disk.fingerprint(finished / name)
     record.write_text(json.dumps(facts))
     before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
     fold_files(finished, tmp_path / "fold", np.arange(22) > 5)

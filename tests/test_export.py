@@ -35,6 +35,7 @@ import utils
 from analysis import export
 from analysis.formats import csv as csv_format
 from analysis.formats import h5ad, istar, ometiff, spatialdata
+from writing import disk
 
 FILES = {  # gene -> file without its suffix, as HISTEX.py names them
     "KRT8": "KRT8",
@@ -721,17 +722,17 @@ def touch_up(path: Path) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_own_exports_are_replaced_and_changed_ones_are_not(section, capsys, kind):
     path = exported(section, kind, "--genes", "KRT8")
-    first = utils.fingerprint(path)["sha256"]
+    first = disk.fingerprint(path)["sha256"]
     assert exported(section, kind, "--genes", "KRT8") == path
-    assert utils.fingerprint(path)["sha256"] == first  # to the byte
+    assert disk.fingerprint(path)["sha256"] == first  # to the byte
     touch_up(path)
-    changed = utils.fingerprint(path)["sha256"]
+    changed = disk.fingerprint(path)["sha256"]
     error = refused(section, capsys, kind, "--genes", "KRT8")
     assert "was made or edited by hand" in error
     assert f"--format {kind} --genes KRT8 --force" in error
-    assert utils.fingerprint(path)["sha256"] == changed
+    assert disk.fingerprint(path)["sha256"] == changed
     exported(section, kind, "--genes", "KRT8", "--force")
-    assert utils.fingerprint(path)["sha256"] == first
+    assert disk.fingerprint(path)["sha256"] == first
 
 
 def test_a_file_of_yours_is_not_replaced(section, tmp_path, capsys):
@@ -809,17 +810,17 @@ def test_the_record_tells_what_was_exported(section, tmp_path):
     record = json.loads((section.directory / "export.json").read_text())
     assert record["options"] == ["--format", "h5ad", "--n-genes", "2"]
     assert (record["genes"], record["superpixels"]) == (2, len(section.places))
-    known = {"histex.h5ad": utils.fingerprint(section.directory / "histex.h5ad")}
+    known = {"histex.h5ad": disk.fingerprint(section.directory / "histex.h5ad")}
     assert record["outputs"] == known
     assert {"cnts-super", "he.jpg", "held-out-r.csv"} <= set(record["inputs"])
     assert {"versions", "code", "seconds"} <= set(record)
     exported(section, "csv")
     outputs = json.loads((section.directory / "export.json").read_text())["outputs"]
     assert outputs == known | {
-        "histex.csv.gz": utils.fingerprint(section.directory / "histex.csv.gz")
+        "histex.csv.gz": disk.fingerprint(section.directory / "histex.csv.gz")
     }
     beside = json.loads((tmp_path / "export.json").read_text())
-    assert beside["outputs"] == {"x.csv.gz": utils.fingerprint(elsewhere)}
+    assert beside["outputs"] == {"x.csv.gz": disk.fingerprint(elsewhere)}
 
 
 def test_only_leftovers_of_ours_are_removed_from_a_folder_of_yours(section, tmp_path):
@@ -951,7 +952,7 @@ def test_the_space_that_is_asked_for_is_enough(made, tmp_path, kind):
     true = writer.bytes_needed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "bytes_needed", lambda *a: needed.append(true(*a)) or needed[0])
-        size = utils.fingerprint(exported(section, kind))["bytes"]
+        size = disk.fingerprint(exported(section, kind))["bytes"]
     assert size < needed[0] + 200_000  # tags, tables and headers, which do not grow with the genes
 
 

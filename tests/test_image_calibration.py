@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, ImageFilter, JpegImagePlugin
 import image_calibration as calibration
 import utils
 from reading import images, pictures, tables
+from writing import disk
 
 OUTPUTS = ("he.jpg", "locs.csv", "radius.txt", "pixel-size.txt")
 
@@ -309,7 +310,7 @@ def test_png_takes_over_from_jpeg_and_back(sample, monkeypatch):
 
 def test_a_crash_while_jpeg_gives_way_to_png_is_mended_by_a_rerun(sample, monkeypatch):
     assert calibrate(sample) == 0
-    put = utils._put
+    put = disk.put
     monkeypatch.setattr(calibration, "JPEG_MAX_SIDE_PX", 600)
     with monkeypatch.context() as patch:
         patch.setattr(utils, "_put", lambda _, to: 1 / 0 if to.suffix == ".png" else put(_, to))

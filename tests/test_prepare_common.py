@@ -23,6 +23,8 @@ import utils
 from method.grid import lattice_pitch
 from prepare import images, lattice, options, sample, tenx, xenium
 from prepare import section as sections
+from reading import cli
+from writing import disk
 
 PITCH, UM = 80.0, 1.25  # px and um per px: 100 um
 GENES = ["ACTB", "MARCH1", "NA", "gene, with comma"]
@@ -553,7 +555,7 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
 def test_a_run_cut_off_between_two_files_is_done_again(tmp_path, monkeypatch):
     directory = tmp_path / "a"
     write_sample(directory, make_section(tmp_path)[0])
-    put, left = utils._put, iter(range(4))
+    put, left = disk.put, iter(range(4))
 
     def put_some(partial, path):
         if path.name != RECORD and next(left, None) is None:
@@ -609,13 +611,13 @@ def test_the_record_tells_sources_and_numbers(tmp_path):
     record = json.loads((tmp_path / "a" / RECORD).read_text())
     assert record["finished"]
     source = record["inputs"][str(section.image.resolve())]
-    assert source["sha256"] == utils.sha256(section.image)
+    assert source["sha256"] == disk.sha256(section.image)
     assert record["script"] == "prepare/visium.py"
     assert {"versions", "code", "seconds", "arguments"} <= record.keys()
     assert (record["spots"], record["molecules"]) == (len(counts), counts.sum())
     assert (record["notes"], record["bins"]) == (["a note"], 7)
     for name, known in record["outputs"].items():
-        assert utils.fingerprint(tmp_path / "a" / name) == known
+        assert disk.fingerprint(tmp_path / "a" / name) == known
 
 
 def test_tables_are_written_recorded_and_guarded(tmp_path):
@@ -626,7 +628,7 @@ def test_tables_are_written_recorded_and_guarded(tmp_path):
     expected = "".join(f'{spot},"tumour, left"\n' for spot in section.locs.index[:3])
     assert (directory / "labels.csv").read_text() == f",label\n{expected}"
     outputs = json.loads((directory / RECORD).read_text())["outputs"]
-    assert outputs["labels.csv"] == utils.fingerprint(directory / "labels.csv")
+    assert outputs["labels.csv"] == disk.fingerprint(directory / "labels.csv")
     (directory / "labels.csv").write_text("mine")
     before = read_files(directory)
     with pytest.raises(utils.StageError, match=r"labels\.csv was made or edited"):
@@ -763,6 +765,6 @@ def test_old_spellings_of_xenium_go_on():
     for counts, part in (("--counts", "--region"), ("--counts-of", "--region-um")):
         args = xenium.build_parser().parse_args([*needed, counts, "cells", part, *region])
         assert (args.counts_of, args.region_um) == ("cells", [0, 1, 9.5, 8])
-        assert utils.given_options(xenium.build_parser(), args)[-5:] == [
+        assert cli.given_options(xenium.build_parser(), args)[-5:] == [
             "--region-um", "0.0", "1.0", "9.5", "8.0",
         ]  # fmt: skip

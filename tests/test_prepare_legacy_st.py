@@ -10,8 +10,8 @@ import tifffile
 from conftest import REAL_DATA
 from PIL import Image
 
-import utils
 from prepare import legacy_st
+from writing import disk
 
 GENES = ["ACTB", "MARCH1", "NA", "ERBB2"]
 PIXEL_UM = 2.0  # so that the array of 200 um has 100 px
@@ -143,7 +143,7 @@ def test_labels_are_joined_by_the_adjusted_coordinates(tables, tmp_path):
     labels = read(tmp_path / "s" / "labels.csv")
     assert labels.index.tolist() == read(tmp_path / "s" / "locs-raw.csv").index.tolist()
     record = json.loads((tmp_path / "s" / "prepare.json").read_text())
-    assert utils.fingerprint(tmp_path / "s" / "labels.csv") == record["outputs"]["labels.csv"]
+    assert disk.fingerprint(tmp_path / "s" / "labels.csv") == record["outputs"]["labels.csv"]
     assert "labels.csv holds 40 of the 40 spots" in record["notes"]
     for spot, label in labels["label"].items():
         assert label == ("invasive cancer" if int(spot.split("x")[0]) < 7 else "adipose tissue")

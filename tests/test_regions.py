@@ -19,6 +19,7 @@ import utils
 from analysis import files, regions
 from analysis.spots import disc_weights
 from reading import cli
+from writing import disk
 
 GRID = (56, 70)  # superpixels: whole tiles
 PITCH, RADIUS = 5.0, 1.8  # superpixels
@@ -346,7 +347,7 @@ def test_tissue_is_where_maps_and_mask_agree(labelled):
     stage = stage_of(labelled)
     expected = known & (true_labels() > 0)
     assert (regions.tissue_of(stage, known) == expected).all()
-    assert stage.inputs["mask.png"]["sha256"] == utils.sha256(labelled / "mask.png")
+    assert stage.inputs["mask.png"]["sha256"] == disk.sha256(labelled / "mask.png")
     known[:] = False
     known[0, 0] = True
     with pytest.raises(utils.StageError, match=r"mask\.png .*no superpixel in common"):

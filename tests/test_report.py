@@ -29,6 +29,7 @@ import utils
 from analysis import charts, inputs, report
 from analysis import page as page_parts
 from analysis.spots import disc_weights
+from writing import disk
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -416,7 +417,7 @@ def test_all_pages_of_a_folder_are_known_by_its_record(section):
     for name in ("a.html", "b.html", "a.html"):
         assert report.run(["--directory", str(section), "--output", str(section / name)]) == 0
     record = json.loads((section / "report.json").read_text())
-    pages = {name: utils.fingerprint(section / name) for name in ("a.html", "b.html")}
+    pages = {name: disk.fingerprint(section / name) for name in ("a.html", "b.html")}
     assert record["outputs"] == pages
     assert {"versions", "code", "seconds"} <= record.keys()
     used = {"he.jpg", "cnts-super", "cnts.csv", "locs.csv", "radius.txt", "segments.npy"}

@@ -27,8 +27,8 @@ from test_regions import (
     write_section,
 )
 
-import utils
 from analysis import regions, segment
+from writing import disk
 
 METHODS = list(segment.CUTS)
 EVERY = slice(None)
@@ -509,7 +509,7 @@ def test_the_record_names_what_was_read(labelled):
         "embeddings-gene.pickle", "locs.csv", "radius.txt", "cnts.csv", "mask.png", "truth.npz",
     }  # fmt: skip
     for name, known in record["inputs"].items():
-        assert known["sha256"] == utils.sha256(labelled / name)
+        assert known["sha256"] == disk.sha256(labelled / name)
 
 
 def test_as_a_user(labelled):

@@ -1,0 +1,216 @@
+"""Files on the disk: by what one is known again, and how one is written so that none is ever half.
+
+A crash, a full disk or a power cut leaves the old file or the new one under a real name, and beside
+it at most a partial file, which the next run sweeps away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+PUT_ATTEMPTS = 10
+DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
+FILE_PRINT = re.compile(r"\d+ -?\d+ [0-9a-f]{64}")  # of a file in a folder's fingerprint
+SMALL_BYTES = 1 << 20  # 1 MiB: its sha256 takes a millisecond
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial(\.\w+)?")  # what partial_name makes
+STALE_PARTIAL_SECONDS = 3600  # a partial file untouched for an hour belongs to no living run
+
+
+# ------------------------------------------------------------------------------------------------
+# fingerprints
+# ------------------------------------------------------------------------------------------------
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_in(path: Path) -> list[Path]:
+    """The file itself, or all files of a folder but those that file managers leave in it."""
+    if path.is_file():
+        return [path]
+    return sorted(f for f in path.rglob("*") if f.is_file() and f.name not in DESKTOP_FILES)
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    return {file.relative_to(folder).as_posix(): file for file in files_in(folder)}
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Bytes, mtime and sha256 of a file. Of a folder: all bytes, the newest mtime, the sha256 of
+    sorted names and their sha256, and under ``files`` "bytes mtime sha256" of each."""
+    if not path.is_dir():
+        stat = path.stat()
+        return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
+    files = {name: fingerprint(file) for name, file in _by_name(path).items()}
+    names = "".join(f"{name}\0{known['sha256']}\n" for name, known in files.items())
+    return {
+        "bytes": sum(known["bytes"] for known in files.values()),
+        "mtime_ns": max((known["mtime_ns"] for known in files.values()), default=0),
+        "sha256": hashlib.sha256(names.encode()).hexdigest(),
+        "files": {name: " ".join(map(str, known.values())) for name, known in files.items()},
+    }
+
+
+def hash_of(paths: Iterable[Path]) -> str:
+    """Hash of source files, their names and content."""
+    whole = hashlib.sha256()
+    for path in sorted(paths):
+        whole.update(f"{path.name}\0".encode() + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return whole.hexdigest()[:16]
+
+
+def changed_in(path: Path, known: dict[str, Any]) -> list[Path]:
+    """What is there and differs from ``known``, or is new: the file, or files of the folder.
+
+    What is missing has not changed. The content is compared where size or mtime differ; that of
+    small files, which people edit by hand, always: an editor or a copy may keep both.
+    """
+    if not path.exists() or known == ABSENT:
+        return [path] if path.exists() else []
+    if not path.is_dir() or "files" not in known:
+        small = path.is_file() and known["bytes"] <= SMALL_BYTES
+        return [path] if _differs(path, known, small) else []
+    recorded = {}
+    for name, text in known["files"].items():
+        size, mtime, digest = str(text).split()
+        recorded[name] = {"bytes": int(size), "mtime_ns": int(mtime), "sha256": digest}
+    files = _by_name(path).items()
+    return [f for name, f in files if name not in recorded or _differs(f, recorded[name], False)]
+
+
+def has_time(path: Path, known: dict[str, Any]) -> bool:
+    return bool(path.stat().st_mtime_ns == known["mtime_ns"])
+
+
+def _differs(path: Path, known: dict[str, Any], hash_always: bool) -> bool:
+    if path.is_file():
+        stat = path.stat()
+        if stat.st_size != known["bytes"]:
+            return True
+        if stat.st_mtime_ns == known["mtime_ns"] and not hash_always:
+            return False
+    return bool(fingerprint(path)["sha256"] != known["sha256"])
+
+
+def is_whole(path: Path, known: dict[str, Any]) -> bool:
+    """True if nothing of what was fingerprinted is missing."""
+    if known == ABSENT or not path.exists():
+        return known == ABSENT
+    return all((path / name).exists() for name in known.get("files", ()))
+
+
+def same_as(path: Path, known: dict[str, Any]) -> bool:
+    """True if the file or folder is the one fingerprinted as ``known``."""
+    return is_whole(path, known) and not changed_in(path, known)
+
+
+ABSENT = {"bytes": 0, "mtime_ns": 0, "sha256": "absent"}  # of an optional input that was not there
+
+
+def is_fingerprint(known: Any) -> bool:
+    """True for what ``fingerprint`` returns, read back from a record."""
+    if not isinstance(known, dict) or not isinstance(known.get("sha256"), str):
+        return False
+    files = known.get("files", {})
+    return (
+        all(isinstance(known.get(key), int) for key in ("bytes", "mtime_ns"))
+        and isinstance(files, dict)
+        and all(FILE_PRINT.fullmatch(str(text)) for text in files.values())
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# atomic writes
+# ------------------------------------------------------------------------------------------------
+def partial_name(path: Path) -> Path:
+    """A temporary name in the same folder that keeps the suffix, which image writers go by."""
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Have the system write a file or folder to the disk now: a power cut may come at any time."""
+    for place in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        _sync(place)
+
+
+def _sync(path: Path) -> None:
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # cannot be opened there
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a drive that knows no fsync
+            raise
+    finally:
+        os.close(handle)
+
+
+def put(partial: Path, path: Path) -> None:
+    """Move a finished file or folder to its real name; a folder in the way is moved aside first.
+
+    Another run may put its folder there between the two moves; then it is moved aside as well.
+    The content is on the disk before the name, and the name when this returns.
+    """
+    to_disk(partial)
+    if partial.is_dir():
+        _put_folder(partial, path)
+    else:
+        os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _put_folder(partial: Path, path: Path) -> None:
+    for attempt in range(PUT_ATTEMPTS):
+        aside = partial_name(path)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside)
+        try:
+            partial.rename(path)
+        except OSError:
+            if attempt == PUT_ATTEMPTS - 1 or not path.exists():
+                if aside.exists() and not path.exists():
+                    aside.rename(path)
+                raise
+        else:
+            remove(aside)
+            return
+        remove(aside)
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; when the block ends well, it takes the name ``path``."""
+    partial = partial_name(path)
+    try:
+        yield partial
+        put(partial, path)
+    finally:
+        remove(partial)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what runs that were killed left in a folder: partial files that nobody writes now."""
+    for leftover in folder.glob(".*.partial*"):
+        with contextlib.suppress(OSError):  # gone, or in use by another run
+            old = time.time() - leftover.stat().st_mtime > STALE_PARTIAL_SECONDS
+            if old and PARTIAL.fullmatch(leftover.name):
+                remove(leftover)
