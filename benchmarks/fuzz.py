@@ -42,7 +42,7 @@ def build_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help and a misspelt option are answered before slow imports
+    cli.start(build_parser())  # what needs none of the slow imports below
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 
 import contextlib
@@ -58,6 +58,7 @@ import shlex
 import shutil
 import signal
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -78,6 +79,7 @@ from method import states, weights
 from prepare import aligned, legacy_st, scans, scverse, tenx, visium, visium_hd, xenium
 from prepare import section as prepared
 from reading import arrays, genes, images, pickles, pictures, plain, tables
+from writing import disk
 
 BATCH = 2000  # executions of one process
 BATCH_SECONDS = 900  # more is a hang that no signal ends
@@ -346,6 +348,22 @@ def fuzz_reader(reader: Reader, sample: Path, keep: Path, n: int, seed: str) -> 
     return counts
 
 
+def fuzz_readers(
+    readers: list[Reader], sample: Path, keep: Path, n: int, seed: str
+) -> dict[str, Counter[str]]:
+    """A tenth of all executions is shared equally, the others so that all readers take as long."""
+    counts, speed, first = {}, {}, n // 10 // max(1, len(readers))
+    for reader in readers:
+        start = time.perf_counter()
+        counts[reader.name] = fuzz_reader(reader, sample, keep, first, f"{seed}-first")
+        speed[reader.name] = first / (time.perf_counter() - start)
+    for reader in readers:
+        more = int(speed[reader.name] / sum(speed.values()) * (n - first * len(readers)))
+        counts[reader.name] += fuzz_reader(reader, sample, keep, more, seed)
+        tell(reader.name, counts[reader.name], [])
+    return counts
+
+
 # --------------------------------------------------------------------------------------------------
 # runs of scripts
 # --------------------------------------------------------------------------------------------------
@@ -354,7 +372,7 @@ def inputs_of(script: trials.Script, start: Path, trial: Path) -> list[str]:
     record = trial / trials.SECTION / utils.record_name(script.name)
     text = record.read_text(encoding="utf-8").partition('"inputs"')[2]
     found = []
-    for path in utils.files_in(start):
+    for path in disk.files_in(start):
         name = path.relative_to(start)
         known = any(f'{part}"' in text for part in name.parts[1:])
         if known or name.parts[0] == trials.RAW or path.suffix == ".json":
@@ -439,26 +457,24 @@ def repeat(path: Path, sample: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    trials.warm_up()
     readers = [reader for reader in READERS if args.only in reader.name]
-    scripts = [script for script in trials.SCRIPTS if args.only in script.label]
-    of_readers: dict[str, Counter[str]] = {}
+    scripts = [script for script in trials.SCRIPTS if args.runs and args.only in script.label]
+    of_all = trials.SCRIPTS if readers else scripts
+    trials.warm_up(of_all)
     of_scripts: dict[str, Counter[str]] = {}
     with measure.kept_or_temporary(args.keep) as keep, tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        trials.make(work / "starts", work / "make.log")
+        trials.make(work / "starts", work / "make.log", {script.start for script in of_all})
         # apart, for libvips starts threads, which do not survive a fork
-        if trials.apart(lambda: make_sample(work / "starts", work / "sample"), RUN_SECONDS):
+        if readers and trials.apart(
+            lambda: make_sample(work / "starts", work / "sample"), RUN_SECONDS
+        ):
             raise SystemExit(1)
         if args.repeat:
             repeat(args.repeat, work / "sample")
             return
-        for i, reader in enumerate(readers):
-            n = share(args.executions, i, len(readers))
-            found = fuzz_reader(reader, work / "sample", keep, n, str(args.seed))
-            of_readers[reader.name] = found
-            tell(reader.name, found, [])
-        for i, script in enumerate(scripts if args.runs else ()):
+        of_readers = fuzz_readers(readers, work / "sample", keep, args.executions, str(args.seed))
+        for i, script in enumerate(scripts):
             bench = Bench(script, work / "starts" / script.start, work)
             found, failures = bench.fuzz(keep, share(args.runs, i, len(scripts)), str(args.seed))
             of_scripts[script.label] = found

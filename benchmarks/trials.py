@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +30,12 @@ from PIL import Image
 import utils
 from analysis.export import FORMATS
 from benchmarks import measure, prepare_hd, prepare_xenium
+from writing import disk
 
 SECTION, RAW = "section", "raw"
 SIDE_UM = 448  # 56 superpixels
 MAKING_SECONDS = 300
+FEW = 2  # scripts, for which it takes too long to import what some import late
 ARRAY = 10  # rows and columns of spots of the made-up arrays
 SPOT_PX = 50  # between them
 OBJECTS = utils.ROOT / "tests" / "formats"  # which anndata and spatialdata wrote
@@ -114,25 +115,27 @@ SCRIPTS = (
 # --------------------------------------------------------------------------------------------------
 # tiny inputs
 # --------------------------------------------------------------------------------------------------
-def make(folder: Path, log: Path) -> None:
-    """A trial to copy for every start of SCRIPTS."""
+def make(folder: Path, log: Path, starts: set[str]) -> None:
+    """Make the folders of these names, each a trial to copy, that SCRIPTS start from."""
     simulate = of_sample("demo/simulate.py", "", "--size-um", str(SIDE_UM))
     (folder / "0").mkdir(parents=True)
-    for i, script in enumerate((simulate, *CHAIN)):
+    last = max([-1, *(int(start) for start in starts if start.isdigit())])
+    for i, script in enumerate((simulate, *CHAIN)[: last + 1]):
         if i:
             shutil.copytree(folder / f"{i - 1}", folder / f"{i}")
         ended = forked(script, folder / f"{i}", log, MAKING_SECONDS)
         if ended.code:
             raise utils.StageError(f"{script.label} fails on the tiny section.", ended.said)
-    for start in ("5", "6"):
-        write_extras(folder / start / RAW, (folder / start / SECTION / utils.GENE_NAMES.name))
+    for start in starts & {"5", "6"}:
+        write_extras(folder / start / RAW, folder / start / SECTION / utils.GENE_NAMES.name)
     rng = np.random.default_rng(0)
     for name, write in (
         ("visium", write_visium), ("hd", write_hd), ("xenium", write_xenium), ("h5ad", write_h5ad),
         ("store", write_store), ("tables", write_plain), ("st", write_legacy),
     ):  # fmt: skip
-        (folder / name / RAW).mkdir(parents=True)
-        write(folder / name / RAW, rng)
+        if name in starts:
+            (folder / name / RAW).mkdir(parents=True)
+            write(folder / name / RAW, rng)
 
 
 def write_extras(raw: Path, listed: Path) -> None:
@@ -257,16 +260,14 @@ class Ended(NamedTuple):
         return lines[-1][:300] if lines else ""
 
 
-def warm_up() -> None:
+def warm_up(scripts: Sequence[Script]) -> None:
     """Import all that scripts import, and compute nothing: threads do not survive a fork."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        for script in SCRIPTS:
-            importlib.import_module(script.name.removesuffix(".py").replace("/", "."))
-        for kind in FORMATS:
-            importlib.import_module(f"analysis.formats.{kind}")
-        for name in LAZY:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+    formats = [f"analysis.formats.{kind}" for kind in FORMATS]
+    for script in scripts:
+        importlib.import_module(script.name.removesuffix(".py").replace("/", "."))
+    for name in (*formats, *LAZY) if len(scripts) > FEW else ():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def forked(
@@ -352,11 +353,11 @@ def without_times(content: Any) -> Any:
 def contents(trial: Path) -> dict[str, str]:
     """Path -> hash of every file that a user sees, or record without its times."""
     found = {}
-    for path in utils.files_in(trial):
+    for path in disk.files_in(trial):
         name = path.relative_to(trial)
         if any(part.startswith(".") and part != ".zattrs" for part in name.parts):
             continue
-        found[name.as_posix()] = utils.sha256(path)
+        found[name.as_posix()] = disk.sha256(path)
         if path.suffix == ".json" and name.parts[0] == SECTION:
             with contextlib.suppress(ValueError):
                 record = json.loads(path.read_text(encoding="utf-8"))
