@@ -25,7 +25,7 @@ enum { OPEN = 1, READ = 2, WRITE = 4, RENAME = 8, UNLINK = 16, MKDIR = 32, SYNC 
        ALLOC = 256 };
 static const char *NAMES[] = {"open", "read", "write", "rename", "unlink", "mkdir", "fsync", "mmap",
                               "alloc"};
-enum { LARGE = 4096 }; /* bytes of an array that counts */
+enum { LARGE = 1 << 17 }; /* bytes of an array that counts; less is hardly ever refused */
 
 static char folder[4096];
 static int kinds, error_number, signal_number, stays, log_fd = -1;

@@ -8,6 +8,7 @@ user brings; options of a script name it ``{}``.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -325,6 +326,7 @@ def run_here(
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1, closefd=False)
+        faulthandler.enable()  # says where a crash was
         signal.alarm(seconds)
         module = importlib.import_module(script.name.removesuffix(".py").replace("/", "."))
         argv = [option.format(trial) for option in script.options]
