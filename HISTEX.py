@@ -70,12 +70,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from method import devices, maps, prediction, resume, states, uncertainty
 from method.network import ALL, Network, disc_sums, run_batch, seed_torch
 from method.progress import Progress
 from method.section import Section, Split, read_section, split_spots
+from writing.progress import Bar
 
 WIDTH = Network.embedding_size  # D, 128 as published
 HEADS = 8  # as published
@@ -483,7 +483,7 @@ def train_state(
         print(f"state {index}: trained anew, since {changed}")
 
     saved_at, n_done = 0.0, len(progress.history)
-    bar = tqdm(total=training.epochs, initial=n_done, desc=f"state {index}", disable=None)
+    bar: Bar[None] = Bar((), f"epochs of state {index}", training.epochs, n_done)
     while n_done < training.epochs and not (
         len(split.held_out) and n_done - progress.selection.epoch >= training.preset.patience
     ):
@@ -493,8 +493,7 @@ def train_state(
             checkpoint.remove()
             raise
         n_done += 1
-        bar.update()
-        bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if "loss" in k})
+        bar.update(**{name: value for name, value in row.items() if "loss" in name})
         if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
             checkpoint.write(progress.content())
             saved_at = time.monotonic()

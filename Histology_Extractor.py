@@ -97,13 +97,13 @@ import cv2
 import numpy as np
 import torch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
 
 from method import devices, resume, tiling
 from method.tiling import CNN_TILING, VIT_TILING, Tiling
 from method.weights import load_strictly, read_weights
 from reading import images
 from utils import TILE_PX, TOKEN_PX, StageError
+from writing.progress import Bar
 
 UNI_ARCHITECTURE: dict[str, Any] = {
     "model_name": "vit_large_patch16_224",  # as on UNI's model card: trained at 0.5 um per pixel
@@ -546,7 +546,7 @@ def rows_of_tiles(
     height = encoder.side[0]
     starts = encoder.tiling.starts(h)
     pixels = bands(image, [starts[number] for number in numbers], height)
-    bar = tqdm(numbers, desc="rows of tiles", disable=quiet or None)
+    bar = Bar(numbers, "rows of tiles", quiet=quiet)
     for number, band in zip(bar, pixels, strict=True):
         path = folder / f"row_{number:04d}.npy"
         row = read_row(path, (height, w, features))

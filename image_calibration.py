@@ -31,8 +31,6 @@ pixel.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,13 +84,10 @@ FULL_RESOLUTION = (
 # -------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def decoding(stage: utils.Stage, path: Path) -> Iterator[None]:
-    """What libvips says of a damaged image becomes an error about it; a full disk stays one."""
+    """What libvips says of a damaged image is an error about it; one of the system stays one."""
     try:
         yield
     except pyvips.Error as error:
-        for code in (errno.ENOSPC, errno.EDQUOT):
-            if os.strerror(code) in error.detail:
-                raise OSError(code, os.strerror(code), str(stage.folder)) from error
         raise stage.error(
             path,
             f"is truncated, corrupt or no readable JPEG, PNG or TIFF image: "

@@ -86,7 +86,6 @@ import cv2
 import numpy as np
 import pandas as pd
 import pyvips
-from tqdm import tqdm
 
 from analysis import inputs, page
 from analysis.page import PageContent, SpotCounts
@@ -94,6 +93,7 @@ from analysis.regions import read_measured_spots
 from analysis.scores import rounded
 from analysis.spots import disc_weights, on_tissue, score_totals, sum_discs
 from reading import images
+from writing.progress import Bar
 
 TEMPLATE = Path(__file__).with_name("report.html")
 LEVELS = 255  # values that a byte holds beside 0, which is no tissue
@@ -298,7 +298,7 @@ def describe_page(content: PageContent, markers: list[float | None]) -> dict[str
 
 def each_gene(content: PageContent) -> Iterator[str]:
     """A data block for each gene; only one map is in memory at a time."""
-    for gene in tqdm(content.genes, desc="maps", disable=None):
+    for gene in Bar(content.genes, "maps"):
         yield page.script_json(describe_gene(content, gene))
 
 

@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm import tqdm
 
 import utils
 from method import resume
 from method.prediction import Decoder
+from writing.progress import Bar
 
 PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90
 WINDOWS_DEVICES = ["con", "prn", "aux", "nul"]  # with com1..9 and lpt1..9: no file can be called so
@@ -122,7 +122,7 @@ def write_genes(
     pictures = file_names([genes[i] for i in best], ".png")
     for folder in folders.values():
         folder.mkdir()
-    for block in tqdm(decoder.blocks(), desc="genes", disable=None):
+    for block in Bar(decoder.blocks(), "blocks of genes"):
         numbers = range(len(genes))[block]
         finished = [(utils.PLOTS, pictures[genes[i]]) for i in numbers if i in best]
         for artifact in folders.keys() - {utils.PLOTS}:

@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from method import devices
 from method.anchoring import (
@@ -31,6 +30,7 @@ from method.network import Network, Pass
 from method.section import Section, nearest, on_map, to_device
 from method.uncertainty import Spread
 from reading import arrays
+from writing.progress import Bar
 
 GENES_BYTES = 400_000_000  # memory for the maps of the genes that are decoded at a time
 PREDICT_BATCH = 64  # patches
@@ -236,7 +236,7 @@ def latent_rows(
 
     batches = Batches(PREDICT_BATCH)
     middles = patch_middles(half, stride, h)
-    for row in tqdm(middles, desc="histology", disable=None):
+    for row in Bar(middles, "histology"):
         here, top = np.flatnonzero(centres[:, 0] == row), row - half
         rows = strips.at(top, seed) if len(here) else []
         for part, fused in batches.over(len(here), partial(fuse, here, row, rows)):

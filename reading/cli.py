@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import utils
+from writing import progress
 
 
 def sample_directory(text: str) -> Path:
@@ -209,10 +210,10 @@ def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) 
     """0 if ``work()`` ends well; else print one message and return the code: see above."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A console that cannot show a gene name must not stop us
-            stream.reconfigure(errors="replace")
+            # A console that cannot show a gene name must not stop us; a log is read as it grows
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
-        with _signals():
+        with _signals(), progress.spoken(Path(sys.argv[0]).name):
             work()
     except utils.StageError as error:
         return _say(f"error: {error}", 2)
@@ -246,6 +247,11 @@ def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
+def send_again() -> None:
+    """Have a Ctrl-C that came where nothing can be raised come once more, a little later."""
+    threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM raise, so that partial files are removed; none of them gets lost.
@@ -260,7 +266,7 @@ def _signals() -> Iterator[None]:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             hook(dropped)
         else:
-            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
+            send_again()
 
     hook, sys.unraisablehook = sys.unraisablehook, again
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}

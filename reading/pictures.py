@@ -10,6 +10,7 @@ at the latest when its rows are decoded: never grey rows.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import pyvips
 from PIL import ExifTags, Image
+
+from reading import cli
 
 logging.getLogger("pyvips").setLevel(logging.CRITICAL)  # its warnings come back as errors
 pyvips.cache_set_max(0)  # it would answer for a file that was replaced since
@@ -64,14 +67,32 @@ def open_picture(path: Path, access: str = "sequential") -> pyvips.Image:
     return image
 
 
+SYSTEM_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY,
+    getattr(errno, "ESTALE", errno.EIO), errno.ENOENT,
+)  # fmt: skip
+failures: list[OSError] = []  # of reading a file for libvips: nothing is raised through C
+
+
 def in_pieces(path: Path) -> pyvips.Source:
     """A file that is read as it is decoded: libvips maps a JPEG, which takes memory for all of it.
 
     The file is closed when the last image that comes of it goes.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def read(n: int) -> bytes:
+        try:
+            return os.read(descriptor, n)
+        except KeyboardInterrupt:
+            cli.send_again()
+            return os.read(descriptor, n)
+        except OSError as error:
+            failures.append(error)
+            return b""  # libvips takes it for the end of the file, and asks why: see reason
+
     source = pyvips.SourceCustom()
-    source.on_read(lambda n: os.read(descriptor, n))
+    source.on_read(read)
     source.on_seek(lambda offset, whence: os.lseek(descriptor, offset, whence))
     weakref.finalize(source, os.close, descriptor)
     return source
@@ -84,7 +105,15 @@ def is_filled_up(path: Path) -> bool:
 
 
 def reason(error: pyvips.Error) -> str:
-    """The first thing that libvips says about a failure; it may say it a hundred times."""
+    """The first thing that libvips says about a failure; it may say it a hundred times.
+
+    Raises the error of the system that was behind it, a full disk say, if one was.
+    """
+    if failures:
+        raise failures.pop() from error
+    for code in SYSTEM_ERRORS:
+        if os.strerror(code) in (error.detail or ""):
+            raise OSError(code, os.strerror(code)) from error
     lines = [line.strip() for line in (error.detail or error.message).splitlines()]
     return next((line for line in lines if line), "no reason given").rstrip(".")
 

@@ -696,7 +696,7 @@ def test_more_disk_than_is_free(sample, capsys, monkeypatch):
     for name in OUTPUTS:
         (sample / name).write_text("old")
     assert calibrate(sample) == 2
-    assert "about 0.00 GB are needed" in capsys.readouterr().err
+    assert "about 871 kB are needed" in capsys.readouterr().err
     assert (sample / "he.jpg").read_text() == "old"
 
 

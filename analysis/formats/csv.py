@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.csv
-from tqdm import tqdm
 
 from analysis.formats.mapset import MapSet, each_map
+from writing.progress import Bar
 
 TABLE_BYTES = 2**26  # of the rows of the table that are in memory at a time
 GZIP_LEVEL = 1  # the digits of expected counts are noise: 6 saves a few hundredths in five times
@@ -39,7 +39,7 @@ def write(source: MapSet, target: Path) -> None:
     ):
         for image in each_map(source):
             image[source.tissue].tofile(values)
-        for start in tqdm(range(0, n, step), desc="rows", disable=None):
+        for start in Bar(range(0, n, step), "blocks of rows"):
             rows = slice(start, min(start + step, n))
             columns = [place[rows] for place in places]
             for i in range(len(genes)):

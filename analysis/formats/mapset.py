@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import utils
 from analysis import files, inputs
 from reading import images
+from writing.progress import Bar
 
 LABELS = {  # column of a table of superpixels -> the labels, and the table of their names
     "region": (files.SEGMENTS, files.SEGMENT_TABLE),
@@ -71,7 +71,7 @@ class MapSet:
 
 def each_map(source: MapSet, desc: str = "genes") -> Iterator[np.ndarray]:
     """The maps float32 (rows, columns), one at a time; all must have the same tissue."""
-    for path in tqdm(source.files.values(), desc=desc, disable=None):
+    for path in Bar(source.files.values(), desc):
         image = inputs.read_map(path)
         if image.shape != source.tissue.shape or (np.isfinite(image) != source.tissue).any():
             raise utils.StageError(

@@ -14,13 +14,13 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import zarr
-from tqdm import tqdm
 
 import utils
 from analysis import inputs
 from analysis.formats.mapset import MapSet, each_map, in_mask, read_labels, records_of
 from analysis.formats.nodes import new_group, put, put_anndata
 from reading import images
+from writing.progress import Bar
 
 CHUNK_PX = 1024  # columns of a chunk of an image
 HE_BAND_PX = 896  # rows of he.jpg at a time: four tiles, which can be halved seven times
@@ -134,7 +134,7 @@ def write_he(source: MapSet, parent: zarr.Group) -> None:
     ]
     levels = add_raster(parent, "he", sizes, np.uint8, source.scale, ["r", "g", "b"])
     with images.ImageRows(source.stage, source.stage.path(utils.HE)) as image:
-        for top in tqdm(range(0, rows, HE_BAND_PX), desc="H&E", disable=None):
+        for top in Bar(range(0, rows, HE_BAND_PX), "H&E"):
             band = image[top : top + HE_BAND_PX]
             for level, array in enumerate(levels):
                 if level:

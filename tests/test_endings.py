@@ -1,0 +1,175 @@
+"""How a script ends: what the system refuses, Ctrl-C at a bad moment, SIGTERM, and long silence."""
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+import utils
+from reading import cli
+from writing import progress
+
+HERE = Path("a folder")
+
+
+def ending(error: BaseException | None, capsys) -> tuple[int, str]:
+    def work() -> None:
+        if error is not None:
+            raise error
+
+    code = cli.exit_code(work, HERE, "nothing is lost")
+    return code, capsys.readouterr().err
+
+
+# ----- one place decides what an error of the system becomes --------------------------------------
+@pytest.mark.parametrize("name", ["ENOSPC", "EIO", "EPERM", "ESTALE", "EBUSY", "ENOENT", "EROFS",
+                                  "EDQUOT", "EMFILE", "ETIMEDOUT", "ENAMETOOLONG"])  # fmt: skip
+def test_an_error_of_the_system_is_one_message(capsys, name):
+    number = getattr(errno, name)
+    code, said = ending(OSError(number, os.strerror(number), "he.jpg"), capsys)
+    assert code == 2
+    assert said.startswith(f"error: he.jpg: {os.strerror(number)}.\n")
+    assert said.endswith(", then run the same command.\n")
+    assert len(said.splitlines()) == 2
+
+
+def test_an_error_without_a_file_names_the_folder(capsys):
+    code, said = ending(OSError(errno.EIO, "Input/output error"), capsys)
+    assert (code, said.splitlines()[0]) == (2, f"error: {HERE}: Input/output error.")
+
+
+def test_memory_that_is_not_there_is_one_message(capsys):
+    code, said = ending(MemoryError("Unable to allocate 9. TiB"), capsys)
+    assert code == 2
+    assert "not enough memory. Unable to allocate 9. TiB" in said
+
+
+@pytest.mark.parametrize("bug", [ValueError("x"), OSError("no number"), KeyError("y")])
+def test_a_bug_keeps_its_traceback(bug):
+    with pytest.raises(type(bug)):
+        cli.exit_code(lambda: (_ for _ in ()).throw(bug), HERE, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(None, 0), (KeyboardInterrupt(), 130), (cli.Terminated(), 143)],
+)
+def test_other_endings(capsys, error, code):
+    got, said = ending(error, capsys)
+    assert got == code
+    assert ("nothing is lost" in said) == (code != 0)
+
+
+def test_a_folder_that_vanishes_under_a_run_is_one_message(sample, capsys, monkeypatch):
+    import shutil
+
+    finish = utils.Stage.finish
+
+    def vanish(stage, **facts):
+        shutil.rmtree(sample)
+        finish(stage, **facts)
+
+    monkeypatch.setattr(utils.Stage, "finish", vanish)
+    assert run("image_calibration.py", sample) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "No such file or directory" in said
+
+
+# ----- signals ------------------------------------------------------------------------------------
+def in_process(code: str) -> subprocess.CompletedProcess:
+    start = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+    return subprocess.run(
+        [sys.executable, "-c", start + code], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_ctrl_c_that_python_drops_comes_again():
+    """What is raised in __del__ is dropped: the run would go on, and end with 0."""
+    done = in_process("""
+from pathlib import Path
+from reading import cli
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100): pass
+def work():
+    Dropped()
+    time.sleep(20)
+sys.exit(cli.exit_code(work, Path("."), "kept"))
+""")
+    assert done.returncode == 130
+    assert done.stderr == "\ninterrupted; kept\n"
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_and_its_partial_files_are_removed(tmp_path, sign, code):
+    done = in_process(f"""
+import argparse
+from pathlib import Path
+import utils
+from reading import cli
+def main(stage):
+    with stage.writing(utils.LOCS) as partial:
+        partial.write_text("half")
+        os.kill(os.getpid(), {int(sign)})
+        time.sleep(20)
+parser = cli.stage_parser("x")
+sys.exit(cli.run_stage(main, "get_HR.py", parser, ["--directory", {str(tmp_path)!r}]))
+""")
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(sample):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "HISTEX.py"), "--directory"]
+    with subprocess.Popen(
+        [*command, str(sample)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        for line in process.stderr:  # importtime says when the slow imports have begun
+            if "numpy" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert "interrupted\n" in rest
+
+
+# ----- long work speaks ---------------------------------------------------------------------------
+def test_long_work_says_what_it_does_where_nobody_sees_bars(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SPEAK_SECONDS", 0.02)
+    with progress.spoken("HISTEX.py"):
+        time.sleep(0.05)
+        for number in progress.Bar(range(3), "rows of tiles"):
+            if number == 2:
+                time.sleep(0.1)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("HISTEX.py: at work (0.0 min so far)")
+    assert "HISTEX.py: rows of tiles, 2 of 3 (0.0 min so far)" in said
+    assert not progress._bars
+
+
+def test_a_bar_counts_and_ends(capsys):
+    bar = progress.Bar((), "epochs", total=5, done=2)
+    bar.update(loss=0.25)
+    assert bar.words() == "epochs, 3 of 5"
+    bar.close()
+    bar.close()
+    assert not progress._bars
+    with contextlib.suppress(ZeroDivisionError):
+        for _ in progress.Bar([1, 0], "items"):
+            raise ZeroDivisionError
+    assert not progress._bars
