@@ -353,11 +353,11 @@ def fuzz_readers(
 ) -> dict[str, Counter[str]]:
     """A tenth of all executions is shared equally, the others so that all readers take as long."""
     counts, speed, first = {}, {}, n // 10 // max(1, len(readers))
-    for reader in readers:
+    for reader in readers if n else ():
         start = time.perf_counter()
         counts[reader.name] = fuzz_reader(reader, sample, keep, first, f"{seed}-first")
-        speed[reader.name] = first / (time.perf_counter() - start)
-    for reader in readers:
+        speed[reader.name] = (first + 1) / (time.perf_counter() - start)
+    for reader in readers if n else ():
         more = int(speed[reader.name] / sum(speed.values()) * (n - first * len(readers)))
         counts[reader.name] += fuzz_reader(reader, sample, keep, more, seed)
         tell(reader.name, counts[reader.name], [])
