@@ -446,8 +446,13 @@ def one_epoch(
         row["held_out_loss"] = float(losses.mean())
         progress.selection.consider(epoch, losses, predicted, progress.kept)
         progress.schedule.step(row["held_out_loss"])
-    if not all(map(math.isfinite, row.values())):
-        raise FloatingPointError(f"the loss of state {index} is not finite in epoch {epoch}")
+    weights = nn.utils.parameters_to_vector(progress.kept.parameters())
+    if not all(map(math.isfinite, (*row.values(), weights.sum().item()))):
+        raise utils.StageError(
+            f"The training of state {index} diverges: in epoch {epoch}, with the learning rate "
+            f"{rate:g}, its loss is not finite.",
+            "Run the same command with a smaller one: --learning-rate NUMBER",
+        )
     progress.history.append(row)
     return row
 
@@ -489,7 +494,7 @@ def train_state(
     ):
         try:
             row = one_epoch(progress, section, split, training, index, device)
-        except FloatingPointError:
+        except utils.StageError:
             checkpoint.remove()
             raise
         n_done += 1
@@ -672,7 +677,7 @@ def main(stage: utils.Stage) -> None:
     if args.uncertainty:
         facts["coverage_of_90"] = report_coverage(stage, found["coverage"])
     # Nothing is up to date where a state is missing: to remove one means to train it anew
-    parts = [f"{utils.STATES.name}/{index:02d}" for index in range(args.n_states)]
+    parts = [f"{utils.STATES.name}/{i:02d}/model.json" for i in range(args.n_states)]
     stage.finish(seed=args.seed, device=str(device), parts=parts, **facts, **seconds)
 
 

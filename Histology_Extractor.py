@@ -100,7 +100,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from method import devices, resume, tiling
 from method.tiling import CNN_TILING, VIT_TILING, Tiling
-from method.weights import load_strictly, read_weights
+from method.weights import UNI_SHA256, known_sha256, load_strictly, read_weights
 from reading import images
 from utils import TILE_PX, TOKEN_PX, StageError
 from writing.progress import Bar
@@ -234,9 +234,10 @@ def load_backbone(name: str, weights: Path | None, login: str | None) -> Backbon
 
     if name == UNI:
         path = weights or download_uni(login)
+        digest = known_sha256(path, UNI_SHA256, own=weights is not None)
         model = timm.create_model(**UNI_ARCHITECTURE)
         load_strictly(model, read_weights(path), path)
-        mean_std, digest = IMAGENET_MEAN_STD, disk.sha256(path)
+        mean_std = IMAGENET_MEAN_STD
     elif name == LITE:
         if weights is not None:
             raise StageError(

@@ -189,7 +189,7 @@ def fit_lattice(xy: np.ndarray) -> Lattice | None:
             design = np.column_stack([np.ones(len(nodes)), nodes])
             # Fitting what is left over, not the places themselves, leaves an axis as it is along
             # which there are no spots yet.
-            change = np.linalg.lstsq(design, inside - origin - nodes @ axes)[0]
+            change = np.linalg.lstsq(design, inside - origin - nodes @ axes, rcond=None)[0]
             origin, axes = origin + change[0], axes + change[1:]
         if len(inside) == len(xy):
             break

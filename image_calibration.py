@@ -21,8 +21,8 @@ Departures from the published method, with the reason:
   would: on an H&E, the rms difference is 0.9 to 1.7 levels (linear 1.4 to 2.7, Lanczos 1.4 to 3);
 * coordinates are scaled by the exact ratio of the image sides, so that spots stay on their tissue
   even where the sides were rounded to whole pixels;
-* nothing is cropped, and coordinates that cannot belong to the image stop the run with the likely
-  mistake.
+* nothing is cropped; up to 5 % of the spots may lie off the image and are left out with a note,
+  while coordinates that cannot belong to the image stop the run with the likely mistake.
 
 Arrays are (row, col), x and y are CSV columns; coordinates start at the left or upper edge of a
 pixel.
@@ -60,7 +60,13 @@ import numpy as np
 import pandas as pd
 import pyvips
 
-from method.calibration import calibrated_shape, machine_memory, padded_shape
+from method.calibration import (
+    MAX_OUTSIDE,
+    calibrated_shape,
+    inside,
+    machine_memory,
+    padded_shape,
+)
 from method.grid import neighbour_distance
 from reading import pictures, plain, tables
 from utils import LEGACY_PITCH_UM, LEGACY_RADIUS_UM, VISIUM_PITCH_UM, VISIUM_RADIUS_UM
@@ -71,7 +77,6 @@ PNG_LEVEL = 1  # fast; only images of gigapixels become PNG
 DECODED_BYTES = 6  # of a pixel, in an image that has to be decoded whole
 
 PITCH_TOLERANCE = 1.25  # factor; above any jitter, below the half-way point between the two pitches
-MAX_OUTSIDE = 0.01  # share of spot centres that may miss the image, as strays at an edge do
 RADIUS_RANGE_UM = (utils.SUPERPIXEL_UM, utils.MAX_RADIUS_SUPERPIXELS * utils.SUPERPIXEL_UM)
 PIXEL_SIZE_RANGE_UM = (utils.MIN_PIXEL_SIZE_UM, utils.MAX_PIXEL_SIZE_UM)
 FULL_RESOLUTION = (
@@ -160,11 +165,6 @@ def read_radius(stage: utils.Stage, pixel_size: float) -> float:
     return radius * pixel_size / utils.PIXEL_SIZE_UM
 
 
-def inside(xy: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Which of the centres (N, 2), x and y, lie in an image of (rows, columns): bool (N,)."""
-    return np.all((xy >= 0) & (xy < shape[::-1]), axis=1)
-
-
 def pitch_factor(pitch_um: float) -> float:
     """Factor (above 1) between a pitch and the nearer of the known ones; 1 if the pitch is nan."""
     known = (VISIUM_PITCH_UM, LEGACY_PITCH_UM)
@@ -179,7 +179,7 @@ def diagnose(xy: np.ndarray, shape: tuple[int, int], pixel_size: float) -> str:
     pitch = neighbour_distance(xy)
     factor = pitch_factor(pitch * pixel_size)
     usual = factor <= PITCH_TOLERANCE
-    reach = float((np.quantile(xy, 0.95, axis=0) / shape[::-1]).max())  # 1 is the edge; no strays
+    reach = float((np.quantile(xy, 0.9, axis=0) / shape[::-1]).max())  # 1 is the edge; no strays
     apart = f"The spots are {pitch * pixel_size:.1f} um apart ({pitch:.1f} px x {pixel_size:g} um)"
     odd = (
         f"{apart}; Visium has {VISIUM_PITCH_UM:g} um, legacy ST {LEGACY_PITCH_UM:g} um: a factor "
@@ -208,12 +208,14 @@ def diagnose(xy: np.ndarray, shape: tuple[int, int], pixel_size: float) -> str:
 
 
 def check_spots(
-    stage: utils.Stage, xy: np.ndarray, shape: tuple[int, int], pixel_size: float
-) -> int:
-    """Number of spots inside he-raw. Too many outside are an error, an odd pitch is a warning."""
-    n, n_inside = len(xy), int(inside(xy, shape).sum())
+    stage: utils.Stage, locs: pd.DataFrame, shape: tuple[int, int], pixel_size: float
+) -> pd.DataFrame:
+    """The spots inside he-raw. Too many outside are an error, an odd pitch is a warning."""
+    xy = locs.to_numpy()
+    found = inside(xy, shape)
+    n, n_inside = len(xy), int(found.sum())
     hint = diagnose(xy, shape, pixel_size)
-    if n - n_inside > MAX_OUTSIDE * n:
+    if found.mean() < 1 - MAX_OUTSIDE:
         (left, top), (right, bottom) = xy.min(axis=0), xy.max(axis=0)
         raise stage.error(
             stage.path(utils.LOCS_RAW),
@@ -223,9 +225,12 @@ def check_spots(
         )
     apart = f"{neighbour_distance(xy) * pixel_size:.1f} um apart"
     print(f"spots inside the image: {n_inside} of {n} ({n_inside / n:.1%}), {apart}")
+    if n_inside < n:
+        left_out = utils.some(locs.index[~found])
+        print(f"note: {n - n_inside} spots off the image are left out: {left_out}")
     if hint:
         print(f"warning: {hint} On a platform with another pitch, go on.")
-    return n_inside
+    return locs[found]
 
 
 def scale_locs(locs: pd.DataFrame, raw: tuple[int, int], shape: tuple[int, int]) -> pd.DataFrame:
@@ -309,7 +314,7 @@ def main(stage: utils.Stage) -> None:
     check_size(stage, path, image, shape)
     radius = read_radius(stage, pixel_size)
     locs = tables.read_locs(stage, stage.path(utils.LOCS_RAW))
-    n_inside = check_spots(stage, locs.to_numpy(), raw, pixel_size)
+    spots = check_spots(stage, locs, raw, pixel_size)
     geometry = tell_geometry(path, pixel_size, raw, shape)
 
     stage.retire(utils.HE)  # of the other kind, if he.jpg gives way to he.png
@@ -319,12 +324,12 @@ def main(stage: utils.Stage) -> None:
             print(f"{path.name}: {converted}")
         write_image(pad(resize(rgb, shape)), partial)
     with stage.writing(utils.LOCS) as partial:
-        scale_locs(locs, raw, shape).to_csv(partial, float_format="%.4f", lineterminator="\n")
+        scale_locs(spots, raw, shape).to_csv(partial, float_format="%.4f", lineterminator="\n")
     with stage.writing(utils.RADIUS) as partial:
         partial.write_text(f"{radius:.4f}\n", encoding="utf-8")
     with stage.writing(utils.PIXEL_SIZE) as partial:
         partial.write_text(f"{utils.PIXEL_SIZE_UM}\n", encoding="utf-8")
-    stage.finish(**geometry, converted=converted, spots=len(locs), spots_inside=n_inside)
+    stage.finish(**geometry, converted=converted, spots=len(locs), spots_inside=len(spots))
 
 
 def run(argv: list[str] | None = None) -> int:

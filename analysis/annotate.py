@@ -84,7 +84,6 @@ def build_parser() -> cli.Parser:
 if __name__ == "__main__":
     cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
-import csv
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,7 +91,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import pearson3
 
-from analysis import regions
+from analysis import regions, sheets
 from analysis.inputs import map_files, read_map
 from analysis.scores import rounded
 from reading import tables
@@ -102,6 +101,7 @@ if TYPE_CHECKING:
 
 UNCLASSIFIED = "unclassified"
 LOW, HIGH = 0.05, 0.95  # quantiles of a map that become 0 and 1
+LARGEST_WEIGHT = 1e6
 MOST_LABELS = 254  # with unclassified, they are numbered in uint8
 PANELS_ABREAST = 4  # of annotation-scores.png
 BRIGHTEST = 99.5  # percentile of a score at which the colours end
@@ -110,35 +110,6 @@ BRIGHTEST = 99.5  # percentile of a score at which the colours end
 # --------------------------------------------------------------------------------------------------
 # tables
 # --------------------------------------------------------------------------------------------------
-def read_small_table(path: Path, remedy: str) -> pd.DataFrame:
-    """A small table (commas, tabs or semicolons) as text, its rows under their line numbers.
-
-    As R writes it, the header may lack the name of the first column.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise utils.StageError(f"{path} cannot be read as text: {error}.", remedy) from error
-    delimiter = max(",\t;", key=lines[0].count) if lines else ","
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        numbered = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except csv.Error as error:
-        problem = f"is not a table: line {reader.line_num}: {error}."
-        raise utils.StageError(f"{path} {problem}", remedy) from error
-    numbered = [(line, row) for line, row in numbered if any(row)]
-    if len(numbered) < 2:
-        raise utils.StageError(f"{path} holds no row below its header.", remedy)
-    (_, names), *rows = numbered
-    if len(rows[0][1]) == len(names) + 1:
-        names = ["", *names]
-    for line, row in rows:
-        if len(row) != len(names):
-            problem = f"has {len(row)} fields in line {line}; its header has {len(names)}."
-            raise utils.StageError(f"{path} {problem}", remedy)
-    return pd.DataFrame([row for _, row in rows], [line for line, _ in rows], names, dtype=str)
-
-
 def read_markers(path: Path) -> pd.DataFrame:
     """Columns gene, label and weight (float), a row per marker."""
     remedy = "Expected the columns gene and label, and perhaps weight, with a row per marker."
@@ -146,9 +117,9 @@ def read_markers(path: Path) -> pd.DataFrame:
     def refuse(problem: str, remedy: str = remedy) -> utils.StageError:
         return utils.StageError(f"{path} {problem}", remedy)
 
-    table = read_small_table(path, remedy)
-    if not {"gene", "label"} <= set(table):
-        raise refuse(f"has the columns {utils.some(list(table))}.")
+    table = sheets.read_sheet(path, ["gene", "label"], refuse)
+    if table.empty:
+        raise refuse("holds no row below its header.")
     if "weight" not in table:
         table["weight"] = "1"
     table = table[["gene", "label", "weight"]]
@@ -156,7 +127,7 @@ def read_markers(path: Path) -> pd.DataFrame:
     if len(lacking):
         raise refuse(f"lacks a gene or a label in line {lacking[0]}.")
     weight = pd.to_numeric(table["weight"], errors="coerce")
-    for line in weight.index[~np.isfinite(weight) | (weight == 0)]:
+    for line in weight.index[~(weight.abs() <= LARGEST_WEIGHT) | (weight == 0)]:
         found = table["weight"][line]
         raise refuse(f"has the weight {found!r} in line {line}; it must be a number and not 0.")
     for line in table.index[table.duplicated(["gene", "label"])]:
@@ -283,7 +254,7 @@ class Annotation(NamedTuple):
 def choose_labels(sums: Sums, weights: np.ndarray) -> Annotation:
     """The winners, and how often the best of as many random sets of genes stays below them."""
     weights = weights[:, sums.used]
-    n_labels, n = weights.shape
+    n_labels, n = weights.shape[0], max(weights.shape[1], 1)
     mean = sums.total / n
     variance = (sums.squares / n - mean**2).clip(0)
     third = sums.cubes / n - 3 * mean * variance - mean**3
@@ -292,6 +263,9 @@ def choose_labels(sums: Sums, weights: np.ndarray) -> Annotation:
     scores = sums.marked
     for label in range(n_labels):
         size = np.abs(weights[label]).sum()
+        if size == 0:  # none of its genes varies
+            scores[label] = np.nan
+            continue
         score = (sums.marked[label] - weights[label].sum() * mean) / size
         of_variance, of_third = drawn_moments(weights[label])
         sd = np.sqrt(variance * of_variance)
@@ -313,7 +287,7 @@ def drawn_moments(weights: np.ndarray) -> tuple[float, float]:
     -m2 / (N - 1), that of one and another one's square -m3 / (N - 1), that of three
     2 m3 / ((N - 1) (N - 2)).
     """
-    n = len(weights)
+    n = max(len(weights), 2)  # of one gene, both are its own
     one, two, three = ((weights**power).sum() for power in (1, 2, 3))
     second = two - (one**2 - two) / (n - 1)
     triples = one**3 - 3 * one * two + 2 * three
@@ -355,24 +329,22 @@ def label_image(found: Annotation, tissue: np.ndarray, chance_share: float) -> n
 def read_spot_labels(path: Path, spots: pd.Index) -> tuple[pd.Series, int]:
     """Labels by spot id, those of ``spots`` alone; how many rows are of other spots."""
     remedy = "Expected the columns spot and label, or x, y and label as her2st has them."
-    table = read_small_table(path, remedy)
-    if "label" not in table:
-        problem = f"has the columns {utils.some(list(table))}; label is missing."
-        raise utils.StageError(f"{path} {problem}", remedy)
+
+    def refuse(problem: str) -> utils.StageError:
+        return utils.StageError(f"{path} {problem}", remedy)
+
+    table = sheets.read_sheet(path, ["label"], refuse)
+    if table.empty:
+        raise refuse("holds no row below its header.")
     ids = table.iloc[:, 0]
     if not ids.isin(spots).any() and {"x", "y"} <= set(table):
-        try:
-            places = table[["x", "y"]].astype(float).to_numpy()
-        except ValueError as error:
-            problem = f"has a place that is no number: {error}."
-            raise utils.StageError(f"{path} {problem}", remedy) from error
-        ids = pd.Series([f"{x:.0f}x{y:.0f}" for x, y in places])
+        x, y = (sheets.numbers_in(table, column, refuse) for column in ("x", "y"))
+        ids = pd.Series([f"{a:.0f}x{b:.0f}" for a, b in zip(x, y, strict=True)])
     labels = pd.Series(table["label"].to_numpy(), index=ids.to_numpy())
     labels = labels[labels != ""]
     here = labels[labels.index.isin(spots)]
     if repeated := utils.duplicates(here.index):
-        problem = f"labels the spots {utils.some(repeated)} more than once."
-        raise utils.StageError(f"{path} {problem}", remedy)
+        raise refuse(f"labels the spots {utils.some(repeated)} more than once.")
     if here.empty:
         raise utils.StageError(
             f"{path} labels the spots {utils.some(labels.index)}; {utils.LOCS.name} has "

@@ -10,9 +10,13 @@ he.jpg; pixel sizes and the padding of he.jpg are taken into account:
   pixel, 0 for no cell. It is as large as he-raw or as he.jpg, which also tells its frame. A TIFF in
   tiles or strips, or an .npy, is read in bands: its size does not matter. A PNG, or a TIFF that is
   compressed in one piece, is decoded whole.
-* outlines, .geojson as QuPath writes it: Polygons and MultiPolygons, holes and all. If the file
-  holds cells or detections, annotations and tiles are left out. --nuclei takes the nucleus of every
-  cell (nucleusGeometry) in place of its border. An outline that crosses itself has no exact area.
+* outlines, .geojson: Polygons and MultiPolygons, holes and all, of QuPath, of Space Ranger 4
+  (cell_segmentations.geojson, or its folder segmented_outputs; its cell 7 is cellid_000000007-1 of
+  the matrix) and of Baysor. If the file of QuPath holds cells or detections, annotations and tiles
+  are left out. --nuclei takes the nucleus of every cell (nucleusGeometry) in place of its border.
+  Of samples by prepare/xenium.py, cell_boundaries and nucleus_boundaries (.parquet, .csv.gz) of the
+  run are read, too. What an outline encloses counts, once, also where it crosses itself; an outline
+  without an area is left out.
 
 A cell gets, of every superpixel, the share of the counts that is its share of the area; areas are
 exact, those of pixels cut by the border of a superpixel too. **A superpixel of 64 um2 is about as
@@ -25,13 +29,13 @@ counts. So look at groups of cells, such as a class or a neighbourhood, and not 
 * --share cells: all counts of a superpixel go to the cells in it, in proportion to their areas, so
   that no molecule is lost where there are cells; good for nuclei, which fill part of their cells.
 
-A row of cells.csv.gz is a cell, those of a label image by their label: cell (label or QuPath's id),
-x and y (centroid in pixels of he-raw), area_um2, share_on_tissue, class (of outlines,
-classification), then the counts of every gene, with four digits. Outside the tissue no gene is
-known: a cell gets what its part on the tissue tells, and nothing is added for the rest; a cell
-without such a part has empty counts.
+A row of cells.csv.gz is a cell: cell (its label; of outlines, what the file calls it, by cell_id or
+the like, else by id, else by its number), x and y (centroid in pixels of he-raw), area_um2,
+share_on_tissue, class (of outlines, classification), then the counts of every gene, with four
+digits. Outside the tissue no gene is known: a cell gets what its part on the tissue tells, and
+nothing is added for the rest; a cell without such a part has empty counts.
 
-Reads   cnts-super/, he.jpg, image_calibration.json, and mask.png if it is there; --masks.
+Reads   cnts-super/, image_calibration.json, and mask.png if it is there; --masks.
 Writes  cells.csv.gz and its record, cells.json.
 """
 
@@ -75,28 +79,25 @@ def build_parser() -> cli.Parser:
 if __name__ == "__main__":
     cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
-import contextlib
 import gzip
-import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from scipy.sparse import csr_array
 
-from analysis.inputs import map_files, read_map, read_sizes
+from analysis import outlines as outline_files
+from analysis.inputs import map_files, read_first_map, read_map, read_sizes
+from analysis.labels import BAND_ROWS, LARGEST_LABEL, open_labels, wrong  # noqa: F401
+from analysis.outlines import Outline
 from analysis.regions import tissue_of
 from analysis.scores import rounded
+from analysis.sheets import warn_of_formulas
 from method import grid
-from reading import arrays, images
 
-BAND_ROWS = 64  # of a label image at a time
-LARGEST_LABEL = 2**31 - 1
 TINY = 1e-9  # of a superpixel's area: what rounding leaves
-OUTLINE_SUFFIXES = (".geojson", ".json")
-CELLS, NO_CELLS = {"cell", "detection"}, {"annotation", "tile"}  # QuPath's kinds of object
+MOST_FAR = 0.01  # of the cells, which may lie far off the image and are left out
 GZIP_LEVEL = 1  # higher levels save a tenth of the space and take several times longer
 ROWS_AT_ONCE = 1024  # of cells.csv.gz
 
@@ -126,69 +127,9 @@ def read_frames(stage: utils.Stage) -> dict[str, PixelFrame]:
     return {RAW: PixelFrame(RAW, raw, scale), CALIBRATED: PixelFrame(CALIBRATED, size, (1.0, 1.0))}
 
 
-def wrong(path: Path, problem: str, remedy: str) -> utils.StageError:
-    return utils.StageError(f"{path} {problem}", remedy)
-
-
 # --------------------------------------------------------------------------------------------------
-# label images
+# areas of labels
 # --------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # damaged bytes can raise nearly anything
-        raise wrong(
-            path,
-            f"is not a readable label image ({error!r:.200}).",
-            "Save it as a TIFF without compression or with deflate, as PNG or as .npy.",
-        ) from error
-
-
-def open_labels(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:
-    """Shape and type of a label image, and its bands of rows (n, columns) from top to bottom."""
-    with readable(path):
-        if path.suffix.lower() == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        elif path.suffix.lower() == ".png":
-            with Image.open(path, formats=("PNG",)) as image:
-                array = np.asarray(image)
-        else:
-            return open_tiff(path)
-    return array.shape, array.dtype, bands_of(array)
-
-
-def bands_of(array: np.ndarray) -> Iterator[np.ndarray]:
-    for top in range(0, len(array), BAND_ROWS):
-        rows = top, top + BAND_ROWS
-        yield arrays.some_rows(array, *rows) if array.flags.c_contiguous else array[slice(*rows)]
-
-
-def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:
-    import tifffile  # other kinds of masks do without
-
-    with tifffile.TiffFile(path) as tiff:
-        page, pages = tiff.pages[0], len(tiff.series[0].pages)
-        shape = page.shape if pages == 1 else (pages, *page.shape)
-        if page.is_memmappable:
-            array = tifffile.memmap(path, page=0, mode="r")
-            return shape, np.dtype(page.dtype), bands_of(array)
-        if len(shape) == 2:
-            next(page.segments(maxworkers=1), None)  # a compression that is unknown fails here
-    return shape, np.dtype(page.dtype), decoded_bands(path)
-
-
-def decoded_bands(path: Path) -> Iterator[np.ndarray]:
-    """Rows of strips or tiles, each decoded once."""
-    import tifffile
-    import zarr
-
-    with readable(path), tifffile.imread(path, aszarr=True, key=0, maxworkers=1) as store:
-        image = zarr.open_array(store, mode="r")
-        for top in range(0, image.shape[0], image.chunks[0]):
-            yield from bands_of(np.asarray(image[top : top + image.chunks[0]]))
-
-
 class Steps(NamedTuple):
     """A side of the image, cut at the borders of pixels and of superpixels."""
 
@@ -274,83 +215,8 @@ def cells_of_labels(
 
 
 # --------------------------------------------------------------------------------------------------
-# outlines
+# areas of outlines
 # --------------------------------------------------------------------------------------------------
-class Outline(NamedTuple):
-    id: str
-    of_class: str
-    rings: list[tuple[np.ndarray, bool]]  # points (n, 2), x and y, and whether it is a hole
-
-
-def read_outlines(stage: utils.Stage, path: Path, nuclei: bool) -> list[Outline]:
-    """The cells of a GeoJSON file in their own frame."""
-    remedy = "Export the cells from QuPath as GeoJSON (FeatureCollection) again."
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise wrong(path, f"is not GeoJSON: {error!s:.200}.", remedy) from error
-    features = content.get("features") if isinstance(content, dict) else content
-    if not isinstance(features, list):
-        raise wrong(path, "holds no list of features.", remedy)
-    if not all(isinstance(f, dict) for f in features):
-        raise wrong(path, "holds features that are no objects.", remedy)
-    kinds = [str(properties_of(feature).get("objectType", "")) for feature in features]
-    if CELLS & set(kinds):
-        kept = [f for f, kind in zip(features, kinds, strict=True) if kind not in NO_CELLS]
-        if len(kept) < len(features):
-            print(f"{path.name}: {len(features) - len(kept)} annotations and tiles are left out")
-        features = kept
-    outlines, others = [], 0
-    for number, feature in enumerate(features, start=1):
-        geometry = feature.get("nucleusGeometry" if nuclei else "geometry") or {}
-        try:
-            rings = rings_of(geometry)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise wrong(
-                path, f"has a damaged outline, number {number}: {error!s:.100}.", remedy
-            ) from error
-        if rings:
-            name = str(feature.get("id", number))
-            outlines.append(Outline(name, class_of(feature), rings))
-        else:
-            others += 1
-    if others:
-        lack = "have no nucleus" if nuclei else "are neither Polygon nor MultiPolygon"
-        stage.warn(f"{path.name}: {others} of {len(features)} objects {lack} and are left out")
-    return outlines
-
-
-def properties_of(feature: dict[str, Any]) -> dict[str, Any]:
-    properties = feature.get("properties")
-    return properties if isinstance(properties, dict) else {}
-
-
-def class_of(feature: dict[str, Any]) -> str:
-    """QuPath's class; of derived classes, all their names."""
-    found = properties_of(feature).get("classification")
-    if isinstance(found, dict):
-        names = found.get("names")
-        return ": ".join(map(str, names)) if isinstance(names, list) else str(found.get("name", ""))
-    return "" if found is None else str(found)
-
-
-def rings_of(geometry: dict[str, Any]) -> list[tuple[np.ndarray, bool]]:
-    kind = geometry.get("type")
-    if kind not in ("Polygon", "MultiPolygon"):
-        return []
-    polygons = geometry["coordinates"] if kind == "MultiPolygon" else [geometry["coordinates"]]
-    rings = []
-    for polygon in polygons:
-        for number, ring in enumerate(polygon):
-            points = np.array(ring, np.float64)
-            if points.ndim != 2 or points.shape[0] < 3 or points.shape[1] < 2:
-                raise ValueError(f"a ring of shape {points.shape}")
-            if not np.isfinite(points).all():
-                raise ValueError("coordinates that are not finite")
-            rings.append((points[:, :2], number > 0))
-    return rings
-
-
 def rings_to_measure(outlines: list[Outline], scale: np.ndarray) -> grid.Rings:
     """The rings of all outlines, their points times ``scale``: in superpixels."""
     rings = [(i, *ring) for i, outline in enumerate(outlines) for ring in outline.rings]
@@ -359,23 +225,34 @@ def rings_to_measure(outlines: list[Outline], scale: np.ndarray) -> grid.Rings:
     return grid.Rings(np.array(number), size, np.array(hole), np.concatenate(points) * scale)
 
 
+def without_far(
+    stage: utils.Stage, path: Path, outlines: list[Outline], frame: PixelFrame
+) -> list[Outline]:
+    """The outlines but those that lie further off the image than it is long; these are few."""
+    side = np.array(frame.shape[::-1])
+    near = [
+        all(((xy >= -side) & (xy <= 2 * side)).all() for xy, _ in outline.rings)
+        for outline in outlines
+    ]
+    far = [outline for outline, is_near in zip(outlines, near, strict=True) if not is_near]
+    if len(far) > MOST_FAR * len(outlines):
+        raise wrong(
+            path,
+            f"has {len(far)} of {len(outlines)} cells far outside of the image of {side[0]} x "
+            f"{side[1]} px, such as {far[0].id} at {far[0].rings[0][0][0].tolist()}.",
+            "Coordinates must be pixels of he-raw, or of he.jpg with --frame he.",
+        )
+    if far:
+        stage.warn(f"{path.name}: {len(far)} cells lie far outside of the image: left out")
+    return [outline for outline, is_near in zip(outlines, near, strict=True) if is_near]
+
+
 def cells_of_outlines(
     outlines: list[Outline], frame: PixelFrame, shape: tuple[int, int], path: Path
 ) -> CellAreas:
     """Cells of outlines in that frame, on a map of ``shape`` (rows, columns)."""
-    side = np.array(frame.shape[::-1])
     scale = np.array(frame.scale[::-1]) / utils.TOKEN_PX
     rings = rings_to_measure(outlines, scale)
-    far = ((rings.xy < -side * scale) | (rings.xy > 2 * side * scale)).any(axis=1)
-    if far.any():
-        ring = np.searchsorted(np.cumsum(rings.size), far.argmax(), side="right")
-        outline = outlines[rings.polygon[ring]]
-        raise wrong(
-            path,
-            f"has the cell {outline.id} at {outline.rings[0][0][0].tolist()}, far outside of the "
-            f"image of {side[0]} x {side[1]} px.",
-            "Coordinates must be pixels of he-raw, or of he.jpg with --frame he.",
-        )
     cell, row, column, covered = grid.polygon_areas(rings)
     on_map = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
     where = (cell[on_map], (row * shape[1] + column)[on_map])
@@ -394,13 +271,11 @@ def cells_of_outlines(
 # --------------------------------------------------------------------------------------------------
 def read_cells(stage: utils.Stage, shape: tuple[int, int]) -> tuple[CellAreas, PixelFrame]:
     path, args, frames = stage.args.masks, stage.args, read_frames(stage)
-    if not path.is_file():
-        raise wrong(path, "is missing.", "Give the file of cells by --masks.")
     again = f"Run: {stage.command()}"
-    if path.suffix.lower() in OUTLINE_SUFFIXES:
-        frame, outlines = frames[args.frame or RAW], read_outlines(stage, path, args.nuclei)
-        if not outlines:
-            raise wrong(path, "holds no outline of a cell.", again)
+    if outline_files.ending(path) in (*outline_files.GEOJSON, *outline_files.TABLES):
+        outlines = outline_files.read_outlines(stage, path, args.nuclei)
+        frame = frames[args.frame or RAW]
+        outlines = without_far(stage, path, outlines, frame)
         return cells_of_outlines(outlines, frame, shape, path), frame
     if args.nuclei:
         raise wrong(path, "holds no outlines; --nuclei is for GeoJSON.", "Leave out --nuclei.")
@@ -457,6 +332,7 @@ def sum_genes(
 
 
 def write_cells(
+    stage: utils.Stage,
     path: Path,
     cells: CellAreas,
     xy: np.ndarray,
@@ -473,6 +349,8 @@ def write_cells(
     ):  # fmt: skip
         facts[name] = np.char.mod(form, values)
     table = pd.DataFrame({**facts, "class": cells.classes})
+    for names in (cells.ids, cells.classes, genes):
+        warn_of_formulas(stage, names)
     counts[:, share == 0] = np.nan
     with path.open("wb") as file, gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
         for top in range(0, len(table), ROWS_AT_ONCE):
@@ -485,19 +363,19 @@ def write_cells(
 
 def main(stage: utils.Stage) -> None:
     args = stage.args
-    stage.require(utils.HE, utils.MAPS)
+    args.masks = outline_files.in_folder(args.masks, args.nuclei)
+    if not args.masks.is_file():
+        raise wrong(args.masks, "is missing.", "Give the file of cells by --masks.")
+    stage.require(utils.MAPS)
     stage.guard(files.CELLS)
-    shape, maps = images.grid_shape(stage), map_files(stage.directory)
-    first = read_map(next(iter(maps.values())))
-    if first.shape != shape:
-        raise stage.error(
-            stage.path(utils.MAPS), f"holds maps of {first.shape}; {utils.HE.name} needs {shape}."
-        )
+    maps = map_files(stage.directory)
+    first, shape = read_first_map(stage, maps)
     tissue = tissue_of(stage, np.isfinite(first))
     cells, frame = read_cells(stage, shape)
     stage.use(args.masks)
     on_tissue = cells.inside[:, np.flatnonzero(tissue)]
     share = on_tissue.sum(axis=1) * utils.TOKEN_PX**2 / np.maximum(cells.area, TINY)
+    share = share.clip(0, 1)  # but for rounding, it is no larger
     off = int((share == 0).sum())
     if off == len(share):
         raise wrong(
@@ -527,7 +405,7 @@ def main(stage: utils.Stage) -> None:
     )
     xy = cells.centroids / read_frames(stage)[RAW].scale[::-1]
     with stage.writing(files.CELLS) as partial:
-        write_cells(partial, cells, xy, share, list(maps), counts)
+        write_cells(stage, partial, cells, xy, share, list(maps), counts)
     stage.finish(**facts)
 
 

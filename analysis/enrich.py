@@ -96,13 +96,15 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.sparse import csr_array
 
-from analysis import regions
+from analysis import regions, sheets
+from analysis.inputs import anew
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
 
+LARGEST = 1e15  # of what the tables hold
 CORRELATION = 0.01  # between the genes of a set, as in limma's cameraPR
 MARKERS, PATTERNS = files.SEGMENT_MARKERS, files.PATTERN_TABLE
 OLD_MARKERS = "markers.csv"  # what segment.py wrote before; a table that users write themselves
@@ -142,10 +144,7 @@ def read_gmt(path: Path) -> dict[str, list[str]]:
     def wrong(problem: str) -> utils.StageError:
         return utils.StageError(f"{path} {problem}", remedy)
 
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise wrong(f"cannot be read as text: {error}.") from error
+    lines = sheets.read_lines(path, wrong)
     sets: dict[str, list[str]] = {}
     line_of: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -251,34 +250,40 @@ def read_findings(
 ) -> pd.DataFrame | None:
     """segment-markers.csv or patterns.csv; None if it is not there."""
     folder = stage.args.tables or stage.directory
-    path, script = folder / artifact.name, artifact.made_by
-    again = f"Run: {stage.command(script)}"
+    path, script = folder / artifact.name, str(artifact.made_by)
+    again = f"Run: {stage.command(script)}"  # the table is not there: nothing is in the way
     if not path.is_file():
         if artifact is MARKERS:
-            refuse_old_markers(folder / OLD_MARKERS, f"{again} --force")
+            refuse_old_markers(folder / OLD_MARKERS, again)
         print(f"without {path.name}: run {script} to have its genes as well")
         return None
     stage.require(artifact, folder=folder)
-    again += " --force"  # what is wrong with it was not written by the script
+    again = anew(stage, script)
     numbers, flags = NUMBERS[artifact], FLAGS[artifact]
     key = ["region", "gene"] if artifact is MARKERS else ["gene"]
-    try:
-        table = pd.read_csv(path, dtype={"gene": str}, keep_default_na=False, na_values={})
-        table = table[["gene", *numbers, *flags]]
-        table[numbers] = table[numbers].replace("", np.nan).apply(pd.to_numeric)
-        if wrong := [flag for flag in flags if len(table) and table[flag].dtype != bool]:
-            raise ValueError(f"{wrong[0]} is not True or False")
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        columns = ", ".join(dict.fromkeys([*key, *numbers, *flags]))
-        problem = f"{path} is not a table of {columns}: {error!s:.200}"
-        raise utils.StageError(problem, again) from error
+    columns = list(dict.fromkeys([*key, *numbers, *flags]))
+
+    def refuse(problem: str) -> utils.StageError:
+        return utils.StageError(f"{path} is not a table of {', '.join(columns)}: {problem}", again)
+
+    table = sheets.read_sheet(path, columns, refuse)[columns]
+    rows = table[key].agg(" ".join, axis=1)
+    for column in numbers:
+        table[column] = sheets.numbers_in(table, column, refuse, LARGEST)
+    for flag in flags:
+        truth = table[flag].str.lower().map({"true": True, "false": False})
+        if truth.isna().any():
+            raise refuse(f"{flag} is not True or False.")
+        table[flag] = truth.astype(bool)
+    if artifact is MARKERS and table["region"].isna().any():
+        raise refuse("a row has no region.")
     if table.empty:  # too few spots to test any gene: to run the script again would not help
         print(f"{path.name} holds no gene, so there are none of {script}")
         return None
     if unknown := [gene for gene in table["gene"] if gene not in measured]:
         problem = f"has genes that {stage.path(utils.CNTS).name} lacks: {utils.some(unknown)}."
         raise utils.StageError(f"{path} {problem}", again)
-    if repeated := utils.duplicates(table[key].astype(str).agg(" ".join, axis=1)):
+    if repeated := utils.duplicates(rows):
         raise utils.StageError(f"{path} has {utils.some(repeated)} more than once.", again)
     return table
 
@@ -326,10 +331,13 @@ def read_lists(stage: utils.Stage) -> list[GeneList]:
     spots = regions.read_measured_spots(stage)
     markers, patterns = (read_findings(stage, table, spots.genes) for table in (MARKERS, PATTERNS))
     if markers is None and patterns is None:
+        folder = args.tables or stage.directory
+        missing = [t for t in (MARKERS, PATTERNS) if not (folder / t.name).is_file()]
+        remedy = f"Run: {' and '.join(stage.command(table.made_by) for table in missing)}"
         raise utils.StageError(
-            f"Neither {MARKERS.name} nor {PATTERNS.name} in {args.tables or stage.directory} names "
-            f"any gene, or they are missing.",
-            f"Run: {stage.command(MARKERS.made_by)} and {stage.command(PATTERNS.made_by)}",
+            f"Neither {MARKERS.name} nor {PATTERNS.name} in {folder} names any gene, or they are "
+            f"missing.",
+            remedy if missing else f"There were too few spots to test. {regions.MORE_SPOTS}",
         )
     counted = spots.genes[np.asarray(spots.counts.sum(axis=0)).ravel() > 0]
     lists = []

@@ -103,7 +103,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis import holdout, inputs, scores, seams, spots, uncertainty
+from analysis import holdout, inputs, scores, seams, sheets, spots, uncertainty
 from analysis.scores import BINS, CEILING, METHODS, column, number_text, rounded
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ def evaluate(directory: Path, truth: inputs.Truth) -> tuple[pd.DataFrame, dict[s
     discs = spots.disc_weights(centres, radius, first.shape)
     usable, area = spots.on_tissue(discs, first, radius), np.pi * radius**2
     nearest, linear = spots.interpolation_weights(centres, spots.superpixel_centres(shape))
+    if spots.triangulate(centres) is None:
+        print("note: the spots lie on a line: linear interpolation is that of the nearest spot")
     grids, rows, gradients, blank = scores.make_blocks(tissue), [], [], tissue.copy()
     for i, gene in enumerate(genes):
         image = inputs.read_map(files[gene])
@@ -312,6 +314,7 @@ def write_scores(
     figure: Figure | None,
 ) -> None:
     """The table, the summary and, unless it is None, the picture."""
+    sheets.warn_of_formulas(stage, table.index)
     with stage.writing(outputs[0]) as partial:
         table.round(5).to_csv(partial, lineterminator="\n")
     with stage.writing(outputs[1]) as partial:

@@ -5,8 +5,8 @@
 
     h5ad         AnnData for scanpy and squidpy: a row per superpixel in which the maps have a
                  value. obsm["spatial"] is its centre, x and y in pixels of he-raw;
-                 obsm["X_histex"] the latent maps; uns["histex"] the records of the five scripts, as
-                 JSON; uns["spatial"] a reduced H&E.
+                 obsm["X_histex"] the latent maps, if they are there; uns["histex"] the records of
+                 the five scripts, as JSON; uns["spatial"] a reduced H&E.
     spatialdata  SpatialData .zarr (zarr 3): the images "expression" (a channel per gene, NaN
                  outside the tissue) and "he", the labels "tissue" and "regions" (of segments.npy),
                  the circles "spots" and the table "counts" with what they measured. All lead into
@@ -26,7 +26,7 @@
 Values are expected counts per superpixel of 8 um. The maps are read one at a time, or in blocks of
 genes, so that memory hardly grows with their number. Each format is a module of analysis/formats/.
 
-Reads   cnts-super/, he.jpg and image_calibration.json; by format locs.csv, radius.txt, cnts.csv,
+Reads   cnts-super/ and image_calibration.json; by format he.jpg, locs.csv, radius.txt, cnts.csv,
         embeddings-gene.pickle; where they are there, mask.png, held-out-r.csv, segments.npy,
         annotation.npy, and the column "name" of the tables beside those two.
 Writes  the export, and beside it export.json, the record of all exports in that folder: it tells an
@@ -54,16 +54,18 @@ class Format:
     """A row of the table of formats; analysis/formats/NAME.py writes it."""
 
     output: str  # name of the export, whose ending any --output must have
-    inputs: tuple[utils.Artifact, ...] = ()  # beyond the maps and he.jpg
+    inputs: tuple[utils.Artifact, ...] = ()  # beyond the maps
     is_folder: bool = False
 
 
 SPOT_FILES = (utils.LOCS, utils.RADIUS)
 FORMATS = {
-    "h5ad": Format("histex.h5ad", (utils.EMBEDDINGS,)),
-    "spatialdata": Format("histex.zarr", (*SPOT_FILES, utils.CNTS), is_folder=True),
+    "h5ad": Format("histex.h5ad", (utils.HE,)),
+    "spatialdata": Format("histex.zarr", (utils.HE, *SPOT_FILES, utils.CNTS), is_folder=True),
     "ometiff": Format("histex.ome.tif"),
-    "istar": Format("histex-istar", (utils.EMBEDDINGS, *SPOT_FILES, utils.CNTS), is_folder=True),
+    "istar": Format(
+        "histex-istar", (utils.HE, utils.EMBEDDINGS, *SPOT_FILES, utils.CNTS), is_folder=True
+    ),
     "csv": Format("histex.csv.gz"),
     "spots": Format("histex-spots.csv", SPOT_FILES),
 }
@@ -102,8 +104,7 @@ import numpy as np
 
 from analysis import files  # noqa: F401  (names the files of the other scripts)
 from analysis.formats.mapset import MapSet
-from analysis.inputs import choose_genes, map_files, read_held_out, read_map, read_sizes
-from reading import images
+from analysis.inputs import choose_genes, map_files, read_first_map, read_held_out, read_sizes
 
 
 class Writer(Protocol):
@@ -171,22 +172,16 @@ def may_be_replaced(folder: Path, kind: str) -> bool:
 
 def read_maps(stage: utils.Stage) -> MapSet:
     args, directory = stage.args, stage.directory
-    stage.require(utils.HE, utils.MAPS, *FORMATS[args.format].inputs)
+    stage.require(utils.MAPS, *FORMATS[args.format].inputs)
     known = map_files(directory)
     if args.n_genes:
         stage.require(utils.HELD_OUT)
     held_out = read_held_out(stage) if args.n_genes else None
     genes = choose_genes(list(known), held_out, args.genes, args.n_genes or len(known))
-    shape, first = images.grid_shape(stage), known[genes[0]]
-    tissue = np.isfinite(read_map(first))
-    if tissue.shape != shape or not tissue.any():
-        raise stage.error(
-            directory / utils.MAPS.name,
-            f"holds {first.name} {tissue.shape} with {tissue.sum()} values; expected {shape}, the "
-            f"grid of he.jpg.",
-        )
+    chosen = {gene: known[gene] for gene in genes}
+    tissue = np.isfinite(read_first_map(stage, chosen)[0])
     raw, scaled = read_sizes(stage, "raw_size", "scaled_size")
-    return MapSet(stage, {gene: known[gene] for gene in genes}, tissue, raw, scaled)
+    return MapSet(stage, chosen, tissue, raw, scaled)
 
 
 def main(stage: utils.Stage) -> None:

@@ -6,6 +6,7 @@ What reads a folder writes nothing into it: it may be write-protected.
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,12 +14,18 @@ import numpy as np
 import pandas as pd
 
 import utils
+from analysis import sheets
 from reading import genes as gene_lists
 from reading import images, pickles, plain, tables
 from writing import disk
 
 SCRIPT = "analysis/evaluate.py"
 TRUTH, PUBLISHED_TRUTH = "truth.npz", "genes_3D.pkl"
+INDEX, MAP_SUFFIXES = "index.csv", (".pickle", ".npy")  # in the folders of maps
+MOST_COUNTS = 1e15  # of a superpixel: their squares fit into float32
+LONGEST_SIDE = 10**7  # of an image, px
+LARGEST = 1e15  # of a latent map, likewise
+LARGEST_R = 1 + 1e-9
 NUMBER_COLUMNS = ("region", "label")  # of the tables beside labels
 
 
@@ -38,6 +45,19 @@ def open_sample(directory: Path) -> utils.Stage:
     """What the checked readers ask for; nothing is recorded."""
     args = argparse.Namespace(directory=directory, allow_stale=False)
     return utils.Stage(SCRIPT, args, reads_only=True)
+
+
+def anew(stage: utils.Stage, script: str) -> str:
+    """The remedy for an output that is damaged: without --force, what was edited would be kept."""
+    return (
+        f"Run: {stage.command(script)} --force\n"
+        f"This replaces what {script} wrote, and edits of it; to keep a file, move it away first."
+    )
+
+
+def new_record(stage: utils.Stage, script: str) -> str:
+    """The remedy for a record with odd facts, by which the script would find itself up to date."""
+    return f"Move it away, then run: {stage.command(script)}"
 
 
 def path_of(stage: utils.Stage, artifact: utils.Artifact) -> Path:
@@ -60,6 +80,12 @@ def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
         stage.inputs[path.name] = known if is_known else disk.fingerprint(path)
 
 
+def is_size(size: object) -> bool:
+    if not isinstance(size, list) or len(size) != 2:
+        return False
+    return all(type(n) is int and 0 < n <= LONGEST_SIDE for n in size)
+
+
 def read_sizes(stage: utils.Stage, *keys: str) -> list[tuple[int, int]]:
     """Rows and columns of images, by the record of image_calibration.py.
 
@@ -67,11 +93,11 @@ def read_sizes(stage: utils.Stage, *keys: str) -> list[tuple[int, int]]:
     """
     record = utils.read_record(stage, utils.CALIBRATION) or {}
     sizes = [record.get(key) for key in keys]
-    if not all(isinstance(size, list) and len(size) == 2 and min(size) > 0 for size in sizes):
+    if not all(map(is_size, sizes)):
         raise stage.error(
             stage.directory / utils.record_name(utils.CALIBRATION),
             f"does not tell the sizes of the images, {' and '.join(keys)}.",
-            f"Run: {stage.command(utils.CALIBRATION)}",
+            new_record(stage, utils.CALIBRATION),
         )
     return [(size[0], size[1]) for size in sizes if size]
 
@@ -84,21 +110,22 @@ def read_truth(directory: Path) -> Truth:
     if not path.is_file() and (directory / PUBLISHED_TRUTH).is_file():
         return read_published_truth(directory)
     if not path.is_file():
+        place = shlex.quote(str(directory))
         raise utils.StageError(
             f"{path} is missing, and so is {PUBLISHED_TRUTH}: only a section with known truth can "
             f"be scored.",
-            f'Simulate one: python demo/simulate.py --directory "{directory}"\n'
-            f'or leave out spots: python {SCRIPT} --directory "{directory}" --holdout 5',
+            f"Simulate one: python demo/simulate.py --directory {place}\n"
+            f"or leave out spots: python {SCRIPT} --directory {place} --holdout 5",
         )
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            genes = saved["genes"].tolist() if "genes" in saved else None
+            genes = [*map(str, saved["genes"].tolist())] if "genes" in saved else None
             truth = Truth(
                 counts=as_counts(saved["counts"]),
                 tissue=saved["tissue"].astype(bool),
                 genes=genes or read_gene_names(directory),
-                mean=saved.get("mean"),
-                kinds=saved["kinds"].tolist() if "kinds" in saved else None,
+                mean=as_numbers(saved["mean"]) if "mean" in saved else None,
+                kinds=[*map(str, saved["kinds"].tolist())] if "kinds" in saved else None,
                 capture=float(saved["capture"]) if "capture" in saved else 1.0,
             )
     except utils.StageError:
@@ -114,11 +141,29 @@ def read_truth(directory: Path) -> Truth:
 
 def as_counts(array: np.ndarray) -> np.ndarray:
     """Whole numbers as they are, for they are many; else float32, since float16 sums overflow."""
-    return array if array.dtype.kind in "ui" else array.astype(np.float32)
+    return array if array.dtype.kind in "ui" else as_numbers(array).astype(np.float32)
+
+
+def as_numbers(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "uif":
+        raise ValueError(f"{array.dtype} in place of numbers")
+    return array
 
 
 def check_truth(path: Path, truth: Truth) -> None:
     expected = (*truth.tissue.shape, len(truth.genes))
+    if truth.tissue.ndim != 2:
+        problem = f"{path}: tissue is {truth.tissue.shape}; expected (rows, columns)."
+        raise utils.StageError(problem, "Make the file anew.")
+    if repeated := utils.duplicates(truth.genes):
+        problem = f"{path} names the genes {utils.some(repeated)} more than once."
+        raise utils.StageError(problem, "Make the file anew.")
+    if truth.kinds is not None and len(truth.kinds) != len(truth.genes):
+        problem = f"{path} has {len(truth.kinds)} kinds for {len(truth.genes)} genes."
+        raise utils.StageError(problem, "Make the file anew.")
+    if not 0 < truth.capture < MOST_COUNTS:
+        problem = f"{path}: capture is {truth.capture}; expected a number above 0."
+        raise utils.StageError(problem, "Make the file anew.")
     for name, values in (("counts", truth.counts), ("mean", truth.mean)):
         if values is not None and values.shape != expected:
             raise utils.StageError(
@@ -126,7 +171,7 @@ def check_truth(path: Path, truth: Truth) -> None:
                 f"the number of genes.",
                 "Make the file anew.",
             )
-        if values is not None and not (np.isfinite(values).all() and values.min(initial=0) >= 0):
+        if values is not None and not ((values >= 0) & (values <= MOST_COUNTS)).all():
             raise utils.StageError(
                 f"{path}: {name} hold negative values, or values that are not finite.",
                 "The truth must be counts of molecules: make the file anew.",
@@ -191,18 +236,27 @@ def select_genes(truth: Truth, genes: list[str]) -> Truth:
 # maps and genes
 # --------------------------------------------------------------------------------------------------
 def map_files(directory: Path, artifact: utils.Artifact = utils.MAPS) -> dict[str, Path]:
-    """Gene -> file, by index.csv of cnts-super/ or cnts-super-sd/."""
+    """Gene -> file, by index.csv of cnts-super/ or cnts-super-sd/; there is one at least."""
+    stage = open_sample(directory)
+    again = f"Run: {stage.command(utils.HISTEX)}"
     folder = directory / artifact.name
-    if not (folder / "index.csv").is_file():
-        raise utils.StageError(
-            f"{folder / 'index.csv'} is missing: there are no maps to score.",
-            f'Run: python {utils.HISTEX} --directory "{directory}"',
-        )
-    index = pd.read_csv(folder / "index.csv", dtype=str, keep_default_na=False)
-    return {
-        gene: folder / Path(name).name
-        for gene, name in zip(index["gene"], index["file"], strict=True)
-    }
+    path = folder / INDEX
+    if not path.is_file():
+        raise utils.StageError(f"{path} is missing: it tells the map of every gene.", again)
+
+    def refuse(problem: str) -> utils.StageError:
+        return utils.StageError(f"{path} {problem}", anew(stage, utils.HISTEX))
+
+    table = sheets.read_sheet(path, ["gene", "file"], refuse)
+    if table.empty:
+        raise refuse(f"names no gene: {folder.name} holds no map.")
+    for column in ("gene", "file"):
+        if repeated := utils.duplicates(table[column]):
+            raise refuse(f"names the {column} {utils.some(repeated)} more than once.")
+    for line, gene, name in table[["gene", "file"]].itertuples():
+        if not gene or name != Path(name).name or Path(name).suffix not in MAP_SUFFIXES:
+            raise refuse(f"has {name[:80]!r} for the gene {gene!r} in line {line}, no file of it.")
+    return {gene: folder / name for gene, name in zip(table["gene"], table["file"], strict=True)}
 
 
 def read_maps(
@@ -214,24 +268,49 @@ def read_maps(
 
 
 def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """Map (rows, columns), cut to ``shape``."""
-    again = f"Run the five scripts again, {utils.CALIBRATION} first."
+    """Map (rows, columns) of float32 or float64, NaN where there is none, cut to ``shape``."""
+    again = anew(open_sample(path.parent.parent), utils.HISTEX)
+    if not path.is_file():
+        raise utils.StageError(f"{path} is missing.", again)
     try:
-        if path.suffix == ".npy":
-            image = np.load(path, allow_pickle=False)
+        if path.suffix == ".npy":  # mapped first, which compares the header with the file's size
+            image = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
         else:
             image = pickles.read_pickle(path)
-    except (OSError, EOFError, ValueError) as error:
-        raise utils.StageError(f"{path} is not a whole map: {error}", again) from error
-    if not isinstance(image, np.ndarray) or image.ndim != 2:
+    except utils.StageError:
+        raise
+    except Exception as error:  # damaged bytes can raise nearly anything
+        raise utils.StageError(f"{path} is not a whole map ({error!r:.200}).", again) from error
+    numbers = isinstance(image, np.ndarray) and image.dtype.kind in "fiu" and image.size > 0
+    if not numbers or image.ndim != 2:
         raise utils.StageError(f"{path} is not a map of rows and columns.", again)
-    if image.dtype == np.float16:
-        image = image.astype(np.float32)  # sums of many would not fit
+    if image.dtype not in (np.float32, np.float64):  # or in the other order of bytes
+        image = image.astype(np.float32 if image.dtype.itemsize <= 4 else np.float64)
+    odd = np.abs(image) > MOST_COUNTS
+    if odd.any():
+        raise utils.StageError(f"{path} holds {image[odd][0]:g}, which is no count.", again)
     if shape is None:
         return image
     if image.shape[0] < shape[0] or image.shape[1] < shape[1]:
+        again = f"Run the five scripts again, {utils.CALIBRATION} first."
         raise utils.StageError(f"{path} is {image.shape}, smaller than the truth {shape}.", again)
     return image[: shape[0], : shape[1]]
+
+
+def read_first_map(
+    stage: utils.Stage, files: dict[str, Path]
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The first of the maps, and its shape (rows, columns): that of he.jpg, by its record."""
+    ((rows, columns),) = read_sizes(stage, "size")
+    shape, path = (rows // utils.TOKEN_PX, columns // utils.TOKEN_PX), next(iter(files.values()))
+    image = read_map(path)
+    if image.shape != shape or not np.isfinite(image).any():
+        raise stage.error(
+            stage.path(utils.MAPS),
+            f"holds {path.name} {image.shape} with {np.isfinite(image).sum()} values; expected "
+            f"{shape}, the grid of {utils.HE.name}.",
+        )
+    return image, shape
 
 
 def read_embedding(stage: utils.Stage, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -244,6 +323,14 @@ def read_embedding(stage: utils.Stage, shape: tuple[int, ...] | None = None) -> 
         or found.size == 0 or shape not in (None, found.shape[1:])
     ):  # fmt: skip
         raise stage.error(path, f"does not hold {utils.EMBEDDINGS.what}.")
+    known = np.isfinite(found[0])
+    for image in found:
+        if (np.isfinite(image) != known).any() or np.abs(image[known]).max(initial=0) > LARGEST:
+            raise stage.error(
+                path,
+                "holds values that are not finite beside finite ones, or too large.",
+                anew(stage, utils.HISTEX),
+            )
     return found.astype(np.float32, copy=False)
 
 
@@ -253,13 +340,15 @@ def read_held_out(stage: utils.Stage) -> pd.Series | None:
     if path is None:
         return None
     note_inputs(stage, utils.HELD_OUT)
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # a gene may be called NA
-        if repeated := utils.duplicates(table["gene"]):
-            raise ValueError(f"{utils.some(repeated)} more than once")
-        return table.set_index("gene")["held_out_r"].replace("", "nan").astype(float)
-    except (ValueError, KeyError) as error:
-        raise stage.error(path, f"is no table of gene and held_out_r: {error}") from error
+
+    def refuse(problem: str) -> utils.StageError:
+        return stage.error(path, f"is no table of gene and held_out_r: it {problem}")
+
+    table = sheets.read_sheet(path, ["gene", "held_out_r"], refuse)
+    if repeated := utils.duplicates(table["gene"]):
+        raise refuse(f"names {utils.some(repeated)} more than once.")
+    r = sheets.numbers_in(table, "held_out_r", refuse, LARGEST_R)
+    return r.set_axis(pd.Index(table["gene"]))
 
 
 def choose_genes(
@@ -308,9 +397,9 @@ def load_labels(path: Path, shape: tuple[int, int], most: int) -> np.ndarray:
     A ValueError says what is wrong with it; what follows from that is up to the caller.
     """
     try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"is not a whole .npy array: {error}") from error
+        labels = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # damaged bytes can raise nearly anything
+        raise ValueError(f"is not a whole .npy array: {error!r:.200}") from error
     whole = labels.dtype.kind in "iu" and labels.size > 0
     if labels.shape != shape or not whole or labels.min() < 0 or labels.max() > most:
         numbers = f", {labels.min()} to {labels.max()}" if whole else ""
@@ -332,9 +421,9 @@ def read_label_texts(
     if not path.is_file():
         return None
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        stage.warn(f"{path.name} is left out: it is not a table ({error})")
+        table = sheets.read_sheet(path, [], lambda problem: utils.StageError(problem, ""))
+    except utils.StageError as error:
+        stage.warn(f"{path.name} is left out: it {str(error).strip()}")
         return None
     numbers = [str(i) for i in range(1, len(table) + 1)]
     ordered = all(table[c].tolist() == numbers for c in NUMBER_COLUMNS if c in table)

@@ -37,6 +37,15 @@ KNOWN_FACTS = (
     "inputs", "outputs",
 )  # fmt: skip
 
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # of facts in a record, and their words
+    "options": ((list,), "a list"),
+    "warnings": ((list,), "a list"),
+    "arguments": ((dict,), "an object"),
+    "versions": ((dict,), "an object"),
+    "seconds": ((float, int), "a number"),
+    "ended": ((str,), "text"),
+}
+
 
 @dataclass
 class SpotCounts:
@@ -68,7 +77,8 @@ class PageContent:
 def script_json(content: Any) -> Markup:
     """JSON that cannot end the <script> it stands in."""
     text = json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+    text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return Markup(text)  # nothing in it can end the element or begin another  # nosec B704
 
 
 def shown_value(value: Any) -> str:
@@ -145,7 +155,8 @@ def describe_held_out(content: PageContent) -> tuple[dict[str, Any], list[float 
     rows = [(gene, number_text(r, ".3f")) for gene, r in known.sort_values(ascending=False).items()]
     rows += [(gene, "unknown") for gene in content.held_out.index[content.held_out.isna()]]
     places = [rounded(float(axes.x(content.held_out.get(gene, np.nan)))) for gene in content.genes]
-    return {"lacks": "", "text": text, "chart": Markup(chart), "rows": rows}, places
+    drawn = Markup(chart)  # analysis/charts.py escapes the text in it  # nosec B704
+    return {"lacks": "", "text": text, "chart": drawn, "rows": rows}, places
 
 
 def describe_training(histories: dict[str, pd.DataFrame]) -> dict[str, Any]:
@@ -161,7 +172,7 @@ def describe_training(histories: dict[str, pd.DataFrame]) -> dict[str, Any]:
             text = f"{len(series)} networks; from the first to the last epoch: {ends}."
             title = f"{what.capitalize()} by epoch"
             chart = draw_lines(column, title, text, series, ("epoch", what))
-            charts.append((title, Markup(chart)))
+            charts.append((title, Markup(chart)))  # as above  # nosec B704
     for state, table in histories.items():
         losses = table.get("held_out_loss", pd.Series(dtype=float)).dropna()
         lowest, epoch = "unknown", "unknown"
@@ -209,7 +220,7 @@ def describe_run(script: str, record: dict[str, Any] | None) -> dict[str, Any]:
     results = {k: v for k, v in record.items() if k not in KNOWN_FACTS}
     lists = {"Results": results, "Arguments": arguments}
     files = [
-        (f"{kind}: {name}", f"{known['bytes']:,}", str(known["sha256"])[:12])
+        (f"{kind}: {name}", number_text(known["bytes"], ",.0f"), str(known["sha256"])[:12])
         for kind in ("inputs", "outputs")
         for name, known in record[kind].items()
     ]
@@ -233,7 +244,7 @@ def policy(template: str) -> Markup:
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         hashes[tag] = f"{tag}-src 'sha256-{digest}'"
-    return Markup(
+    return Markup(  # hashes of our own template  # nosec B704
         f"default-src 'none'; img-src data:; {hashes['script']}; {hashes['style']}; "
         f"base-uri 'none'; form-action 'none'"
     )

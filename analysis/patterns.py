@@ -103,7 +103,15 @@ from scipy.sparse import csc_array, csr_array
 from scipy.spatial import cKDTree
 
 from analysis import regions
-from analysis.inputs import TRUTH, map_files, read_held_out, read_map, read_radius, read_truth
+from analysis.inputs import (
+    TRUTH,
+    map_files,
+    new_record,
+    read_held_out,
+    read_map,
+    read_radius,
+    read_truth,
+)
 from analysis.scores import is_constant, pearson, rounded
 from analysis.spots import gaussian_weights, interpolation_weights, sum_discs
 from method.grid import neighbour_distance
@@ -286,8 +294,6 @@ class SpotsAndMaps:
         self.stage = stage
         self.files = map_files(stage.directory)
         self.genes = list(self.files)
-        if not self.genes:
-            raise stage.error(stage.path(utils.MAPS), "names no gene in its index.csv.")
         first = read_map(next(iter(self.files.values())))
         self.tissue = regions.tissue_of(stage, np.isfinite(first))
         spots = regions.read_measured_spots(stage)
@@ -297,6 +303,7 @@ class SpotsAndMaps:
             raise stage.error(
                 stage.path(utils.LOCS),
                 f"has {keep.sum()} spots on the tissue; expected {MIN_SPOTS} at least.",
+                regions.MORE_SPOTS,
             )
         self.every_spot, self.spots = spots.ids, spots.ids[keep]
         self.centres, self.discs = spots.centres[keep], discs[keep]
@@ -344,12 +351,9 @@ class SpotsAndMaps:
 def read_correlations(stage: utils.Stage, section: SpotsAndMaps) -> tuple[np.ndarray, np.ndarray]:
     """Correlation (genes,) with the counts of held-out spots; which spots (M,) of the section."""
     r = read_held_out(stage)
-    assert r is not None  # it is required
-    if (size := r.abs().max()) > 1 + TIE:
-        problem = f"is no table of gene and held_out_r: r has the size {size:g}"
-        raise stage.error(stage.path(utils.HELD_OUT), problem)
+    assert r is not None  # it is required; this is for mypy  # nosec B101
     record = stage.directory / utils.record_name(utils.HISTEX)
-    again = f"Run: {stage.command(utils.HISTEX)}"
+    again = new_record(stage, utils.HISTEX)
     spots = (utils.read_record(stage, utils.HISTEX) or {}).get("held_out_spots", [])
     if not isinstance(spots, list):
         raise stage.error(record, "does not list held_out_spots.", again)

@@ -41,7 +41,10 @@ def draw_scores(axes: Sequence[Axes], table: pd.DataFrame, key: str, where: str)
             table["mean_count"], table[f"{name}_{key}"], s=10, color=COLOURS[name], alpha=0.6,
             linewidths=0, label=METHODS[name],
         )  # fmt: skip
-    by_count.set(xscale="log", ylabel="Pearson r", xlabel="mean count")
+    by_count.set(ylabel="Pearson r", xlabel="mean count")
+    drawn = table[[f"{name}_{key}" for name in ("ceiling", "linear", "histex")]].notna().any(axis=1)
+    if (table["mean_count"][drawn] > 0).any():
+        by_count.set_xscale("log")
     by_count.set_title(f"{len(table)} genes, a dot each", fontsize=10)
     by_count.legend(fontsize=8, frameon=False, markerscale=2)
     for ax in axes:

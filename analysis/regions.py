@@ -16,15 +16,21 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 from scipy.sparse import csr_array
-from scipy.spatial import QhullError
 from scipy.special import comb
 from scipy.stats.contingency import crosstab
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from analysis import sheets
 from analysis.inputs import TRUTH, read_map, read_radius
 from analysis.page import region_colours
-from analysis.spots import disc_weights, interpolation_weights, on_tissue, superpixel_centres
+from analysis.spots import (
+    disc_weights,
+    interpolation_weights,
+    on_tissue,
+    superpixel_centres,
+    triangulate,
+)
 from reading import arrays, images, tables
 from writing import disk
 
@@ -34,6 +40,9 @@ if TYPE_CHECKING:
 
 SUPERPIXEL_MM2 = (utils.SUPERPIXEL_UM / 1000) ** 2
 SCALE_BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
+MORE_SPOTS = (  # to run another script would give no more of them
+    f"Take a section with more spots on the tissue, or see that {utils.MASK.name} covers them."
+)
 LEGEND_ROWS = 24  # names in one column beside the picture
 LETTER_INCHES = 0.085  # width of a letter in them
 
@@ -107,14 +116,13 @@ def columns_of(stage: utils.Stage, measured: pd.Index, genes: list[str]) -> np.n
 
 def interpolation_of(stage: utils.Stage, centres: np.ndarray, tissue: np.ndarray) -> csr_array:
     """Weights (rows * columns, spots) of linear interpolation between the spots."""
-    try:
-        return interpolation_weights(centres, superpixel_centres(tissue.shape))[1]
-    except QhullError as error:
+    if triangulate(centres) is None:
         raise stage.error(
             stage.path(utils.LOCS),
             "has spots that lie on a line: there is no interpolation between them.",
-            "Leave out --truth." if getattr(stage.args, "truth", False) else None,
-        ) from error
+            "Leave out --truth." if getattr(stage.args, "truth", False) else MORE_SPOTS,
+        )
+    return interpolation_weights(centres, superpixel_centres(tissue.shape))[1]
 
 
 def smooth(image: np.ndarray, tissue: np.ndarray, sigma_um: float) -> np.ndarray:
@@ -222,14 +230,15 @@ def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.nd
     path = stage.directory / TRUTH
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            found, names = saved["regions"], saved["region_names"].tolist()
+            found, names = saved["regions"], [*map(str, saved["region_names"].tolist())]
     except Exception as error:  # damaged bytes can raise nearly anything
         raise utils.StageError(
             f"{path} does not tell the true regions ({error!r:.200}).",
             "--truth is for sections that hold regions (rows, columns), 0 for none, and "
             "region_names, the name of every number.",
         ) from error
-    if found.ndim != 2 or found.dtype.kind not in "ui" or found.max(initial=0) >= len(names):
+    whole = found.dtype.kind in "ui" and found.min(initial=0) >= 0
+    if found.ndim != 2 or not whole or found.max(initial=0) >= len(names):
         raise utils.StageError(
             f"{path}: regions are {found.dtype} {found.shape} for {len(names)} names.",
             "Expected whole numbers (rows, columns), each with a name.",
@@ -338,6 +347,8 @@ def save(stage: utils.Stage, contents: Mapping[utils.Artifact, Any]) -> None:
             if isinstance(content, np.ndarray):
                 np.save(partial, content, allow_pickle=False)
             elif isinstance(content, pd.DataFrame):
+                for column in content.select_dtypes(exclude="number"):
+                    sheets.warn_of_formulas(stage, content[column])
                 content.to_csv(partial, index=False, lineterminator="\n", float_format="%.5g")
             else:
                 content.savefig(partial)

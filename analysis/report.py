@@ -87,7 +87,7 @@ import numpy as np
 import pandas as pd
 import pyvips
 
-from analysis import inputs, page
+from analysis import inputs, page, sheets
 from analysis.page import PageContent, SpotCounts
 from analysis.regions import read_measured_spots
 from analysis.scores import rounded
@@ -96,6 +96,7 @@ from reading import images
 from writing.progress import Bar
 
 TEMPLATE = Path(__file__).with_name("report.html")
+LARGEST_LOSS = 1e30
 LEVELS = 255  # values that a byte holds beside 0, which is no tissue
 SATURATED = 99.5  # percentile at which the colours end, as in cnts-super-plots/
 COLOUR_MAPS = {"viridis": cv2.COLORMAP_VIRIDIS, "cividis": cv2.COLORMAP_CIVIDIS}
@@ -178,17 +179,35 @@ def read_region_genes(stage: utils.Stage, regions: np.ndarray | None) -> list[st
 def read_histories(stage: utils.Stage, record: dict[str, Any] | None) -> dict[str, pd.DataFrame]:
     """By state; those of an earlier run with more states are there, but not in the maps."""
     paths = sorted(stage.directory.glob(f"{utils.STATES.name}/*/history.csv"))
-    n_states = (record or {}).get("arguments", {}).get("n_states", len(paths))
+    n_states = str((record or {}).get("arguments", {}).get("n_states", ""))
     histories = {}
-    for path in paths[: int(n_states)]:
-        try:
-            table = pd.read_csv(path, dtype=float).dropna(subset=["epoch", "train_loss"])
-        except (ValueError, KeyError) as error:
-            remedy = f"Run: {stage.command(utils.HISTEX)}"
-            raise stage.error(path, f"is not a table of losses: {error}", remedy) from error
+    for path in paths[: int(n_states) if n_states.isdecimal() else None]:
+
+        def refuse(problem: str, path: Path = path) -> utils.StageError:
+            problem = f"is not a table of losses: it {problem}"
+            return stage.error(path, problem, inputs.anew(stage, utils.HISTEX))
+
+        table = sheets.read_sheet(path, ["epoch", "train_loss"], refuse)
+        table = pd.DataFrame(
+            {name: sheets.numbers_in(table, name, refuse, LARGEST_LOSS) for name in map(str, table)}
+        )
+        table = table.dropna(subset=["epoch", "train_loss"])
         if len(table):
             histories[path.parent.name] = table
     return histories
+
+
+def checked(stage: utils.Stage, script: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The record, if those of its facts that the page reads are of their kinds."""
+    for name, (kind, what) in page.KINDS.items():
+        value = record.get(name, kind[0]())
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise stage.error(
+                stage.directory / utils.record_name(script),
+                f"is no whole record of {script}: {name} is {str(value)[:40]!r}, not {what}.",
+                inputs.new_record(stage, script),
+            )
+    return record
 
 
 def read_records(stage: utils.Stage) -> dict[str, dict[str, Any]]:
@@ -197,7 +216,7 @@ def read_records(stage: utils.Stage) -> dict[str, dict[str, Any]]:
     for script in utils.STAGES:
         record = utils.read_record(stage, script)
         if record is not None and record["finished"]:
-            records[script] = record
+            records[script] = checked(stage, script, record)
         else:
             state = "has no record" if record is None else "was cut off while it wrote its results"
             stage.warn(f"{script} {state} here; what it made is shown as it is")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
+from numbers import Real
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,6 +23,7 @@ MIN_BLOCK_TISSUE = 0.5  # share of a block that must be tissue
 MEASURES = {"r": "Pearson r", "rho": "Spearman r", "ssim": "SSIM", "rmse": "RMSE (counts)"}
 WINDOW, K1, K2 = 7, 0.01, 0.03  # of SSIM, as in scikit-image
 CEILING = "ceiling"
+LARGEST = 1e15  # number that is shown
 METHODS = {
     "histex": "HISTEX",
     "linear": "linear interpolation of spots",
@@ -298,5 +301,7 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None or not np.isfinite(value) else round(float(value), digits)
 
 
-def number_text(value: float | None, form: str = ".2f") -> str:
-    return "unknown" if value is None or not np.isfinite(value) else f"{value:{form}}"
+def number_text(value: Any, form: str = ".2f") -> str:
+    """A number in words: "unknown" for what is none, as a record may hold it."""
+    is_number = isinstance(value, Real) and abs(value) < LARGEST  # type: ignore[operator]
+    return f"{value:{form}}" if is_number else "unknown"

@@ -153,6 +153,8 @@ def k_means(x: np.ndarray, k: int, seed: int, starts: int = STARTS) -> np.ndarra
     rng = np.random.default_rng(seed)
     if len(x) > FITTED:
         x = x[np.sort(rng.choice(len(x), FITTED, replace=False))]
+    if len(x) == 1:
+        return x  # which cv2 would take for several points of one dimension
     cv2.setRNGSeed(seed)
     kind = cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER
     until = (kind, MOST_STEPS, float(SETTLED * x.std()))
@@ -412,7 +414,7 @@ def make_segments(stage: utils.Stage) -> None:
     if args.n_regions > tissue.sum():
         raise utils.StageError(
             f"--n-regions is {args.n_regions}; the tissue has {tissue.sum()} superpixels.",
-            f"Run: python {SCRIPT} --directory {args.directory}",
+            "Ask for fewer.",
         )
     x, explained = principal_components(embedding, tissue, args.smoothing_um)
     del embedding

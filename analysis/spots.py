@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.sparse import csr_array
-from scipy.spatial import Delaunay, cKDTree
+from scipy.spatial import Delaunay, QhullError, cKDTree
 from scipy.spatial.distance import cdist
 
 from analysis.scores import pearson
@@ -51,12 +51,16 @@ def score_totals(predicted: np.ndarray, measured: np.ndarray) -> tuple[float, fl
 def interpolation_weights(centres: np.ndarray, points: np.ndarray) -> tuple[csr_array, csr_array]:
     """Weights (points, spots) of the nearest spot, and of linear interpolation.
 
-    The latter is within the triangles between spots; beyond their hull it is the nearest spot.
+    The latter is within the triangles between spots; beyond their hull it is the nearest spot. So
+    it is everywhere if there are no triangles.
     """
     shape = (len(points), len(centres))
     every = np.arange(len(points))
     _, nearest = cKDTree(centres).query(points)
-    triangles = Delaunay(centres)
+    ones = csr_array((np.ones(len(points)), (every, nearest)), shape)
+    triangles = triangulate(centres)
+    if triangles is None:
+        return ones, ones
     found = triangles.find_simplex(points)
     origin = triangles.transform[found, 2]
     two = np.einsum("nij,nj->ni", triangles.transform[found, :2], points - origin)
@@ -65,7 +69,15 @@ def interpolation_weights(centres: np.ndarray, points: np.ndarray) -> tuple[csr_
     beyond = (found < 0) | np.isnan(shares).any(1)
     shares[beyond], corners[beyond] = (1, 0, 0), nearest[beyond, None]
     linear = csr_array((shares.ravel(), (every.repeat(3), corners.ravel())), shape)
-    return csr_array((np.ones(len(points)), (every, nearest)), shape), linear
+    return ones, linear
+
+
+def triangulate(centres: np.ndarray) -> Delaunay | None:
+    """Triangles between spots; None if these lie on a line."""
+    try:
+        return Delaunay(centres)
+    except (QhullError, ValueError):  # of two spots or one, it is the latter
+        return None
 
 
 def gaussian_weights(centres: np.ndarray, points: np.ndarray, sigma: float) -> np.ndarray:

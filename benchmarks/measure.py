@@ -167,7 +167,8 @@ def commit() -> str:
     """Commit of the checkout, and whether the files differ from it."""
 
     def git(*words: str) -> str:
-        run = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        command = ["git", *words]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return run.stdout.strip()
 
     try:

@@ -20,6 +20,7 @@ from method.prediction import Decoder
 from writing.progress import Bar
 
 PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90
+LONGEST_STEM = 100  # of a file name; the strictest file systems take 143 bytes in all
 WINDOWS_DEVICES = ["con", "prn", "aux", "nul"]  # with com1..9 and lpt1..9: no file can be called so
 WINDOWS_DEVICES += [f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10)]
 
@@ -41,14 +42,15 @@ class MapFiles:
 def file_names(genes: list[str], suffix: str) -> dict[str, str]:
     """Gene -> file name: the gene itself where every file system takes it, else percent-encoded.
 
-    Names stay inside the folder and differ also where upper and lower case do not.
+    Names stay inside the folder and differ also where upper and lower case do not. Long ones are
+    cut; which gene a file is of, index.csv tells.
     """
     names, taken = {}, set()
     for gene in genes:
         stem = urllib.parse.quote(gene, safe="()+,;=@ ").replace("~", "%7E")
         if stem[0] in ". " or stem.split(".")[0].lower() in WINDOWS_DEVICES:
             stem = f"%{ord(stem[0]):02X}{stem[1:]}"
-        name, count = stem, 1
+        name, count = (stem := stem[:LONGEST_STEM]), 1
         while name.lower() in taken:
             count += 1
             name = f"{stem}~{count}"
@@ -57,7 +59,15 @@ def file_names(genes: list[str], suffix: str) -> dict[str, str]:
     return names
 
 
-def write_map(path: Path, values: np.ndarray) -> None:
+def write_map(path: Path, values: np.ndarray, dtype: str) -> None:
+    """Write a map (h, w), NaN outside; in float32 if float16 has no numbers that large."""
+    highest = np.nanmax(values)
+    if not np.isfinite(highest):
+        raise utils.StageError(
+            f"The map {path.stem} holds values that are not finite: the training has diverged.",
+            "Run the same command with another --learning-rate, smaller than before.",
+        )
+    values = values.astype(dtype if highest <= np.finfo(dtype).max else np.float32)
     with path.open("wb") as file:
         if path.suffix == ".pickle":  # a plain array, as the tools of this family read it
             pickle.dump(values, file, protocol=4)
@@ -134,9 +144,9 @@ def write_genes(
             values = np.full(decoder.shown.shape, np.nan, np.float32)
             if spread is not None:
                 values[decoder.shown] = maps[row] * spread[row] * factors[i]
-                write_map(folders[utils.SPREAD] / names[genes[i]], values.astype(files.dtype))
+                write_map(folders[utils.SPREAD] / names[genes[i]], values, files.dtype)
             values[decoder.shown] = maps[row]
-            write_map(folders[utils.MAPS] / names[genes[i]], values.astype(files.dtype))
+            write_map(folders[utils.MAPS] / names[genes[i]], values, files.dtype)
             if i in best:
                 title = genes[i] if np.isnan(r[i]) else f"{genes[i]} (held-out r {r[i]:.2f})"
                 picture = Image.fromarray(draw_map(values, title))
@@ -144,4 +154,9 @@ def write_genes(
         resume.keep_finished(work, folders, finished)
     for artifact in folders.keys() - {utils.PLOTS}:
         write_index(folders[artifact], names)
+        n_bytes = 4 * decoder.shown.size  # of a map in float32, without its header
+        paths = [folders[artifact] / name for name in names.values()]
+        wide = sum(path.stat().st_size >= n_bytes for path in paths)
+        if wide and files.dtype != "float32":
+            print(f"note: {wide} maps in {artifact.name} are float32: float16 ends at 65,504")
     shutil.rmtree(work, ignore_errors=True)  # a run beside this one may be at it

@@ -221,6 +221,11 @@ def read_section(
         raise stage.error(
             stage.path(utils.HR_CNTS), f"holds {lowest:g}; counts cannot be negative."
         )
+    if (highest := expression.max()) > tables.MAX_COUNT:
+        raise stage.error(
+            stage.path(utils.HR_CNTS),
+            f"holds {highest:g}; counts are {tables.MAX_COUNT:g} at most.",
+        )
     measured = np.flatnonzero(parents[:, 0] == parents[:, 1])
     if sorted(parents[measured, 0]) != list(range(len(locs))):
         raise stage.error(

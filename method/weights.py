@@ -7,6 +7,27 @@ from pathlib import Path
 import torch
 
 from utils import StageError
+from writing import disk
+
+# Of pytorch_model.bin in the repository MahmoodLab/UNI, as its users give it; UNI itself is gated
+UNI_SHA256 = "56ef09b44a25dc5c7eedc55551b3d47bcd17659a7a33837cf9abc9ec4e2ffb40"
+
+
+def known_sha256(path: Path, published: str, own: bool) -> str:
+    """The sha256 of a file of weights, before it is read. Only the user's ``own`` may be another
+    than the published one, which is said; what the hub gave may not."""
+    found = disk.sha256(path) if path.is_file() else ""
+    if found == published or not found:  # read_weights tells what is missing
+        return found
+    differs = f"has the sha256 {found}; that of the published weights is {published}"
+    if not own:
+        raise StageError(
+            f"{path} {differs}: it was damaged, or replaced.",
+            f"Remove it ({path.resolve()}) and run the same command, which downloads it again. Or "
+            f"name a file that you trust: --weights FILE",
+        )
+    print(f"note: {path} {differs}; it is taken as your own")
+    return found
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -12,17 +12,28 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import images, scans
+from reading import tables
 
 TILE_PX = 512  # of the warped image, made at a time
 SHARP = 1.1  # source pixels per output pixel above which each is averaged from 2 x 2 samples
+KEYPOINTS = "fixedx"  # the first column of a list of keypoints
 INVERTED = "Inverted, the matrix fits: it must lead from pixels of the H&E to those of the run."
 
 
 def read_alignment(path: Path) -> np.ndarray:
     """The 3 x 3 homography from pixels of the H&E to pixels of the run."""
     try:
-        matrix = np.loadtxt(path, delimiter=",", encoding="utf-8-sig")
-    except (ValueError, OSError) as error:
+        rows = tables.read_rows(path)
+        if rows and any(KEYPOINTS in str(cell).lower() for cell in rows[0]):
+            raise utils.StageError(
+                f"{path} lists the keypoints from which Xenium Explorer made the alignment.",
+                "Give the matrix that it exported with them, *_imagealignment.csv: three lines "
+                "of three numbers.",
+            )
+        matrix = np.array([[float(cell) for cell in row] for row in rows])
+    except utils.StageError:
+        raise
+    except (*tables.UNREADABLE, FileNotFoundError) as error:
         raise utils.StageError(
             f"{path} is no matrix of numbers: {error}", "Give the 3 x 3 matrix as .csv, no header."
         ) from error

@@ -15,17 +15,18 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from method.calibration import MAX_OUTSIDE, inside
 from prepare import scans
 from prepare.scans import Region, Slide
 
 COPIED = (".jpg", ".jpeg", ".png")  # image_calibration.py reads them as they are
-MIN_INSIDE = 0.95  # share of the in-tissue spots that must fall on the image
+MIN_INSIDE = 1 - MAX_OUTSIDE  # share of the in-tissue spots that must fall on the image
 MAX_PIXEL_SIZE_ERROR = 0.05  # relative, between the metadata of an image and the spots
 THUMBNAIL_PX = 1200  # longer side of check.png
 
 
 def share_inside(xy: np.ndarray, shape: tuple[int, int]) -> float:
-    return float(((xy >= 0) & (xy < shape[::-1])).all(axis=1).mean())
+    return float(inside(xy, shape).mean())
 
 
 def open_image(path: Path) -> Slide:

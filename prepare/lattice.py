@@ -52,6 +52,11 @@ class FittedArray:
     def cosine(self) -> float:
         return float(abs(self.axes[0] @ self.axes[1]) / self.px_per_um.prod())
 
+    @property
+    def mirrored(self) -> bool:
+        """True if the array is seen from its back, as it also is where x and y are exchanged."""
+        return bool(np.linalg.det(self.axes) < 0)
+
     def place(self, lattice_um: np.ndarray) -> np.ndarray:
         """(N, 2) px of points of the lattice (N, 2), um."""
         return self.origin + lattice_um @ self.axes
@@ -71,6 +76,26 @@ def fit_array(lattice_um: np.ndarray, xy: np.ndarray, path: Path) -> FittedArray
     off = (fitted.place(lattice_um) - xy) * fitted.pixel_size_um
     fitted.residual_um = float(np.sqrt((off**2).sum(axis=1).mean()))
     return fitted
+
+
+def mirror_notes(fitted: FittedArray, from_the_back: bool | None = False) -> list[str]:
+    """A note if the array lies in the image in a way in which only exchanged x and y would put it.
+
+    On a square image nothing else tells that x and y are exchanged, and all maps are transposed.
+    ``from_the_back`` is what is expected: True with CytAssist, which images the array (and Visium
+    HD's) from its back; False for slides that carry the tissue; None if the source does not tell.
+    """
+    if fitted.mirrored == bool(from_the_back):
+        return []
+    found = {
+        True: "not mirrored in the image, as it is with CytAssist",
+        False: "mirrored in the image",
+        None: "mirrored in the image, as it is with CytAssist only",
+    }[from_the_back]
+    return [
+        f"the array is {found}: unless the image was mirrored, x and y of the positions are "
+        f"exchanged, and all maps will be transposed"
+    ]
 
 
 def hexagonal_lattice(box: tuple[float, float, float, float], pitch: float) -> np.ndarray:

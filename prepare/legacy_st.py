@@ -61,21 +61,20 @@ MAX_SKEW = 0.1  # of the fitted array, see FittedArray
 SAME_SPOT = 0.02  # array units; labels give their coordinates rounded
 
 
-def read_tabs(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, sep="\t", keep_default_na=False, encoding="utf-8-sig")
-
-
 def read_selection(path: Path) -> pd.DataFrame:
     """Index: spot id "10x13"; column, row (on the array), x, y (px), new_x, new_y, selected."""
     table = section.read_numbers(
-        path, read_tabs, SPOT_COLUMNS, optional=["new_x", "new_y", "selected"]
+        path,
+        columns=SPOT_COLUMNS,
+        optional=["new_x", "new_y", "selected"],
+        flags=["selected"],
     )
     place = table[["x", "y"]]
     if (place != place.round()).to_numpy().any():
-        raise utils.broken(path, "has fractions in x or y; expected whole places on the array.")
+        raise section.unfit(path, "has fractions in x or y; expected whole places on the array.")
     ids = [f"{x:.0f}x{y:.0f}" for x, y in place.to_numpy()]
     if repeated := utils.duplicates(ids):
-        raise utils.broken(path, f"lists the spots {utils.some(repeated)} more than once.")
+        raise section.unfit(path, f"lists the spots {utils.some(repeated)} more than once.")
     names = {"x": "column", "y": "row", "pixel_x": "x", "pixel_y": "y"}
     table = table.assign(**{n: table[n[4:]] for n in ("new_x", "new_y") if n not in table})
     table["selected"] = table["selected"] != 0 if "selected" in table else True
@@ -84,44 +83,44 @@ def read_selection(path: Path) -> pd.DataFrame:
 
 def read_count_table(path: Path) -> pd.DataFrame:
     """Counts (spots, genes), whole numbers; R's header may lack the column of the ids."""
-    table = section.read_spot_table(path, delimiter="\t")
+    table = section.read_spot_table(path)
     values = table.to_numpy()
     if (values < 0).any() or (values != np.floor(values)).any():
-        raise utils.broken(path, "holds negative numbers or fractions; expected raw counts.")
+        raise section.unfit(path, "holds negative numbers or fractions; expected raw counts.")
     return table
 
 
-def fit_square_array(spots: pd.DataFrame, path: Path) -> tuple[float, pd.DataFrame]:
-    """(um per pixel, the ideal place of each spot in px) from the array's pitch of 200 um."""
+def fit_square_array(spots: pd.DataFrame, path: Path) -> tuple[lattice.FittedArray, pd.DataFrame]:
+    """(the array with a pitch of 200 um, the ideal place of each spot in px)."""
     lattice_um = spots[["column", "row"]].to_numpy() * utils.LEGACY_PITCH_UM
     fitted = lattice.fit_array(lattice_um, spots[["x", "y"]].to_numpy(), path)
     if fitted.residual_um > MAX_RESIDUAL_UM or fitted.skew > MAX_SKEW:
-        raise utils.broken(
+        raise section.unfit(
             path,
             f"does not put the spots on a square array: they are {fitted.residual_um:.0f} um off "
             f"it, and it is skewed by {fitted.skew:.0%}. Are pixel_x and pixel_y those of this "
             f"section?",
         )
     ideal = pd.DataFrame(fitted.place(lattice_um), index=spots.index, columns=["x", "y"])
-    return fitted.pixel_size_um, ideal
+    return fitted, ideal
 
 
 def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """(label by spot id, notes). Labels have no id; their x, y are the spots' new_x, new_y."""
-    table = section.read_numbers(path, read_tabs, LABEL_COLUMNS, text=["label"])
+    table = section.read_numbers(path, columns=LABEL_COLUMNS, text=["label"])
     tree = cKDTree(spots[["new_x", "new_y"]].to_numpy())
     distance, nearest = tree.query(table[["x", "y"]].to_numpy())
     found = distance <= SAME_SPOT * np.sqrt(2)
     if found.mean() < 0.5:
-        raise utils.broken(
+        raise section.unfit(
             path, f"fits only {found.sum()} of its {len(found)} places to spots: another section's?"
         )
     labels = pd.DataFrame(
-        {"label": table["label"].astype(str).str.strip()[found].to_numpy()},
+        {"label": table["label"][found].to_numpy()},
         index=spots.index[nearest[found]],
     )
     if repeated := utils.duplicates(labels.index):
-        raise utils.broken(path, f"labels the spots {utils.some(repeated)} more than once.")
+        raise section.unfit(path, f"labels the spots {utils.some(repeated)} more than once.")
     labels = labels.reindex(spots.index.intersection(labels.index, sort=False))
     notes = [f"{len(labels)} of {len(spots)} spots have a label"]
     if (~found).any():
@@ -132,7 +131,7 @@ def join_labels(path: Path, spots: pd.DataFrame) -> tuple[pd.DataFrame, list[str
 def prepare(args: argparse.Namespace) -> section.PreparedSection:
     spots, counts = read_selection(args.spots), read_count_table(args.counts)
     fitted, ideal = fit_square_array(spots, args.spots)
-    size = args.pixel_size or fitted
+    size = args.pixel_size or fitted.pixel_size_um
     selected = spots[spots["selected"]]
     chosen = section.shared_spots(counts, args.counts, selected, args.spots)
     missing = len(selected) - len(chosen)
@@ -148,7 +147,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
     notes = images.check_metadata(
         args.image, size, args.pixel_size is not None, f"--pixel-size {size:.4g}"
     )
-    notes += section.repeated_note(args.counts)
+    notes += [*lattice.mirror_notes(fitted), *section.repeated_note(args.counts)]
     if missing:
         notes.append(f"{missing} selected spots without counts are left out")
     others = spots.drop(chosen)[["x", "y"]]

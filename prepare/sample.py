@@ -19,14 +19,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import images
-from prepare.section import CountedTruth, PreparedSection, SpotFit, check_fit, draw_check
+from prepare.section import (
+    CountedTruth,
+    PreparedSection,
+    SpotFit,
+    check_fit,
+    draw_check,
+    exchanged_notes,
+    without_strays,
+)
 from reading import cli
+from reading.genes import spoilt_by_excel
 
 RAW = (utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW, utils.CNTS, utils.RADIUS_RAW)
 TRUTH = utils.Artifact(
@@ -53,14 +61,17 @@ def run(
 
 def guard_sample(stage: utils.Stage) -> None:
     """Refuse to replace files that were not prepared here or were edited since, unless --force."""
-    Image.MAX_IMAGE_PIXELS = utils.MAX_HE_PIXELS
     stage.guard(*RAW, TRUTH, CHECK, *([utils.GENE_NAMES] if stage.args.genes else []))
 
 
 def write_sample(stage: utils.Stage, section: PreparedSection) -> SpotFit:
     """Check the section, then write all files of the sample: all of them, or none."""
     fit = check_fit(section)
-    writers = plan_files(section, fit)
+    section, small = without_strays(section), images.thumbnail(section.image)
+    section.notes += exchanged_notes(section, small)
+    if spoilt := spoilt_by_excel(section.genes):
+        stage.warn(f"the counts name {spoilt}")
+    writers = plan_files(section, fit, small)
     stage.guard(*writers)
     for path in section.sources:
         stage.use(path)
@@ -95,16 +106,16 @@ def write_sample(stage: utils.Stage, section: PreparedSection) -> SpotFit:
 
 
 def plan_files(
-    section: PreparedSection, fit: SpotFit
+    section: PreparedSection, fit: SpotFit, small: np.ndarray
 ) -> dict[utils.Artifact, Callable[[Path], object]]:
-    """What writes each file of the sample to a path."""
+    """What writes each file of the sample to a path; ``small`` is a thumbnail of the image."""
     writers: dict[utils.Artifact, Callable[[Path], object]] = {
         utils.HE_RAW: partial(images.write_image, section.image),
         utils.PIXEL_SIZE_RAW: partial(write_text, f"{section.pixel_size_um:.8g}\n"),
         utils.RADIUS_RAW: partial(write_text, f"{section.radius_px:.6g}\n"),
         utils.LOCS_RAW: partial(write_table, section.locs[["x", "y"]], float_format="%.3f"),
         utils.CNTS: partial(write_counts, section),
-        CHECK: partial(draw_check, section, fit),
+        CHECK: partial(draw_check, section, fit, small),
     }
     if section.gene_names is not None:
         text = "".join(f"{gene}\n" for gene in section.gene_names)

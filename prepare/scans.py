@@ -38,15 +38,23 @@ CACHE_BYTES = 256 * 2**20  # decoded tiles kept: a row of tiles is read by two s
 BLOCK_PIXELS = 32 * 10**6  # of a level, held at a time while a region is shrunk
 MAX_SEGMENT_BYTES = 4 * 10**9  # one tile or strip that decodes to more is an image without tiles
 FINE_LEVEL = 8  # a level this much finer than asked for need not divide the factor: see best_level
-MICROMETRES = {
+MICROMETRES = {  # by the units of OME-XML
+    "pm": 1e-6,
+    "\u00c5": 1e-4,
+    "\u212b": 1e-4,
     "nm": 1e-3,
     "um": 1.0,
     "\u00b5m": 1.0,
     "\u03bcm": 1.0,
     "mm": 1e3,
     "cm": 1e4,
+    "dm": 1e5,
     "m": 1e6,
+    "in": 25_400.0,
 }
+COLOURS, GREYS = {"RGB", "YCBCR"}, {"MINISBLACK"}  # of TIFF; grey pages may be red, green and blue
+ALPHA = {1, 2}  # kinds of extra samples in TIFF
+ONE_IMAGE = "Give the H&E image, not the fluorescence one, or save it as 8-bit RGB in one file."
 RESOLUTION_UNITS = {2: 25_400.0, 3: 10_000.0}  # TIFF: um per inch and per centimetre
 MAX_ANISOTROPY = 0.01  # relative difference of the pixel's width and height
 FINEST_SHARE = 0.05  # he-raw may be this much coarser than 0.5 um per pixel
@@ -183,7 +191,7 @@ class TiffSlide(Slide):
         self.tiff = tifffile.TiffFile(self.file, name=path.name)
         self.pages = tiff_levels(self.tiff)  # per level: one page, or one for each of R, G, B
         for pages in self.pages:
-            check_tiff_page(path, pages)
+            check_tiff_page(pages)
         sizes = [(pages[0].imagewidth, pages[0].imagelength) for pages in self.pages]
         super().__init__(path, sizes, tiff_pixel_size(self.tiff, self.pages[0][0]))
 
@@ -205,6 +213,8 @@ class TiffSlide(Slide):
                             continue
                         channel = number if len(pages) > 1 else plane if planes > 1 else None
                         put(region, segment, (row * rows - y, column * columns - x), channel)
+        if samples == 4 and not has_alpha(pages[0]):
+            region = region[..., :3]
         return opaque_rgb(region)
 
     def segment(self, level: int, number: int, index: int) -> np.ndarray | None:
@@ -259,11 +269,13 @@ class PictureSlide(Slide):
 
     def __init__(self, path: Path) -> None:
         image = pictures.open_picture(path, access="random")
-        try:
-            pictures.check(image, path)
-        except pictures.Misfit as misfit:
-            remedy = f"{misfit.remedy} Then run the same command."
-            raise utils.StageError(f"{path} {misfit.problem}", remedy) from misfit
+        if image.width * image.height > utils.MAX_MEGAPIXELS * 10**6:
+            raise pictures.Misfit(
+                f"has {image.width} x {image.height} px; JPEG and PNG, which are decoded whole, "
+                f"are read up to {utils.MAX_MEGAPIXELS} million pixels.",
+                "Save it as a tiled TIFF, of which any size is read.",
+            )
+        pictures.check(image, path)
         self.image, _ = pictures.to_rgb(image, path)
         super().__init__(path, [(image.width, image.height)], None)
 
@@ -291,6 +303,9 @@ def open_slide(path: Path) -> Slide:
         return PictureSlide(path)
     except (utils.StageError, ImportError):
         raise
+    except pictures.Misfit as misfit:
+        remedy = f"{misfit.remedy} Then run the same command."
+        raise utils.StageError(f"{path} {misfit.problem}", remedy) from misfit
     except FileNotFoundError as error:
         raise utils.StageError(f"{path} is missing.", "Give the H&E image by --image.") from error
     except Exception as error:  # damaged headers raise nearly anything
@@ -316,6 +331,8 @@ def tiff_levels(tiff: Any) -> list[list[Any]]:
 
     Pyramids are kept in SubIFDs (OME-TIFF, QuPath, Xenium), or as pages one after the other.
     """
+    if any(page is None for series in tiff.series for level in series.levels for page in level):
+        raise pictures.Misfit("keeps its channels in several files.", ONE_IMAGE)
     largest = max(tiff.series, key=lambda s: s.pages[0].imagewidth * s.pages[0].imagelength)
     levels = [list(level.pages) for level in largest.levels]
     if not tiff.is_ome:  # which may hold the levels of other images, too
@@ -326,25 +343,36 @@ def tiff_levels(tiff: Any) -> list[list[Any]]:
     return sorted(same, key=lambda pages: -pages[0].imagewidth)
 
 
-def check_tiff_page(path: Path, pages: list[Any]) -> None:
+def check_tiff_page(pages: list[Any]) -> None:
+    """Raise Misfit unless a level is an H&E image that is read tile by tile, as it is stored."""
     page, n = pages[0], len(pages)
-    colours = {"RGB", "YCBCR", "MINISBLACK"}
+    pictures.check_orientation(int(page.tags.valueof("Orientation", 1)))
+    if page.imagedepth > 1 or (n > 1 and page.samplesperpixel > 1):
+        raise pictures.Misfit("is a stack of several images of one size.", "Save one of them.")
     samples = n if n > 1 else page.samplesperpixel
     photometric = getattr(page.photometric, "name", str(page.photometric))
-    if page.dtype != np.uint8 or samples not in (1, 3, 4) or photometric not in colours:
-        raise utils.StageError(
-            f"{path} holds {samples} channels of {page.dtype}, {photometric}; expected an H&E "
-            f"image with three channels (RGB) of 8 bits.",
-            "Give the H&E image, not the fluorescence one, or save it as 8-bit RGB.",
+    known = {1: GREYS, 3: COLOURS | GREYS, 4: COLOURS if n == 1 else set()}
+    if photometric not in known.get(samples, ()) or page.dtype != np.uint8:
+        raise pictures.Misfit(
+            f"holds {samples} channels of {page.dtype}, {photometric}; expected an H&E image with "
+            f"three channels (RGB) of 8 bits.",
+            ONE_IMAGE,
         )
-    if page.imagedepth > 1:
-        raise utils.StageError(f"{path} is a stack of sections.", "Give one plane of it.")
     rows, columns = segment_shape(page)
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    segments = -(-page.imagelength // rows) * -(-page.imagewidth // columns) * planes
+    if any(len(other.dataoffsets) < segments for other in pages):
+        raise ValueError(f"{segments} tiles or strips declared, {len(page.dataoffsets)} there")
     if rows * columns * page.samplesperpixel > MAX_SEGMENT_BYTES:
-        raise utils.StageError(
-            f"{path} keeps its {page.imagewidth} x {page.imagelength} px in one piece.",
+        raise pictures.Misfit(
+            f"keeps {columns} x {rows} px in one piece, which is decoded whole.",
             "Save it as a tiled TIFF.",
         )
+
+
+def has_alpha(page: Any) -> bool:
+    """True if a TIFF says that its fourth channel is alpha; else it has no meaning."""
+    return any(int(kind) in ALPHA for kind in page.extrasamples)
 
 
 def segment_shape(page: Any) -> tuple[int, int]:
@@ -403,7 +431,7 @@ def tiff_pixel_size(tiff: Any, page: Any) -> float | None:
 def ome_pixel_size(xml: str, width: int) -> float | None:
     """PhysicalSizeX and Y in um of the image of ``width`` px; of the first if none has it."""
     try:
-        root = ElementTree.fromstring(xml)
+        root = ElementTree.fromstring(xml)  # expat bounds what entities become  # nosec B314
     except ElementTree.ParseError:
         return None
     pixels = [node for node in root.iter() if re.sub(r"^\{.*\}", "", node.tag) == "Pixels"]

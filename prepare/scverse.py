@@ -45,10 +45,19 @@ def build_parser() -> cli.Parser:
     )
     for option, what in (
         ("--layer", "Layer of AnnData that holds the raw counts (default: what holds counts)"),
-        ("--library", "Section of the .h5ad (default: the only one)"),
+        (
+            "--library",
+            "Section of the .h5ad, a name in a column of obs, or COLUMN=NAME; all: every "
+            "spot lies on the one image (default: the only one)",
+        ),
         ("--table", "Table of the SpatialData store (default: the only one)"),
         ("--shapes", "Shapes of the store (default: the only ones)"),
         ("--image-element", "Image of the store (default: the only one)"),
+        (
+            "--coordinate-system",
+            "Coordinate system in which the spots lie on the image (default: "
+            "whichever both have, if all place them alike)",
+        ),
     ):
         parser.add_argument(option, metavar="NAME", help=f"{what}.")
     options.add_pixel_size(parser, "from the spots' pitch")
@@ -68,306 +77,58 @@ def build_parser() -> cli.Parser:
 if __name__ == "__main__":
     cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
-import struct
-from dataclasses import dataclass, field
-
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
 from method.grid import lattice_pitch
-from prepare import images, sample, scans, section, tenx
+from prepare import images, lattice, sample, section, stores, tenx
 from prepare.annotated import (
     Annotated,
     describe,
-    find_counts,
-    gene_names,
-    import_zarr,
     keys_of,
     open_anndata,
     read_array,
+    shape_of,
     whole_counts,
-)  # fmt: skip
+)
+from prepare.libraries import ARRAY, SourceSpots, choose_library, read_places, spots_of
 
-LIBRARIES = ("library_id", "library", "sample_id", "sample", "batch", "region")  # in obs
-ARRAY = ("array_row", "array_col")  # in obs: the place of a spot on Visium's array
-TRUE = {"1", "1.0", "True", "true"}
 LOCS_NAMES = ("locs-raw.csv", "locs-raw.tsv", "locs-raw.csv.gz", "locs-raw.tsv.gz")
-WHOLE_IMAGE = "Give the full-resolution image by --image."
 OTHER_IMAGE = (
     "Give the full-resolution image that Space Ranger was given. If you know that the coordinates "
     "refer to your image, add its --pixel-size."
 )
-POINT = 1  # type of a geometry in WKB
-
-
-@dataclass
-class SourceSpots:
-    """What every source gives: counts (N, G) and the places of the spots, px of the image."""
-
-    counts: sparse.csr_array
-    ids: list[str]
-    genes: list[str]
-    places: pd.DataFrame  # index: ids; x, y; array_row, array_col if known
-    in_tissue: np.ndarray  # bool (N,)
-    notes: list[str] = field(default_factory=list)
-    copies: tenx.SmallerCopies = field(default_factory=lambda: tenx.SmallerCopies({}, None))
-    pixel_size_um: float | None = None
-    radius_um: float | None = None
-    image: Path | ZarrSlide | None = None  # of the source itself
-    files: list[Path] = field(default_factory=list)  # read, beside the image; for the record
 
 
 # -------------------------------------------------------------------------------------------------
 # AnnData
 # -------------------------------------------------------------------------------------------------
-def choose_library(data: Annotated, library: str | None) -> tuple[np.ndarray, str | None]:
-    """Rows of one section, where an object holds several; and its name in uns["spatial"]."""
-    rows = np.arange(len(data.ids))
-    libraries = keys_of(data.root, "uns/spatial")
-    if library is None and len(libraries) > 1:
-        raise utils.StageError(
-            f"{data.path} holds the sections {utils.some(libraries)}.",
-            "Choose one: run the same command with --library NAME.",
-        )
-    if library is None:
-        return rows, libraries[0] if libraries else None
-    obs = data.columns("obs", LIBRARIES)
-    for column in obs:
-        if (chosen := (obs[column] == library).to_numpy()).any():
-            return rows[chosen], library
-    if libraries == [library]:
-        return rows, library
-    known = {column: sorted(obs[column].unique()) for column in obs}
-    raise utils.StageError(
-        f"{data.path} has no section {library!r}, but {known or utils.some(libraries) or 'one'}.",
-        f"Give one that a column of obs ({', '.join(LIBRARIES)}) names.",
-    )
-
-
-def spots_of(data: Annotated, rows: np.ndarray, xy: np.ndarray, layer: str | None) -> SourceSpots:
-    """Spots from rows (N,) of AnnData and their places (N, 2), x and y."""
-    matrix, var, place = find_counts(data, layer)
-    genes, columns, notes = gene_names(data, var)
-    obs = data.columns("obs", ("in_tissue", *ARRAY)).iloc[rows]
-    ids = obs.index.tolist()
-    places = pd.DataFrame(xy, index=ids, columns=["x", "y"])
-    if set(ARRAY) <= set(obs):
-        places[list(ARRAY)] = obs[list(ARRAY)].apply(pd.to_numeric).to_numpy(float)
-    in_tissue = np.ones(len(ids), bool)
-    if "in_tissue" in obs:
-        in_tissue = obs["in_tissue"].isin(TRUE).to_numpy()
-    notes = [f"the counts are those of {place}", *notes]
-    return SourceSpots(matrix[rows][:, columns], ids, genes, places, in_tissue, notes)
-
-
 def read_h5ad(args: argparse.Namespace) -> SourceSpots:
     with open_anndata(args.h5ad) as data:
-        rows, library = choose_library(data, args.library)
-        known = keys_of(data.root, "obsm")
-        if "spatial" not in known:
-            raise utils.StageError(
-                f"{data.path} has no obsm['spatial'], only {utils.some(known) or 'nothing'}.",
-                "Keep the spots' x and y (px of the full-resolution image) in obsm['spatial'].",
-            )
-        xy = read_array(data.root["obsm/spatial"])[rows]
-        if xy.ndim != 2 or xy.shape[1] < 2 or not np.isfinite(xy[:, :2].astype(float)).all():
-            raise utils.StageError(
-                f"{data.path}: obsm['spatial'] {xy.shape} holds what is no number, or not x and y.",
-                "Mend it, then run the same command.",
-            )
-        spots = spots_of(data, rows, xy[:, :2].astype(float), args.layer)
+        xy = read_places(data)
+        rows, library, notes = choose_library(data, args.library, xy)
+        spots = spots_of(data, rows, xy[rows], args.layer)
+        spots.notes += notes
         spots.files = [args.h5ad]
-        factors = f"uns/spatial/{library}/scalefactors"
-        there = keys_of(data.root, factors)
-        for name in (name for name in tenx.SCALES if name in there):
-            spots.copies.scales[name] = float(read_array(data.root[f"{factors}/{name}"]))
-        copies = f"uns/spatial/{library}/images"
-        if "hires" in keys_of(data.root, copies):
-            spots.copies.hires_size = data.root[f"{copies}/hires"].shape[1::-1]
+        spots.copies = read_copies(data, library)
     return spots
 
 
-# -------------------------------------------------------------------------------------------------
-# SpatialData
-# -------------------------------------------------------------------------------------------------
-class ZarrSlide(scans.Slide):
-    """A multiscale raster (c, y, x) of a SpatialData store."""
-
-    def __init__(self, path: Path) -> None:
-        zarr = import_zarr()
-        group = zarr.open_group(path, mode="r")
-        self.attributes = image_attributes(group.attrs.asdict(), path)
-        names = [d["path"] for d in self.attributes["datasets"]]
-        axes = "".join(axis["name"] for axis in self.attributes["axes"])
-        self.arrays = [group[name] for name in names]
-        first = self.arrays[0]
-        if axes != "cyx" or first.shape[0] not in (3, 4) or first.dtype != np.uint8:
-            raise utils.StageError(
-                f"{path} holds {first.dtype} {first.shape} ({axes}); expected an H&E image, uint8, "
-                f"3 channels (cyx).",
-                WHOLE_IMAGE,
-            )
-        super().__init__(path, [array.shape[:0:-1] for array in self.arrays], None)
-
-    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        part = self.arrays[level][:, y : y + height, x : x + width]
-        return scans.opaque_rgb(np.ascontiguousarray(np.moveaxis(np.asarray(part), 0, 2)))
-
-
-def image_attributes(attributes: dict, path: Path) -> dict:
-    """The first multiscale of an image group, of either version of the format."""
-    try:
-        return attributes.get("ome", attributes)["multiscales"][0]
-    except (KeyError, IndexError, TypeError) as error:
-        raise utils.broken(path, "is no multiscale image.") from error
-
-
-def matrix_of(transform: dict, path: Path) -> np.ndarray:
-    """3 x 3 in x, y of one of the format's transforms, whose own axes may be in any order."""
-    kind = transform.get("type")
-    source, target = ([a["name"] for a in transform[k]["axes"]] for k in ("input", "output"))
-    matrix = np.eye(3)
-    if kind == "identity":
-        return matrix
-    if kind == "sequence":
-        for step in transform["transformations"]:
-            matrix = (
-                matrix_of({**{k: transform[k] for k in ("input", "output")}, **step}, path) @ matrix
-            )
-        return matrix
-    if kind in ("scale", "translation"):
-        for i, axis in enumerate("xy"):
-            value = transform[kind][source.index(axis)]
-            matrix[(i, i) if kind == "scale" else (i, 2)] = value
-        return matrix
-    if kind == "affine":
-        affine = np.array(transform["affine"], float)
-        columns = [source.index("x"), source.index("y"), -1]
-        matrix[:2] = affine[[target.index("x"), target.index("y")]][:, columns]
-        return matrix
-    raise utils.StageError(
-        f"{path} has a transform of type {kind!r}; understood are scale, translation, affine, "
-        f"sequence.",
-        "Transform the elements to the full-resolution pixels with spatialdata, write them again.",
-    )
-
-
-def transforms(listed: list[dict], path: Path) -> dict[str, np.ndarray]:
-    """Coordinate system -> 3 x 3 that leads into it, in x, y."""
-    try:
-        return {t["output"]["name"]: matrix_of(t, path) for t in listed}
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise utils.broken(path, f"has transforms that cannot be read: {error!r}") from error
-
-
-def elements(store: Path, kind: str) -> list[str]:
-    folder = store / kind
-    if not folder.is_dir():
-        return []
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def choose_element(store: Path, kind: str, name: str | None, option: str) -> Path:
-    """The element of that name, or the only one of its kind."""
-    there = elements(store, kind)
-    if name is None and len(there) == 1:
-        return store / kind / there[0]
-    if name in there:
-        return store / kind / name
-    found = f"has no {kind}" if not there else f"has the {kind} {utils.some(there)}"
-    raise utils.StageError(
-        f"{store} {found}; wanted {'one' if name is None else repr(name)}.",
-        f"Choose by {option} NAME." if there else "Give the store of a Visium section.",
-    )
-
-
-def read_circles(path: Path) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Centres (index: instance; x, y) of a shapes element, and its transforms."""
-    zarr = import_zarr()
-    try:
-        attributes = zarr.open_group(path, mode="r").attrs.asdict()
-        table = pd.read_parquet(path / "shapes.parquet")
-        centres = [read_point(shape) for shape in table["geometry"]]
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise utils.broken(
-            path, f"holds no circles (points with a radius) that can be read: {error}"
-        ) from error
-    frame = pd.DataFrame(centres, index=table.index.astype(str), columns=["x", "y"])
-    return frame, transforms(attributes.get("coordinateTransformations", []), path)
-
-
-def read_point(geometry: bytes) -> tuple[float, float]:
-    """x, y of a point in well-known binary."""
-    order = "<" if geometry[0] == 1 else ">"
-    (kind,) = struct.unpack(f"{order}I", geometry[1:5])
-    if kind % 1000 != POINT:
-        raise ValueError(f"a shape of type {kind}, not a point")
-    return struct.unpack(f"{order}dd", geometry[5:21])
-
-
-def read_spatialdata(args: argparse.Namespace) -> SourceSpots:
-    """Spots in px of the image of the store, or of that of --image."""
-    store = args.spatialdata
-    if not store.is_dir():
-        raise utils.StageError(f"{store} is no folder.", "Give the .zarr folder of SpatialData.")
-    table_path = choose_element(store, "tables", args.table, "--table")
-    with open_anndata(table_path) as data:
-        return read_store(args, data)
-
-
-def read_store(args: argparse.Namespace, data: Annotated) -> SourceSpots:
-    store, table_path = args.spatialdata, data.path
-    try:
-        link = data.root["uns/spatialdata_attrs"]
-        keys = [str(read_array(link[name])) for name in ("region_key", "instance_key")]
-        obs = data.columns("obs", tuple(keys))
-        regions, instances = (obs[key] for key in keys)
-    except KeyError as error:
-        raise utils.broken(
-            table_path, f"does not say which shapes it is of: no {error}."
-        ) from error
-    chosen = args.shapes
-    if chosen is None:
-        there = [r for r in elements(store, "shapes") if r in set(regions)]
-        if len(there) != 1:
-            raise utils.StageError(
-                f"{table_path} is of the shapes {utils.some(regions.unique())}.",
-                "Choose one by --shapes NAME.",
-            )
-        chosen = there[0]
-    path = choose_element(store, "shapes", chosen, "--shapes")
-    circles, into = read_circles(path)
-    rows = np.flatnonzero(regions == path.name)
-    wanted = instances.iloc[rows]
-    missing = [i for i in wanted if i not in circles.index]
-    if missing or not len(wanted):
-        raise utils.broken(
-            path,
-            f"lacks {len(missing)} of {len(wanted)} spots of the table: {utils.some(missing)}.",
-        )
-    xy = circles.loc[wanted].to_numpy(float)
-    slide = None
-    if args.image is None:
-        slide = ZarrSlide(choose_element(store, "images", args.image_element, "--image-element"))
-        xy = move_to_image(xy, into, slide)
-    spots = spots_of(data, rows, xy, args.layer)
-    spots.image, spots.files = slide, [table_path, path]
-    return spots
-
-
-def move_to_image(xy: np.ndarray, into: dict[str, np.ndarray], slide: ZarrSlide) -> np.ndarray:
-    """Points (N, 2) of shapes in px of an image, by way of a coordinate system of both."""
-    out = transforms(slide.attributes.get("coordinateTransformations", []), slide.path)
-    both = [name for name in ("global", *out) if name in out and name in into]
-    if not both:
+def read_copies(data: Annotated, library: str | None) -> tenx.SmallerCopies:
+    """What uns["spatial"] says of the hires and lowres copies of the image, as far as it does."""
+    scales, size = {}, None
+    factors, copies = (f"uns/spatial/{library}/{name}" for name in ("scalefactors", "images"))
+    for name in set(tenx.SCALES) & set(keys_of(data.root, factors)):
+        scales[name] = float(read_array(data.root[f"{factors}/{name}"]))
+    if "hires" in keys_of(data.root, copies):
+        size = shape_of(data.root[f"{copies}/hires"])[1::-1]
+    sound = all(np.isfinite(scale) and scale > 0 for scale in scales.values())
+    if not sound or (size is not None and (len(size) != 2 or min(size) < 1)):
         raise utils.StageError(
-            f"{slide.path} is in {utils.some(out)}, the spots are in {utils.some(into)}: no "
-            f"coordinate system in common.",
-            WHOLE_IMAGE,
+            f"{data.path} says of the copies of the image: scales {scales}, hires of {size} px.",
+            "Mend or delete uns['spatial'], then run the same command.",
         )
-    matrix = np.linalg.inv(out[both[0]]) @ into[both[0]]
-    return xy @ matrix[:2, :2].T + matrix[:2, 2]
+    return tenx.SmallerCopies(scales, size)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -411,8 +172,8 @@ def read_tables(args: argparse.Namespace) -> SourceSpots:
     locs = section.read_spot_table(locs_path, ["x", "y"])
     if not whole_counts(counts.to_numpy()):
         raise utils.StageError(
-            f"{counts_path} holds fractions or negative numbers"
-            f"{describe(counts.to_numpy(), 'it')}; expected raw counts.",
+            f"{counts_path} holds fractions or negative numbers; expected raw counts. "
+            + "".join(describe(counts.to_numpy(), "It")),
             "Give the counts before they were normalised.",
         )
     shared = section.shared_spots(counts, counts_path, locs, locs_path)
@@ -435,39 +196,73 @@ def read_tables(args: argparse.Namespace) -> SourceSpots:
 # -------------------------------------------------------------------------------------------------
 # the section
 # -------------------------------------------------------------------------------------------------
-def pixel_size(args: argparse.Namespace, spots: SourceSpots, path: Path) -> float:
+def fit_array(
+    args: argparse.Namespace, spots: SourceSpots, path: Path
+) -> tuple[lattice.FittedArray | None, list[str]]:
+    """Visium's array, where array_row and array_col are known, and notes. It must fit, unless the
+    pixel size is known without it."""
+    if not set(ARRAY) <= set(spots.places) or args.pitch_um != utils.VISIUM_PITCH_UM:
+        return None, []
+    known = spots.places.dropna()
+    notes = []
+    if unknown := len(spots.places) - len(known):
+        notes.append(f"{unknown} spots have no {' or '.join(ARRAY)}; the others tell the array")
+    try:
+        fitted = tenx.fit_visium_array(known, path) if len(known) else None
+    except utils.StageError as error:
+        problem = str(error).splitlines()[0]
+        if args.pixel_size or spots.pixel_size_um:
+            return None, [*notes, f"the pixel size is taken as given, but {problem}"]
+        raise utils.StageError(
+            problem,
+            f"Mend {' and '.join(ARRAY)} in obs, or drop both: then the distances between spots "
+            f"tell the pixel size. Or give it by --pixel-size.",
+        ) from error
+    return fitted, notes if fitted is None else [*notes, *lattice.mirror_notes(fitted, None)]
+
+
+def pixel_size(
+    args: argparse.Namespace, spots: SourceSpots, fitted: lattice.FittedArray | None
+) -> float:
     """um per px of the image: as given, by the array, or by the distances of nearest spots."""
-    known = args.pixel_size or spots.pixel_size_um
-    if known is not None:
-        return known
-    if "array_row" in spots.places and args.pitch_um == utils.VISIUM_PITCH_UM:
-        return tenx.fit_visium_array(spots.places, path).pixel_size_um
-    return args.pitch_um / lattice_pitch(spots.places[["x", "y"]].to_numpy())
+    if known := args.pixel_size or spots.pixel_size_um:
+        return float(known)
+    if fitted is not None:
+        return fitted.pixel_size_um
+    return float(args.pitch_um / lattice_pitch(spots.places[["x", "y"]].to_numpy()))
 
 
 def prepare(args: argparse.Namespace) -> section.PreparedSection:
     source = args.h5ad or args.spatialdata or Path(args.tables)
-    read = read_h5ad if args.h5ad else read_spatialdata if args.spatialdata else read_tables
+    read = read_h5ad if args.h5ad else stores.read_spatialdata if args.spatialdata else read_tables
     spots = read(args)
     given = args.image or spots.image
     if given is None:
         raise utils.StageError(
-            f"{source} comes without the full-resolution image, only smaller copies.", WHOLE_IMAGE
+            f"{source} comes without the full-resolution image, only smaller copies.",
+            stores.WHOLE_IMAGE,
         )
     if not spots.in_tissue.any():
         raise utils.StageError(f"{source} has no spot in tissue.", "See its column in_tissue.")
-    size = pixel_size(args, spots, source)
+    fitted, notes = fit_array(args, spots, source)
+    size = pixel_size(args, spots, fitted)
     places = spots.places[["x", "y"]]
     inside = places[spots.in_tissue]
-    notes = []
     if isinstance(given, Path):
         trusted = "--pixel-size is given" if args.pixel_size else None
-        notes = spots.copies.check_size(given, trusted, OTHER_IMAGE)
+        notes += spots.copies.check_size(given, trusted, OTHER_IMAGE)
         notes += images.check_metadata(given, size, bool(trusted), f"--pixel-size {size:.4g}")
         image, locs, size = images.place_image(given, inside, size, args.crop_um, args.downsample)
     else:
         image = images.place_slide(given, inside, size, args.crop_um, args.downsample)
         locs, size = images.move(inside, image), size * image.downsample
+    rows, columns = images.image_shape(image)
+    if not isinstance(image, Path) and rows * columns > utils.MAX_MEGAPIXELS * 1e6:
+        raise utils.StageError(
+            f"The image would be {columns:,} x {rows:,} px; expected at most "
+            f"{utils.MAX_MEGAPIXELS:,} megapixels.",
+            "Cut it to the spots by --crop-um 500, or shrink it by --downsample FACTOR.",
+        )
     return section.PreparedSection(
         image=image,
         pixel_size_um=size,
@@ -483,7 +278,10 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         scales=spots.copies.scales,
         notes=spots.notes + notes,
         sources=[*spots.files, given if isinstance(given, Path) else given.path],
-        facts={"source": str(source)},
+        facts={
+            "source": str(source),
+            "array_mirrored": None if fitted is None else fitted.mirrored,
+        },
     )
 
 

@@ -9,13 +9,18 @@ Letters in shapes: N spots, G genes, h x w superpixels of he.jpg.
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import dataclasses
+import itertools
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
@@ -23,14 +28,20 @@ from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from method.calibration import inside
 from method.genes import most_variable
 from method.grid import lattice_pitch
 from prepare import images
+from reading import plain, tables
 from reading.genes import read_genes
 
+MIN_COLOUR = 8  # levels by which tissue must differ from glass, to tell where it is
+MOSTLY = 0.75  # share of the spots that lie on what is coloured most, where the axes are right
+CLEARLY_MORE = 0.25  # share of the spots, by which x and y exchanged must fit the tissue better
 MAX_PITCH_ERROR = 0.05  # relative, between the measured and the expected pitch
 ONE_SECTION = "Give the counts and the spots of one and the same section."
 DAMAGED = (ValueError, OSError, EOFError, KeyError, TypeError, zlib.error)  # by damaged tables
+FLAGS = dict.fromkeys(("true", "t", "yes", "y"), 1) | dict.fromkeys(("false", "f", "no", "n"), 0)
 Colour = tuple[int, int, int]
 TISSUE_COLOUR, OTHER_COLOUR, WARNING_COLOUR = (0, 110, 60), (150, 150, 150), (220, 30, 30)
 
@@ -87,6 +98,10 @@ class PreparedSection:
                     f"The {name} {utils.some(repeated)} occur more than once.",
                     "Mend the source files: ids must be unique.",
                 )
+        if not len(self.locs):
+            raise utils.StageError(
+                "No spot is in tissue.", "See the column in_tissue, or selected, of the positions."
+            )
         order = rows.get_indexer(self.locs.index)
         if (order < 0).any():
             raise utils.StageError(
@@ -99,11 +114,21 @@ class PreparedSection:
             self.notes.append(f"{len(rows) - len(order)} spots without a location are left out")
         self.counts = sparse.csr_array(self.counts)[order]
         self.spots = list(self.locs.index)
+        if broken := [name for name in (*self.genes, *self.spots) if {"\n", "\r"} & set(name)]:
+            raise utils.StageError(  # tables are read line by line
+                f"The names {utils.some([repr(name) for name in broken])} hold the end of a line.",
+                "Mend the names of genes and spots in the source files.",
+            )
         values = self.counts.data
         if not len(values) or not np.isfinite(values).all() or (values < 0).any():
             raise utils.StageError(
                 "The counts of the spots are all zero, negative or not numbers; expected raw "
                 "counts.",
+                "Give the raw counts.",
+            )
+        if (top := float(values.max())) > tables.MAX_COUNT:
+            raise utils.StageError(
+                f"The counts run up to {top:g}; expected counts of at most {tables.MAX_COUNT:g}.",
                 "Give the raw counts.",
             )
 
@@ -119,37 +144,87 @@ class PreparedSection:
 # -------------------------------------------------------------------------------------------------
 # tables and genes
 # -------------------------------------------------------------------------------------------------
+def unfit(path: Path, problem: str) -> utils.StageError:
+    """A StageError about a file that may be whole, but is not what is read."""
+    return utils.StageError(f"{path} {problem}", "Mend it, then run the same command.")
+
+
+@contextlib.contextmanager
+def reading_table(path: Path) -> Iterator[None]:
+    """What is wrong with a table becomes a StageError; damaged bytes only are to be copied anew."""
+    try:
+        yield
+    except utils.StageError:
+        raise
+    except FileNotFoundError as error:
+        raise utils.StageError(
+            f"{path} is missing.", "Mend the path, then run it again."
+        ) from error
+    except (plain.Unfit, UnicodeDecodeError, csv.Error) as error:
+        raise unfit(path, f"cannot be read: {error}") from error
+    except DAMAGED as error:
+        raise utils.broken(path, f"is no whole table: {error}") from error
+
+
 def read_numbers(
     path: Path,
-    read: Callable[[Path], pd.DataFrame],
+    read: Callable[[Path], pd.DataFrame] = tables.read_text_table,
     columns: Sequence[str] | None = None,
     text: Sequence[str] = (),
     optional: Sequence[str] = (),
+    flags: Sequence[str] = (),
 ) -> pd.DataFrame:
     """The ``columns`` of the table that ``read`` makes of a file, by default all of them.
 
-    All are finite numbers (float64) but those in ``text``; the ``optional`` ones may be missing. A
-    file that holds something else is named in a StageError.
+    All are finite numbers (float64) but those in ``text``; the ``optional`` ones may be missing;
+    ``flags`` are 1 or 0, which may be written as words, see as_flags. A file that holds something
+    else is named in a StageError, with the first such cell.
     """
-    try:
+    with reading_table(path):
         table = read(path)
-        wanted = list(table.columns) if columns is None else list(columns)
-        if missing := [name for name in wanted if name not in table]:
-            raise utils.broken(
-                path,
-                f"has the columns {utils.some(table.columns)}; {missing[0]} is missing; expected "
-                f"{', '.join(wanted)}.",
-            )
-        numbers = [name for name in wanted if name not in text]
-        numbers += [name for name in optional if name in table]
-        values = table[numbers].apply(pd.to_numeric).astype(float)
-    except utils.StageError:
-        raise
-    except DAMAGED as error:
-        raise utils.broken(path, f"is no whole table of numbers: {error}") from error
-    if values.empty or not np.isfinite(values.to_numpy()).all():
-        raise utils.broken(path, "is empty or has empty cells.")
-    return values.assign(**{name: table[name] for name in text}) if text else values
+    wanted = list(table.columns) if columns is None else list(columns)
+    if missing := [name for name in wanted if name not in table]:
+        raise unfit(
+            path,
+            f"has the columns {utils.some(table.columns)}; {missing[0]} is missing; expected "
+            f"{', '.join(wanted)}.",
+        )
+    if table.empty:
+        raise unfit(path, "is empty: it has no row.")
+    wanted += [name for name in optional if name in table]
+    found: dict[str, Any] = {}
+    for name in wanted:
+        if name in text:
+            found[name] = table[name]
+        elif name in flags:
+            found[name] = as_flags(table[name], path).astype(float)
+        else:
+            found[name] = as_numbers(table[name], path)
+    return pd.DataFrame(found)
+
+
+def as_numbers(
+    column: pd.Series, path: Path, expected: str = "a number", above: int = 0
+) -> np.ndarray:
+    """A column of a table as finite float64 (N,); StageError with the first cell that is none.
+
+    ``above`` are the data rows of the file before those of the column.
+    """
+    values = pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
+    for row in np.flatnonzero(~np.isfinite(values))[:1]:
+        cell = str(column.iloc[row])
+        raise unfit(
+            path,
+            f"holds {cell!r} in column {column.name}, data row {above + row + 1}; expected "
+            f"{expected}{tables.point(cell)}.",
+        )
+    return values
+
+
+def as_flags(column: pd.Series, path: Path, above: int = 0) -> np.ndarray:
+    """A column of 1 and 0, or of TRUE and FALSE, yes and no, in any case, as bool (N,)."""
+    values = column.map(lambda cell: FLAGS.get(str(cell).strip().casefold(), cell))
+    return as_numbers(values, path, "1 or 0, TRUE or FALSE", above) > 0
 
 
 def first_of(folder: Path, names: Sequence[str], remedy: str) -> Path:
@@ -182,29 +257,28 @@ def unique_symbols(symbols: list[str], ids: list[str]) -> list[str]:
     return names
 
 
-def separator(path: Path) -> str:
-    """Tab or comma, whichever the header of a table has more of."""
-    first = pd.read_csv(path, header=None, nrows=1, sep="\0", engine="c", encoding="utf-8-sig")
-    header = str(first.iat[0, 0])
-    return "\t" if header.count("\t") >= max(1, header.count(",")) else ","
+def read_spot_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Numbers (float64) by spot id, the first column. Of columns that share a name the second is
+    called NAME.1, and so on: see repeated_note."""
+    with reading_table(path):
+        ids, names, values = tables.read_table(path, columns, repeats=True)
+    return pd.DataFrame(
+        values.toarray().astype(float), ids, columns or numbered(names), dtype=float
+    )
 
 
-def read_spot_table(
-    path: Path, columns: Sequence[str] | None = None, delimiter: str | None = None
-) -> pd.DataFrame:
-    """Numbers by spot id, the first column; without ``delimiter`` the header tells it."""
-
-    def read(path: Path) -> pd.DataFrame:
-        table = pd.read_csv(
-            path, sep=delimiter or separator(path), dtype={0: str}, index_col=0,
-            keep_default_na=False, encoding="utf-8-sig",
-        )  # fmt: skip
-        if table.shape[1] == 0:
-            raise utils.broken(path, "has one column only; expected tabs between columns.")
-        return table.rename(columns=str)
-
-    values = read_numbers(path, read, columns)
-    return values.set_axis(values.index.astype(str).str.strip())
+def numbered(names: list[str]) -> list[str]:
+    """Names made unique: the first of a name keeps it, the others become NAME.1, NAME.2, ..."""
+    seen: set[str] = set()
+    taken = set(names)
+    found = []
+    for name in names:
+        if name in seen:
+            name = next(new for k in itertools.count(1) if (new := f"{name}.{k}") not in taken)
+            taken.add(name)
+        seen.add(name)
+        found.append(name)
+    return found
 
 
 def shared_spots(
@@ -221,12 +295,9 @@ def shared_spots(
 
 
 def repeated_note(path: Path) -> list[str]:
-    """A note if the header of a table has names more than once, to which pandas adds .1, .2, ..."""
-    header = pd.read_csv(
-        path, sep=separator(path), header=None, nrows=1, dtype=str, keep_default_na=False,
-        encoding="utf-8-sig",
-    )  # fmt: skip
-    repeated = utils.duplicates(header.iloc[0])
+    """A note if a table has columns of one name, see read_spot_table."""
+    with reading_table(path):
+        repeated = utils.duplicates(tables.column_names(path))
     if not repeated:
         return []
     return [
@@ -308,6 +379,25 @@ def check_fit(section: PreparedSection) -> SpotFit:
     return fit
 
 
+def without_strays(section: PreparedSection) -> PreparedSection:
+    """The section without the spots off its image, and with a note on them.
+
+    check_fit is called before: it stops where so many spots miss the image that it is another.
+    """
+    found = inside(section.xy, images.image_shape(section.image))
+    if found.all():
+        return section
+    left_out = section.locs.index[~found]
+    note = f"{len(left_out)} spots in tissue lie off the image and are left out"
+    return dataclasses.replace(
+        section,
+        locs=section.locs[found],
+        counts=section.counts[found],
+        spots=None,
+        notes=[*section.notes, f"{note}: {utils.some(left_out)}"],
+    )
+
+
 def other_platform(pitch_um: float) -> str:
     """A hint if the spots have the pitch of a platform, which may not be the one expected."""
     for name, pitch in (("Visium", utils.VISIUM_PITCH_UM), ("legacy ST", utils.LEGACY_PITCH_UM)):
@@ -340,9 +430,36 @@ def likely_cause(xy: np.ndarray, shape: tuple[int, int], scales: dict[str, float
     return "They belong to another image, or this one was cropped. Give the original image."
 
 
-def draw_check(section: PreparedSection, fit: SpotFit, path: Path) -> None:
+def exchanged_notes(section: PreparedSection, small: np.ndarray) -> list[str]:
+    """A note if the spots would lie on the tissue of the image with x and y exchanged only.
+
+    ``small`` is a thumbnail of the image, uint8 (rows, columns, 3); tissue has more colour than the
+    glass around it. Where tissue fills the image, or has the same shape either way, none can tell.
+    """
+    colour = small.max(axis=2) - small.min(axis=2)
+    tissue = colour > cv2.threshold(colour, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0]
+    if tissue.all() or not tissue.any():
+        return []
+    shape = images.image_shape(section.image)
+    scale = np.array([small.shape[1] / shape[1], small.shape[0] / shape[0]])
+
+    def on_tissue(xy: np.ndarray) -> float:
+        column, row = (xy * scale).astype(int).T
+        found = inside(xy * scale, tissue.shape)
+        return float(tissue[row[found], column[found]].sum() / len(xy))
+
+    as_they_are, exchanged = on_tissue(section.xy), on_tissue(section.xy[:, ::-1])
+    stained = colour[tissue].mean() - colour[~tissue].mean() >= MIN_COLOUR
+    if not stained or exchanged < MOSTLY or exchanged - as_they_are < CLEARLY_MORE:
+        return []
+    return [
+        f"{as_they_are:.0%} of the spots lie on coloured tissue, but {exchanged:.0%} would with x "
+        f"and y exchanged: see in check.png that they lie on the tissue; if not, exchange them"
+    ]
+
+
+def draw_check(section: PreparedSection, fit: SpotFit, small: np.ndarray, path: Path) -> None:
     """check.png: the spots on a thumbnail, in and off the tissue and the image, and the numbers."""
-    small = images.thumbnail(section.image)
     shape = images.image_shape(section.image)
     scale = np.array([small.shape[1] / shape[1], small.shape[0] / shape[0]])
     radius = max(section.radius_px * scale.mean(), 1.5)

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,10 +23,19 @@ from scipy.io import mmread
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import images, lattice
-from prepare.section import first_of, unique_symbols
+from prepare.section import first_of, reading_table, unfit, unique_symbols
+from reading import plain
 from utils import broken
 
 KEPT_TYPE = "Gene Expression"  # of 10x feature types; the others are controls and antibodies
+WITHDRAWN = "DEPRECATED_"  # how ids and names of probes begin that 10x counts no more
+HDF5_PACKING = 1100  # times that its gzip can make values smaller, at most
+MATRICES = "Give filtered_feature_bc_matrix.h5, which Space Ranger writes into outs."
+OTHER_H5 = {  # what else an .h5 file may be, by what lies in it
+    "obs": "AnnData (for that, run: python prepare/scverse.py --h5ad FILE)",
+    "barcode_idx": "single molecules (molecule_info.h5)",
+    "feature_slices": "pictures of the genes (feature_slice.h5)",
+}
 MATRIX = "filtered_feature_bc_matrix"  # an .h5 file, or a folder of these:
 MTX, BARCODES = ("matrix.mtx.gz", "matrix.mtx"), ("barcodes.tsv.gz", "barcodes.tsv")
 FEATURES = ("features.tsv.gz", "features.tsv", "genes.tsv.gz", "genes.tsv")
@@ -57,37 +66,99 @@ def read_10x(path: Path) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
 def read_10x_h5(path: Path) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
     """Counts (barcodes, genes), barcodes, and features (id, name, type) of a 10x .h5 matrix.
 
-    Space Ranger 1 to 4, Xenium, and Cell Ranger 2 (a group per genome). Features other than genes
-    are dropped; ``features.attrs["dropped"]`` counts them: type -> (features, molecules).
+    Space Ranger 1 to 4, Xenium, and Cell Ranger 2, whose genomes (a group each) are put side by
+    side. Features other than genes are dropped; ``features.attrs["dropped"]`` counts them: type ->
+    (features, molecules).
     """
-    with open_h5(path) as group:
-        shape = tuple(int(n) for n in group["shape"][:])
-        parts = (group[key][:] for key in ("data", "indices", "indptr"))
-        data, indices, indptr = (np.asarray(part) for part in parts)
-        counts = sparse.csr_array((data, indices, indptr), shape=shape[::-1])
-        counts.check_format(full_check=True)
-        barcodes = decode(group["barcodes"][:])
-        features = read_h5_features(group)
-    return keep_genes(counts, barcodes, features, path)
+    with open_groups(path) as groups:
+        read = {name: read_group(group) for name, group in groups.items()}
+    counts, barcodes, features = join_genomes(read)
+    counts, barcodes, features = keep_genes(counts, barcodes, features, path)
+    features.attrs["genomes"] = list(read) if len(read) > 1 else []
+    return counts, barcodes, features
+
+
+def read_group(group: Any) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
+    shape = tuple(int(n) for n in group["shape"][:])
+    parts = (group[key][:] for key in ("data", "indices", "indptr"))
+    data, indices, indptr = (np.asarray(part) for part in parts)
+    counts = sparse.csr_array((data, indices, indptr), shape=shape[::-1])
+    counts.check_format(full_check=True)
+    return counts, decode(group["barcodes"][:]), read_h5_features(group)
+
+
+def join_genomes(
+    read: dict[str, tuple[sparse.csr_array, list[str], pd.DataFrame]],
+) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
+    """One matrix of those of several genomes, joined by barcode; genes that share an id with one of
+    another genome have the genome's name before their own."""
+    if len(read) == 1:
+        return next(iter(read.values()))
+    barcodes = list(dict.fromkeys(name for _, names, _ in read.values() for name in names))
+    place = pd.Index(barcodes)
+    counts = [
+        lattice.sum_rows(place.get_indexer(pd.Index(names)), part, len(barcodes))
+        for part, names, _ in read.values()
+    ]
+    features = pd.concat([table.assign(genome=name) for name, (*_, table) in read.items()])
+    shared = features["id"].duplicated(keep=False)
+    for column in ("id", "name"):
+        named = features["genome"] + "_" + features[column]
+        features[column] = features[column].mask(shared, named)
+    kept = features.drop(columns="genome").reset_index(drop=True)
+    return sparse.hstack(counts, format="csr"), barcodes, kept
 
 
 @contextlib.contextmanager
-def open_h5(path: Path) -> Iterator[Any]:
-    """The group of a 10x .h5 file that holds the matrix."""
+def open_groups(path: Path) -> Iterator[dict[str, Any]]:
+    """The groups of a 10x .h5 file that hold a matrix: one, or with Cell Ranger 2 one a genome."""
     import h5py
 
     if not path.is_file():
         raise utils.StageError(f"{path} is missing.", "Give the folder that Space Ranger wrote.")
     try:
         with h5py.File(path) as file:
-            groups = [g for g in file.values() if isinstance(g, h5py.Group) and "indptr" in g]
-            if len(groups) != 1:
-                raise broken(path, f"holds {len(groups)} 10x matrices; expected one.")
-            yield groups[0]
+            groups = {
+                name: group
+                for name, group in file.items()
+                if isinstance(group, h5py.Group) and "indptr" in group
+            }
+            if not groups or "obs" in file:
+                other = [what for name, what in OTHER_H5.items() if name in file]
+                found = other[0] if other else f"the groups {utils.some(file) or 'none'}"
+                raise utils.StageError(f"{path} holds {found}; expected a 10x matrix.", MATRICES)
+            check_declared(path, groups)
+            yield groups
     except utils.StageError:
         raise
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         raise broken(path, f"is no whole 10x matrix in HDF5: {error}") from error
+
+
+def check_declared(path: Path, groups: dict[str, Any]) -> None:
+    """Stop if a file declares more values than its bytes can hold, before memory is taken."""
+    sizes: list[int] = []
+    for group in groups.values():
+        group.visititems(lambda _, node: sizes.append(getattr(node, "nbytes", 0)))
+    if sum(sizes) > HDF5_PACKING * path.stat().st_size:
+        raise broken(
+            path,
+            f"declares {sum(sizes) / 1e9:,.1f} GB of values, which its {path.stat().st_size:,} "
+            f"bytes cannot hold.",
+        )
+
+
+@contextlib.contextmanager
+def open_h5(path: Path) -> Iterator[Any]:
+    """The group of a 10x .h5 file that holds its only matrix."""
+    with open_groups(path) as groups:
+        if len(groups) > 1:
+            raise utils.StageError(
+                f"{path} holds the genomes {utils.some(groups)} in matrices of their own, as Cell "
+                f"Ranger 2 wrote them.",
+                "Give the matrix of Space Ranger, which has all genomes in one.",
+            )
+        yield next(iter(groups.values()))
 
 
 def read_h5_features(group: Any) -> pd.DataFrame:
@@ -111,21 +182,27 @@ def read_10x_mtx(folder: Path) -> tuple[sparse.csr_array, list[str], pd.DataFram
     features_path = first_of(folder, FEATURES, SPACE_RANGER)
     try:
         counts = sparse.csr_array(mmread(matrix).T)
-        barcodes = read_tsv(barcodes_path)[0].tolist()
-        table = read_tsv(features_path)
     except (ValueError, OSError, EOFError, StopIteration) as error:
-        raise broken(folder, f"is no whole 10x matrix: {error}") from error
-    if table.shape[1] == 1:
-        raise broken(features_path, "has one column only; expected gene id, symbol and type.")
-    types = table[2] if table.shape[1] > 2 else KEPT_TYPE
-    features = pd.DataFrame({"id": table[0], "name": table[1]}).assign(type=types)
-    return keep_genes(counts, barcodes, features, matrix)
+        raise broken(matrix, f"is no whole 10x matrix: {error}") from error
+    barcodes = [row[0] for row in read_tsv(barcodes_path)]
+    rows = read_tsv(features_path)
+    if {len(row) for row in rows} - {len(rows[0])} or len(rows[0]) == 1:
+        raise unfit(
+            features_path,
+            "has one column only, or not as many in all rows; expected gene id, symbol and type.",
+        )
+    features = pd.DataFrame([row[:2] for row in rows], columns=["id", "name"], dtype=object)
+    types = [row[2] for row in rows] if len(rows[0]) > 2 else KEPT_TYPE
+    return keep_genes(counts, barcodes, features.assign(type=types), matrix)
 
 
-def read_tsv(path: Path) -> pd.DataFrame:
-    return pd.read_csv(
-        path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE
-    )
+def read_tsv(path: Path) -> list[list[str]]:
+    """Rows of a table of 10x: tabs, no header, no quotes."""
+    with reading_table(path):
+        rows = [line.split("\t") for line in plain.lines_of(path)]
+    if not rows:
+        raise broken(path, "is empty.")
+    return rows
 
 
 def keep_genes(
@@ -138,17 +215,27 @@ def keep_genes(
             f"has {counts.shape[0]} columns and {counts.shape[1]} rows for {len(barcodes)} "
             f"barcodes and {len(features)} features.",
         )
-    keep = (features["type"] == KEPT_TYPE).to_numpy()
+    kinds = kinds_of(features)
+    keep = (kinds == KEPT_TYPE).to_numpy()
     if not keep.any():
-        raise broken(path, f"has no {KEPT_TYPE} but {utils.some(features['type'].unique())}.")
+        raise utils.StageError(
+            f"{path} has no {KEPT_TYPE} but {utils.some(kinds.unique())}.", MATRICES
+        )
     molecules = np.asarray(counts.sum(axis=0)).ravel()
     dropped = {}
-    for kind in features["type"][~keep].unique():
-        chosen = (features["type"] == kind).to_numpy()
+    for kind in kinds[~keep].unique():
+        chosen = (kinds == kind).to_numpy()
         dropped[kind] = (int(chosen.sum()), float(molecules[chosen].sum()))
     kept = features[keep].reset_index(drop=True)
     kept.attrs["dropped"] = dropped
     return counts[:, np.flatnonzero(keep)], barcodes, kept
+
+
+def kinds_of(features: pd.DataFrame) -> pd.Series:
+    """What each feature is: KEPT_TYPE for a gene, another type of 10x, or a probe that 10x
+    retired (DEPRECATED_ENSG...), which its matrices still list."""
+    named = [features[column].str.upper().str.startswith(WITHDRAWN) for column in ("id", "name")]
+    return features["type"].mask(named[0] | named[1], "DEPRECATED")
 
 
 def gene_names(features: pd.DataFrame) -> list[str]:
@@ -157,10 +244,14 @@ def gene_names(features: pd.DataFrame) -> list[str]:
 
 
 def dropped_notes(features: pd.DataFrame) -> list[str]:
-    return [
+    """Notes on what was left out of a matrix, and on the genomes that were joined."""
+    notes = [
         f"{n} features of type {kind} with {molecules:,.0f} molecules are left out"
         for kind, (n, molecules) in features.attrs.get("dropped", {}).items()
     ]
+    if genomes := features.attrs.get("genomes"):
+        notes.append(f"the matrices of the genomes {', '.join(genomes)} are joined by barcode")
+    return notes
 
 
 # -------------------------------------------------------------------------------------------------
@@ -233,6 +324,32 @@ class SpatialFolder(SmallerCopies):
         return super().likely_image(size, full_size)
 
 
+def refuse_other_outputs(folder: Path, bins: bool = False) -> None:
+    """Stop if a folder is of another product of 10x than Visium, or than Visium HD's ``bins``."""
+    hd = "python prepare/visium_hd.py --outs OUTS --image FULLRES --directory DIR"
+    if any(folder.glob("*cell_segmentations.geojson")) or any(folder.glob("*feature_cell_matrix*")):
+        raise utils.StageError(
+            f"{folder} holds the cells that Space Ranger segmented; expected spots or bins.",
+            f"Give the outs folder, in which binned_outputs lies beside it: {hd} . The outlines of "
+            f"the cells are read by analysis/cells.py, once there are maps.",
+        )
+    if (folder / "experiment.xenium").is_file():
+        raise utils.StageError(
+            f"{folder} is the output of a Xenium run.",
+            "Run: python prepare/xenium.py --outs OUTS --image HE --directory DIR",
+        )
+    if (folder / "segmented_outputs").is_dir() and not (folder / "binned_outputs").is_dir():
+        raise utils.StageError(
+            f"{folder} has segmented_outputs (cells) but no binned_outputs, which is read.",
+            "Put binned_outputs of the same run beside it; downloads hold it as a .tar.gz.",
+        )
+    if not bins and ((folder / "binned_outputs").is_dir() or folder.name.startswith("square_")):
+        raise utils.StageError(
+            f"{folder} holds bins: it is of Visium HD.",
+            f"Run: {hd.replace('OUTS', shlex.quote(str(folder)))}",
+        )
+
+
 def find_matrix(outs: Path) -> Path:
     """The filtered matrix, .h5 or folder; downloads have the sample's name in front of it."""
     found = sorted(
@@ -252,24 +369,18 @@ def find_matrix(outs: Path) -> Path:
 def read_spatial(folder: Path) -> SpatialFolder:
     path = folder / SCALE_FACTORS
     try:
-        factors = json.loads(path.read_text(encoding="utf-8"))
+        factors = json.loads(path.read_bytes())  # with a byte order mark or without
         said = {name: float(factors[name]) for name in (*SCALES, MICRONS) if name in factors}
     except FileNotFoundError:
         said = {}
-    except (ValueError, OSError, TypeError) as error:
-        raise broken(path, f"holds no scale factors: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise unfit(path, f"holds no scale factors: {error}") from error
+    if wrong := [name for name, value in said.items() if not 0 < value < np.inf]:
+        raise unfit(path, f"says {wrong[0]} {said[wrong[0]]:g}; expected a number above 0.")
     hires = folder / HIRES_IMAGE
-    size = picture_size(hires) if hires.is_file() else None
+    size = images.image_size(hires) if hires.is_file() else None
     scales = {name: said[name] for name in SCALES if name in said}
     return SpatialFolder(scales, size, folder, said.get(MICRONS))
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError) as error:
-        raise broken(path, f"is no image: {error}") from error
 
 
 def fit_visium_array(positions: pd.DataFrame, path: Path) -> lattice.FittedArray:
@@ -356,7 +467,7 @@ def place_hires(
             f"{spatial.folder / SCALE_FACTORS} has no {HIRES_SCALE}, which --image-is hires needs.",
             full_resolution_advice(spatial),
         )
-    size = picture_size(path)
+    size = images.image_size(path)
     if spatial.hires_size is not None and size != spatial.hires_size:
         raise utils.StageError(
             f"{path} is {size[0]} x {size[1]} px; --image-is hires expects Space Ranger's "
@@ -375,9 +486,9 @@ def place_hires(
         f"enlarged {factor} times to {coarse / factor:.4g} um per pixel, since "
         f"{utils.CALIBRATION} takes up to {utils.MAX_PIXEL_SIZE_UM}; that adds no detail"
     )
-    with Image.open(path) as image:
-        rgb = image.convert("RGB")
-        large = rgb.resize((size[0] * factor, size[1] * factor), Image.Resampling.BICUBIC)
+    with images.open_image(path) as slide:
+        rgb = Image.fromarray(slide.read_region(0, 0, *size))
+    large = rgb.resize((size[0] * factor, size[1] * factor), Image.Resampling.BICUBIC)
     return WrittenImage(np.asarray(large), coarse / factor, scale * factor), notes
 
 

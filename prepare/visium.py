@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
@@ -46,7 +45,8 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 
-from prepare import sample, section, tenx
+from prepare import lattice, sample, section, tenx
+from reading import plain, tables
 
 POSITIONS = (  # the newest layout first
     "tissue_positions.csv", "tissue_positions.csv.gz", "tissue_positions.parquet",
@@ -61,13 +61,9 @@ MAX_STRANGERS = 0.05  # share of the filtered barcodes without tissue: else from
 def find_outs(path: Path) -> Path:
     """The outs folder itself, or the one within the folder of a run."""
     for folder in (path, path / "outs"):
+        tenx.refuse_other_outputs(folder)
         if (folder / "spatial").is_dir():
             return folder
-        if (folder / "binned_outputs").is_dir():
-            raise utils.StageError(
-                f"{folder} holds binned_outputs: it is of Visium HD.",
-                f"Run: python prepare/visium_hd.py --outs {folder} --image FULLRES --directory DIR",
-            )
     found = "has no folder spatial" if path.is_dir() else "is no folder"
     raise utils.StageError(
         f"{path} {found}.",
@@ -77,9 +73,11 @@ def find_outs(path: Path) -> Path:
 
 def read_positions(path: Path) -> pd.DataFrame:
     """Index barcode; in_tissue (bool), array_row, array_col, x, y (px of full resolution)."""
-    table = section.read_numbers(path, read_table, tenx.COLUMNS, text=["barcode"])
+    table = section.read_numbers(
+        path, read_table, tenx.COLUMNS, text=["barcode"], flags=["in_tissue"]
+    )
     if repeated := utils.duplicates(table["barcode"]):
-        raise utils.broken(path, f"lists the barcodes {utils.some(repeated)} more than once.")
+        raise section.unfit(path, f"lists the barcodes {utils.some(repeated)} more than once.")
     table = table.set_index(pd.Index(table.pop("barcode").astype(str), name=None))
     table = table.rename(columns={tenx.COLUMNS[4]: "y", tenx.COLUMNS[5]: "x"})
     return table.assign(in_tissue=table["in_tissue"] > 0)
@@ -90,16 +88,14 @@ def read_table(path: Path) -> pd.DataFrame:
     with path.open("rb") as file:
         if file.read(4) == b"PAR1":
             return pd.read_parquet(path)
-    reading: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    first = pd.read_csv(path, header=None, nrows=1, **reading).iloc[0].str.strip()
-    if "in_tissue" in first.tolist():
-        table = pd.read_csv(path, **reading)
-        return table.rename(columns=str.strip)
-    if len(first) != len(tenx.COLUMNS) or not first.iloc[1:].map(utils.is_number).all():
-        raise ValueError(
+    first, *others = tables.read_rows(path)
+    if "in_tissue" in first:
+        return pd.DataFrame(others, columns=first, dtype=object)
+    if len(first) != len(tenx.COLUMNS) or not all(map(utils.is_number, first[2:])):
+        raise plain.Unfit(
             f"its first line is {','.join(first)[:80]!r}; expected {','.join(tenx.COLUMNS)}"
         )
-    return pd.read_csv(path, header=None, names=list(tenx.COLUMNS), **reading)
+    return pd.DataFrame([first, *others], columns=list(tenx.COLUMNS), dtype=object)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -129,16 +125,12 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
     matrix_path = tenx.find_matrix(outs)
     positions = read_positions(positions_path)
     fitted = tenx.fit_visium_array(positions, positions_path)
-    mirrored = bool(np.linalg.det(fitted.axes) < 0)
     places, in_tissue = positions[["x", "y"]], positions["in_tissue"]
     written, notes = tenx.choose_image(args, places[in_tissue], fitted.pixel_size_um, spatial)
-    if (spatial.folder / tenx.CYTASSIST_IMAGE).is_file():
+    cytassist = (spatial.folder / tenx.CYTASSIST_IMAGE).is_file()
+    if cytassist:
         notes.append("CytAssist run: coordinates refer to the microscope image, not to its own")
-    elif mirrored:  # with CytAssist it is the rule
-        notes.append(
-            "the array is mirrored in the image: if the image was not, x and y of the positions "
-            "are exchanged"
-        )
+    notes += lattice.mirror_notes(fitted, from_the_back=cytassist)
     counts, barcodes, features = tenx.read_10x(matrix_path)
     spots, joined = join_tissue(positions, barcodes, positions_path)
     genes = tenx.gene_names(features)
@@ -157,7 +149,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         facts={
             "full_resolution_um_per_px": fitted.pixel_size_um,
             "array_turned_degrees": round(float(np.degrees(np.arctan2(*fitted.axes[0, ::-1]))), 3),
-            "array_mirrored": mirrored,
+            "array_mirrored": fitted.mirrored,
         },
         notes=[*notes, *joined, *tenx.dropped_notes(features)],
     )

@@ -92,6 +92,8 @@ def find_bins(outs: Path, wanted: str | None) -> Path:
     """The folder of the bins: the one wanted, or the finest there."""
     if outs.name in BIN_FOLDERS and (outs / "spatial").is_dir():
         return outs
+    for folder in (outs, outs / "outs"):
+        tenx.refuse_other_outputs(folder, bins=True)
     folders = [outs / "binned_outputs", outs / "outs" / "binned_outputs", outs]
     names = BIN_FOLDERS if wanted is None else (f"square_{wanted}um",)
     for name in names:
@@ -120,10 +122,7 @@ def read_bins(path: Path, size_um: float) -> Bins:
                 raise utils.broken(path, f"has no column {', '.join(missing)}.")
             step = max(1, file.metadata.num_rows // FITTED_BINS)
             for batch in file.iter_batches(columns=COLUMNS):
-                table = np.column_stack([batch[name].to_numpy(False) for name in COLUMNS])
-                table = table.astype(np.float64)
-                if not np.isfinite(table).all():
-                    raise utils.broken(path, "holds empty cells.")
+                table = read_batch(batch, path, n_all)
                 to_fit.append(table[(-n_all) % step :: step])
                 in_tissue = table[:, 0] > 0
                 kept.append(table[in_tissue, 1:3].astype(np.int32))
@@ -154,6 +153,15 @@ def read_bins(path: Path, size_um: float) -> Bins:
         n_all=n_all,
         extent_um=(float(last[1] + 1) * size_um, float(last[0] + 1) * size_um),
     )
+
+
+def read_batch(batch: pyarrow.RecordBatch, path: Path, above: int) -> np.ndarray:
+    """float64 (n, len(COLUMNS)); in_tissue may be numbers, logical, or words."""
+    columns = [pd.Series(batch[name].to_numpy(False), name=name) for name in COLUMNS]
+    if columns[0].dtype.kind not in "iufb":
+        columns[0] = pd.Series(section.as_flags(columns[0], path, above))
+    numbers = [section.as_numbers(column, path, above=above) for column in columns]
+    return np.column_stack(numbers)
 
 
 def check_lattice(bins: Bins, path: Path, said_um: float | None) -> None:
@@ -248,9 +256,10 @@ def open_matrix(path: Path) -> BinMatrix:
         whole = len(indptr) == shape[1] + 1 and indptr[-1] == len(group["data"])
         if not whole or len(features) != shape[0] or len(group["barcodes"]) != shape[1]:
             raise utils.broken(path, f"is damaged: its parts do not fit a matrix of {shape}.")
-    keep = np.flatnonzero(features["type"] == tenx.KEPT_TYPE)
+    kinds = tenx.kinds_of(features)
+    keep = np.flatnonzero(kinds == tenx.KEPT_TYPE)
     kept = features.iloc[keep].reset_index(drop=True)
-    kept.attrs["n_dropped"] = len(features) - len(keep)
+    kept.attrs["dropped"] = kinds.drop(keep).value_counts().to_dict()
     return BinMatrix(path, keep, kept)
 
 
@@ -416,10 +425,11 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
             f"{where['all']:,.0f} molecules; {where['bins not in tissue']:,.0f} are of bins off "
             f"the tissue, {where['off the image']:,.0f} off the image"
         )
+    notes += lattice.mirror_notes(bins.array, from_the_back=True)  # HD is CytAssist always
     if size_um > 2:
         notes.append(f"bins of {size_um:g} um: pseudo-spots are coarser than from {BIN_FOLDERS[0]}")
-    if dropped := matrix.features.attrs["n_dropped"]:
-        notes.append(f"{dropped} features that are no genes left out")
+    dropped = matrix.features.attrs["dropped"]
+    notes += [f"{n} features of type {kind} are left out" for kind, n in dropped.items()]
     return section.PreparedSection(
         image=written.image,
         pixel_size_um=written.pixel_size_um,
@@ -437,6 +447,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
             "bin_um": size_um,
             "bins": bins.n_all,
             "bins_in_tissue": len(bins.xy),
+            "array_mirrored": bins.array.mirrored,
             "full_resolution_um_per_px": pixel_size,
             "lattice_residual_um": bins.array.residual_um,
             "molecules_of_source": molecules,

@@ -4,9 +4,11 @@
 
 Reads   OUTS, a folder or the .zip or .tar.gz of it:
           experiment.xenium                   pixel size of the run's own images, 0.2125 um
-          transcripts.parquet                 molecules: feature_name, x_location, y_location, qv
-          cell_feature_matrix.h5, cells.parquet or .csv.gz   instead of molecules: --counts-of cells
-          cell_boundaries.parquet or .csv.gz                 the same by area: --counts-of polygons
+          transcripts.parquet, .csv.gz or .zarr.zip    molecules: feature, place and quality
+          cell_feature_matrix.h5 or folder, cells.parquet, .csv.gz or .zarr.zip
+                                              instead of molecules: --counts-of cells
+          cell_boundaries.parquet or .csv.gz, or cells.zarr.zip
+                                              the same by area: --counts-of polygons
         HE.ome.tif      H&E of the same section, or any slide that slides.py reads
         CSV             3 x 3 matrix from pixels of the H&E to pixels of the run (Xenium Explorer);
                         --aligned instead of it: the image lies in the frame of the run already
@@ -31,7 +33,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
@@ -78,139 +80,25 @@ def build_parser() -> cli.Parser:
 if __name__ == "__main__":
     cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
-import contextlib
-import json
-import shutil
-import tarfile
-import tempfile
-import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import pyarrow
-from pyarrow import parquet
 from scipy import sparse
 from scipy.ndimage import uniform_filter
 
 from method import grid
 from prepare import images, lattice, sample, scans, section, tenx
+from prepare import xenium_files as files
 from prepare.aligned import Aligned, check_alignment, check_pixel_size, project, read_placing
 
-EXPERIMENT, MOLECULES, MATRIX = "experiment.xenium", "transcripts.parquet", "cell_feature_matrix.h5"
-CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
-OUTLINES = ("cell_boundaries.parquet", "cell_boundaries.csv.gz", "cell_boundaries.csv")
-WANTED = {EXPERIMENT, MOLECULES, MATRIX, *CELLS, *OUTLINES}  # of an archive, nothing else is read
-GENE_CATEGORIES = {"predesigned_gene", "custom_gene"}  # of codeword_category
-CONTROL_PREFIXES = (  # of feature names, where no column tells
-    "NegControl", "antisense_", "BLANK_", "Blank-", "UnassignedCodeword", "DeprecatedCodeword",
-    "Intergenic_Region",
-)  # fmt: skip
-BATCH = 1_000_000  # molecules in memory at a time
-
 SPOT_RADIUS_PX = utils.VISIUM_RADIUS_UM / utils.PIXEL_SIZE_UM
+MAX_CELL_UM = 2000.0  # side of the box around an outline
+FAR_UM = 1e6  # no section is a metre wide
 MARGIN_UM = 50.0  # around the molecules
 TISSUE_WINDOW = 5  # superpixels, 40 um: local density
 TISSUE_SHARE = 0.1  # of the median density; diffused molecules off the tissue are far below
-OUTS_HELP = "Give --outs the output folder of a Xenium run, or the .zip or .tar.gz of it."
-
-
-# -------------------------------------------------------------------------------------------------
-# the output folder
-# -------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def open_outs(path: Path) -> Iterator[Path]:
-    """The output folder itself, or a temporary one with what is needed of an archive."""
-    if path.is_dir():
-        for folder in (path, path / "outs"):
-            if any((folder / name).is_file() for name in WANTED):
-                yield folder
-                return
-        raise utils.StageError(f"{path} has none of {', '.join(sorted(WANTED))}.", OUTS_HELP)
-    if not path.is_file():
-        raise utils.StageError(f"{path} does not exist.", OUTS_HELP)
-    with tempfile.TemporaryDirectory(prefix="xenium-") as unpacked:
-        unpack(path, Path(unpacked))
-        yield Path(unpacked)
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Copy the wanted files of a .zip or .tar(.gz) into ``folder``, under their plain names.
-
-    No path of the archive is ever used to write. An archive with absolute paths, .. or with links
-    under a wanted name was not made by a Xenium run, and is refused as a whole.
-    """
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as packed:
-                members = [(m.filename, m.file_size, not m.is_dir()) for m in packed.infolist()]
-                copy_members(archive, folder, members, packed.open)
-        else:
-            with tarfile.open(archive) as packed:
-                members = [(m.name, m.size, m.isreg()) for m in packed if not m.isdir()]
-                copy_members(archive, folder, members, packed.extractfile)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise utils.broken(archive, f"is no whole .zip or .tar archive: {error}") from error
-
-
-def copy_members(
-    archive: Path,
-    folder: Path,
-    members: list[tuple[str, int, bool]],
-    opened: Callable[[str], Any],
-) -> None:
-    """Copy the wanted ones of the members (name, bytes, is a plain file) of an archive."""
-    chosen: dict[str, str] = {}
-    for name, _, plain in members:
-        parts = PurePosixPath(name.replace("\\", "/")).parts
-        if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0]:
-            raise utils.broken(archive, f"holds the path {name!r}, which leads out of a folder.")
-        wanted = parts[-1] in WANTED and len(parts) <= 3  # OUTS/, NAME/outs/
-        if wanted and not plain:
-            raise utils.broken(archive, f"holds {name!r} as a link or device, not as a file.")
-        if wanted and parts[-1] in chosen:
-            raise utils.broken(archive, f"holds {parts[-1]} twice: {chosen[parts[-1]]}, {name}.")
-        if wanted:
-            chosen[parts[-1]] = name
-    if not chosen:
-        raise utils.StageError(f"{archive} has none of {', '.join(sorted(WANTED))}.", OUTS_HELP)
-    need = sum(size for name, size, _ in members if name in chosen.values())
-    utils.check_disk(folder, need, f"Unpacking {archive.name}")
-    for plain_name, name in chosen.items():
-        with opened(name) as source, (folder / plain_name).open("wb") as target:
-            shutil.copyfileobj(source, target)
-
-
-def run_pixel_size(outs: Path) -> float:
-    """um per pixel of the run's own images, to which the alignment refers."""
-    path = outs / EXPERIMENT
-    if not path.is_file():
-        raise utils.StageError(f"{path} is missing; it holds the pixel size.", OUTS_HELP)
-    try:
-        size = float(json.loads(path.read_text(encoding="utf-8"))["pixel_size"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise utils.broken(path, f"does not say a pixel_size: {error!r}") from error
-    if not utils.MIN_PIXEL_SIZE_UM <= size <= utils.MAX_PIXEL_SIZE_UM:
-        raise utils.broken(path, f"says a pixel_size of {size} um.")
-    return size
-
-
-def read_cell_table(outs: Path, names: tuple[str, ...], columns: list[str]) -> pd.DataFrame:
-    """cell_id (text) and columns of numbers of the first table there, .parquet or .csv(.gz)."""
-
-    def read(path: Path) -> pd.DataFrame:
-        wanted = ["cell_id", *columns]
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path, columns=wanted)
-        return pd.read_csv(path, usecols=wanted, dtype={"cell_id": str})
-
-    table = section.read_numbers(
-        section.first_of(outs, names, OUTS_HELP), read, ["cell_id", *columns], text=["cell_id"]
-    )
-    return table.assign(cell_id=tenx.decode(table["cell_id"]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -263,81 +151,6 @@ def make_frame(low: np.ndarray, high: np.ndarray, region: list[float] | None) ->
 # -------------------------------------------------------------------------------------------------
 # molecules
 # -------------------------------------------------------------------------------------------------
-@dataclass
-class Survey:
-    """What a first pass over the molecules finds."""
-
-    genes: list[str] = field(default_factory=list)
-    low: np.ndarray = field(default_factory=lambda: np.full(2, np.inf))  # x, y in um
-    high: np.ndarray = field(default_factory=lambda: np.full(2, -np.inf))
-    controls: Counter = field(default_factory=Counter)  # feature -> molecules left out
-    read: int = 0
-    poor: int = 0  # below the quality wanted
-
-
-def batches(path: Path) -> Iterator[pd.DataFrame]:
-    """Molecules, a few at a time: feature (category), x, y (um), qv, and what tells of genes."""
-    try:
-        with parquet.ParquetFile(path, read_dictionary=["feature_name"]) as file:
-            needed = ["feature_name", "x_location", "y_location", "qv"]
-            if missing := [name for name in needed if name not in file.schema_arrow.names]:
-                raise utils.broken(path, f"has no column {', '.join(missing)}.")
-            tells = [n for n in ("is_gene", "codeword_category") if n in file.schema_arrow.names]
-            for batch in file.iter_batches(BATCH, columns=needed + tells[:1]):
-                table = batch.to_pandas()
-                feature = table["feature_name"].cat
-                yield table.assign(
-                    feature_name=feature.rename_categories(tenx.decode(feature.categories))
-                )
-    except (OSError, pyarrow.ArrowException) as error:
-        raise utils.broken(path, f"is no whole Parquet file: {error}") from error
-
-
-def genes_of(table: pd.DataFrame, panel: set[str] | None) -> np.ndarray:
-    """Which molecules (M,) are of genes, not of controls: bool."""
-    if "is_gene" in table:
-        return table["is_gene"].to_numpy(bool)
-    if "codeword_category" in table:
-        category = table["codeword_category"].astype("category").cat
-        kinds = tenx.decode(category.categories)
-        return np.isin(category.codes, np.flatnonzero(pd.Index(kinds).isin(GENE_CATEGORIES)))
-    feature = table["feature_name"].cat
-    names = feature.categories
-    good = ~names.str.startswith(CONTROL_PREFIXES) if panel is None else names.isin(panel)
-    return np.isin(feature.codes, np.flatnonzero(good))
-
-
-def read_panel(outs: Path) -> set[str] | None:
-    """Gene symbols of the cell matrix, if there is one."""
-    if not (outs / MATRIX).is_file():
-        return None
-    return set(tenx.read_10x_h5(outs / MATRIX)[2]["name"])
-
-
-def survey(path: Path, panel: set[str] | None, quality: float) -> Survey:
-    found, genes = Survey(), set()
-    for table in batches(path):
-        found.read += len(table)
-        good = (table["qv"] >= quality).to_numpy()
-        found.poor += int((~good).sum())
-        is_gene = genes_of(table, panel)
-        kept = table[good & is_gene]
-        genes.update(kept["feature_name"].unique())
-        found.controls.update(table["feature_name"][good & ~is_gene].value_counts().to_dict())
-        if len(kept):
-            xy = kept[["x_location", "y_location"]].to_numpy(float)
-            found.low = np.minimum(found.low, xy.min(0))
-            found.high = np.maximum(found.high, xy.max(0))
-    if not genes:
-        raise utils.StageError(
-            f"{path} holds no molecule of a gene with quality {quality:g} or more.",
-            "Give the transcripts.parquet of the run, unfiltered.",
-        )
-    found.controls = Counter({name: n for name, n in found.controls.items() if n})
-    found.genes = sorted(genes)
-    return found
-
-
 class Total:
     """A running sum of sparse matrices, of equals first, so that adding stays linear in time."""
 
@@ -368,12 +181,10 @@ class Counts:
 
 
 @dataclass
-class Molecules:
-    """The file of molecules, read again for every pass."""
+class CountedMolecules:
+    """The molecules in the frame of the image."""
 
-    path: Path
-    panel: set[str] | None
-    quality: float
+    molecules: files.Molecules
     genes: list[str]
     frame: RunFrame
 
@@ -381,11 +192,9 @@ class Molecules:
         """px (M, 2), superpixel (M,) and gene (M,) of those that count and lie on the image, and
         how many lie off it, a batch at a time."""
         index = pd.Index(self.genes)
-        for table in batches(self.path):
-            table = table[(table["qv"] >= self.quality).to_numpy() & genes_of(table, self.panel)]
-            codes = index.get_indexer(table["feature_name"].cat.categories)
-            gene = codes[table["feature_name"].cat.codes]
-            px = self.frame.to_px(table[["x_location", "y_location"]].to_numpy(float))
+        for batch, counts, *_ in self.molecules.counted():
+            gene = index.get_indexer(pd.Index(batch.features))[batch.feature[counts]]
+            px = self.frame.to_px(batch.xy[counts])
             superpixel = self.frame.superpixel_of(px)
             inside = superpixel >= 0
             yield px[inside], superpixel[inside], gene[inside], int((~inside).sum())
@@ -426,20 +235,26 @@ class RunCells:
 
 def read_cells(outs: Path) -> RunCells:
     """Cells of the matrix, joined with their centroids on cell_id, never by position."""
-    counts, barcodes, features = tenx.read_10x_h5(outs / MATRIX)
-    path = section.first_of(outs, CELLS, OUTS_HELP)
-    table = read_cell_table(outs, CELLS, ["x_centroid", "y_centroid"]).set_index("cell_id")
-    if repeated := utils.duplicates(table.index):
-        raise utils.broken(path, f"lists the cells {utils.some(repeated)} more than once.")
+    counts, barcodes, features = files.read_matrix(outs)
+    path, table = files.read_centroids(outs)
     missing = [cell for cell in barcodes if cell not in table.index]
     if missing:
-        raise utils.broken(
-            path,
-            f"has no place for {len(missing)} of {len(barcodes)} cells: {utils.some(missing)}.",
+        raise utils.StageError(
+            f"{path} has no place for {len(missing)} of {len(barcodes)} cells: "
+            f"{utils.some(missing)}; its own are like {utils.some(table.index)}.",
+            files.ONE_RUN,
         )
-    xy = table.loc[barcodes].to_numpy()
-    notes = tenx.dropped_notes(features)
-    return RunCells(counts, tenx.gene_names(features), xy, pd.Index(barcodes), notes)
+    xy, notes = table.loc[barcodes].to_numpy(float), tenx.dropped_notes(features)
+    placed = np.isfinite(xy).all(axis=1)
+    if lost := int((~placed).sum()):
+        molecules = counts[np.flatnonzero(~placed)].sum()
+        notes.append(f"{lost} cells without a place, {molecules:,.0f} molecules, are left out")
+    if not placed.any():
+        raise utils.StageError(f"{path} has no place for any cell.", files.ONE_RUN)
+    return RunCells(
+        counts[np.flatnonzero(placed)], tenx.gene_names(features), xy[placed],
+        pd.Index(barcodes)[placed], notes,
+    )  # fmt: skip
 
 
 def count_at_centroids(cells: RunCells, frame: RunFrame, xy: np.ndarray) -> Counts:
@@ -474,12 +289,24 @@ def outline_shares(cell: np.ndarray, xy: np.ndarray, n: int) -> tuple[grid.Cover
     return found._replace(area=found.area / total[found.polygon]), np.flatnonzero(total == 0)
 
 
+def too_large(cell: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Which vertices (V,) belong to an outline larger than any cell: one vertex far away would
+    have it cover the whole plane. xy (V, 2) in um; cell -1 is none."""
+    low, high = (np.full((cell.max(initial=-1) + 1, 2), fill) for fill in (np.inf, -np.inf))
+    known = cell >= 0
+    np.minimum.at(low, cell[known], xy[known])
+    np.maximum.at(high, cell[known], xy[known])
+    large = ~((high - low <= MAX_CELL_UM) & (np.abs(low) < FAR_UM)).all(axis=1)
+    return known & np.append(large, False)[cell]
+
+
 def count_by_area(
     cells: RunCells, outs: Path, frame: RunFrame, xy: np.ndarray
 ) -> tuple[Counts, int]:
     """Molecules of a cell spread over its outline; also how many have none: by centroid."""
-    table = read_cell_table(outs, OUTLINES, ["vertex_x", "vertex_y"])
+    table = files.read_outlines(outs)
     cell = cells.ids.get_indexer(pd.Index(table["cell_id"]))
+    cell[too_large(cell, table[["vertex_x", "vertex_y"]].to_numpy())] = -1
     order = np.flatnonzero(cell >= 0)
     order = order[np.argsort(cell[order], kind="stable")]
     px = frame.to_px(table[["vertex_x", "vertex_y"]].to_numpy()[order])
@@ -535,40 +362,39 @@ def count(
     args: argparse.Namespace, outs: Path
 ) -> tuple[Counts, RunFrame, np.ndarray, list[str], dict]:
     """Counts, frame, spot centres (N, 2) in px, notes and facts, by whatever --counts says."""
-    kind = args.counts_of or ("transcripts" if (outs / MOLECULES).is_file() else "cells")
+    there = any((outs / name).is_file() for name in files.MOLECULES)
+    kind = args.counts_of or ("transcripts" if there else "cells")
     if kind == "transcripts":
-        path = section.first_of(outs, (MOLECULES,), OUTS_HELP)
-        panel = read_panel(outs)
-        found = survey(path, panel, args.min_quality)
+        path = files.need_one(outs, files.MOLECULES, "molecules", "; or take --counts-of cells")
+        molecules = files.Molecules(path, files.read_panel(outs), args.min_quality)
+        found = files.survey(molecules)
         frame = make_frame(found.low, found.high, args.region_um)
         xy = spot_centres(frame)
-        counts = Molecules(path, panel, args.min_quality, found.genes, frame).count(xy)
-        controls = sum(found.controls.values())
+        counts = CountedMolecules(molecules, found.genes, frame).count(xy)
         facts = {
             "counts_of": kind, "molecules_read": found.read, "below_quality": found.poor,
-            "of_controls": controls, "controls": len(found.controls),
+            "of_controls": found.kinds.total(), "controls": len(found.controls),
+            "left_out": dict(sorted(found.kinds.items())),
         }  # fmt: skip
-        notes = [
-            f"{found.poor} of {found.read} molecules are below quality {args.min_quality:g}",
-            f"{controls} molecules of {len(found.controls)} controls are left out",
-        ]
-        return counts, frame, xy, notes, facts
+        return counts, frame, xy, found.notes(args.min_quality), facts
     cells = read_cells(outs)
     frame = make_frame(cells.xy.min(0), cells.xy.max(0), args.region_um)
     xy, notes = spot_centres(frame), cells.notes
     facts = {"counts_of": kind, "cells": len(cells.ids)}
+    if args.counts_of is None:
+        notes.append(f"none of {', '.join(files.MOLECULES)} is there: cells are counted")
     if kind == "cells":
         return count_at_centroids(cells, frame, xy), frame, xy, notes, facts
     counts, bare = count_by_area(cells, outs, frame, xy)
     if bare:
-        notes.append(f"{bare} cells without an outline are counted at their centroids")
+        notes.append(f"{bare} cells without a sound outline are counted at their centroids")
     return counts, frame, xy, notes, facts
 
 
 def prepare(args: argparse.Namespace) -> section.PreparedSection:
-    with open_outs(args.outs) as outs:
+    with files.open_outs(args.outs) as outs:
         slide = images.open_image(args.image)
-        run_um = run_pixel_size(outs) if args.alignment else utils.PIXEL_SIZE_UM
+        run_um = files.run_pixel_size(outs) if args.alignment else utils.PIXEL_SIZE_UM
         placing = read_placing(args.alignment, run_um, slide, args.pixel_size)
         check_pixel_size(placing, slide, args.pixel_size)
         counts, frame, xy, notes, facts = count(args, outs)
@@ -604,9 +430,11 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
             f"truth.npz holds {len(truth.genes)} of {len(counts.genes)} genes: {in_truth:,.0f} "
             f"molecules"
         )
+    if np.linalg.det(placing.to_slide[:2, :2]) < 0:
+        notes.append("the alignment mirrors the H&E: see in check.png that the section fits")
     if args.alignment is None:
         notes.append("by --aligned, the image is taken to lie in the frame of the run")
-    read = [outs / name for name in sorted(WANTED)] if args.outs.is_dir() else [args.outs]
+    read = [outs / name for name in sorted(files.WANTED)] if args.outs.is_dir() else [args.outs]
     sources = [path for path in (args.image, args.alignment, *read) if path and path.is_file()]
     locs = lattice.named_spots(xy)
     return section.PreparedSection(

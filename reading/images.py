@@ -54,7 +54,9 @@ class ImageRows:
 
     def open(self) -> None:
         with checked(self.stage, self.path):
-            self.image, _ = pictures.to_rgb(pictures.open_picture(self.path), self.path)
+            image = pictures.open_picture(self.path)
+            check_extent(self.stage, self.path, image.width, image.height)
+            self.image, _ = pictures.to_rgb(image, self.path)
         self.number, self.kept = -1, np.empty(0, np.uint8)  # of the last block, and its pixels
 
     def __enter__(self) -> ImageRows:
@@ -92,7 +94,16 @@ class ImageRows:
 def thumbnail(stage: Stage, path: Path, longest_px: int) -> np.ndarray:
     """The image with sides of at most ``longest_px``, uint8 (rows, columns, 3); not enlarged."""
     with checked(stage, path):
+        image = pictures.open_picture(path)
+        check_extent(stage, path, image.width, image.height)
         return pictures.shrunk(path, longest_px)
+
+
+def check_extent(stage: Stage, path: Path, width: int, height: int) -> None:
+    """Stop before an image is decoded that is larger than any that these scripts write."""
+    if width * height > MAX_HE_PIXELS:
+        limit = f"{MAX_HE_PIXELS / 1e6:,.0f} million pixels"
+        raise stage.error(path, f"is {width} x {height} px; expected at most {limit}.")
 
 
 def grid_shape(stage: Stage) -> tuple[int, int]:
@@ -103,6 +114,7 @@ def grid_shape(stage: Stage) -> tuple[int, int]:
             width, height = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise stage.error(path, f"is not an image: {error}") from error
+    check_extent(stage, path, width, height)
     if width % TILE_PX or height % TILE_PX:
         raise stage.error(
             path, f"is {width} x {height} px; both sides must be multiples of {TILE_PX} px."

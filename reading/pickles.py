@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
@@ -55,31 +56,58 @@ for _core in ("numpy.core", "numpy._core"):
     STAND_INS[f"{_core}.numeric", "_frombuffer"] = _from_bytes
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Builds numpy arrays of numbers in plain containers; refuses all that could run code."""
+class _ArraysOnly(pickle._Unpickler):
+    """Builds numpy arrays of numbers in plain containers; refuses all that could run code.
+
+    It is the unpickler in Python: the one in C makes room for whatever place in its memo a damaged
+    file names. Of the few objects in our files, none takes longer.
+    """
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(file)
+        self.size = size
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in STAND_INS:
             raise pickle.UnpicklingError(f"{module}.{name} is not a numpy array")
         return STAND_INS[module, name]
 
+    def load_bytearray8(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))  # type: ignore[attr-defined]
+        if length > self.size:
+            raise pickle.UnpicklingError(f"{length} bytes are named, the file has {self.size}")
+        self.append(bytearray(self.read(length)))  # type: ignore[attr-defined]
 
-def _plain(content: Any) -> Any:
-    """Arrays in place of their stand-ins, also inside of dicts, lists and tuples."""
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8  # type: ignore[assignment]
+
+
+def _plain(content: Any, known: dict[int, Any] | None = None) -> Any:
+    """Arrays in place of their stand-ins, also inside of dicts, lists and tuples.
+
+    ``known`` is what was made of a container that occurs again: doubled lists of doubled lists
+    would take for ever.
+    """
+    known = {} if known is None else known
     if isinstance(content, _Array):
         return content.array
-    if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)(map(_plain, content))
-    return content
+    if not isinstance(content, (dict, list, tuple)):
+        return content
+    if id(content) not in known:
+        if isinstance(content, dict):
+            made: Any = {key: _plain(value, known) for key, value in content.items()}
+        else:
+            made = type(content)(_plain(value, known) for value in content)
+        known[id(content)] = made
+    return known[id(content)]
 
 
 def read_pickle(path: Path) -> Any:
     """What a .pickle file holds, if that is numpy arrays in plain containers; else StageError."""
     try:
         with path.open("rb") as file:
-            return _plain(_ArraysOnly(file).load())
+            return _plain(_ArraysOnly(file, path.stat().st_size).load())
     except Exception as error:  # damaged bytes can raise nearly anything
         raise StageError(
             f"{path} is not a pickled numpy array ({error!r:.200}).",

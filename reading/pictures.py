@@ -137,14 +137,19 @@ def orientation(image: pyvips.Image, path: Path) -> int:
     return known or 1
 
 
-def check(image: pyvips.Image, path: Path) -> None:
-    """Raise Misfit if the pixels would mislead, by the header and, of 16 bits, by the values."""
-    if (turned := orientation(image, path)) != 1:
+def check_orientation(turned: int) -> None:
+    """Raise Misfit if a picture of any format is to be shown in another way than it is stored."""
+    if turned != 1:
         raise Misfit(
             f"has EXIF orientation {turned}, so viewers turn it; expected 1 or none: spots refer "
             f"to the pixels as stored.",
             AS_STORED,
         )
+
+
+def check(image: pyvips.Image, path: Path) -> None:
+    """Raise Misfit if the pixels would mislead, by the header and, of 16 bits, by the values."""
+    check_orientation(orientation(image, path))
     if fact(image, "bits-per-sample", 8) == 1 and not fact(image, "palette", 0):
         raise Misfit("has 1 bit a pixel; expected RGB of 8 or 16 bits a channel.")
     if image.format not in ("uchar", "ushort"):
@@ -204,8 +209,10 @@ def to_rgb(image: pyvips.Image, path: Path) -> tuple[pyvips.Image, str]:
 
 def fourth_has_no_meaning(image: pyvips.Image, path: Path) -> bool:
     """True if a TIFF does not say of its fourth channel that it is alpha; libvips would take it."""
+    from PIL.TiffImagePlugin import TiffImageFile  # reads the header of any size, as open does not
+
     if image.get("vips-loader").startswith("tiff"):
-        with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(path) as header:
+        with contextlib.suppress(OSError, SyntaxError, ValueError), TiffImageFile(path) as header:
             return header.mode in ("RGB", "RGBX")
     return False
 

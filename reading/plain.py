@@ -1,17 +1,78 @@
-"""Small text files: one number, one name a line."""
+"""Text files: how their bytes become text and lines; and small ones: one number, one name a line.
+
+Text is UTF-8, or UTF-16 with a byte order mark, as Windows saves it; it may be packed with gzip,
+which its bytes tell and not its name. A line ends with \\n, \\r\\n or \\r, and with nothing else:
+other characters that Unicode takes for line ends (U+0085, U+2028) may stand in a gene name.
+"""
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import io
+import zlib
 from pathlib import Path
+from typing import TextIO, cast
 
 import utils
+
+WHOLE_FILE = 2**26  # bytes of a text that is read at once: no list of genes is as long
+GZIP = b"\x1f\x8b"
+OTHER_KINDS = {  # how files begin that are no text, and what they are
+    b"PK\x03\x04": "an Excel workbook (.xlsx) or another zip archive",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook (.xls)",
+    b"\x89HDF": "an HDF5 file (.h5, .h5ad)",
+    b"PAR1": "a Parquet file",
+    b"RDX": "a file of R (.RData)",
+    b"BZh": "packed with bzip2",
+    b"\xfd7zXZ": "packed with xz",
+    b"\x28\xb5\x2f\xfd": "packed with Zstandard",
+}
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what packed bytes that are not whole raise
+
+
+class Unfit(ValueError):
+    """Why a file is not read, though its bytes may be whole; and what would be read."""
+
+
+def open_text(path: Path) -> TextIO:
+    """A text file, opened; every line that is read of it ends with \\n. Unfit if it is no text."""
+    with path.open("rb") as file:
+        packed = file.read(2) == GZIP
+    content = gzip.GzipFile(path) if packed else path.open("rb")
+    try:
+        start = cast(io.BufferedReader, content).peek(8)
+        for sign, kind in OTHER_KINDS.items():
+            if start.startswith(sign):
+                raise Unfit(f"it is {kind}; expected text.")
+        wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return io.TextIOWrapper(content, encoding="utf-16" if wide else "utf-8-sig")
+    except BaseException:
+        content.close()
+        raise
+
+
+def read_text(path: Path) -> str:
+    """The whole of a small text file, its line ends as \\n. Unfit if it is no text."""
+    with open_text(path) as file:
+        text = file.read(WHOLE_FILE)
+        if file.read(1):
+            raise Unfit(f"it has more than {WHOLE_FILE / 1e6:.0f} million characters.")
+    if "\0" in text:
+        raise Unfit("it holds zero bytes, as no text does.")
+    return text
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a small text file that are not blank, stripped. Unfit if it is no text."""
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def read_number(
     stage: utils.Stage, path: Path, low: float, high: float, unit: str, hint: str = ""
 ) -> float:
     """The one number in a text file, between ``low`` and ``high``."""
-    text = _read_text(stage, path).strip()
+    text = _text_of(stage, path).strip()
     try:
         value = float(text) if "_" not in text else float("nan")
     except ValueError:
@@ -26,14 +87,16 @@ def read_number(
 
 
 def read_lines(stage: utils.Stage, path: Path) -> list[str]:
-    """The non-empty lines of a text file, stripped."""
-    return [line.strip() for line in _read_text(stage, path).splitlines() if line.strip()]
+    """The lines of a text file that are not blank, stripped."""
+    return [line.strip() for line in _text_of(stage, path).split("\n") if line.strip()]
 
 
-def _read_text(stage: utils.Stage, path: Path) -> str:
+def _text_of(stage: utils.Stage, path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except UnicodeDecodeError as error:
         raise stage.error(
             path, f"is not UTF-8 text: {error.reason} at byte {error.start}."
         ) from error
+    except (Unfit, *DAMAGED) as error:
+        raise stage.error(path, f"cannot be read: {error}") from error

@@ -3,12 +3,14 @@
 #
 #   bash tests/run.sh [pytest options]      for example: bash tests/run.sh -k HISTEX
 #
-# Without an active virtual or conda environment it makes .venv in the repository.
+# Without an active virtual or conda environment it makes .venv in the repository. Packages come from
+# tests/requirements.lock; REQUIREMENTS=tests/requirements.txt takes the newest that the ranges allow
+# and keeps what an active environment has.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . demo/environment.sh
-use_environment -r tests/requirements.txt
+use_environment -r "${REQUIREMENTS:-tests/requirements.lock}"
 
 # One thread: the tests compare bytes between runs, and small arrays are faster without a pool.
 export OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=1

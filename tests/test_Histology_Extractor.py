@@ -876,12 +876,32 @@ def test_cached_weights_need_neither_token_nor_network(tiny_uni, tmp_path, monke
         return str(tiny_uni[1])
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(extractor, "UNI_SHA256", disk.sha256(tiny_uni[1]))
     directory = write_he(tmp_path / "s", section(224, 224))
     assert run(SCRIPT, directory, "--login", TOKEN) == 0
     shown = capsys.readouterr()
+    assert "sha256" not in shown.out
     written = (directory / utils.record_name(SCRIPT)).read_text()
     assert TOKEN not in shown.out + shown.err + written
     assert record(directory)["arguments"]["login"] == "***"
+
+
+def test_what_the_hub_gave_must_be_the_published_file(tiny_uni, tmp_path, monkeypatch, capsys):
+    """Before anything of it is read; a file of the user's is another by right, which is said."""
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tiny_uni[1]))
+    directory = write_he(tmp_path / "s", section(224, 224))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+        assert run(SCRIPT, directory) == 2
+    found = disk.sha256(tiny_uni[1])
+    said = capsys.readouterr().err
+    assert (
+        f"has the sha256 {found}; that of the published weights is {extractor.UNI_SHA256}" in said
+    )
+    assert f"Remove it ({tiny_uni[1]})" in said
+    assert run(SCRIPT, directory, "--weights", str(tiny_uni[1])) == 0
+    assert f"note: {tiny_uni[1]} has the sha256 {found}" in capsys.readouterr().out
+    assert record(directory)["weights_sha256"] == found
 
 
 @pytest.mark.parametrize(

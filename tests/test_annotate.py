@@ -570,10 +570,10 @@ def test_spot_labels_of_several_kinds(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("spot,name\n10x3,a\n", "has the columns spot, name; label is missing."),
+        ("spot,name\n10x3,a\n", "has the columns spot, name. It lacks label."),
         ("spot,label\nA,a\nB,b\n", "labels the spots A, B; locs.csv has 10x3, 11x3, 12x4."),
         ("spot,label\n10x3,a\n10x3,b\n", "labels the spots 10x3 more than once."),
-        ("n,x,y,label\n1,ten,3,a\n", "has a place that is no number: "),
+        ("n,x,y,label\n1,ten,3,a\n", "holds 'ten' for x in line 2; expected a number"),
     ],
 )
 def test_bad_labels_of_spots(tmp_path, text, problem):

@@ -3,7 +3,9 @@
 import gzip
 import json
 import shutil
+import struct
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,9 @@ from PIL import Image
 from test_evaluate import write_maps
 
 import utils
-from analysis import cells
-from analysis.cells import Outline, PixelFrame
+from analysis import cells, mending, outlines
+from analysis.cells import PixelFrame
+from analysis.outlines import Outline
 from writing import disk
 
 RAW, SCALED, SIZE = (150, 300), (208, 416), (224, 448)  # he-raw, he.jpg without and with padding
@@ -498,3 +501,294 @@ def test_other_errors(section, tmp_path, capsys):
 def test_no_plot_is_taken_as_before():
     given = ["--directory", "a", "--masks", "b.tif", "--no-plot"]
     assert cells.build_parser().parse_args(given).no_plot
+
+
+# ----- what tools and vendors write -----
+def run_features(section, path, features, *options):
+    return run_cells(section, write_geojson(path, features), *options)[1]
+
+
+def some_boxes(n):
+    return [[box(100 + 30 * i, 60, 120 + 30 * i, 80)] for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ([{"properties": {"cell_id": i}} for i in (7, 12, 40)], ["7", "12", "40"]),
+        ([{"properties": {"cell_id": i}} for i in (7.0, "x", 40)], ["7", "x", "40"]),
+        ([{"properties": {"cell_id": i}, "id": "0"} for i in (7, 12, 40)], ["7", "12", "40"]),
+        ([{"properties": {"cell_id": 2}}, {}, {"properties": {"cell_id": None}}],
+         ["2", "object 2", "3"]),
+        ([{"id": i, "properties": {"label": "tumour"}} for i in "abc"], ["a", "b", "c"]),
+        ([{"properties": {"label": i}} for i in (5, 3, 1)], ["5", "3", "1"]),
+        ([{"properties": {"label": "tumour"}} for _ in range(3)], ["1", "2", "3"]),
+        ([{"properties": {"name": i, "label": "tumour"}} for i in "abc"], ["a", "b", "c"]),
+        ([{"id": "a"}, {"id": "a"}, {"id": "b"}], ["1", "2", "3"]),
+        ([{"properties": {"cell_id": i}} for i in (True, [1], float("nan"))], ["1", "2", "3"]),
+    ],
+)  # fmt: skip
+def test_cells_keep_the_names_of_their_file(section, tmp_path, more, names):
+    features = [feature(rings, **m) for rings, m in zip(some_boxes(3), more, strict=True)]
+    table = run_features(section, tmp_path / "c.geojson", features)
+    assert table.index.astype(str).tolist() == names
+
+
+def test_labels_keep_their_numbers(section, tmp_path):
+    labels = np.zeros(RAW, np.uint16)
+    labels[60:80, 100:120], labels[60:80, 130:150] = 40, 7
+    np.save(tmp_path / "cells.npy", labels)
+    assert run_cells(section, tmp_path / "cells.npy")[1].index.astype(str).tolist() == ["7", "40"]
+
+
+def test_baysor_and_other_geojson_are_read_alike(section, tmp_path):
+    """Baysor before 0.7: a GeometryCollection; a cell may have several parts, some no ring."""
+    polygons = [{"type": "Polygon", "coordinates": rings} for rings in some_boxes(2)]
+    flat = {"type": "Polygon", "coordinates": [[[1, 1], [1, 1]]], "cell": 9}
+    geometries = [polygons[0] | {"cell": 5}, polygons[1] | {"cell": 3}, flat]
+    baysor = {"type": "GeometryCollection", "geometries": geometries}
+    contents = {
+        "baysor.json": baysor,
+        "bom.geojson": "\ufeff" + json.dumps(baysor),
+        "list.json": baysor["geometries"],
+        "features.json": {"features": [feature(p["coordinates"], properties={"cell_id": i})
+                                       for p, i in zip(polygons, (5, 3), strict=True)]},
+    }  # fmt: skip
+    tables = []
+    for name, content in contents.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        tables.append(run_cells(section, tmp_path / name)[1])
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        tables.append(run_cells(section, tmp_path / f"{name}.gz")[1])
+    assert tables[0].index.astype(str).tolist() == ["5", "3"]
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0])
+    twice = {"type": "GeometryCollection", "geometries": [p | {"cell": 5} for p in polygons]}
+    (tmp_path / "parts.json").write_text(json.dumps(twice))
+    _, table = run_cells(section, tmp_path / "parts.json")
+    area = sum(tables[0]["area_um2"].astype(float))
+    assert table.index.astype(str).tolist() == ["5"]
+    assert float(table["area_um2"].iloc[0]) == pytest.approx(area, abs=0.02)
+
+
+BOW = [[32, 32], [96, 96], [96, 32], [32, 96], [32, 32]]  # two triangles of 32 x 64 / 2 px
+CROSSING = {  # rings, kind, area in px of he.jpg
+    "bow": ([BOW], "Polygon", 2048),
+    "bow with its crossing": (
+        [[[32, 32], [64, 64], [96, 96], [96, 32], [64, 64], [32, 96]]], "Polygon", 2048),
+    "uneven bow": ([[[0, 0], [90, 90], [90, 0], [0, 30]]], "Polygon", 337.5 + 45 * 67.5),
+    "around twice": ([[*box(32, 32, 64, 64)[:4], *box(32, 32, 64, 64)]], "Polygon", 1024),
+    "duplicate vertices": ([[p for p in box(32, 32, 64, 64) for _ in range(3)]], "Polygon", 1024),
+    "a spike": ([[[32, 32], [64, 32], [64, 64], [90, 90], [64, 64], [32, 64]]], "Polygon", 1024),
+    "a hole": ([box(32, 32, 64, 64), box(40, 40, 48, 48)], "Polygon", 1024 - 64),
+    "a hole that leaves": ([box(32, 32, 64, 64), box(48, 48, 80, 80)], "Polygon", 1024 - 256),
+    "a hole outside": ([box(32, 32, 64, 64), box(80, 80, 96, 96)], "Polygon", 1024),
+    "holes that overlap": (
+        [box(32, 32, 64, 64), box(40, 40, 48, 48), box(44, 40, 52, 48)], "Polygon", 1024 - 96),
+    "parts that overlap": ([[box(32, 32, 64, 64)], [box(48, 48, 80, 80)]], "MultiPolygon", 1792),
+    "a part in another": ([[box(32, 32, 64, 64)], [box(40, 40, 48, 48)]], "MultiPolygon", 1024),
+    "an island in a hole": (
+        [[box(32, 32, 64, 64), box(36, 36, 60, 60)], [box(40, 40, 48, 48)]], "MultiPolygon",
+        1024 - 576 + 64),
+}  # fmt: skip
+
+
+@pytest.fixture
+def even(section):
+    """A section of he.jpg alone whose maps are 1 everywhere."""
+    write_maps(section, np.ones((*GRID, len(GENES))), GENES)
+    write_record(section, utils.HISTEX, ["he.jpg"], ["cnts-super"])
+    return section
+
+
+@pytest.mark.parametrize("case", CROSSING)
+def test_what_an_outline_encloses_counts_once(even, tmp_path, case, capsys):
+    rings, kind, area = CROSSING[case]
+    features = [feature(rings, kind, id="it"), feature([box(128, 32, 160, 64)], id="ok")]
+    table = run_features(even, tmp_path / "c.geojson", features, "--frame", "he")
+    assert table["area_um2"].astype(float).tolist() == pytest.approx([area / 4, 256], abs=0.01)
+    np.testing.assert_allclose(values(table)[:, 0], [area / 256, 4], rtol=1e-3)
+    assert table["share_on_tissue"].astype(float).tolist() == [1, 1]
+    warned = "cross themselves or cover a part twice" in capsys.readouterr().out
+    assert warned == (
+        case not in {"duplicate vertices", "a spike", "a hole", "an island in a hole"}
+    )
+
+
+def test_the_centre_of_a_mended_outline(even, tmp_path):
+    rings = [feature([BOW]), feature([box(32, 32, 96, 96)])]
+    table = run_features(even, tmp_path / "c.geojson", rings, "--frame", "he")
+    assert table[["x", "y"]].nunique().tolist() == [1, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(points=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=3, max_size=9))
+def test_mended_outlines_are_what_they_wind_around(points):
+    """Against the winding number of the centre of every square of a finer grid."""
+    ring, fine = np.array(points, float), 12
+    centre = (np.arange(12 * fine) + 0.5) / fine
+    x, y = np.meshgrid(centre + 1e-7, centre + 1e-7)
+    winding = np.zeros(x.shape, int)
+    for a, b in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+        left = (b[0] - a[0]) * (y - a[1]) - (x - a[0]) * (b[1] - a[1]) > 0
+        winding += ((a[1] <= y) & (b[1] > y) & left).astype(int)
+        winding -= ((a[1] > y) & (b[1] <= y) & ~left).astype(int)
+    expected = (winding != 0).sum() / fine**2
+    pieces = mending.mend([(ring, False)])
+    length = np.abs(np.diff(np.vstack([ring, ring[:1]]), axis=0)).sum()
+    assert outlines.area_of(pieces) == pytest.approx(expected, abs=0.75 * length / fine + 1e-9)
+    if not mending.need_mending([[(ring, False)]])[0]:
+        assert outlines.area_of(pieces) == pytest.approx(outlines.area_of([(ring, False)]))
+
+
+def test_outlines_without_area_are_left_out_and_counted(section, tmp_path, capsys):
+    features = [
+        feature([box(100, 60, 120, 80)], id="ok"),
+        feature([[[1, 1], [9, 9], [5, 5]]], id="a line"),
+        feature([[[3, 3]] * 4], id="a point"),
+        feature([[[1, 1], [2, 3]]], id="two points"),
+        feature([[[1, 1], [2, 3], [float("nan"), 1]]], id="no number"),
+        feature([[[1, 1], [2, 3], [1e300, 1]]], id="beyond"),
+        feature([], id="nothing"),
+    ]
+    code, table = run_cells(section, write_geojson(tmp_path / "c.geojson", features))
+    assert code == 0
+    assert table.index.astype(str).tolist() == ["ok"]
+    record = json.loads((section / "cells.json").read_text())
+    text = capsys.readouterr().out
+    for said in (
+        "2 of 3 outlines have no area", "1 of 7 objects have a ring of shape (2, 2)",
+        "1 of 7 objects have coordinates that are not finite",
+        "1 of 7 objects have coordinates beyond any image",
+    ):  # fmt: skip
+        assert said in text
+        assert any(said in warning for warning in record["warnings"])
+
+
+def test_a_few_cells_far_away_are_left_out(section, tmp_path, capsys):
+    features = [feature([box(100, 60, 120, 80)]) for _ in range(150)]
+    features.append(feature([box(9000, 60, 9020, 80)]))
+    code, table = run_cells(section, write_geojson(tmp_path / "c.geojson", features))
+    assert (code, len(table)) == (0, 150)
+    assert "1 cells lie far outside of the image: left out" in capsys.readouterr().out
+    write_geojson(tmp_path / "c.geojson", [*features, *features[-1:] * 3])
+    assert run_cells(section, tmp_path / "c.geojson")[0] == 2
+    assert "4 of 154 cells far outside" in capsys.readouterr().err
+
+
+def test_the_folder_of_space_ranger(section, tmp_path, capsys):
+    outs = tmp_path / "outs" / "segmented_outputs"
+    outs.mkdir(parents=True)
+    for name, ids in (("cell", (7, 40)), ("nucleus", (40,))):
+        features = [feature(some_boxes(3)[i % 3], properties={"cell_id": i}) for i in ids]
+        write_geojson(outs / f"{name}_segmentations.geojson", features)
+    assert run_cells(section, outs)[1].index.astype(str).tolist() == ["7", "40"]
+    assert run_cells(section, outs.parent)[1].index.astype(str).tolist() == ["7", "40"]
+    (outs / "filtered_feature_cell_matrix.h5").write_bytes(b"")
+    assert run_cells(section, outs / "filtered_feature_cell_matrix.h5")[0] == 2
+    assert "cell_segmentations.geojson of the same folder" in capsys.readouterr().err
+    assert run_cells(section, outs / "cell_segmentations.geojson", "--nuclei")[0] == 2
+    assert "nucleus_segmentations.geojson, without --nuclei" in capsys.readouterr().err
+    assert run_cells(section, tmp_path)[0] == 2
+    assert "is a folder without cell_segmentations.geojson" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["boundaries.parquet", "boundaries.csv.gz", "boundaries.csv"])
+def test_boundaries_of_xenium_lie_in_the_frame_of_the_sample(section, tmp_path, name, capsys):
+    """In um of the run; he-raw starts at its frame_origin_um and has 0.5 um per px."""
+    rows = [("aa-1", 1, x, y) for x, y in box(1050, 2030, 1060, 2040)]
+    rows += [("bb-1", 1, x, y) for x, y in box(1070, 2030, 1075, 2040)]
+    rows += [("bb-1", 2, x, y) for x, y in box(1080, 2030, 1085, 2040)]
+    rows += [("cc-1", 1, 1.0, float("nan"))] * 4
+    table = pd.DataFrame(rows, columns=["cell_id", "label_id", "vertex_x", "vertex_y"])
+    path = tmp_path / name
+    table.to_parquet(path) if name.endswith("parquet") else table.to_csv(path, index=False)
+    assert run_cells(section, path)[0] == 2
+    error = capsys.readouterr().err
+    assert "um of a Xenium run" in error
+    assert "QuPath" in error
+    write_record(section, "prepare/xenium.py", [], [])
+    record = json.loads((section / "prepare.json").read_text())
+    (section / "prepare.json").write_text(json.dumps(record | {"frame_origin_um": [1000, 2000]}))
+    code, found = run_cells(section, path)
+    assert code == 0
+    assert "1 outlines have no three finite vertices" in capsys.readouterr().out
+    assert found.index.astype(str).tolist() == ["aa-1", "bb-1"]
+    assert found[["x", "y"]].astype(float).to_numpy().tolist() == [[110, 70], [155, 70]]
+    table.columns = ["cell", "part", "x", "y"]
+    table.to_csv(tmp_path / "other.csv", index=False)
+    assert run_cells(section, tmp_path / "other.csv")[0] == 2
+    assert "is a table of cell, part, x, y; of tables, only the" in capsys.readouterr().err
+
+
+def test_formats_that_are_not_read_are_named(section, tmp_path, capsys):
+    labels = np.ones(RAW, np.uint16)
+    np.savez(tmp_path / "c.npz", labels)
+    np.save(tmp_path / "he_seg.npy", {"masks": labels})
+    np.save(tmp_path / "object.npy", np.array([{"a": 1}]))
+    Image.fromarray(labels.astype(np.uint8)).save(tmp_path / "c.jpg")
+    for name in ("c.mat", "c.h5ad", "cells.zarr.zip", "c.pickle", "c.xml"):
+        (tmp_path / name).write_bytes(b"\x00")
+    (tmp_path / "c.json").write_text(json.dumps({"images": [], "annotations": []}))
+    said = {
+        "c.npz": "np.load('c.npz')['NAME']", "he_seg.npy": "the _seg.npy of Cellpose",
+        "object.npy": "a pickle of objects", "c.jpg": "a JPEG, which changes labels",
+        "c.mat": "inst_map", "c.h5ad": "HDF5", "cells.zarr.zip": "cell_boundaries.parquet",
+        "c.pickle": "a pickle, which is not opened", "c.xml": "QuPath",
+        "c.json": "but an object of images, annotations",
+    }  # fmt: skip
+    for name, words in said.items():
+        assert run_cells(section, tmp_path / name)[0] == 2, name
+        error = capsys.readouterr().err
+        assert words in error
+        assert "ownload" not in error
+    assert "np.load('he_seg.npy', allow_pickle=True).item()['masks']" in (
+        run_cells(section, tmp_path / "he_seg.npy") and capsys.readouterr().err
+    )
+
+
+# ----- headers that promise too much -----
+def huge_png(side):
+    """A grey PNG of side x side px by its header, with no pixels."""
+
+    def chunk(kind, content):
+        return (struct.pack(">I", len(content)) + kind + content
+                + struct.pack(">I", zlib.crc32(kind + content)))  # fmt: skip
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [60_000, 80_000])
+def test_a_huge_label_image_is_refused_by_its_header(section, tmp_path, side, capsys):
+    (tmp_path / "c.png").write_bytes(huge_png(side))
+    np.save(tmp_path / "c.npy", np.zeros(RAW, np.uint8))
+    content = (tmp_path / "c.npy").read_bytes().replace(b"(150, 300)", f"({side}, 9)".encode())
+    (tmp_path / "c.npy").write_bytes(content)
+    tifffile.imwrite(tmp_path / "c.tif", np.zeros((16, 16), np.uint8), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "c.tif", mode="r+b") as tiff:
+        for tag in ("ImageWidth", "ImageLength", "RowsPerStrip"):
+            tiff.pages[0].tags[tag].overwrite(side)
+    tracemalloc.start()
+    for name in ("c.png", "c.npy", "c.tif"):
+        assert run_cells(section, tmp_path / name)[0] == 2
+        error = capsys.readouterr().err
+        assert "expected 300 x 150 px" in error or "not a readable label image" in error
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_odd_label_tiffs(section, tmp_path, capsys):
+    labels = np.ones(RAW, np.uint16)
+    turned, bits = tmp_path / "turned.tif", tmp_path / "bits.tif"
+    tifffile.imwrite(turned, labels, extratags=[(274, "H", 1, 3, True)])
+    tifffile.imwrite(bits, labels)
+    with tifffile.TiffFile(bits, mode="r+b") as tiff:
+        tiff.pages[0].tags["BitsPerSample"].overwrite(65)
+    for path, words in ((turned, "has orientation 3"), (bits, "of a kind that is not known")):
+        assert run_cells(section, path)[0] == 2
+        assert words in capsys.readouterr().err

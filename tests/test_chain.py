@@ -366,6 +366,22 @@ def test_only_our_own_partial_files_are_swept_away(finished):
     assert [path.exists() for path in (ours, *theirs)] == [False, True, True, True]
 
 
+def test_what_a_dead_process_left_is_swept_at_once(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\n"
+        "from writing import disk\n"
+        f"print(disk.partial_name(Path({str(tmp_path)!r}) / 'cnts.csv.gz').name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    dead, alive = tmp_path / done.stdout.strip(), disk.partial_name(tmp_path / "cnts.csv.gz")
+    elsewhere = tmp_path / dead.name.replace(disk.machine(), "0123abcd")
+    for path in (dead, alive, elsewhere):
+        path.write_bytes(b"half")
+    disk.sweep(tmp_path)
+    assert [path.exists() for path in (dead, alive, elsewhere)] == [False, True, True]
+
+
 def test_a_checkpoint_beside_a_finished_state_is_removed(finished):
     left = finished / "states" / "00" / "checkpoint.pt"
     left.write_bytes(b"x")

@@ -2,7 +2,10 @@
 
 import io
 import json
+import shlex
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pandas as pd
 import pytest
 import pyvips
 import tifffile
-from conftest import REAL_DATA, draw_section, hexagonal_spots, run, run_process
+from conftest import REAL_DATA, ROOT, draw_section, hexagonal_spots, run, run_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFilter, JpegImagePlugin
@@ -574,7 +577,8 @@ def refused(directory, capsys, *words, options=()) -> None:
     assert calibrate(directory, *options) == 2
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     message = capsys.readouterr().err
-    for word in (*words, f'python image_calibration.py --directory "{directory}"'):
+    quoted = shlex.quote(str(directory))
+    for word in (*words, f"python image_calibration.py --directory {quoted}"):
         assert word in message, message
 
 
@@ -872,18 +876,38 @@ def test_a_pitch_of_another_platform_is_a_warning(sample, capsys):
     assert "a factor of 2.0" in printed
 
 
-def test_up_to_one_percent_may_be_outside(sample, capsys):
+def test_up_to_five_percent_may_be_outside_and_are_left_out(sample, capsys):
+    """As prepare/ has it: what that accepts must not be refused here."""
     xy = hexagonal_spots((440, 660), 30.0, 20.0)[:200]
-    xy[:2] += 5000
+    xy[:10] += 5000
     table = pd.DataFrame(xy, columns=["x", "y"]).rename(index="s{}".format)
     table.to_csv(sample / "locs-raw.csv")
     assert calibrate(sample) == 0
-    assert "198 of 200 (99.0%)" in capsys.readouterr().out
-    table.iloc[2] += 5000
+    printed = capsys.readouterr().out
+    assert "190 of 200 (95.0%)" in printed
+    assert "note: 10 spots off the image are left out: s0, s1, s2, s3, s4, ..." in printed
+    assert pd.read_csv(sample / "locs.csv", index_col=0).index.tolist() == table.index[10:].tolist()
+    record = json.loads((sample / "image_calibration.json").read_text())
+    assert (record["spots"], record["spots_inside"]) == (200, 190)
+    table.iloc[10] += 5000
     table.to_csv(sample / "locs-raw.csv")
     (sample / "image_calibration.json").unlink()
-    words = ("puts 3 of 200 spots outside", "660 columns and 440 rows", "another image")
+    words = ("puts 11 of 200 spots outside", "660 columns and 440 rows", "another image")
     refused(sample, capsys, "locs-raw.csv", *words)
+
+
+def test_a_large_tiff_of_four_channels_is_no_bomb_to_pillow(tmp_path):
+    """20,000 px of sides by its header: Pillow, asked what the fourth one is, must not stop."""
+    path = tmp_path / "four.tif"
+    tifffile.imwrite(path, np.zeros((16, 16, 4), np.uint8), photometric="rgb", extrasamples=[0])
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for name in ("ImageWidth", "ImageLength"):
+            tiff.pages[0].tags[name].overwrite(20_000)
+    code = "import sys, pathlib; from reading import pictures; path = pathlib.Path(sys.argv[1])\n"
+    code += "print(pictures.fourth_has_no_meaning(pictures.pyvips.Image.tiffload(path), path))"
+    command = [sys.executable, "-W", "error", "-c", code, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_swapped_columns_stop_the_run(sample, capsys):

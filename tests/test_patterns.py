@@ -631,7 +631,7 @@ BAD_INPUTS = {
     "no maps": (lambda d: shutil.rmtree(d / "cnts-super"), "cnts-super is missing"),
     "no index": (lambda d: (d / "cnts-super" / "index.csv").unlink(), "index.csv is missing"),
     "no gene": (lambda d: (d / "cnts-super" / "index.csv").write_text("gene,file\n"),
-                "names no gene in its index.csv"),
+                "index.csv names no gene"),
     "no record": (lambda d: (d / "HISTEX.json").unlink(), "has no record HISTEX.json"),
     "a map that is none": (lambda d: (d / "cnts-super" / "3.pickle").write_text("x"),
                            "is not a whole map"),

@@ -21,7 +21,7 @@ from scipy.io import mmwrite
 
 import utils
 from method.grid import lattice_pitch
-from prepare import images, lattice, options, sample, tenx, xenium
+from prepare import aligned, images, lattice, options, sample, tenx, xenium
 from prepare import section as sections
 from reading import cli
 from writing import disk
@@ -113,18 +113,107 @@ def test_mtx_folder_is_read_packed_or_not(tmp_path, matrix, packed):
 def test_old_layouts_without_feature_types_are_read_whole(tmp_path, matrix):
     counts, barcodes, ids, names, _ = matrix
     old = tenx.read_10x_mtx(write_mtx(tmp_path / "m", counts, barcodes, ids, names))
-    path = tmp_path / "v2.h5"
-    with h5py.File(path, "w") as file:
-        group, csr = file.create_group("GRCh38"), sparse.csr_array(counts)
-        group["shape"] = np.array(csr.shape[::-1])
-        group["data"], group["indices"], group["indptr"] = csr.data, csr.indices, csr.indptr
-        group["barcodes"] = np.array(barcodes, "S")
-        group["genes"], group["gene_names"] = np.array(ids, "S"), np.array(names, "S")
+    path = write_genomes(tmp_path / "v2.h5", {"GRCh38": (counts, barcodes, ids, names)})
     for read, found_barcodes, features in (old, tenx.read_10x_h5(path)):
         np.testing.assert_array_equal(read.toarray(), counts)
         assert found_barcodes == barcodes
         assert features["id"].tolist() == ids
         assert features.attrs["dropped"] == {}
+
+
+def write_genomes(path, read):
+    """A group a genome, as Cell Ranger 2 has it; read: genome -> counts, barcodes, ids, names."""
+    with h5py.File(path, "w") as file:
+        for genome, (counts, barcodes, ids, names) in read.items():
+            group, csr = file.create_group(genome), sparse.csr_array(counts)
+            group["shape"] = np.array(csr.shape[::-1])
+            group["data"], group["indices"], group["indptr"] = csr.data, csr.indices, csr.indptr
+            group["barcodes"] = np.array(barcodes, "S")
+            group["genes"], group["gene_names"] = np.array(ids, "S"), np.array(names, "S")
+    return path
+
+
+def test_two_genomes_of_the_old_layout_are_joined_by_barcode(tmp_path):
+    """Their barcodes differ in part and in order; one gene id is in both."""
+    human = np.array([[1, 2], [3, 0]]), ["a-1", "b-1"], ["ENSG1", "X"], ["ACTB", "TAG"]
+    mouse = np.array([[7, 0], [0, 8]]), ["c-1", "a-1"], ["ENSMUSG1", "X"], ["Actb", "TAG"]
+    path = write_genomes(tmp_path / "m.h5", {"GRCh38": human, "mm10": mouse})
+    counts, barcodes, features = tenx.read_10x_h5(path)
+    assert barcodes == ["a-1", "b-1", "c-1"]
+    assert features["id"].tolist() == ["ENSG1", "GRCh38_X", "ENSMUSG1", "mm10_X"]
+    assert tenx.gene_names(features) == ["ACTB", "GRCh38_TAG", "Actb", "mm10_TAG"]
+    np.testing.assert_array_equal(counts.toarray(), [[1, 2, 0, 8], [3, 0, 0, 0], [0, 0, 7, 0]])
+    notes = tenx.dropped_notes(features)
+    assert notes == ["the matrices of the genomes GRCh38, mm10 are joined by barcode"]
+    with pytest.raises(utils.StageError, match="the genomes GRCh38, mm10 in matrices of their own"):
+        tenx.open_h5(path).__enter__()
+
+
+def test_withdrawn_probes_and_antibodies_are_left_out_and_counted(tmp_path):
+    """By id or by name; a gene whose name only contains the word stays."""
+    ids = ["ENSG1", "DEPRECATED_ENSG2", "ENSG3", "ENSG4", "CD3"]
+    names = ["ACTB", "TBCE", "DEPRECATED_NA", "NOT_DEPRECATED_", "CD3"]
+    types = [*["Gene Expression"] * 4, "Antibody Capture"]
+    counts = np.array([[1, 2, 4, 8, 16], [0, 32, 0, 64, 0]])
+    matrix = counts, ["a-1", "b-1"], ids, names, types
+    folder = write_mtx(tmp_path / "m", *matrix)
+    for read in (tenx.read_10x_h5(write_h5(tmp_path / "m.h5", *matrix)), tenx.read_10x(folder)):
+        np.testing.assert_array_equal(read[0].toarray(), counts[:, [0, 3]])
+        assert tenx.gene_names(read[2]) == ["ACTB", "NOT_DEPRECATED_"]
+        assert tenx.dropped_notes(read[2]) == [
+            "2 features of type DEPRECATED with 38 molecules are left out",
+            "1 features of type Antibody Capture with 16 molecules are left out",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("obs", r"AnnData .*scverse\.py --h5ad"),
+        ("barcode_idx", "molecule_info"),
+        ("feature_slices", "feature_slice"),
+        ("other", "the groups other"),
+    ],
+)
+def test_another_h5_file_is_named(tmp_path, name, words):
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file.create_group(name)
+    with pytest.raises(utils.StageError, match=words) as error:
+        tenx.read_10x_h5(tmp_path / "m.h5")
+    assert "ownload" not in str(error.value)
+
+
+def test_a_matrix_that_its_bytes_cannot_hold_is_refused_from_the_header(tmp_path, matrix):
+    path = write_h5(tmp_path / "m.h5", *matrix)
+    with h5py.File(path, "r+") as file:
+        del file["matrix/data"]
+        file["matrix"].create_dataset("data", (10**12,), np.int32, chunks=(10**6,))
+    with pytest.raises(utils.StageError, match=r"declares 4,000\.0 GB of values"):
+        tenx.read_10x_h5(path)
+
+
+def test_tables_of_a_matrix_as_windows_saves_them(tmp_path, matrix):
+    folder = write_mtx(tmp_path / "m", *matrix, packed=False)
+    for name in ("barcodes.tsv", "features.tsv"):
+        text = (folder / name).read_text().replace("\n", "\r\n")
+        (folder / name).write_bytes(text.encode("utf-8-sig"))
+    assert_same_matrix(tenx.read_10x_mtx(folder), matrix)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_scale_factors_of_any_encoding_are_read(tmp_path, encoding):
+    path = tmp_path / tenx.SCALE_FACTORS
+    path.write_bytes('{"tissue_hires_scalef": 0.25, "spot_diameter_fullres": 9}'.encode(encoding))
+    assert tenx.read_spatial(tmp_path).scales == {"tissue_hires_scalef": 0.25}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "NaN", "Infinity", '""', '"1,5"', "null", "[1]"])
+def test_scale_factors_that_are_none_are_named(tmp_path, value):
+    path = tmp_path / tenx.SCALE_FACTORS
+    path.write_text(f'{{"tissue_hires_scalef": {value}}}')
+    with pytest.raises(utils.StageError, match=r"scalefactors_json\.json (says|holds no)") as error:
+        tenx.read_spatial(tmp_path)
+    assert "ownload" not in str(error.value)
 
 
 def break_indices(file):
@@ -383,6 +472,94 @@ def test_five_percent_of_the_spots_may_miss_the_image(tmp_path):
         else:
             with pytest.raises(utils.StageError, match=f"Only {n - missed} of {n}"):
                 sections.check_fit(moved)
+
+
+def test_spots_off_the_image_are_left_out_with_a_note(tmp_path):
+    """And image_calibration.py takes what is written."""
+    section, counts = make_section(tmp_path)
+    locs = section.locs.copy()
+    locs.iloc[0, 0] = -0.5
+    section, _ = make_section(tmp_path, locs=locs, off_tissue=locs)
+    write_sample(tmp_path / "sample", section)
+    written = pd.read_csv(tmp_path / "sample" / "locs-raw.csv", index_col=0)
+    assert written.index.tolist() == locs.index[1:].tolist()
+    table = pd.read_csv(tmp_path / "sample" / "cnts.csv.gz", index_col=0, keep_default_na=False)
+    np.testing.assert_array_equal(table.to_numpy(), counts[1:])
+    record = json.loads((tmp_path / "sample" / "prepare.json").read_text())
+    assert record["spots"] == record["spots_on_image"] + 1 == len(locs)
+    assert record["notes"] == ["1 spots in tissue lie off the image and are left out: s0-1"]
+    assert run("image_calibration.py", tmp_path / "sample") == 0
+
+
+def tissue_of(path, spots, shape=(640, 640)):
+    """Stained discs of 50 px about places (N, 2) on grey glass, as a file."""
+    picture = np.full((*shape, 3), 240, np.uint8)
+    row, col = np.mgrid[: shape[0], : shape[1]]
+    for x, y in spots:
+        picture[np.hypot(col - x, row - y) < 50] = (200, 120, 180)
+    Image.fromarray(picture).save(path)
+    return path
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_spots_that_lie_on_the_tissue_with_x_and_y_exchanged_only_are_noted(tmp_path, exchanged):
+    """Where no array tells: a band of spots on a square image, stained where they lie."""
+    xy = lattice.hexagonal_lattice((50, 60, 560, 300), PITCH)
+    image = tissue_of(tmp_path / "he.png", xy[:, ::-1] if exchanged else xy)
+    locs = pd.DataFrame(xy, [f"s{i}" for i in range(len(xy))], ["x", "y"])
+    counts = sparse.csr_array(np.ones((len(xy), len(GENES))))
+    section, _ = make_section(tmp_path, image=image, locs=locs, counts=counts, spots=None)
+    write_sample(tmp_path / "sample", section)
+    notes = json.loads((tmp_path / "sample" / "prepare.json").read_text())["notes"]
+    assert [("would with x and y exchanged" in note) for note in notes] == [True] * exchanged
+
+
+@pytest.mark.parametrize("stain", [(240, 240, 240), (200, 120, 180)])
+def test_an_image_of_one_colour_does_not_tell_of_exchanged_axes(tmp_path, stain):
+    section, _ = make_section(tmp_path)
+    assert sections.exchanged_notes(section, np.full((500, 640, 3), stain, np.uint8)) == []
+
+
+def test_a_section_without_spots_is_refused(tmp_path):
+    section, _ = make_section(tmp_path)
+    with pytest.raises(utils.StageError, match="No spot is in tissue"):
+        make_section(tmp_path, locs=section.locs[:0])
+
+
+def test_55_counts_beyond_reason_are_refused_with_the_number(tmp_path):
+    _, counts = make_section(tmp_path)
+    counts = counts.astype(float)
+    counts[3, 2] = 1e9
+    make_section(tmp_path, counts=counts, spots=None)
+    counts[3, 2] = 3e36
+    with pytest.raises(utils.StageError, match=r"run up to 3e\+36; .* at most 1e\+09"):
+        make_section(tmp_path, counts=counts, spots=None)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_46_names_that_hold_the_end_of_a_line_are_refused(tmp_path, end):
+    genes = [*GENES[:3], f"A{end}B"]
+    with pytest.raises(utils.StageError, match="hold the end of a line"):
+        make_section(tmp_path, genes=genes)
+
+
+def test_names_that_excel_makes_of_genes_are_said(tmp_path):
+    section, _ = make_section(tmp_path, genes=[*GENES[:3], "1-Mar"])
+    write_sample(tmp_path / "sample", section)
+    record = json.loads((tmp_path / "sample" / "prepare.json").read_text())
+    assert record["warnings"][0].startswith("the counts name 1-Mar: a date or a number that Excel")
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["A", "B", "A", "A"], ["A", "B", "A.1", "A.2"]),
+        (["A", "A.1", "A"], ["A", "A.1", "A.2"]),
+        (["", "", "A"], ["", ".1", "A"]),
+    ],
+)
+def test_columns_of_one_name_are_numbered(names, wanted):
+    assert sections.numbered(names) == wanted
 
 
 def test_swapped_axes_are_recognised(tmp_path):
@@ -720,7 +897,8 @@ def test_images_of_many_tiles_are_written_whole(tmp_path, monkeypatch):
 
 def test_check_png_shows_each_spot_in_its_place(tmp_path):
     section, _ = make_section(tmp_path, off_tissue=pd.DataFrame({"x": [600.0], "y": [40.0]}))
-    sections.draw_check(section, sections.check_fit(section), tmp_path / "check.png")
+    small = images.thumbnail(section.image)
+    sections.draw_check(section, sections.check_fit(section), small, tmp_path / "check.png")
     with Image.open(tmp_path / "check.png") as image:
         picture = np.asarray(image.convert("RGB")).astype(int)
     header = picture.shape[0] - 500
@@ -732,6 +910,30 @@ def test_check_png_shows_each_spot_in_its_place(tmp_path):
         )
         assert np.abs(distance.min(1) - 22).max() < 2.6
         assert set(distance.argmin(1)) == set(range(len(xy)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "1,0,3\n0,2,4\n0,0,1\n".encode("utf-8-sig"),
+        b"1;0;3\r\n0;2;4\r\n0;0;1\r\n",
+        "1\t0\t3\r\n0\t2\t4\r\n0\t0\t1".encode("utf-16"),
+    ],
+)
+def test_the_matrix_of_an_alignment_is_read_as_spreadsheets_save_it(tmp_path, content):
+    (tmp_path / "matrix.csv").write_bytes(content)
+    wanted = [[1, 0, 3], [0, 2, 4], [0, 0, 1]]
+    np.testing.assert_array_equal(aligned.read_alignment(tmp_path / "matrix.csv"), wanted)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["1,0,3\n0,2,4\n", "1,0,3\n0,2,4\n0,0\n", "1;0;1,5\n0;2;4\n0;0;1\n", "1,0,3\n,2,4\n0,0,1"],
+)
+def test_what_is_no_matrix_is_named(tmp_path, content):
+    (tmp_path / "matrix.csv").write_text(content)
+    with pytest.raises(utils.StageError, match=r"matrix\.csv (is no matrix|holds)"):
+        aligned.read_alignment(tmp_path / "matrix.csv")
 
 
 def test_a_missing_image_is_named(tmp_path):

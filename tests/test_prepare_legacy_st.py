@@ -110,8 +110,8 @@ def test_labels_of_a1_are_carried_over(tmp_path):
         (table["x"] - near["new_x"]).abs().lt(1e-3) & (table["y"] - near["new_y"]).abs().lt(1e-3)
     ]
     assert row["label"].tolist() == [labels["label"].iloc[0]]
-    size, _ = legacy_st.fit_square_array(spots, RAW / "A1_selection.tsv")
-    assert size == pytest.approx(200 / 218.36, rel=0.005)
+    fitted, _ = legacy_st.fit_square_array(spots, RAW / "A1_selection.tsv")
+    assert fitted.pixel_size_um == pytest.approx(200 / 218.36, rel=0.005)
 
 
 # ------------------------------------------------------------------------------ written tables
@@ -136,6 +136,17 @@ def test_a_section_is_joined_by_place_on_the_array(tmp_path, degrees):
     record = json.loads((tmp_path / "s" / "prepare.json").read_text())
     assert record["spots"] == 40
     assert record["spots_off_tissue"] == 2
+
+
+def test_pixel_x_and_y_exchanged_are_noted(tables, tmp_path):
+    path = tables / "C1_selection.tsv"
+    table = pd.read_csv(path, sep="\t")
+    exchanged = table.rename(columns={"pixel_x": "pixel_y", "pixel_y": "pixel_x"})
+    exchanged.to_csv(path, sep="\t", index=False)
+    Image.new("RGB", (840, 840), "pink").save(tables / "C1.png")  # a square: all spots fall on it
+    assert prepare(tables, tmp_path / "s") == 0
+    notes = json.loads((tmp_path / "s" / "prepare.json").read_text())["notes"]
+    assert sum("x and y of the positions are exchanged" in note for note in notes) == 1
 
 
 def test_labels_are_joined_by_the_adjusted_coordinates(tables, tmp_path):
@@ -201,6 +212,39 @@ def test_metadata_must_agree_with_the_array(tables, tmp_path, capsys):
     assert prepare(tables, tmp_path / "s", *options, "--pixel-size", "2.0") == 0
 
 
+@pytest.mark.parametrize(
+    ("sep", "encoding", "end"),
+    [
+        (";", "utf-8-sig", "\r\n"),
+        (",", "utf-16", "\n"),
+        ("\t", "utf-16", "\r\n"),
+        (";", "utf-8", "\r"),
+    ],
+)
+def test_tables_are_read_as_spreadsheets_save_them(tables, tmp_path, sep, encoding, end):
+    """Separators, encodings and line ends are those that the five scripts read, too."""
+    options = ("--labels", str(tables / "C1_labels.tsv"))
+    assert prepare(tables, tmp_path / "as written", *options) == 0
+    for name in ("C1.tsv", "C1_selection.tsv", "C1_labels.tsv"):
+        table = pd.read_csv(tables / name, sep="\t", dtype=str, keep_default_na=False)
+        text = table.to_csv(sep=sep, index=False, lineterminator=end)
+        (tables / name).write_bytes(text.encode(encoding))
+    assert prepare(tables, tmp_path / "saved", *options) == 0
+    for name in ("locs-raw.csv", "cnts.csv.gz", "labels.csv", "pixel-size-raw.txt"):
+        known = (tmp_path / "as written" / name).read_bytes()
+        assert (tmp_path / "saved" / name).read_bytes() == known
+
+
+@pytest.mark.parametrize("words", [("TRUE", "FALSE"), ("True", "no"), (" yes", "F"), ("1.0", "0")])
+def test_selected_may_be_written_in_words(tables, tmp_path, words):
+    path = tables / "C1_selection.tsv"
+    table = pd.read_csv(path, sep="\t", dtype=str)
+    table["selected"] = table["selected"].map(dict(zip("10", words, strict=True)))
+    table.to_csv(path, sep="\t", index=False)
+    assert prepare(tables, tmp_path / "s") == 0
+    assert len(read(tmp_path / "s" / "locs-raw.csv")) == 40
+
+
 def test_repeated_genes_are_noted(tables, tmp_path):
     text = (tables / "C1.tsv").read_text()
     (tables / "C1.tsv").write_text(text.replace("MARCH1", "ACTB", 1))
@@ -218,6 +262,14 @@ def edit(name, change, sep="\t"):
     return spoil
 
 
+def blank(column, cell=""):
+    def change(table):
+        table[column] = [cell, *table[column].astype(str)[1:]]
+        return table
+
+    return change
+
+
 def swap_axes(table):
     """x and y of some spots exchanged: no square array any more."""
     half = table.index[::2]
@@ -230,16 +282,22 @@ def swap_axes(table):
     [
         (lambda f: (f / "C1.tsv").unlink(), "C1.tsv"),
         (edit("C1.tsv", lambda t: t[:20]), "they are of two sections"),
-        (lambda f: (f / "C1.tsv").write_text("a,b\n1,2\n"), "one column only"),
+        (lambda f: (f / "C1.tsv").write_text("a\n1\n"), "one column only"),
         (edit("C1.tsv", lambda t: t.replace({"ACTB": {t["ACTB"][0]: 0.5}})), "fractions"),
-        (edit("C1.tsv", lambda t: t.assign(ACTB="x")), "no whole table of numbers"),
+        (edit("C1.tsv", lambda t: t.assign(ACTB="x")), "holds 'x' for spot"),
         (edit("C1.tsv", lambda t: t.assign(ACTB=-1)), "negative"),
         (edit("C1.tsv", lambda t: pd.concat([t, t[:1]])), "more than once"),
         (edit("C1.tsv", lambda t: t.assign(**{t.columns[0]: "s" + t.iloc[:, 0]})), "in common"),
         (edit("C1_selection.tsv", lambda t: t.drop(columns="pixel_x")), "pixel_x is missing"),
         (edit("C1_selection.tsv", lambda t: t.assign(x=t["x"] + 0.5)), "fractions in x or y"),
         (edit("C1_selection.tsv", lambda t: pd.concat([t, t[:1]])), "more than once"),
-        (edit("C1_selection.tsv", lambda t: t.assign(pixel_x="")), "table"),
+        *[
+            (edit("C1_selection.tsv", blank(name)), f"holds '' in column {name}, data row 1")
+            for name in ("x", "pixel_x", "new_y", "selected")
+        ],
+        (edit("C1_selection.tsv", blank("pixel_y", "1,5")), "with a decimal point"),
+        (edit("C1_selection.tsv", blank("selected", "maybe")), "expected 1 or 0, TRUE or FALSE"),
+        (lambda f: (f / "C1.tsv").write_bytes(b"PK\x03\x04"), "an Excel workbook"),
         (edit("C1_selection.tsv", swap_axes), "square array"),
         (edit("C1_selection.tsv", lambda t: t.assign(pixel_x=t["pixel_x"] * 1.3)), "square array"),
         (
@@ -258,6 +316,7 @@ def test_bad_tables_are_named_and_nothing_is_written(tables, tmp_path, capsys, s
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert words in message
+    assert "ownload" not in message or words == "C1.png"
     assert not (tmp_path / "s").exists() or not list((tmp_path / "s").iterdir())
 
 

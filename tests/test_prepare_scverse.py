@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import struct
 import zipfile
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from scipy import sparse
 
 import image_calibration
 import utils
-from prepare import scverse
+from prepare import annotated, libraries, scverse, stores
 
 FORMATS = ROOT / "tests" / "formats"
 
@@ -46,13 +48,20 @@ def image(tmp_path_factory):
 
 def prepare(name, image, tmp_path, *options, archive="anndata.zip") -> int:
     """Prepare one of the objects that anndata wrote."""
-    with zipfile.ZipFile(FORMATS / archive) as packed:
-        packed.extract(f"{name}.h5ad", tmp_path)
-    path = tmp_path / f"{name}.h5ad"
+    path = unpack(name, tmp_path, archive)
     target = tmp_path / "s"
     return scverse.run(
         ["--h5ad", str(path), "--image", str(image), "--directory", str(target), *options]
     )
+
+
+def unpack(name: str, tmp_path: Path, archive: str = "anndata.zip") -> Path:
+    """The .h5ad file of that name, or the .zarr folder if that is part of the name."""
+    name = name if name.endswith(".zarr") else f"{name}.h5ad"
+    with zipfile.ZipFile(FORMATS / archive) as packed:
+        members = [m for m in packed.namelist() if m == name or m.startswith(f"{name}/")]
+        packed.extractall(tmp_path, members)
+    return tmp_path / name
 
 
 def read(target):
@@ -144,7 +153,7 @@ def test_categories_are_read_as_such_also_of_anndata_0_7(archive, image, tmp_pat
     assert prepare("categories", image, tmp_path, "--library", "P1", archive=archive) == 0
     assert check_sample(tmp_path / "s")["spots_off_tissue"] == 4
     assert prepare("categories", image, tmp_path, "--library", "P2", archive=archive) == 2
-    assert "{'sample': ['P1']}" in capsys.readouterr().err
+    assert "has no section 'P2', but P1 (obs['sample'])" in capsys.readouterr().err
 
 
 def test_objects_before_anndata_0_7_are_refused(image, tmp_path, capsys):
@@ -194,7 +203,7 @@ def test_ensembl_ids_become_unique_symbols(image, tmp_path):
 def test_repeated_symbols_get_their_ids_and_antibodies_are_left_out(image, tmp_path):
     assert prepare("repeated", image, tmp_path) == 0
     record = check_sample(tmp_path / "s", ["TBCE", "KRT8", "TBCE.E3", "NA"])
-    assert "1 features that are no genes are left out" in record["notes"]
+    assert "1 features of type Antibody Capture are left out" in record["notes"]
 
 
 def test_without_the_array_the_pixel_size_comes_from_the_nearest_spots(image, tmp_path):
@@ -211,6 +220,243 @@ def test_a_section_is_chosen_of_several(image, tmp_path, capsys):
     assert "'P3'" in capsys.readouterr().err
     assert prepare("two_sections", image, tmp_path, "--library", "P1") == 0
     check_sample(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["table_of_places", "seurat_places"])
+def test_places_in_a_table_are_taken_by_the_names_of_its_columns(name, image, tmp_path):
+    """y stands before x in it; Seurat calls them imagerow and imagecol."""
+    assert prepare(name, image, tmp_path) == 0
+    check_sample(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("joined", "P1, P2 (obs['library_id'])"),
+        ("joined_batch", "P1, P2 (obs['batch'])"),
+        ("joined_own_column", "P1, P2 (obs['whose'])"),
+        ("joined_nameless", "No column of obs tells them apart"),
+        ("joined_same_ids", "64 spots have the id of another"),
+    ],
+)
+def test_sections_joined_without_uns_are_told_apart(name, told, image, tmp_path, capsys):
+    assert prepare(name, image, tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "seems to hold several sections" in message
+    assert told in message
+    assert ("--library all" in message) == (name != "joined_same_ids")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_joined_section_is_taken_by_name(image, tmp_path, capsys):
+    assert prepare("joined", image, tmp_path, "--library", "P2") == 0
+    locs, found, _ = read(tmp_path / "s")
+    np.testing.assert_allclose(
+        locs.to_numpy() - np.array([37, 25]), array()[["x", "y"]][4:], atol=6e-4
+    )
+    np.testing.assert_array_equal(found, counts()[4:])
+    assert prepare("joined_own_column", image, tmp_path, "--library", "whose=P1") == 0
+    np.testing.assert_allclose(read(tmp_path / "s")[0], array()[["x", "y"]], atol=6e-4)
+    assert prepare("joined_nameless", image, tmp_path, "--library", "all", "--force") == 0
+    locs, _, record = read(tmp_path / "s")
+    assert len(locs) == 128
+    assert any("taken for one section" in note for note in record["notes"])
+
+
+def test_pieces_of_one_array_are_one_section(image, tmp_path):
+    """A column called sample has two values, but all spots lie on one array."""
+    assert prepare("one_array", image, tmp_path) == 0
+    check_sample(tmp_path / "s")
+
+
+def spots_at(xy, rows_cols=None):
+    return libraries.Spots(np.arange(len(xy)).astype(object), np.asarray(xy, float), rows_cols)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), pitch=st.floats(5, 300), turn=st.floats(0, 3.2),
+    shift=st.tuples(st.floats(0.1, 0.9), st.floats(0.1, 0.9)), share=st.floats(0.3, 1),
+)  # fmt: skip
+def test_one_lattice_is_told_from_two(seed, pitch, turn, shift, share):
+    """Of any pitch and turn, with holes, and by hand a little off its places."""
+    rng = np.random.default_rng(seed)
+    row, col = np.mgrid[:14, :14]
+    xy = np.column_stack([(col + row % 2 / 2).ravel(), (row * np.sqrt(3) / 2).ravel()])
+    xy = xy[np.hypot(*(xy - xy.mean(0)).T) < 6]
+    xy = xy[rng.permutation(len(xy))[: int(0.8 * len(xy))]]
+    spin = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    one = xy @ spin * pitch
+    assert spots_at(one + rng.normal(0, 0.02 * pitch, one.shape)).several() == ""
+    step = np.array([[1, 0], [0.5, np.sqrt(3) / 2]])
+    other = (xy + np.array(shift) @ step)[: int(share * len(xy))] @ spin * pitch
+    assert spots_at(np.concatenate([one, other])).several()
+
+
+def test_a_few_spots_of_one_array_are_one_section():
+    """Of a cluster, say: some are neighbours, most are far apart. Only the array tells."""
+    table = array()
+    rng = np.random.default_rng(3)
+    chosen = table.iloc[np.sort(rng.permutation(64)[:24])]
+    xy, place = (chosen[list(names)].to_numpy(float) for names in ("xy", libraries.ARRAY))
+    assert spots_at(xy, place).several() == ""
+    assert spots_at(xy, place[::-1]).several() == spots_at(xy).several() != ""
+
+
+def test_what_has_no_value_is_left_out_and_counted(image, tmp_path):
+    """Nullable columns and categories of anndata 0.12, in HDF5 and in both formats of zarr."""
+    for name in ("without_values", "zarr2.zarr", "zarr3.zarr"):
+        assert prepare(name, image, tmp_path, "--library", "P1") == 0
+        locs, found, record = read(tmp_path / "s")
+        table = array().iloc[4:62]
+        assert locs.index.tolist() == table.index.tolist()
+        np.testing.assert_allclose(locs, table[["x", "y"]], atol=6e-4)
+        np.testing.assert_array_equal(found, counts()[4:62, :3])
+        assert found.columns.tolist() == GENES[:3]
+        assert float((tmp_path / "s" / "pixel-size-raw.txt").read_text()) == pytest.approx(1.25)
+        for note in (
+            "the counts are those of layer 'counts'",
+            "1 features of type no type are left out",
+            "1 spots without a value in in_tissue are left out",
+            "2 spots without a value in obs['section'] are left out",
+            "1 spots have no array_row or array_col; the others tell the array",
+        ):
+            assert note in record["notes"]
+        assert any(n.startswith("X runs up to 8.") and "passed over" in n for n in record["notes"])
+
+
+def test_a_category_without_value_is_not_the_last_one():
+    np.testing.assert_array_equal(
+        annotated.categories_of(["a", "b"], np.array([0, -1, 1], np.int8)), ["a", "", "b"]
+    )
+    for code in (-2, 2):
+        with pytest.raises(ValueError, match="of 2 categories"):
+            annotated.categories_of(["a", "b"], np.array([code]))
+
+
+def test_indices_of_64_bits_are_read(image, tmp_path):
+    assert prepare("wide_indices", image, tmp_path) == 0
+    check_sample(tmp_path / "s")
+
+
+def test_exchanged_x_and_y_are_noted(tmp_path):
+    """On a square image nothing else tells: every spot falls on it, and the lattice fits."""
+    Image.new("RGB", (820, 820), "pink").save(tmp_path / "square.png")
+    assert prepare("exchanged", tmp_path / "square.png", tmp_path) == 0
+    record = read(tmp_path / "s")[2]
+    assert record["array_mirrored"] is True
+    assert any("x and y of the positions are exchanged" in note for note in record["notes"])
+    assert prepare("float", tmp_path / "square.png", tmp_path, "--pixel-size", "1.25") == 0
+    record = read(tmp_path / "s")[2]
+    assert record["array_mirrored"] is False
+    assert not any("positions are exchanged" in note for note in record["notes"])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [(["1", "0", "maybe"], "obs['in_tissue'] holds maybe"), (["TRUE", "FALSE", "true"], "")],
+)
+def test_in_tissue_is_yes_or_no(values, words, image, tmp_path, capsys):
+    path = unpack("float", tmp_path)
+    with h5py.File(path, "r+") as file:
+        del file["obs/in_tissue"]
+        file["obs/in_tissue"] = np.array([values[min(i // 4, 2)] for i in range(64)], "S")
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == (2 if words else 0)
+    assert words in capsys.readouterr().err
+    if not words:
+        assert len(read(tmp_path / "s")[0]) == 60
+
+
+def huge_dense(file):
+    del file["X"]
+    file.create_dataset("X", (10**6, 10**6), "f4", chunks=(1000, 1000))
+    rename(file, 10**6)
+
+
+def huge_sparse(file):
+    """Whole, but for its size: nothing is stored."""
+    del file["X"]
+    group = file.create_group("X")
+    group.attrs["encoding-type"], group.attrs["shape"] = "csr_matrix", (10**6, 10**6)
+    for name, n in (("data", 0), ("indices", 0), ("indptr", 10**6 + 1)):
+        group.create_dataset(name, (n,), "i8", chunks=(1000,) if n else None)
+    rename(file, 10**6)
+
+
+def rename(file, n):
+    """As many rows and columns; the places of none of them are stored."""
+    for table in ("obs", "var"):
+        for name in list(file[table]):
+            del file[table][name]
+        file[table].create_dataset("_index", (n,), h5py.string_dtype(), chunks=(10**6,))
+        file[table].attrs["_index"] = "_index"
+    del file["obsm/spatial"]
+    file["obsm"].create_dataset("spatial", (n, 2), "f8", chunks=(10**6, 2))
+
+
+def huge_names(file):
+    rename(file, 10**10)
+
+
+def huge_places(file):
+    del file["obsm/spatial"]
+    file["obsm"].create_dataset("spatial", (64, 10**11), "f8", chunks=(64, 10**6))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (huge_dense, "1,000,000 spots x 1,000,000 genes"),
+        (huge_sparse, "1,000,000 spots x 1,000,000 genes"),
+        (huge_names, "declares 10,000,000,000 rows of obs"),
+        (huge_places, "GB can be read here"),
+    ],
+)
+def test_what_declares_too_much_is_refused_by_its_header(
+    spoil, words, image, tmp_path, capsys, monkeypatch
+):
+    """The empty names of the million are equal; that comes first otherwise."""
+    monkeypatch.setattr(libraries.Spots, "several", lambda spots: "")
+    path = unpack("float", tmp_path)
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run([*options, "--library", "all"]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert str(path) in message
+
+
+def other_content(name):
+    def spoil(path):
+        path.unlink()
+        with h5py.File(path, "w") as file:
+            file.create_group(name)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (other_content("matrix"), "prepare/visium.py"),
+        (other_content("mod"), "MuData"),
+        (other_content("assays"), "h5Seurat"),
+        (other_content("row_attrs"), ".loom"),
+        (other_content("things"), "holds things, no obs and var"),
+        (lambda p: p.write_bytes(b"PK\3\4 and so on"), "unzip"),
+        (lambda p: p.write_bytes(b"\x1f\x8b and so on"), "gunzip"),
+    ],
+)
+def test_another_format_gets_its_name_and_a_way_out(spoil, words, image, tmp_path, capsys):
+    path = unpack("float", tmp_path)
+    spoil(path)
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert "download" not in message
 
 
 @pytest.mark.parametrize(
@@ -310,7 +556,7 @@ def test_a_store_of_spatialdata_is_read_with_its_transforms(store, tmp_path):
 
 
 def test_a_store_is_cut_to_the_spots_and_levels_are_used(store, tmp_path):
-    slide = scverse.ZarrSlide(store / "images" / "he")
+    slide = stores.ZarrSlide(store / "images" / "he")
     assert slide.downsamples == (1, 2)
     half = slide.read_region(0, 0, 384, 320, 2)
     assert np.abs(half.astype(int) - np.moveaxis(STORES.image(), 0, 2)[::2, ::2]).max() <= 1
@@ -331,6 +577,161 @@ def test_an_image_beside_the_store_has_the_pixels_of_its_shapes(store, tmp_path)
     known = STORES
     np.testing.assert_allclose(locs, known.spots() * known.SCALE + known.SHIFT, atol=1e-3)
     assert size == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.fixture
+def stores_folder(tmp_path):
+    with zipfile.ZipFile(FORMATS / "spatialdata.zip") as packed:
+        packed.extractall(tmp_path / "stores")
+    return tmp_path / "stores"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "has the tables other, table"),
+        (("--table", "table"), "he (384 x 320 px), hires (39 x 32 px)"),
+        (("--table", "table", "--image-element", "dapi"), "uint16 (1, 320, 384)"),
+        (("--table", "table", "--image-element", "cy5"), "has the images dapi, he, hires"),
+    ],
+)
+def test_of_several_tables_and_images_one_is_asked_for(
+    stores_folder, tmp_path, capsys, options, words
+):
+    assert prepare_store(stores_folder / "many.zarr", tmp_path / "s", *options) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert "download" not in message
+    options = ("--table", "other", "--image-element", "he")
+    assert prepare_store(stores_folder / "many.zarr", tmp_path / "s", *options) == 0
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], STORES.spots(), atol=1e-3)
+
+
+def test_of_the_sections_of_a_store_one_is_asked_for(stores_folder, tmp_path, capsys):
+    store = stores_folder / "two.zarr"
+    assert prepare_store(store, tmp_path / "s") == 2
+    assert "is of more, spots" in capsys.readouterr().err
+    assert prepare_store(store, tmp_path / "s", "--shapes", "more") == 0
+    locs, found, _ = read(tmp_path / "s")
+    assert locs.index.tolist() == [f"AAAC{i:02d}-2" for i in range(36)]
+    moved = np.array([5, 3]) / STORES.SCALE
+    np.testing.assert_allclose(locs.to_numpy() - moved, STORES.spots(), atol=1e-3)
+    np.testing.assert_array_equal(found, STORES.counts())
+
+
+def test_an_image_that_alone_shares_a_system_with_the_spots_is_taken(stores_folder, tmp_path):
+    store = stores_folder / "many.zarr"
+    change_text("images/hires", '"hires"', '"elsewhere"')(store)
+    assert prepare_store(store, tmp_path / "s", "--table", "table") == 0
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], STORES.spots(), atol=1e-3)
+
+
+def test_coordinate_systems_that_differ_are_asked_for(stores_folder, tmp_path, capsys):
+    """In one of them the transform mirrors the image; the spots follow it."""
+    store = stores_folder / "mirrored.zarr"
+    assert prepare_store(store, tmp_path / "s") == 2
+    message = capsys.readouterr().err
+    assert "--coordinate-system" in message
+    assert "global: x " in message
+    assert "turned: x " in message
+    options = ("--coordinate-system", "global")
+    assert prepare_store(store, tmp_path / "s", *options) == 0
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], STORES.spots(), atol=1e-3)
+    assert prepare_store(store, tmp_path / "s", "--coordinate-system", "hires") == 2
+    assert "that is called 'hires'" in capsys.readouterr().err
+
+
+def test_a_system_can_be_that_of_an_image_beside_the_store(stores_folder, tmp_path, capsys):
+    Image.new("RGB", (300, 300), "pink").save(tmp_path / "full.png")
+    options = ("--image", str(tmp_path / "full.png"), "--pitch-um", "50")
+    store = stores_folder / "mirrored.zarr"
+    assert prepare_store(store, tmp_path / "s", *options, "--coordinate-system", "turned") == 0
+    homogeneous = np.column_stack([STORES.spots(), np.ones(len(STORES.spots()))])
+    known = (homogeneous @ STORES.MIRROR.T)[:, :2] + (50, 0)
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], known, atol=1e-3)
+    assert prepare_store(store, tmp_path / "s", *options, "--coordinate-system", "x") == 2
+    assert "is not in 'x', but in" in capsys.readouterr().err
+
+
+def test_the_scale_of_the_finest_level_is_part_of_the_transform(stores_folder, tmp_path):
+    """spatialdata writes 1 there; other writers of OME-Zarr the pixel size."""
+    store = stores_folder / "new.zarr"
+    path = attributes_file(store, "images/he")
+    content = json.loads(path.read_text())
+    multiscale = content["attributes"]["ome"]["multiscales"][0]
+    (own,) = multiscale["datasets"][0]["coordinateTransformations"]
+    own["scale"] = [1.0, 0.25, 0.25]
+    (move,) = (t for t in multiscale["coordinateTransformations"] if t["type"] == "sequence")
+    for step in move["transformations"]:
+        if step["type"] == "scale":
+            step["scale"] = [n if n == 1 else n * 4 for n in step["scale"]]
+    path.write_text(json.dumps(content))
+    assert prepare_store(store, tmp_path / "s") == 0
+    np.testing.assert_allclose(check_store(tmp_path / "s")[0], STORES.spots(), atol=1e-3)
+
+
+def to_polygons(store):
+    path = store / "shapes" / "spots" / "shapes.parquet"
+    table = pd.read_parquet(path)
+    polygon = struct.pack("<BIIIdd", 1, 3, 1, 1, 0.0, 0.0)
+    table.assign(geometry=[polygon] * len(table)).to_parquet(path)
+
+
+def declare(store, **changes):
+    """Another shape of the finest level, of which nothing more is stored."""
+    path = attributes_file(store, "images/he/s0")
+    content = json.loads(path.read_text())
+    content["shape"] = changes.get("shape", content["shape"])
+    if "chunk" in changes:
+        content["chunk_grid"]["configuration"]["chunk_shape"] = changes["chunk"]
+    path.write_text(json.dumps(content))
+
+
+def singular(store):
+    path = attributes_file(store, "images/he")
+    content = json.loads(path.read_text())
+    for listed in content["attributes"]["ome"]["multiscales"][0]["coordinateTransformations"]:
+        for step in listed.get("transformations", []):
+            if step["type"] == "scale":
+                step["scale"] = [1, 0, 0]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (to_polygons, "holds shapes of type 3"),
+        (lambda s: declare(s, shape=[3, 10**6, 10**6]), "1,000,000 x 1,000,000 px"),
+        (
+            lambda s: declare(s, shape=[3, 10**6, 10**6], chunk=[3, 10**6, 10**6]),
+            "chunks of 3,000,000,000,000 values",
+        ),
+        (singular, "a transform into 'global' that cannot be undone"),
+        (lambda s: (s / "shapes" / "spots" / "shapes.parquet").unlink(), "has no shapes.parquet"),
+        (lambda s: shutil.rmtree(s / "tables"), "has no tables"),
+        (lambda s: shutil.rmtree(s / "images"), "has no images"),
+    ],
+)
+def test_what_a_store_holds_instead_is_named(stores_folder, tmp_path, capsys, spoil, words):
+    spoil(stores_folder / "new.zarr")
+    assert prepare_store(stores_folder / "new.zarr", tmp_path / "s") == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert "Copy or download it again" not in message
+
+
+def test_one_kind_of_store_given_for_another_is_named(stores_folder, image, tmp_path, capsys):
+    rest = ["--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(["--h5ad", str(stores_folder / "new.zarr"), *rest]) == 2
+    assert "Give it by --spatialdata" in capsys.readouterr().err
+    for name in ("float", "zarr3.zarr"):
+        path = unpack(name, tmp_path)
+        assert scverse.run(["--spatialdata", str(path), *rest]) == 2
+        assert f"prepare/scverse.py --h5ad {path}" in capsys.readouterr().err
+    packed = shutil.make_archive(str(tmp_path / "new.zarr"), "zip", stores_folder / "new.zarr")
+    for option in ("--h5ad", "--spatialdata"):
+        assert scverse.run([option, packed, *rest]) == 2
+        assert f"unzip {packed}" in capsys.readouterr().err
 
 
 def attributes_file(store, element):
@@ -389,12 +790,12 @@ def test_transforms_with_axes_in_any_order():
     ends = {"input": axes("cyx"), "output": axes("cxy")}
     affine = {"type": "affine", "affine": [[1, 0, 0, 0], [0, -2, 0, 10], [0, 0, 2, 20]], **ends}
     expected = np.array([[0, -2, 10], [2, 0, 20], [0, 0, 1]])
-    np.testing.assert_array_equal(scverse.matrix_of(affine, ROOT), expected)
+    np.testing.assert_array_equal(stores.matrix_of(affine), expected)
     ends = {"input": axes("cyx"), "output": axes("cyx")}
     scale = {"type": "scale", "scale": [1, 3, 2]}
     shift = {"type": "translation", "translation": [0, 7, 5]}
     both = {"type": "sequence", "transformations": [scale, shift], **ends}
-    np.testing.assert_array_equal(scverse.matrix_of(both, ROOT), [[2, 0, 5], [0, 3, 7], [0, 0, 1]])
+    np.testing.assert_array_equal(stores.matrix_of(both), [[2, 0, 5], [0, 3, 7], [0, 0, 1]])
 
 
 # -------------------------------------------------------------------------------- plain tables
@@ -491,8 +892,8 @@ def rewrite(name, change):
         (lambda f: (f / "he-raw.jpg").unlink(), "he-raw.jpg (image)"),
         (lambda f: (f / "cnts.tsv").write_text("x"), "which is the counts"),
         (rewrite("cnts.csv", np.log1p), "log-transformed"),
-        (rewrite("cnts.csv", lambda t: t.assign(NA="x")), "no whole table of numbers"),
-        (rewrite("locs-raw.csv", lambda t: t.rename(columns={"x": "X"})), "expected x, y"),
+        (rewrite("cnts.csv", lambda t: t.assign(NA="x")), "holds 'x' for spot"),
+        (rewrite("locs-raw.csv", lambda t: t.rename(columns={"x": "X"})), "expected a column x"),
         (rewrite("locs-raw.csv", lambda t: t.rename(index=lambda i: i + "a")), "in common"),
         (
             rewrite(

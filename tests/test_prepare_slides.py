@@ -1,6 +1,7 @@
 """prepare/slides.py: regions, levels and pixel sizes against arrays that the tests wrote."""
 
 import functools
+import struct
 import subprocess
 import sys
 import zlib
@@ -241,6 +242,74 @@ def test_jpeg_tiles_grey_alpha_and_sparse_tiles(picture, tmp_path):
         assert (slide.read_region(0, 0, 300, 300) == 255).all()  # tiles that were never written
 
 
+def test_a_fourth_channel_that_is_no_alpha_is_left_out(picture, tmp_path):
+    """Else all of this would be white."""
+    path = tmp_path / "four.tif"
+    four = np.concatenate([picture, np.zeros((*SHAPE, 1), np.uint8)], 2)
+    options = {"photometric": "rgb", "tile": (256, 256), "extrasamples": ["unspecified"]}
+    tifffile.imwrite(path, four, **options)
+    with scans.open_slide(path) as slide:
+        np.testing.assert_array_equal(slide.read_region(0, 0, *slide.size), picture)
+
+
+UNITS = [("nm", 250.0), ("\u00b5m", 0.25), ("\u03bcm", 0.25), ("mm", 2.5e-4), ("cm", 2.5e-5)]
+UNITS += [("m", 2.5e-7), ("\u00c5", 2500.0), ("in", 0.25 / 25_400)]
+
+
+def ome_xml(unit, size, width, height, samples):
+    """As Bio-Formats and QuPath write it: one channel of three samples, or three channels."""
+    channels = "".join(
+        f'<Channel ID="Channel:0:{i}" SamplesPerPixel="{samples}"><LightPath/></Channel>'
+        for i in range(3 // samples)
+    )
+    data = "".join(
+        f'<TiffData FirstC="{i}" FirstT="0" FirstZ="0" IFD="{i}" PlaneCount="1"/>'
+        for i in range(3 // samples)
+    )
+    return (
+        '<?xml version="1.0" encoding="UTF-8" standalone="no"?><!-- Warning: this comment is an '
+        'OME-XML metadata block --><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+        'Creator="OME Bio-Formats 7.3.1"><Image ID="Image:0" Name="scan"><Pixels BigEndian="false" '
+        f'DimensionOrder="XYCZT" ID="Pixels:0" Interleaved="{str(samples == 3).lower()}" '
+        f'PhysicalSizeX="{size!r}" PhysicalSizeXUnit="{unit}" PhysicalSizeY="{size!r}" '
+        f'PhysicalSizeYUnit="{unit}" SignificantBits="8" SizeC="3" SizeT="1" SizeX="{width}" '
+        f'SizeY="{height}" SizeZ="1" Type="uint8">{channels}{data}</Pixels></Image></OME>'
+    ).encode()
+
+
+@pytest.mark.parametrize(("unit", "size"), UNITS)
+@pytest.mark.parametrize(
+    ("axes", "compression"),
+    [("YXC", "jpeg2000"), ("CYX", "jpeg2000"), ("planes", "zlib"), ("YXC", "lzw")],
+)
+def test_ome_tiff_of_bio_formats_qupath_and_xenium_explorer(
+    picture, tmp_path, unit, size, axes, compression
+):
+    """Samples together, on planes of one page, or a page each; a pyramid in SubIFDs."""
+    path = tmp_path / "scan.ome.tif"
+    levels = [picture[:512, :768], shrink(picture[:512, :768], 2)]
+    options = {"tile": (256, 256), "compression": compression, "photometric": "rgb"}
+    if axes != "YXC":
+        levels = [np.ascontiguousarray(np.moveaxis(level, 2, 0)) for level in levels]
+        options |= {"planarconfig": "separate"}
+    if axes == "CYX":
+        options |= {"photometric": "minisblack", "planarconfig": None}
+    xml = ome_xml(unit, size, 768, 512, 1 if axes == "CYX" else 3)
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        planes = zip(*levels, strict=True) if axes == "CYX" else [levels]
+        for number, (full, half) in enumerate(planes):
+            text = xml if number == 0 else None
+            tiff.write(full, subifds=1, description=text, metadata=None, **options)
+            tiff.write(half, subfiletype=1, metadata=None, **options)
+    with scans.open_slide(path) as slide:
+        assert slide.size == (768, 512)
+        assert slide.downsamples == (1, 2)
+        assert slide.pixel_size_um == pytest.approx(0.25)
+        np.testing.assert_array_equal(slide.read_region(0, 0, 768, 512), picture[:512, :768])
+        half = shrink(picture[:512, :768], 2)
+        np.testing.assert_array_equal(slide.read_region(0, 0, 768, 512, 2), half)
+
+
 def test_openslide_reads_the_same_pixels(picture, tmp_path):
     """A tiled TIFF under a scanner's suffix goes through OpenSlide, whose own reader is the
     reference for ours."""
@@ -328,8 +397,74 @@ def turned(path):
     Image.new("RGB", (300, 240)).save(path, exif=exif)
 
 
+def turned_tiff(path):
+    tag = (274, "H", 1, 3, True)
+    tifffile.imwrite(path, np.zeros((300, 300, 3), np.uint8), photometric="rgb", extratags=[tag])
+
+
+def large(path):
+    """A PNG of 60,000 px sides by its header, with nothing in it."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(9))), (b"IEND", b""))
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def one_piece(path):
+    tifffile.imwrite(path, np.zeros((16, 16, 3), np.uint8), photometric="rgb", compression="zlib")
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for name in ("ImageWidth", "ImageLength", "RowsPerStrip"):
+            tiff.pages[0].tags[name].overwrite(60_000)
+
+
+def few_tiles(path):
+    tifffile.imwrite(path, np.zeros((512, 512, 3), np.uint8), photometric="rgb", tile=(256, 256))
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for name in ("ImageWidth", "ImageLength"):
+            tiff.pages[0].tags[name].overwrite(4_000_000_000)
+
+
+def save(values, **options):
+    def write(path):
+        options.setdefault("photometric", "rgb")
+        metadata = {"axes": "TYXS"[-values.ndim :]}
+        tifffile.imwrite(path, values, metadata=metadata, ome=True, **options)
+
+    return write
+
+
+def several_files(path):
+    """Xenium's morphology_focus: one OME-XML says that the channels lie in a file each."""
+    paths = [path.with_name(f"{letter}.ome.tif") for letter in "abc"]
+    data = "".join(
+        f'<TiffData FirstC="{i}" PlaneCount="1"><UUID FileName="{p.name}">urn:uuid:{i}</UUID>'
+        f"</TiffData>"
+        for i, p in enumerate(paths)
+    )
+    for i, place in enumerate(paths):
+        xml = (
+            f'<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+            f'UUID="urn:uuid:{i}"><Image ID="Image:0"><Pixels ID="P:0" DimensionOrder="XYCZT" '
+            f'Type="uint8" SizeX="300" SizeY="300" SizeC="3" SizeZ="1" SizeT="1">{data}'
+            f"</Pixels></Image></OME>"
+        )
+        plane = np.zeros((300, 300), np.uint8)
+        tifffile.imwrite(place, plane, description=xml, metadata=None, ome=False)
+
+
+STACK = np.zeros((3, 300, 300, 3), np.uint8)
+
+
 def fluorescence(path):
     tifffile.imwrite(path, np.zeros((300, 300), np.uint16), tile=(256, 256))
+
+
+def four_planes(path):
+    """Four stains, of which the last one is no alpha."""
+    tifffile.imwrite(path, np.zeros((4, 300, 300), np.uint8), photometric="minisblack")
 
 
 def five_channels(path):
@@ -340,7 +475,17 @@ def five_channels(path):
     ("name", "write", "words"),
     [
         ("a.jpg", turned, "EXIF orientation 6"),
+        ("a.tif", turned_tiff, "EXIF orientation 3"),
+        ("a.png", large, "60000 x 60000 px; JPEG and PNG"),
+        ("a.tif", one_piece, "60000 x 60000 px in one piece"),
+        ("a.tif", few_tiles, "tiles or strips declared, 4 there"),
         ("a.tif", fluorescence, "uint16"),
+        ("a.ome.tif", save(STACK[0].astype(np.uint16)), "3 channels of uint16, RGB"),
+        ("a.ome.tif", save(STACK[0].astype(np.float32)), "3 channels of float32, RGB"),
+        ("a.ome.tif", save(STACK), "stack of several images"),
+        ("a.ome.tif", several_files, "in several files"),
+        ("b.ome.tif", several_files, "in several files"),
+        ("a.tif", four_planes, "4 channels of uint8, MINISBLACK"),
         ("a.tif", five_channels, "5 channels"),
         ("a.tif", lambda path: path.write_bytes(b"II*\0" + b"\7" * 60), "no whole slide"),
         ("a.png", lambda path: path.write_bytes(b"hello"), "no whole slide"),

@@ -168,14 +168,34 @@ def test_pixel_size_holds_at_any_rotation_and_flip(tmp_path, degrees, flip):
     assert read_sample(tmp_path / "sample")[2] == pytest.approx(UM, rel=1e-6)  # unrounded positions
 
 
-@pytest.mark.parametrize(("flip", "cytassist"), [(True, False), (True, True), (False, False)])
+XY_EXCHANGED = {"x": "y", "y": "x"}
+BOTH_WAYS = [(True, False), (True, True), (False, False), (False, True)]
+
+
+@pytest.mark.parametrize(("flip", "cytassist"), BOTH_WAYS)
 def test_a_mirrored_array_is_noted_where_it_is_not_the_rule(tmp_path, flip, cytassist):
     """x and y exchanged look like a mirrored image, and may fall on a square one."""
     outs, _, _ = write_outs(tmp_path, flip=flip, cytassist=cytassist)
     assert prepare(tmp_path, outs) == 0
     record = json.loads((tmp_path / "sample" / "prepare.json").read_text())
     assert record["array_mirrored"] is flip
-    assert any("is mirrored" in note for note in record["notes"]) == (flip and not cytassist)
+    notes = [note for note in record["notes"] if "will be transposed" in note]
+    assert len(notes) == (flip is not cytassist)
+    if notes:
+        assert notes[0].startswith(f"the array is {'' if flip else 'not '}mirrored in the image")
+
+
+def test_x_and_y_exchanged_on_a_square_image_are_noted(tmp_path):
+    """All spots fall on the image, and the pitch is right: only the array tells."""
+    square = (1100, 1100)
+    outs, table, _ = write_outs(tmp_path, centre=(550, 550))
+    write_positions(outs / "spatial", table.reset_index().rename(columns=XY_EXCHANGED), "header")
+    scan = Image.fromarray(picture(square))
+    scan.save(tmp_path / "scan.png")
+    scan.resize((220, 220)).save(outs / "spatial" / "tissue_hires_image.png")
+    assert prepare(tmp_path, outs) == 0
+    notes = json.loads((tmp_path / "sample" / "prepare.json").read_text())["notes"]
+    assert sum("x and y of the positions are exchanged" in note for note in notes) == 1
 
 
 def test_without_the_hires_copy_the_metadata_must_agree(tmp_path, capsys):
@@ -389,7 +409,42 @@ def high_definition(outs):
     (outs / "binned_outputs").mkdir()
 
 
+def bins_of_hd(outs):
+    """The outs of HD have a folder spatial, too."""
+    (outs / "binned_outputs").mkdir()
+
+
+def segmented(outs):
+    """Space Ranger 4 on HD: cells, with a folder spatial of their own."""
+    shutil.copy(outs / "filtered_feature_bc_matrix.h5", outs / "filtered_feature_cell_matrix.h5")
+    (outs / "cell_segmentations.geojson").write_text("{}")
+
+
+def only_cells(outs):
+    (outs / "segmented_outputs").mkdir()
+
+
+def xenium_run(outs):
+    (outs / "experiment.xenium").write_text("{}")
+
+
+def blank(name):
+    def damage(outs):
+        path = outs / "spatial" / "tissue_positions.csv"
+        table = pd.read_csv(path, dtype=str)
+        table.loc[1, name] = ""
+        table.to_csv(path, index=False)
+
+    damage.__name__ = f"blank {name}"
+    return damage
+
+
 BAD = (
+    (bins_of_hd, "visium_hd.py"),
+    (segmented, "holds the cells that Space Ranger segmented"),
+    (only_cells, "no binned_outputs"),
+    (xenium_run, "prepare/xenium.py"),
+    *((blank(name), f"holds '' in column {name}, data row 2") for name in tenx.COLUMNS[1:]),
     (exchange_array, "does not hold Visium's array"),
     (other_barcodes, "are not in tissue"),
     (repeat_spot, "more than once"),
@@ -443,6 +498,57 @@ def test_from_the_shell(tmp_path):
     assert process.returncode == 2
     assert process.stderr.startswith("error: ")
     assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("words", [("TRUE", "FALSE"), ("True", "False"), ("yes", "no")])
+@pytest.mark.parametrize("layout", ["header", "no header"])
+def test_in_tissue_may_be_written_in_words(tmp_path, words, layout):
+    outs, table, known = write_outs(tmp_path, layout)
+    path = outs / "spatial" / "tissue_positions.csv"
+    text = path.read_text().replace("-1,1,", f"-1,{words[0]},").replace("-1,0,", f"-1,{words[1]},")
+    assert text.count(words[1]) == (table["in_tissue"] == 0).sum()
+    path.write_text(text)
+    assert prepare(tmp_path, outs) == 0
+    assert_sample(tmp_path / "sample", table, known)
+
+
+def test_cytassist_of_11_mm_is_read_whole(tmp_path):
+    """14,336 spots in 128 rows of 112, probes and antibodies, as Space Ranger 3 and 4 have it."""
+    um, turn = 4.0, np.radians(2)
+    row, col = (i.ravel() for i in np.mgrid[:128, :224])
+    row, col = row[(row + col) % 2 == 0], col[(row + col) % 2 == 0]
+    place = np.column_stack([col * -50.0, row * 100 * np.sqrt(3) / 2]) / um  # mirrored
+    xy = place @ [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
+    xy += 20 - xy.min(0)
+    spatial = tmp_path / "outs" / "spatial"
+    spatial.mkdir(parents=True)
+    barcodes = [f"{i:016d}-1" for i in range(len(row))]
+    in_tissue = np.hypot(row - 64, (col - 112) / 2) < 50
+    table = pd.DataFrame(
+        {"barcode": barcodes, "in_tissue": in_tissue.astype(int), "array_row": row,
+         "array_col": col, "x": xy[:, 0], "y": xy[:, 1]}
+    )  # fmt: skip
+    assert len(table) == 14_336
+    write_positions(spatial, table, "header")
+    kept = np.flatnonzero(in_tissue)
+    types = ["Gene Expression", "Gene Expression", "Antibody Capture"]
+    names = ["ACTB", "DEPRECATED_X", "CD3"]
+    counts = np.column_stack([kept % 7 + 1, kept % 3, kept % 5])
+    write_h5(tmp_path / "outs" / "filtered_feature_bc_matrix.h5", counts,
+             [barcodes[i] for i in kept], ["ENSG1", "ENSG2", "CD3"], names, types)  # fmt: skip
+    size = tuple(np.ceil(xy.max(0) + 20).astype(int).tolist())
+    Image.new("RGB", size, "white").save(tmp_path / "scan.png")
+    Image.new("RGB", (300, 300)).save(spatial / "cytassist_image.tiff")
+    assert prepare(tmp_path, tmp_path / "outs") == 0
+    locs, found, pixel_um = read_sample(tmp_path / "sample")
+    assert pixel_um == pytest.approx(um, rel=1e-4)
+    assert len(locs) == in_tissue.sum()
+    wanted = pd.Series(counts[:, 0], [barcodes[i] for i in kept])
+    assert found.columns.tolist() == ["ACTB"]
+    pd.testing.assert_series_equal(found["ACTB"], wanted[found.index], check_names=False)
+    notes = json.loads((tmp_path / "sample" / "prepare.json").read_text())["notes"]
+    assert not any("transposed" in note for note in notes)
+    assert sum("type DEPRECATED" in n or "type Antibody Capture" in n for n in notes) == 2
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="files in the vendors' formats are not at hand")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -13,7 +14,7 @@ from test_prepare_common import write_h5
 
 import utils
 from method.grid import lattice_pitch
-from prepare import visium_hd
+from prepare import visium, visium_hd
 
 REAL = REAL_DATA / "formats" / "visium_hd_positions" / "tissue_positions.parquet"
 UM = 0.4  # um per px of the full-resolution image
@@ -347,8 +348,8 @@ BAD = {
     "not parquet": (lambda o: positions(o).write_bytes(b"barcode,in_tissue"), "no whole table"),
     "cut": (lambda o: positions(o).write_bytes(positions(o).read_bytes()[:-99]), "no whole table"),
     "empty cells": (
-        lambda o: edit(o, pxl_row_in_fullres=lambda t: t["pxl_row_in_fullres"].where(t.index > 9)),
-        "empty cells",
+        lambda o: edit(o, pxl_row_in_fullres=lambda t: t["array_row"].where(t.index < 999)),
+        "holds 'nan' in column pxl_row_in_fullres, data row 1000; expected a number",
     ),
     "repeated": (lambda o: edit(o, array_row=lambda t: t["array_row"] * 0), "one line"),
     "skewed": (
@@ -386,6 +387,49 @@ def test_hires_image_is_refused_or_scaled(tmp_path, capsys):
     um = float((tmp_path / "sample" / "pixel-size-raw.txt").read_text())
     assert um == pytest.approx(UM / HIRES_SCALE)
     np.testing.assert_allclose(read_truth(tmp_path / "sample")[0], full, atol=1e-3)
+
+
+def test_folders_of_cells_are_refused_by_name(tmp_path, capsys):
+    """Space Ranger 4 writes segmented_outputs beside binned_outputs, which is read."""
+    outs, *_ = write_outs(tmp_path, size=16)
+    cells = outs / "segmented_outputs"
+    (cells / "spatial").mkdir(parents=True)
+    (cells / "cell_segmentations.geojson").write_text("{}")
+    assert prepare(tmp_path, outs, "--truth-genes", "0") == 0
+    capsys.readouterr()
+    assert prepare(tmp_path, cells) == 2
+    assert "holds the cells that Space Ranger segmented" in capsys.readouterr().err
+    shutil.rmtree(outs / "binned_outputs")
+    assert prepare(tmp_path, outs) == 2
+    assert "has segmented_outputs (cells) but no binned_outputs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(True, False), ("TRUE", "FALSE"), ("yes", "no"), (1.0, 0.0)])
+def test_in_tissue_may_be_logical_or_words(tmp_path, words):
+    outs, known, *_ = write_outs(tmp_path, size=16)
+    path = outs / "binned_outputs" / "square_016um" / "spatial" / "tissue_positions.parquet"
+    table = pd.read_parquet(path)
+    table["in_tissue"] = table["in_tissue"].map({1: words[0], 0: words[1]})
+    table.to_parquet(path)
+    assert len(visium_hd.read_bins(path, 16.0).xy) == len(known)
+
+
+def test_bins_given_to_the_script_of_visium_are_named(tmp_path, capsys):
+    outs, *_ = write_outs(tmp_path, size=16)
+    for folder in (outs, outs / "binned_outputs" / "square_016um"):
+        options = ["--outs", str(folder), "--directory", str(tmp_path / "sample")]
+        assert visium.run(options) == 2
+        assert f"visium_hd.py --outs {folder} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_bins_that_lie_as_no_cytassist_puts_them_are_noted(tmp_path, flip):
+    """The arrays of HD are mirrored in the image; with x and y exchanged they are not."""
+    outs, *_ = write_outs(tmp_path, size=16, flip=flip)
+    assert prepare(tmp_path, outs, "--truth-genes", "0") == 0
+    record = json.loads((tmp_path / "sample" / "prepare.json").read_text())
+    assert record["array_mirrored"] is flip
+    assert any("x and y of the positions" in note for note in record["notes"]) is not flip
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="files in the vendors' formats are not at hand")

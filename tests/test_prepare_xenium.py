@@ -1,9 +1,12 @@
 """prepare/xenium.py on small runs that the tests write in the vendor's format, truth known."""
 
+import contextlib
 import json
 import shutil
 import tarfile
+import tempfile
 import zipfile
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,14 +14,16 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import tifffile
+import zarr
 from conftest import REAL_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from scipy import sparse
+from scipy.io import mmwrite
 
 import utils
-from prepare import aligned, scans, xenium
+from prepare import aligned, scans, xenium, xenium_files
 
 RUN_UM = 0.2125  # um per pixel of the run's own images
 GENES = ["ACTB", "EPCAM", "KRT8", "MARCH1", "NA", "PTPRC"]
@@ -191,7 +196,7 @@ def brute_force(table, record, shape, locs):
 
 # --------------------------------------------------------------------------------- molecules
 def test_every_molecule_is_counted_once_and_spots_equal_brute_force(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr(xenium, "BATCH", 700)
+    monkeypatch.setattr(xenium_files, "BATCH", 700)
     assert prepare(shared, tmp_path / "s") == 0
     record, truth, tissue, genes, locs, counts = read_sample(tmp_path / "s")
     table = molecules()
@@ -295,6 +300,138 @@ def test_controls_are_told_from_genes_in_every_version(shared, tmp_path, layout)
     assert genes == sorted(GENES)
     assert truth.sum() == ((table["qv"] >= 20) & is_gene).sum()
     assert record["of_controls"] == ((table["qv"] >= 20) & ~is_gene).sum()
+
+
+def spoilt() -> tuple[pd.DataFrame, pd.Series, dict[str, int]]:
+    """Molecules with every kind of control and with missing values; which of them count; and how
+    many good ones are left out, by kind."""
+    table = molecules().rename(columns={"is_gene": "gene"})
+    good, third = table["qv"] >= 20, np.arange(N) // 100
+    category = np.where(table["gene"], "predesigned_gene", "negative_control_probe").astype(object)
+    category[table["feature_name"] == "UnassignedCodeword_0301"] = "unassigned_codeword"
+    category[table["feature_name"] == "BLANK_0069"] = "deprecated_codeword"
+    category[(third == 3) & ~table["gene"]] = "genomic_control_probe"
+    category[(third == 4) & ~table["gene"]] = "negative_control_codeword"
+    category[third == 5] = None
+    table["feature_name"] = table["feature_name"].astype(object).where(third != 6, None)
+    table["x_location"] = table["x_location"].where(third != 7)
+    table["qv"] = table["qv"].where(third != 8)
+    table["codeword_category"] = category
+    named = table["feature_name"].notna()
+    counts = good & named & (third != 7) & (third != 8) & (category == "predesigned_gene")
+    kind = pd.Series(category).where(third != 5, "no codeword_category")
+    kind[~named] = "no feature_name"
+    kind[(third == 7) & (kind == "predesigned_gene")] = "no place"
+    left_out = kind[good & (third != 8) & (kind != "predesigned_gene")].value_counts().to_dict()
+    return table.drop(columns="gene"), counts, left_out
+
+
+def to_parquet(table, folder, names=None):
+    columns = pa.Table.from_pandas(table, preserve_index=False)
+    if names is not None:
+        columns = columns.set_column(
+            columns.schema.get_field_index("feature_name"), "feature_name", names(table)
+        )
+    parquet.write_table(columns, folder / "transcripts.parquet", row_group_size=1100)
+
+
+def in_dictionary(table):
+    return pa.array(table["feature_name"], pa.string(), from_pandas=True).dictionary_encode()
+
+
+def in_bytes(table):
+    return pa.array([None if n is None else n.encode() for n in table["feature_name"]])
+
+
+FORMS = {
+    "text": to_parquet,
+    "dictionary": lambda table, folder: to_parquet(table, folder, in_dictionary),
+    "bytes": lambda table, folder: to_parquet(table, folder, in_bytes),
+    "csv.gz": lambda table, folder: table.to_csv(folder / "transcripts.csv.gz", index=False),
+    "csv": lambda table, folder: table.to_csv(
+        folder / "transcripts.csv", index=False, encoding="utf-8-sig"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_has_no_value_and_every_control_is_left_out_and_counted(
+    shared, tmp_path, monkeypatch, form
+):
+    monkeypatch.setattr(xenium_files, "BATCH", 700)
+    table, counts, left_out = spoilt()
+    assert len(left_out) == 8
+    folder = tmp_path / "run"
+    write_outs(folder / "outs", molecules(), cells=False)
+    (folder / "outs" / "transcripts.parquet").unlink()
+    FORMS[form](table, folder / "outs")
+    for name in ("he.ome.tif", "alignment.csv"):
+        shutil.copy(shared / name, folder)
+    assert prepare(folder, tmp_path / "s") == 0
+    record, truth, tissue, genes, locs, found = read_sample(tmp_path / "s")
+    assert genes == sorted(GENES)
+    grid, spots = brute_force(table[counts], record, tissue.shape, locs)
+    np.testing.assert_array_equal(truth, grid)
+    np.testing.assert_array_equal(found.to_numpy(), spots)
+    assert record["left_out"] == left_out
+    assert record["of_controls"] == sum(left_out.values())
+    assert record["below_quality"] == N - (table["qv"] >= 20).sum()
+    assert f"{left_out['unassigned_codeword']} unassigned_codeword" in " ".join(record["notes"])
+
+
+def test_a_null_in_a_dictionary_is_no_name():
+    """Neither as a code without value nor as a value of the dictionary is it the last name."""
+    column = pa.DictionaryArray.from_arrays(
+        pa.array([0, None, 2, 1, 3], pa.int8()), pa.array(["A", None, "B", ""])
+    )
+    names, codes = xenium_files.encoded(column)
+    assert codes.tolist() == [0, -1, 2, -1, -1]
+    assert names[[0, 2]].tolist() == ["A", "B"]
+
+
+@contextlib.contextmanager
+def zarr_group(path):
+    """A zarr 2 store in a .zip, as Xenium Explorer has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield zarr.open_group(folder, mode="w", zarr_format=2)
+        with zipfile.ZipFile(path, "w") as packed:
+            for file in sorted(f for f in Path(folder).rglob("*") if f.is_file()):
+                packed.write(file, file.relative_to(folder))
+
+
+def write_zarr_molecules(path, table) -> None:
+    """As Xenium Explorer has them: tiles of 250 um, a coarser level of some of them."""
+    with zarr_group(path) as root:
+        names = [*GENES, *CONTROLS]
+        root.attrs["gene_names"] = names
+        tile = (table[["x_location", "y_location"]] // 250).astype(int)
+        for level, every in (("0", 1), ("1", 4)):
+            for (x, y), part in table.iloc[::every].groupby([tile[c] for c in tile]):
+                group = root.create_group(f"grids/{level}/{x},{y}")
+                xyz = np.column_stack([part[["x_location", "y_location"]], np.zeros(len(part))])
+                group.create_array("location", data=xyz.astype("f4"))
+                gene = part["feature_name"].map(names.index).to_numpy("u2")
+                gene[part["feature_name"] == "KRT8"] = 65535
+                group.create_array("gene_identity", data=gene[:, None])
+                group.create_array("quality_score", data=part["qv"].to_numpy("f4")[:, None])
+
+
+def test_molecules_of_the_explorer_are_read(shared, tmp_path):
+    folder = tmp_path / "run"
+    write_outs(folder / "outs", molecules(), cells=False)
+    (folder / "outs" / "transcripts.parquet").unlink()
+    write_zarr_molecules(folder / "outs" / "transcripts.zarr.zip", molecules())
+    for name in ("he.ome.tif", "alignment.csv"):
+        shutil.copy(shared / name, folder)
+    assert prepare(folder, tmp_path / "s") == 0
+    record, truth, tissue, genes, locs, _ = read_sample(tmp_path / "s")
+    table = molecules()
+    good = table[(table["qv"] >= 20) & table["is_gene"] & (table["feature_name"] != "KRT8")]
+    assert genes == sorted(set(GENES) - {"KRT8"})
+    grid, _ = brute_force(good, record, tissue.shape, locs)
+    np.testing.assert_array_equal(truth, np.delete(grid, GENES.index("KRT8"), axis=2))
+    krt8 = (table["feature_name"] == "KRT8") & (table["qv"] >= 20)
+    assert record["left_out"]["no feature_name"] == krt8.sum()
 
 
 def test_the_order_of_adding_does_not_matter():
@@ -501,22 +638,125 @@ def test_polygons_spread_a_cell_by_area_and_conserve_its_molecules(shared, tmp_p
         np.testing.assert_allclose(spot, grid[near].sum(0), rtol=1e-5, atol=1e-5)
 
 
-def test_cells_without_outline_fall_back_to_their_centroid(run_folder, tmp_path):
+def test_cells_without_a_sound_outline_fall_back_to_their_centroid(run_folder, tmp_path):
     path = run_folder / "outs" / "cell_boundaries.parquet"
     outlines = pd.read_parquet(path)
     gone = outlines["cell_id"].unique()[:7]
-    outlines[~outlines["cell_id"].isin(gone)].to_parquet(path, index=False)
+    outlines = outlines[~outlines["cell_id"].isin(gone[:3])].reset_index(drop=True)
+    first = [np.flatnonzero(outlines["cell_id"] == cell)[0] for cell in gone[3:]]
+    outlines.loc[first, "vertex_x"] = [1e30, -1e7, 4e3, 1e19]  # 1e30 took all memory there is
+    outlines.to_parquet(path, index=False)
     assert prepare(run_folder, tmp_path / "s", "--counts", "polygons") == 0
     record, truth, *_ = read_sample(tmp_path / "s")
     matrix = cell_tables(molecules())[0]
     assert truth.sum(dtype=float) == pytest.approx(matrix[GENES].to_numpy().sum(), rel=1e-6)
-    assert any(note.startswith("7 cells without an outline") for note in record["notes"])
+    assert any(note.startswith("7 cells without a sound outline") for note in record["notes"])
+
+
+def write_zarr_cells(path, centroids, outlines, version: int) -> None:
+    """cells.zarr.zip of XOA 2 and later, and of XOA 1; ids are numbers there."""
+    with zarr_group(path) as root:
+        ids = np.column_stack([np.arange(len(centroids)) + 0x1F0, np.ones(len(centroids), int)])
+        root.create_array("cell_id", data=ids.astype("u4"))
+        summary = root.create_array(
+            "cell_summary", data=np.column_stack([np.ones(len(ids)), centroids.to_numpy()])
+        )
+        summary.attrs["column_names"] = ["cell_area", "cell_centroid_x", "cell_centroid_y"]
+        places = dict(zip(centroids.index, range(len(ids)), strict=True))
+        size = outlines.groupby("cell_id").size()
+        xy = np.zeros((len(ids), 2 * size.max() + 4), "f4")
+        for cell, part in outlines.groupby("cell_id"):
+            flat = part[["vertex_x", "vertex_y"]].to_numpy().ravel()
+            xy[places[cell], : len(flat)] = flat
+        n = size[centroids.index].to_numpy("i4")
+        if version == 1:
+            root.create_array("polygon_num_vertices", data=np.stack([n - 2, n]))
+            root.create_array("polygon_vertices", data=np.stack([xy * 0, xy]))
+        else:
+            root.attrs["polygon_set_names"] = ["nucleus", "cell"]
+            order = np.random.default_rng(3).permutation(len(ids))
+            for i, factor in enumerate((0, 1)):
+                group = root.create_group(f"polygon_sets/{i}")
+                group.create_array("cell_index", data=order.astype("u4"))
+                group.create_array("num_vertices", data=n[order])
+                group.create_array("vertices", data=xy[order] * factor)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("kind", ["cells", "polygons"])
+def test_cells_of_the_explorer_give_the_same_sample(run_folder, tmp_path, kind, version):
+    """cells.zarr.zip stands in for both tables, and the folder of the matrix for its .h5."""
+    outs = run_folder / "outs"
+    counts, centroids, outlines = cell_tables(molecules())
+    names = {cell: f"{i + 0x1F0:08x}" for i, cell in enumerate(centroids.index)}
+    letters = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
+    names = {cell: f"{name.translate(letters)}-1" for cell, name in names.items()}
+    assert names[centroids.index[0]] == "aaaaabpa-1"
+    write_matrix(outs / "cell_feature_matrix.h5", counts.rename(index=names))
+    for name, table in (
+        ("cells", centroids.reset_index()),
+        ("cell_boundaries", outlines.astype({"vertex_x": "f4", "vertex_y": "f4"})),
+    ):
+        table.assign(cell_id=table["cell_id"].map(names)).to_parquet(outs / f"{name}.parquet")
+    assert prepare(run_folder, tmp_path / "a", "--counts", kind) == 0
+    for name in ("cells", "cell_boundaries"):
+        (outs / f"{name}.parquet").unlink()
+    write_zarr_cells(outs / "cells.zarr.zip", centroids, outlines, version)
+    assert prepare(run_folder, tmp_path / "b", "--counts", kind) == 0
+    (_, truth, *_, locs, spots), (_, again, *_, same_locs, same) = (
+        read_sample(tmp_path / name) for name in "ab"
+    )
+    np.testing.assert_allclose(again, truth, atol=1e-5)
+    pd.testing.assert_frame_equal(same_locs, locs)
+    pd.testing.assert_frame_equal(same, spots)
+
+
+def test_the_matrix_may_be_a_folder(shared, run_folder, tmp_path):
+    outs = run_folder / "outs"
+    counts = cell_tables(molecules())[0]
+    folder = outs / "cell_feature_matrix"
+    folder.mkdir()
+    mmwrite(folder / "matrix.mtx", sparse.coo_array(counts.to_numpy().T))
+    kinds = ["Gene Expression"] * 6 + ["Negative Control Probe"] * 3 + ["Protein Expression"]
+    rows = zip([f"E{i}" for i in range(10)], counts.columns, kinds, strict=True)
+    (folder / "features.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    (folder / "barcodes.tsv").write_text("".join(f"{cell}\n" for cell in counts.index))
+    (outs / "cell_feature_matrix.h5").unlink()
+    assert prepare(run_folder, tmp_path / "s", "--counts", "cells") == 0
+    assert prepare(shared, tmp_path / "t", "--counts", "cells") == 0
+    found, expected = (read_sample(tmp_path / name) for name in "st")
+    np.testing.assert_array_equal(found[1], expected[1])
+    lost = counts[CONTROLS[-1]].sum()
+    assert (
+        f"1 features of type Protein Expression with {lost:,} molecules are left out"
+        in (found[0]["notes"])
+    )
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_cells_without_a_place_are_left_out_and_counted(run_folder, tmp_path, form):
+    outs, (counts, centroids, _) = run_folder / "outs", cell_tables(molecules())
+    centroids.iloc[:2, 0] = np.nan
+    table = centroids.reset_index()
+    table = pd.concat([table, table[:3].assign(cell_id=None)])  # of no cell
+    (outs / "cells.parquet").unlink()
+    if form == "csv":
+        table.to_csv(outs / "cells.csv", index=False)
+    else:
+        table.to_parquet(outs / "cells.parquet", index=False)
+    assert prepare(run_folder, tmp_path / "s", "--counts", "cells") == 0
+    record, truth, *_ = read_sample(tmp_path / "s")
+    lost = counts.loc[centroids.index[:2], GENES].to_numpy().sum()
+    assert f"2 cells without a place, {lost:,} molecules, are left out" in record["notes"]
+    assert truth.sum() == counts[GENES].to_numpy().sum() - lost
 
 
 def test_without_transcripts_the_cells_are_taken(run_folder, tmp_path):
     (run_folder / "outs" / "transcripts.parquet").unlink()
     assert prepare(run_folder, tmp_path / "s") == 0
-    assert read_sample(tmp_path / "s")[0]["counts_of"] == "cells"
+    record = read_sample(tmp_path / "s")[0]
+    assert record["counts_of"] == "cells"
+    assert any("transcripts.csv.gz" in note for note in record["notes"])
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs the real data beside the checkout")
@@ -607,7 +847,7 @@ def test_an_absolute_path_in_a_zip_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
         packed.writestr("/tmp/experiment.xenium", "{}")
     with pytest.raises(utils.StageError, match="leads out of a folder"):
-        xenium.unpack(tmp_path / "a.zip", tmp_path)
+        xenium_files.unpack(tmp_path / "a.zip", tmp_path)
 
 
 def test_a_cut_off_archive_is_refused(shared, tmp_path):
@@ -615,7 +855,7 @@ def test_a_cut_off_archive_is_refused(shared, tmp_path):
     whole = (tmp_path / "a.tar.gz").read_bytes()
     (tmp_path / "a.tar.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(utils.StageError, match="no whole"):
-        xenium.unpack(tmp_path / "a.tar.gz", tmp_path)
+        xenium_files.unpack(tmp_path / "a.tar.gz", tmp_path)
 
 
 # ---------------------------------------------------------------------------------- bad input
@@ -639,9 +879,42 @@ TURN = alignment(0.4, 3.0)[0]
 SHIFTED = TURN + np.array([[0, 0, 1500.0], [0, 0, 0], [0, 0, 0]])
 
 
+def drop(*names):
+    return lambda f: [(f / "outs" / name).unlink() for name in names]
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "words"),
     [
+        (
+            drop("transcripts.parquet"),
+            ("--counts", "transcripts"),
+            "none of transcripts.parquet, transcripts.csv.gz, transcripts.csv, transcripts.zarr",
+        ),
+        (drop("cells.parquet"), ("--counts", "cells"), "none of cells.parquet, cells.csv.gz"),
+        (
+            drop("transcripts.parquet", "cell_feature_matrix.h5"),
+            (),
+            "no cell_feature_matrix.h5 and no folder cell_feature_matrix",
+        ),
+        (
+            lambda f: (f / "alignment.csv").write_text(
+                "fixedX,fixedY,alignmentX,alignmentY\n1,2,3,4\n5,6,7,8\n1,6,3,8\n"
+            ),
+            (),
+            "*_imagealignment.csv",
+        ),
+        (lambda f: (f / "outs" / "experiment.xenium").write_text("[1]"), (), "pixel_size"),
+        (
+            lambda f: (f / "outs" / "experiment.xenium").write_text('{"pixel_size": "wide"}'),
+            (),
+            "no experiment.xenium as known",
+        ),
+        (
+            rewrite("transcripts.parquet", lambda t: t.assign(qv="good")),
+            (),
+            "no table of molecules as known",
+        ),
         (lambda f: (f / "outs" / "experiment.xenium").unlink(), (), "experiment.xenium is missing"),
         (lambda f: (f / "outs" / "experiment.xenium").write_text("{}"), (), "pixel_size"),
         (
@@ -679,9 +952,19 @@ SHIFTED = TURN + np.array([[0, 0, 1500.0], [0, 0, 0], [0, 0, 0]])
         (
             lambda f: (f / "outs" / "cell_boundaries.parquet").unlink(),
             ("--counts", "polygons"),
-            "has none of cell_boundaries",
+            "none of cell_boundaries",
         ),
-        (cut("cells.parquet"), ("--counts", "cells"), "no whole table"),
+        (cut("cells.parquet"), ("--counts", "cells"), "no whole Parquet"),
+        (
+            rewrite("cells.parquet", lambda t: t.rename(columns={"x_centroid": "x"})),
+            ("--counts", "cells"),
+            "has no column x_centroid, but cell_id, x, y_centroid",
+        ),
+        (
+            rewrite("cells.parquet", lambda t: t.assign(x_centroid="left")),
+            ("--counts", "cells"),
+            "no table of cells as known",
+        ),
         (lambda f: shutil.rmtree(f / "outs"), (), "does not exist"),
     ],
 )
@@ -697,6 +980,14 @@ def test_bad_input_is_named_and_nothing_is_written(
     assert message.startswith("error: ")
     assert words in message
     assert [p.name for p in target.iterdir()] == ["notes.txt"]
+
+
+def test_an_alignment_that_mirrors_is_noted(run_folder, tmp_path):
+    matrix, size = alignment(0.4, 3.0, flip=True)
+    h_and_e(run_folder / "he.ome.tif", matrix, size)
+    np.savetxt(run_folder / "alignment.csv", matrix, delimiter=",")
+    assert prepare(run_folder, tmp_path / "s") == 0
+    assert any("mirrors the H&E" in note for note in read_sample(tmp_path / "s")[0]["notes"])
 
 
 def test_the_alignment_cannot_be_forgotten(shared, tmp_path, capsys):

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import pickletools
+import re
 import string
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from hypothesis.extra import numpy as hnp
 
 import utils
 from reading import arrays, pickles, plain, tables
-from reading.genes import read_gene_names
+from reading.genes import read_gene_names, read_genes
 
 
 # ----- numbers and lists --------------------------------------------------------------------------
@@ -48,6 +49,85 @@ def test_read_number_gives_a_number_in_range_or_refuses(stage, text):
         assert value == float(text.removeprefix("\ufeff"))
 
 
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_text_of_windows_is_read(stage, order):
+    """PowerShell's ``echo 0.5 > pixel-size-raw.txt`` writes UTF-16."""
+    path = put(stage, "pixel-size-raw.txt", utf_16("0.5\r\n", order))
+    assert plain.read_number(stage, path, 0.05, 2.5, "um") == 0.5
+    path = put(stage, "gene-names.txt", utf_16("\u03b2-Cat\r\nKRT8\r\n", order))
+    assert read_gene_names(stage, path) == ["\u03b2-Cat", "KRT8"]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x1c", "\x1d", "\x0b", "\x0c"])
+def test_46_only_line_ends_end_a_line(stage, mark):
+    """A gene that get_HR.py reads in cnts.csv is the same gene in gene-names.txt."""
+    gene = f"A{mark}B"
+    path = put(stage, "cnts.csv", f"id,{gene},C\r\ns1,1,2\r\n")
+    assert tables.read_sparse_counts(stage, path, pd.Index(["s1"]))[1] == [gene, "C"]
+    for end in ("\n", "\r\n", "\r"):
+        path = put(stage, "gene-names.txt", f"{gene}{end}C{end}{end}")
+        assert read_gene_names(stage, path) == [gene, "C"]
+        assert read_genes(str(path), [gene, "C"], "cnts.csv") == [gene, "C"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04" + bytes(60), "Excel workbook (.xlsx)"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "Excel workbook (.xls)"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        (gzip.compress(b"PAR1" + bytes(60)), "Parquet"),
+        (codecs.BOM_UTF16_LE + b"0", "not UTF-8 text|cannot be read"),
+        ("0.5".encode("utf-16-le"), "zero bytes"),
+        (b"", "holds ''"),
+    ],
+)
+def test_what_is_no_text_is_named(stage, content, words):
+    path = put(stage, "pixel-size-raw.txt", content)
+    with pytest.raises(utils.StageError, match=re.escape(words).replace(r"\|", "|")) as error:
+        plain.read_number(stage, path, 0.05, 2.5, "um")
+    assert "ownload" not in str(error.value)
+    if content:
+        with pytest.raises(utils.StageError, match=r"cnts\.csv cannot be read"):
+            tables.read_sparse_counts(stage, put(stage, "cnts.csv", content), pd.Index(["s1"]))
+
+
+def test_55_a_count_beyond_reason_is_refused_with_the_number(stage):
+    content = "id,A,B\ns1,1,2\ns2,3,{}\n"
+    path = put(stage, "cnts.csv", content.format("1e9"))
+    assert tables.read_sparse_counts(stage, path, pd.Index(["s1", "s2"]))[0].max() == 1e9
+    path = put(stage, "cnts.csv", content.format("3e36"))
+    with pytest.raises(utils.StageError, match=r"3e\+36 for spot s2, gene B; .* at most 1e\+09"):
+        tables.read_sparse_counts(stage, path, pd.Index(["s1", "s2"]))
+
+
+def test_a_decimal_comma_is_named(stage):
+    path = put(stage, "locs.csv", "id;x;y\ns1;1,5;2\n")
+    with pytest.raises(utils.StageError, match=r"'1,5' for spot s1, column x .* decimal point"):
+        tables.read_locs(stage, path)
+
+
+EXCELS = ["1-Mar", "01-Mar-22", "2-Sep", "Sep-02", "Mar-01", "01. Mrz", "2.31E+13", "2001-03-01"]
+
+
+@pytest.mark.parametrize("gene", EXCELS)
+def test_names_that_excel_makes_of_genes_are_said(stage, gene):
+    path = put(stage, "cnts.csv", f"id,{gene},KRT8\ns1,1,2\n")
+    tables.read_sparse_counts(stage, path, pd.Index(["s1"]))
+    read_gene_names(stage, put(stage, "gene-names.txt", f"KRT8\n{gene}\n"))
+    (counts, listed) = stage.notes
+    assert counts.startswith(f"cnts.csv names {gene}: a date or a number that Excel makes")
+    assert listed.startswith(f"gene-names.txt names {gene}: a date")
+    with pytest.raises(utils.StageError, match=r"It names .* that Excel makes of a gene name"):
+        read_genes(f"KRT8,{gene}", ["KRT8", "MARCHF1"], "cnts.csv")
+
+
+def test_names_of_genes_are_no_damage(stage):
+    names = ["MARCH1", "MARCHF1", "SEPT2", "DEC1", "1", "1e5", "NOV", "HLA-DRA", "A-1", "7SK"]
+    read_gene_names(stage, put(stage, "gene-names.txt", "\n".join(names)))
+    assert stage.notes == []
+
+
 def test_read_gene_names(stage):
     path = put(stage, "gene-names.txt", "\ufeffMARCH1\r\n\r\n  NA \nnan\n\u03b2-Cat\n1")
     assert read_gene_names(stage, path) == ["MARCH1", "NA", "nan", "\u03b2-Cat", "1"]
@@ -71,7 +151,15 @@ def r_style(frame: pd.DataFrame) -> str:
     return header.removeprefix("\t") + "\n" + rest
 
 
+def utf_16(text: str, order: str = "le") -> bytes:
+    """As Windows saves "Unicode text": with a byte order mark."""
+    return f"\ufeff{text}".encode(f"utf-16-{order}")
+
+
 VARIANTS = {
+    "UTF-16": lambda frame: utf_16(frame.to_csv(sep="\t", lineterminator="\r\n")),
+    "UTF-16, big endian": lambda frame: utf_16(frame.to_csv(), "be"),
+    "CR": lambda frame: frame.to_csv(lineterminator="\r"),
     "comma": lambda frame: frame.to_csv(),
     "tab": lambda frame: frame.to_csv(sep="\t"),
     "semicolon": lambda frame: frame.to_csv(sep=";"),
@@ -79,6 +167,7 @@ VARIANTS = {
     "CRLF": lambda frame: frame.to_csv(lineterminator="\r\n"),
     "quoted": with_all_quoted,
     "R": r_style,
+    "sep=": lambda frame: '"sep=;"\n' + frame.to_csv(sep=";"),
     "named ids": lambda frame: frame.to_csv(index_label="barcode"),
     "no last newline": lambda frame: frame.to_csv().rstrip("\n"),
     "decimals": lambda frame: frame.astype(float).to_csv(),
@@ -89,7 +178,8 @@ VARIANTS = {
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_read_counts(stage, variant, zipped):
-    content = VARIANTS[variant](COUNTS).encode()
+    content = VARIANTS[variant](COUNTS)
+    content = content.encode() if isinstance(content, str) else content
     path = (
         put(stage, "cnts.csv.gz", gzip.compress(content))
         if zipped
@@ -194,6 +284,7 @@ def test_a_damaged_gz_is_refused(stage):
         ("id,A,B\ns1,1,2\ns2,3\x00,4\n", ["zero bytes"]),
         (b"id,A,B\ns1,1,2\ns\xe9,3,4\n", ["cannot be read", "utf-8"]),
         ("id,A,B\n\n\n", ["no spot"]),
+        ("id,A,,\ns1,1,,\n", ["names the columns '' (no name) more than once"]),
         ("id,A,A\ns1,1,2\n", ["names the columns A more than once"]),
         ("id,A,B\ns1,1,2\ns1,1,2\n", ["lists the spots s1 more than once"]),
         ("id,A,B\ns1,1,2\ns2,3,-4.5\n", ["holds -4.5 for spot s2, gene B"]),
@@ -224,7 +315,7 @@ def test_blocks_of_narrow_and_wide_tables_hold_the_numbers_of_python(
     spots = pd.Index([f"s{i}" for i in range(9)])
     frame = pd.DataFrame(cells, spots, [f"G{i}" for i in range(width)])
     path = put(stage, "cnts.csv", frame.to_csv(quoting=quoting))
-    found, _ = tables.read_sparse_counts(stage, path, spots)
+    _, _, found = tables.read_table(path)  # some are beyond what is taken for a count
     wanted = np.array([[float(cell) for cell in row] for row in cells], np.float32)
     np.testing.assert_array_equal(found.toarray(), wanted)
 
@@ -418,9 +509,11 @@ def respelt(content, protocol: int, spelling: str) -> bytes:
     class Pickler(pickle._Pickler):
         def save_global(self, obj, name=None):
             module = getattr(obj, "__module__", "") or ""
-            if not module.startswith("numpy._core."):
+            room, _, rest = module.partition(".")
+            core, _, rest = rest.partition(".")
+            if room != "numpy" or core not in ("core", "_core"):
                 return super().save_global(obj, name)
-            module = module.replace("numpy._core", f"numpy.{spelling}")
+            module = f"numpy.{spelling}.{rest}"
             name = name or obj.__name__
             if self.proto >= 4:
                 self.save(module)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import time
@@ -22,7 +24,8 @@ PUT_ATTEMPTS = 10
 DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 FILE_PRINT = re.compile(r"\d+ -?\d+ [0-9a-f]{64}")  # of a file in a folder's fingerprint
 SMALL_BYTES = 1 << 20  # 1 MiB: its sha256 takes a millisecond
-PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial(\.\w+)?")  # what partial_name makes
+# By partial_name: ".he.<random>-<machine>-<process>.partial.jpg"; before, without the last two
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}(?:-([0-9a-f]{8})-(\d+))?\.partial(?:\.\w+)?")
 STALE_PARTIAL_SECONDS = 3600  # a partial file untouched for an hour belongs to no living run
 
 
@@ -134,7 +137,30 @@ def is_fingerprint(known: Any) -> bool:
 # ------------------------------------------------------------------------------------------------
 def partial_name(path: Path) -> Path:
     """A temporary name in the same folder that keeps the suffix, which image writers go by."""
-    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    owner = f"{uuid.uuid4().hex[:8]}-{machine()}-{os.getpid()}"
+    return path.with_name(f".{path.stem}.{owner}.partial{path.suffix}")
+
+
+@functools.cache
+def machine() -> str:
+    """A short hash of this machine, or of the container: where process numbers mean the same."""
+    namespace = ""
+    with contextlib.suppress(OSError):  # Linux only
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
+
+
+def is_dead(process: int) -> bool:
+    """True if no process of this machine has that number; Windows cannot be asked."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass  # it belongs to someone else
+    return False
 
 
 def remove(path: Path) -> None:
@@ -210,7 +236,9 @@ def atomic(path: Path) -> Iterator[Path]:
 def sweep(folder: Path) -> None:
     """Remove what runs that were killed left in a folder: partial files that nobody writes now."""
     for leftover in folder.glob(".*.partial*"):
+        if (ours := PARTIAL.fullmatch(leftover.name)) is None:
+            continue
         with contextlib.suppress(OSError):  # gone, or in use by another run
-            old = time.time() - leftover.stat().st_mtime > STALE_PARTIAL_SECONDS
-            if old and PARTIAL.fullmatch(leftover.name):
+            orphaned = ours[1] == machine() and is_dead(int(ours[2]))
+            if orphaned or time.time() - leftover.stat().st_mtime > STALE_PARTIAL_SECONDS:
                 remove(leftover)

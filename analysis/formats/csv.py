@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.csv
 
 from analysis.formats.mapset import MapSet, each_map
+from analysis.sheets import warn_of_formulas
 from writing.progress import Bar
 
 TABLE_BYTES = 2**26  # of the rows of the table that are in memory at a time
@@ -25,6 +26,7 @@ def bytes_needed(source: MapSet) -> int:
 def write(source: MapSet, target: Path) -> None:
     """The maps go gene by gene into a temporary file, and come back from it in blocks of rows."""
     n, genes = source.n_superpixels, source.genes
+    warn_of_formulas(source.stage, genes)
     places = [*source.places, *source.centres().T]
     fields = [("row", pyarrow.int64()), ("column", pyarrow.int64())]
     fields += [("x_fullres", pyarrow.float64()), ("y_fullres", pyarrow.float64())]

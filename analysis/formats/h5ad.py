@@ -25,7 +25,8 @@ OBS_BYTES = 128  # of a row of obs and its place
 
 def bytes_needed(source: MapSet) -> int:
     """Of the disk, before compression."""
-    latent = source.stage.path(utils.EMBEDDINGS).stat().st_size
+    path = source.stage.find(utils.EMBEDDINGS)
+    latent = 0 if path is None else path.stat().st_size
     per_superpixel = 4 * len(source.files) + OBS_BYTES
     return per_superpixel * source.n_superpixels + latent + 3 * (HIRES_PX**2 + LOWRES_PX**2)
 
@@ -68,6 +69,9 @@ def write(source: MapSet, target: Path) -> None:
             },
         }
         put_anndata(file, parts)
+        if source.stage.optional(utils.EMBEDDINGS) is None:
+            source.stage.warn(f"without {utils.EMBEDDINGS.name} there is no obsm X_histex")
+            return
         embedding = inputs.read_embedding(source.stage, source.tissue.shape)
         dims, where = len(embedding), np.flatnonzero(source.tissue)
         flat, chunks = embedding.reshape(dims, -1), (chunks[0], dims)

@@ -9,7 +9,8 @@ import pandas as pd
 
 import utils
 from analysis.formats.mapset import MapSet, each_map
-from analysis.regions import centres_of, discs_of
+from analysis.regions import MORE_SPOTS, centres_of, discs_of
+from analysis.sheets import warn_of_formulas
 from analysis.spots import sum_discs
 from reading import tables
 
@@ -26,8 +27,11 @@ def write(source: MapSet, target: Path) -> None:
     locs = tables.read_locs(stage, stage.path(utils.LOCS))
     discs, kept = discs_of(stage, centres_of(locs), source.tissue)
     if not kept.any():
-        raise stage.error(stage.path(utils.LOCS), "has no spot on the tissue of the maps.")
+        problem = "has no spot on the tissue of the maps."
+        raise stage.error(stage.path(utils.LOCS), problem, MORE_SPOTS)
     print(f"{kept.sum()} of {len(locs)} spots lie on the tissue")
     totals = np.column_stack([sum_discs(discs[kept], image) for image in each_map(source)])
     table = pd.DataFrame(totals, locs.index[kept], source.genes)
+    for names in (table.index, source.genes):
+        warn_of_formulas(stage, names)
     table.to_csv(target, lineterminator="\n", float_format="%.7g")

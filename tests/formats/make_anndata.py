@@ -137,6 +137,72 @@ def placed(xy):
     return data
 
 
+def table_of_places(x="x", y="y"):
+    """Places as a table, its columns in another order than x, y."""
+    data = make()
+    data.obsm["spatial"] = pd.DataFrame({y: XY[:, 1], x: XY[:, 0]}, index=data.obs_names)
+    return data
+
+
+def joined(label="library_id", keep_array=True, unique=True, shift=(37.0, 25.0)):
+    """Two sections on one another as concat leaves them: uns is lost."""
+    import anndata
+
+    one, two = make(), make()
+    two.obsm["spatial"] = two.obsm["spatial"] + shift
+    if not keep_array:
+        one.obs, two.obs = one.obs[[]], two.obs[[]]
+    joint = anndata.concat(
+        {"P1": one, "P2": two}, label=label, index_unique="-" if unique else None
+    )
+    if label == "lost":
+        joint.obs = joint.obs.drop(columns="lost")
+    return joint
+
+
+def one_array():
+    """Pieces of one array, named in a column that usually names sections."""
+    data = no_uns(make())
+    data.obs["sample"] = np.where(np.arange(64) < 32, "left", "right")
+    return data
+
+
+def no_uns(data):
+    del data.uns["spatial"]
+    return data
+
+
+def without_values():
+    """The columns of pandas 2 in which values may be missing, and categories with missing ones."""
+    import anndata
+
+    anndata.settings.allow_write_nullable_strings = True
+    data = make(logarithms(), counts=sparse.csr_matrix(floats()))
+    spot = np.arange(64)
+    tissue = pd.array(spot >= OFF_TISSUE, dtype="boolean")
+    tissue[1] = pd.NA
+    row, col = (pd.array(array()[name], dtype="Int64") for name in ("array_row", "array_col"))
+    row[9] = pd.NA
+    data.obs["in_tissue"], data.obs["array_row"], data.obs["array_col"] = tissue, row, col
+    section = pd.Categorical(np.where(spot < 62, "P1", None), categories=["P0", "P1"])
+    data.obs["section"] = section
+    data.obs["note"] = pd.array([pd.NA, *["seen"] * 63], dtype="string")
+    data.var["feature_types"] = pd.Categorical([*["Gene Expression"] * 3, None])
+    data.var["symbol"] = pd.array(["A", pd.NA, "C", "D"], dtype="string")
+    return data
+
+
+def wide_indices():
+    matrix = sparse.csr_matrix(floats())
+    matrix.indices, matrix.indptr = matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+    return make(matrix)
+
+
+def square():
+    """x and y exchanged."""
+    return no_uns(placed(XY[:, ::-1] + (30, 0)))
+
+
 def no_places():
     data = make()
     del data.obsm["spatial"]
@@ -180,7 +246,19 @@ OBJECTS = {
     "three_times": lambda: placed(XY * 3),
     "not_finite": lambda: placed(np.where(np.arange(64)[:, None] == 3, np.nan, XY)),
     "no_places": no_places,
+    "table_of_places": table_of_places,
+    "seurat_places": lambda: table_of_places("imagecol", "imagerow"),
+    "joined": joined,
+    "joined_batch": lambda: joined("batch", keep_array=False),
+    "joined_own_column": lambda: joined("whose", keep_array=False),
+    "joined_nameless": lambda: joined("lost", keep_array=False),
+    "joined_same_ids": lambda: joined("lost", keep_array=False, unique=False),
+    "one_array": one_array,
+    "without_values": without_values,
+    "wide_indices": wide_indices,
+    "exchanged": square,
 }
+STORES = {"zarr2": 2, "zarr3": 3}  # .zarr folders of without_values(), and their format
 
 
 def main() -> None:
@@ -197,6 +275,11 @@ def main() -> None:
                 file = Path(name) / f"{key}.h5ad"
                 build().write_h5ad(file)
                 packed.write(file, file.name)
+            for key, version in () if old else STORES.items():
+                anndata.settings.zarr_write_format = version
+                without_values().write_zarr(Path(name) / f"{key}.zarr")
+                for file in sorted(f for f in Path(name, f"{key}.zarr").rglob("*") if f.is_file()):
+                    packed.write(file, file.relative_to(name).as_posix())
 
 
 if __name__ == "__main__":
