@@ -104,6 +104,7 @@ UNFINISHED = "checkpoint.pt"  # a file that only runs that were cut off leave
 SHOWN = 1500  # characters of what a failed run said
 SECONDS = 120  # a run takes less
 NOBODY = 65534
+TITLES = ("Faults", "Signals", "Mishaps, one of each a script")
 PAGE = 8192  # bytes that a small file takes at most, beside its own
 SPARE_BYTES = (0, 20_000, 200_000, 1_000_000)  # on the full disk, beside the inputs
 GOOD = ("refused", "went on", "ended")
@@ -244,8 +245,8 @@ class Bench:
             kind = "refused"
         else:
             kind = "went on" if ended.code == 0 and as_wanted else "wrong exit"
-        for left in self.trial.rglob(".*.partial*"):
-            os.utime(left, (0, 0))  # as if hours had passed: until then another run may be at it
+        for path in self.trial.rglob(".*.partial*"):
+            os.utime(path, (0, 0))  # as if hours had passed: until then another run may be at it
         if sizes(self.trial) in (sizes(self.start), sizes(self.done)) and not wrong:
             pass  # nothing has changed: the same command does what it did
         elif (again := self.run()).code:
@@ -383,14 +384,14 @@ def rows_of(groups: dict[str, list[Trial]], columns: tuple[str, ...]) -> list[li
     ]
 
 
-def report(sections: dict[str, dict[str, list[Trial]]], command: str) -> str:
+def report(tables: dict[str, dict[str, list[Trial]]], command: str) -> str:
     """Tables of faults, of signals and of mishaps, a row for each script or mishap."""
     lines = [
         "# Faults injected and runs killed",
         "",
         "How it is done, and what sound means: the head of `benchmarks/faults.py`.",
     ]
-    for title, groups in sections.items():
+    for title, groups in tables.items():
         kinds = [kind for tries in groups.values() for trial in tries for kind in count([trial])]
         columns = ("all", "sound", *(kind for kind in (*GOOD, *BAD) if kind in kinds))
         lines += ["", f"## {title}", ""]
@@ -413,13 +414,18 @@ def say(trial: Trial | None) -> list[Trial]:
 
 def try_script(
     bench: Bench, faults: int, kills: int, draw: random.Random
-) -> tuple[list[Trial], list[Trial], dict[str, list[Trial]]]:
-    """Trials of one script: with faults, with signals, and by mishap."""
+) -> dict[str, dict[str, list[Trial]]]:
+    """Trials of one script: title of a table -> name of a row -> trials."""
     disturbed = [
         [trial for i, fault in enumerate(some) for trial in say(bench.attempt(fault, i % 3 == 2))]
         for some in (faults_of(bench, faults, draw), kills_of(bench, kills, draw))
     ]
-    return (*disturbed, {name: say(mishap(bench, draw)) for name, mishap in MISHAPS.items()})
+    by_title = {
+        title: {bench.script.label: some} for title, some in zip(TITLES, disturbed, strict=False)
+    }
+    return by_title | {
+        TITLES[2]: {name: say(suffer(bench, draw)) for name, suffer in MISHAPS.items()}
+    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -429,32 +435,26 @@ def main(args: argparse.Namespace) -> None:
     if not scripts:
         raise utils.StageError(f"No script has {args.only!r} in its name.", "Leave out --only.")
     trials.warm_up(scripts)
-    draw, sections = random.Random(args.seed), [defaultdict(list) for _ in range(3)]
+    draw = random.Random(args.seed)
+    tables: dict[str, dict[str, list[Trial]]] = {title: defaultdict(list) for title in TITLES}
     with measure.kept_or_temporary(args.keep) as work:
         work.chmod(0o755)  # for the run of another user
         shutil.rmtree(work / "starts", ignore_errors=True)
         trials.make(work / "starts", work / "make.log", {script.start for script in scripts})
         for i, script in enumerate(scripts):
             bench = Bench(script, work / "starts" / script.start, work, args.planted)
-            shares = (
-                n * (i + 1) // len(scripts) - n * i // len(scripts)
-                for n in (args.faults, args.kills)
-            )
-            *found, mishaps = try_script(bench, *shares, draw)
-            for section, some in zip(sections, found, strict=False):
-                section[script.label] = some
-            for name, some in mishaps.items():
-                sections[2][name] += some
-            sound = [
-                f"{count(some)['sound']} of {len(some)}" for some in (*found, *mishaps.values())
-            ]
-            print(f"{script.label}: {len(bench.events)} events, sound {sound}", file=sys.stderr)
-    titles = ("Faults", "Signals", "Mishaps, one of each a script")
-    text = report(dict(zip(titles, sections, strict=True)), args.command)
+            faults, kills = (trials.share(n, i, len(scripts)) for n in (args.faults, args.kills))
+            told = [f"{len(bench.events)} events"]
+            for title, rows in try_script(bench, faults, kills, draw).items():
+                for name, some in rows.items():
+                    tables[title][name] += some
+                    told.append(f"{count(some)['sound']} of {len(some)}")
+            print(f"{script.label}: {', '.join(told)} sound", file=sys.stderr, flush=True)
+    text = report(tables, args.command)
     print(text)
     if args.output:
         measure.write(args.output, text)
-    if any(t.failures() for groups in sections for some in groups.values() for t in some):
+    if any(t.failures() for rows in tables.values() for some in rows.values() for t in some):
         raise SystemExit(1)
 
 

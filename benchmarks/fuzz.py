@@ -72,11 +72,12 @@ import safetensors.torch
 import torch
 
 import utils
-from analysis import annotate, cells, enrich, inputs, regions, report
+from analysis import annotate, enrich, inputs, outlines, regions, report
+from analysis import labels as cell_labels
 from benchmarks import measure, mutations, trials
 from method import section as training
 from method import states, weights
-from prepare import aligned, legacy_st, scans, scverse, tenx, visium, visium_hd, xenium
+from prepare import aligned, legacy_st, scans, scverse, tenx, visium, visium_hd, xenium_files
 from prepare import section as prepared
 from reading import arrays, genes, images, pickles, pictures, plain, tables
 from writing import disk
@@ -131,7 +132,7 @@ def slide(path: Path) -> np.ndarray:
 
 
 def labels(path: Path) -> int:
-    return sum(band.size for band in cells.open_labels(path)[2])
+    return sum(band.size for band in cell_labels.open_labels(path)[2])
 
 
 def spots(directory: Path) -> pd.Index:
@@ -195,14 +196,14 @@ READERS = (
     Reader("raw/markers.csv", lambda s, p: annotate.read_markers(p)),
     Reader("raw/labels.csv", lambda s, p: annotate.read_spot_labels(p, spots(s.directory))),
     Reader("raw/sets.gmt", lambda s, p: enrich.read_gmt(p)),
-    Reader("raw/cells.geojson", lambda s, p: cells.read_outlines(s, p, nuclei=False)),
+    Reader("raw/cells.geojson", lambda s, p: outlines.read_outlines(s, p, nuclei=False)),
     Reader("raw/cells.tif", lambda s, p: labels(p)),
     Reader("raw/matrix.h5", lambda s, p: tenx.read_10x_h5(p)),
     Reader("raw/bins.h5", lambda s, p: visium_hd.open_matrix(p)),
     Reader("raw/tissue_positions.csv", lambda s, p: visium.read_positions(p)),
     Reader("raw/tissue_positions.parquet", lambda s, p: visium_hd.read_bins(p, 2.0)),
     Reader("raw/scalefactors_json.json", lambda s, p: tenx.read_spatial(p.parent)),
-    Reader("raw/experiment.xenium", lambda s, p: xenium.run_pixel_size(p.parent)),
+    Reader("raw/experiment.xenium", lambda s, p: xenium_files.run_pixel_size(p.parent)),
     Reader("raw/alignment.csv", lambda s, p: aligned.read_alignment(p), finite),
     Reader("raw/spots.tsv", lambda s, p: legacy_st.read_selection(p)),
     Reader("raw/counts.tsv", lambda s, p: legacy_st.read_count_table(p)),
@@ -435,11 +436,6 @@ class Bench:
 # --------------------------------------------------------------------------------------------------
 # the command
 # --------------------------------------------------------------------------------------------------
-def share(n: int, i: int, of: int) -> int:
-    """The part of ``n`` that falls to the i-th ``of`` so many."""
-    return n * (i + 1) // of - n * i // of
-
-
 def table_of(what: str, counts: dict[str, Counter[str]]) -> list[str]:
     rows = {**counts, "all": sum(counts.values(), Counter[str]())}
     cells_ = [
@@ -476,7 +472,9 @@ def main(args: argparse.Namespace) -> None:
         of_readers = fuzz_readers(readers, work / "sample", keep, args.executions, str(args.seed))
         for i, script in enumerate(scripts):
             bench = Bench(script, work / "starts" / script.start, work)
-            found, failures = bench.fuzz(keep, share(args.runs, i, len(scripts)), str(args.seed))
+            found, failures = bench.fuzz(
+                keep, trials.share(args.runs, i, len(scripts)), str(args.seed)
+            )
             of_scripts[script.label] = found
             tell(script.label, found, failures)
     lines = [

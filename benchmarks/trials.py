@@ -380,3 +380,8 @@ def differences(got: dict[str, str], wanted: dict[str, str]) -> list[str]:
 def leftovers(trial: Path) -> list[str]:
     """Hidden files and folders."""
     return sorted(path.name for path in trial.rglob(".*") if path.name != ".zattrs")
+
+
+def share(n: int, i: int, of: int) -> int:
+    """The part of ``n`` trials that falls to the i-th ``of`` so many."""
+    return n * (i + 1) // of - n * i // of
