@@ -271,9 +271,12 @@ def reset(trial: Path, start: Path) -> None:
 
 
 def sizes(trial: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and mtime of all files and folders, hidden ones as well."""
-    places = ((path, path.stat()) for path in trial.rglob("*") if path.is_file())
-    return {str(p.relative_to(trial)): (stat.st_size, stat.st_mtime_ns) for p, stat in places}
+    """Bytes and mtime of all files, hidden ones as well; of folders only that they are there."""
+    found = {}
+    for path in trial.rglob("*"):
+        stat, name = path.stat(), str(path.relative_to(trial))
+        found[name] = (stat.st_size, stat.st_mtime_ns) if path.is_file() else (0, 0)
+    return found
 
 
 def choose(events: list[str], n: int, draw: random.Random, calm: tuple[str, ...]) -> list[int]:
