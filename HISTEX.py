@@ -469,12 +469,11 @@ def train_state(
 
     ``folder`` receives history.csv, held-out.npy, model.safetensors and, as the last, model.json.
     """
-    states.make_folder(folder)
+    checkpoint = states.Checkpoint(folder, key)
     split = split_spots(section, training.preset.holds_out, training.seed, index)
     torch.manual_seed(training.seed + index)
     network = training.preset.network(section, split.train).to(device)
     shape = (len(split.held_out), section.counts.shape[1])
-    checkpoint = states.Checkpoint(folder, key)
     if (predicted := states.read_state(folder, key, network, shape)) is not None:
         print(f"state {index}: taken from {folder.name}, nothing it was trained on has changed")
         checkpoint.remove()  # of a run that was cut off just before it did
@@ -657,9 +656,8 @@ def main(stage: utils.Stage) -> None:
         section, spots, genes = read_section(stage, preset.context, preset.by_area)
         check_space(stage.directory, section, preset.network, args)
         print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
-        h, w = section.tissue.shape
-        n_states = utils.plural(args.n_states, "state")
-        print(f"{h} x {w} superpixels, preset {args.preset}, {n_states} on {device}")
+        size = " x ".join(map(str, section.tissue.shape))
+        print(f"{size} superpixels, preset {args.preset}, states: {args.n_states}, on {device}")
 
         started = time.monotonic()
         with devices.memory_explained(device):
@@ -670,15 +668,13 @@ def main(stage: utils.Stage) -> None:
                 return
             seconds = {"seconds_training": round(time.monotonic() - started, 2)}
             found = predict_and_write(stage, section, genes, trained, training, key, device)
-    seconds["seconds_prediction"] = round(
-        time.monotonic() - started - seconds["seconds_training"], 2
-    )
+    predicting = time.monotonic() - started - seconds["seconds_training"]
+    seconds["seconds_prediction"] = round(predicting, 2)
     facts = summarise(spots, genes, found["held_out"], found["r"])
     if args.uncertainty:
         facts["coverage_of_90"] = report_coverage(stage, found["coverage"])
-    # Nothing is up to date where a state is missing: to remove one means to train it anew
-    parts = [f"{utils.STATES.name}/{i:02d}/model.json" for i in range(args.n_states)]
-    stage.finish(seed=args.seed, device=str(device), parts=parts, **facts, **seconds)
+    facts["parts"] = [f"{utils.STATES.name}/{i:02d}/model.json" for i in range(args.n_states)]
+    stage.finish(seed=args.seed, device=str(device), **facts, **seconds)
 
 
 def report_coverage(stage: utils.Stage, covered: float | None) -> float | None:

@@ -303,7 +303,10 @@ class Stage:
 
         The fingerprint of a file that only lost its time is taken anew: the next look is faster.
         """
-        name = path.name if path.parent == self.directory else str(path.resolve())
+        if path.is_relative_to(self.directory):  # by a name that stays when the sample moves
+            name = path.relative_to(self.directory).as_posix()
+        else:
+            name = str(path.resolve())
         holds = known is not None and disk.is_whole(path, known)
         if known is None or not holds or not (path.is_dir() or disk.has_time(path, known)):
             known = disk.fingerprint(path)
@@ -658,11 +661,6 @@ def _versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------
 # words
 # ------------------------------------------------------------------------------------------------
-def plural(n: int, thing: str) -> str:
-    """1 state, 5 states."""
-    return f"{n:,} {thing}{'' if n == 1 else 's'}"
-
-
 def is_number(text: str) -> bool:
     try:
         float(text)

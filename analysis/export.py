@@ -193,7 +193,7 @@ def main(stage: utils.Stage) -> None:
     rows, columns = source.tissue.shape
     print(
         f"{len(source.files)} genes, {rows} x {columns} superpixels, {source.n_superpixels} of "
-        f"them with values: at most about {need / 1e9:.2f} GB in {target}"
+        f"them with values: at most about {utils.size(need)} in {target}"
     )
     stage.folder.mkdir(parents=True, exist_ok=True)
     utils.check_disk(stage.folder, need, f"--format {kind}")

@@ -72,6 +72,7 @@ def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
     """Record what is read as it is, whoever made it, and whether it is out of date or not."""
     for artifact in artifacts:
         if (path := stage.find(artifact)) is None:
+            stage.inputs[artifact.name] = disk.ABSENT
             continue
         made = artifact.made_by if artifact.made_by in utils.STAGES else None
         record = (made and utils.read_record(stage, made)) or {}

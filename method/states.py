@@ -173,6 +173,7 @@ class Checkpoint:
     """What a run has come to, saved now and then; only a run with the same key goes on from it."""
 
     def __init__(self, folder: Path, key: Key) -> None:
+        make_folder(folder)
         self.path, self.key = folder / "checkpoint.pt", key
 
     def read(self) -> dict[str, Any] | None:
