@@ -31,7 +31,8 @@ def build_parser() -> cli.Parser:
     option = parser.add_argument
     option("--executions", type=cli.not_negative, default=1_000_000, help="Over all readers.")
     option("--runs", type=cli.not_negative, default=3000, help="Over all scripts.")
-    option("--only", metavar="TEXT", default="", help="Readers and scripts with this in the name.")
+    option("--only", metavar="PATTERN", default="",
+           help="Readers and scripts in whose name it is found.")  # fmt: skip
     option("--seed", type=cli.not_negative, default=0, help="Another seed makes other variants.")
     option("--keep", type=Path, metavar="FOLDER",
            help="For inputs that failed (default: a temporary folder).")  # fmt: skip
@@ -354,11 +355,11 @@ def fuzz_readers(
 ) -> dict[str, Counter[str]]:
     """A tenth of all executions is shared equally, the others so that all readers take as long."""
     counts, speed, first = {}, {}, n // 10 // max(1, len(readers))
-    for reader in readers if n else ():
+    for reader in readers:
         start = time.perf_counter()
         counts[reader.name] = fuzz_reader(reader, sample, keep, first, f"{seed}-first")
         speed[reader.name] = (first + 1) / (time.perf_counter() - start)
-    for reader in readers if n else ():
+    for reader in readers:
         more = int(speed[reader.name] / sum(speed.values()) * (n - first * len(readers)))
         counts[reader.name] += fuzz_reader(reader, sample, keep, more, seed)
         tell(reader.name, counts[reader.name], [])
@@ -453,8 +454,8 @@ def repeat(path: Path, sample: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    readers = [reader for reader in READERS if args.only in reader.name]
-    scripts = [script for script in trials.SCRIPTS if args.runs and args.only in script.label]
+    readers = [r for r in READERS if args.executions and re.search(args.only, r.name)]
+    scripts = [s for s in trials.SCRIPTS if args.runs and re.search(args.only, s.label)]
     of_all = trials.SCRIPTS if readers else scripts
     trials.warm_up(of_all)
     of_scripts: dict[str, Counter[str]] = {}
