@@ -470,9 +470,13 @@ class Stage:
             return False
         if not all(map(disk.is_whole, outputs, outputs.values())):
             return False
+        edits = {self.folder / name for name in record.get("kept", [])}
         for path, known in outputs.items():
-            if edits := disk.changed_in(path, known):
-                self._keep(edits, None)
+            changed = disk.changed_in(path, known)
+            if changed and path.name in ARTIFACTS and ARTIFACTS[path.name].user_may_bring:
+                return False  # the other outputs have to follow
+            edits |= set(changed)
+        self._keep(sorted(edit for edit in edits if edit.exists()), None)
         print(f"{self.script}: up to date, nothing to do (--force runs it all the same)")
         return True
 
@@ -556,6 +560,7 @@ class Stage:
             "code": {"sha256": code_hash(self.script), **_commit()},
             **facts,
             "warnings": self.notes,
+            "kept": sorted(path.relative_to(self.folder).as_posix() for path in self.kept),
             "inputs": self.inputs,
             "outputs": outputs,
         }

@@ -137,10 +137,18 @@ def test_an_edited_mask_is_used_and_kept(finished_sample, finished, capsys):
 
     before = contents(finished)
     assert run_stage(MASKING, finished) == 0
+    assert "kept your mask.png (--force makes a new one)" in capsys.readouterr().out
+    overlay = (finished / "mask-overlay.png").read_bytes()
+    assert overlay != (finished_sample / "mask-overlay.png").read_bytes()  # shows what is used
+    assert run_stage(MASKING, finished) == 0
     printed = capsys.readouterr().out
     assert "kept your mask.png (--force makes a new one)" in printed
     assert "up to date" in printed
-    assert contents(finished) == before
+    after = contents(finished)
+    assert {name for name in after if after[name] != before[name]} == {
+        "mask-overlay.png",
+        "masking_non_tissue.json",
+    }
 
     assert run_stage(MASKING, finished, "--force") == 0
     assert (finished / "mask.png").read_bytes() == (finished_sample / "mask.png").read_bytes()
