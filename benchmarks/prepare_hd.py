@@ -57,7 +57,13 @@ ROWS_AT_A_TIME = 250
 MATRIX = "filtered_feature_bc_matrix.h5"
 
 
-def write_outs(folder: Path, size_mm: float, molecules: float, rng: np.random.Generator) -> int:
+def write_outs(
+    folder: Path,
+    size_mm: float,
+    molecules: float,
+    rng: np.random.Generator,
+    n_genes: int = N_GENES,
+) -> int:
     """binned_outputs/square_002um of a section all of tissue; returns the number of bins."""
     n = round(size_mm * 1000 / BIN_UM)
     spatial = folder / "spatial"
@@ -67,16 +73,16 @@ def write_outs(folder: Path, size_mm: float, molecules: float, rng: np.random.Ge
     down = np.array([-np.sin(turn), np.cos(turn)]) * step
     left_top = MARGIN_PX + np.array([n * step * np.sin(turn), 0])
     positions, matrix = spatial / "tissue_positions.parquet", folder / MATRIX
-    popularity = np.cumsum(1 / np.arange(1, N_GENES + 1))  # Zipf
+    popularity = np.cumsum(1 / np.arange(1, n_genes + 1))  # Zipf
     popularity /= popularity[-1]
     writer = None
     with h5py.File(matrix, "w") as file:
         group = file.create_group("matrix")
-        group["shape"] = np.array([N_GENES, n * n])
+        group["shape"] = np.array([n_genes, n * n])
         features = group.create_group("features")
-        features["id"] = np.array([f"ENSG{i:011d}" for i in range(N_GENES)], "S")
-        features["name"] = np.array([f"GENE{i}" for i in range(N_GENES)], "S")
-        features["feature_type"] = np.array(["Gene Expression"] * N_GENES, "S")
+        features["id"] = np.array([f"ENSG{i:011d}" for i in range(n_genes)], "S")
+        features["name"] = np.array([f"GENE{i}" for i in range(n_genes)], "S")
+        features["feature_type"] = np.array(["Gene Expression"] * n_genes, "S")
         options = {"maxshape": (None,), "chunks": (80_000,), "compression": 1}
         data = group.create_dataset("data", (0,), np.int32, **options)
         indices = group.create_dataset("indices", (0,), np.int64, **options)
@@ -103,12 +109,12 @@ def write_outs(folder: Path, size_mm: float, molecules: float, rng: np.random.Ge
             per_bin = rng.poisson(molecules, len(row))
             genes = np.searchsorted(popularity, rng.random(per_bin.sum(), np.float32))
             owner = np.repeat(np.arange(len(row)), per_bin)
-            keys, counts = np.unique(owner * N_GENES + genes, return_counts=True)
+            keys, counts = np.unique(owner * n_genes + genes, return_counts=True)
             used = indptr[start]
-            for dataset, values in ((data, counts), (indices, keys % N_GENES)):
+            for dataset, values in ((data, counts), (indices, keys % n_genes)):
                 dataset.resize((used + len(values),))
                 dataset[used:] = values
-            filled = np.cumsum(np.bincount(keys // N_GENES, minlength=len(row)))
+            filled = np.cumsum(np.bincount(keys // n_genes, minlength=len(row)))
             indptr[start + 1 : start + len(row) + 1] = used + filled
         group["indptr"] = indptr
     if writer is not None:

@@ -2,18 +2,20 @@
 
 import json
 import math
+import random
 import shutil
+import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-from conftest import PIPELINE, ROOT, run
+from conftest import ROOT
 
 import utils
 from analysis import annotate, enrich
-from benchmarks import analyses, kills, measure, scaling, stages
+from benchmarks import analyses, faults, fuzz, measure, mutations, scaling, stages, trials
 
 SLOW = "import time\n\ntime.sleep(2)"
 
@@ -113,48 +115,127 @@ def test_a_stage_is_measured_and_kept(name, tmp_path, capsys):
     assert "| 1234.0 |" in (tmp_path / "S.md").read_text(encoding="utf-8")
 
 
-# ----- kills -----
-def test_records_are_compared_without_their_times():
-    record = {"seconds": 3.1, "spots": 4, "inputs": {"a": {"mtime_ns": 5, "sha256": "x"}}}
-    assert kills.without_times(record) == {"spots": 4, "inputs": {"a": {"sha256": "x"}}}
+# ----- faults -----
+COMPILER = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+)
+
+
+def harness(name: str, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def row_of(table: str, name: str) -> dict[str, int]:
+    """Numbers of the first row of that name, by the heads of its table."""
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    at = next(i for i, cells in enumerate(lines) if cells[0] == name)
+    heads = next(cells for cells in reversed(lines[:at]) if cells[0] == "script")
+    return dict(zip(heads[1:], map(int, lines[at][1:]), strict=True))
+
+
+@COMPILER
+def test_faults_and_signals_are_survived(tmp_path):
+    """Of the lattice stage, at a sample of its events."""
+    options = ("--only", "get_HR", "--faults", "12", "--kills", "9", "--keep", str(tmp_path / "k"))
+    done = harness("faults", *options, "--output", str(tmp_path / "F.md"))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "F.md").read_text(encoding="utf-8")
+    faults = row_of(text[text.index("## Faults") :], "get_HR.py")
+    assert faults["all"] == faults["sound"] == 12
+    signals = row_of(text[text.index("## Signals") :], "get_HR.py")
+    assert signals["all"] == signals["ended"] == signals["sound"] == 9
+
+
+@COMPILER
+def test_a_planted_error_is_counted_as_a_traceback(tmp_path):
+    options = ("--planted", "--only", "get_HR", "--faults", "2", "--kills", "0")
+    done = harness("faults", *options, "--output", str(tmp_path / "F.md"))
+    assert done.returncode == 1
+    assert "RuntimeError: planted" in done.stderr
+    text = (tmp_path / "F.md").read_text(encoding="utf-8")
+    faults = row_of(text[text.index("## Faults") :], "get_HR.py")
+    assert faults == {"all": 2, "sound": 0, "traceback": 2}
+
+
+def test_records_are_compared_without_their_times(tmp_path):
+    record = {"seconds": 3.1, "spots": 4, "inputs": {"/x/a": {"mtime_ns": 5, "sha256": "x"}}}
+    text = trials.of_record(record, Path("/x"))
+    assert json.loads(text) == {"spots": 4, "inputs": {"{}/a": {"sha256": "x"}}}
 
 
 def test_differences_and_leftovers_are_found(finished, tmp_path):
-    wanted = kills.contents(finished)
-    assert {"he.jpg", "cnts-super/GENE0.pickle", "get_HR.json"} <= wanted.keys()
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    (copy / ".he.0123.partial.jpg").write_bytes(b"half")
-    assert kills.differences(kills.contents(copy), wanted) == []
-    assert kills.leftovers(copy) == []
-    (copy / ".cnts-super.0123.work").mkdir()
-    (copy / "cnts-super" / "GENE0.pickle").write_bytes(b"other")
-    (copy / "mask.png").unlink()
-    (copy / "new.txt").write_text("new", encoding="utf-8")
-    found = kills.differences(kills.contents(copy), wanted)
-    assert found == ["cnts-super/GENE0.pickle", "mask.png", "new.txt"]
-    assert kills.leftovers(copy) == [".cnts-super.0123.work"]
+    trial = tmp_path / "trial"
+    shutil.copytree(finished, trial / trials.SECTION)
+    wanted = trials.contents(trial)
+    assert {"section/he.jpg", "section/cnts-super/GENE0.pickle"} <= wanted.keys()
+    section = trial / trials.SECTION
+    (section / ".he.0123.partial.jpg").write_bytes(b"half")
+    assert trials.differences(trials.contents(trial), wanted) == []
+    assert trials.leftovers(trial) == [".he.0123.partial.jpg"]
+    (section / "cnts-super" / "GENE0.pickle").write_bytes(b"other")
+    (section / "mask.png").unlink()
+    found = trials.differences(trials.contents(trial), wanted)
+    assert found == ["section/cnts-super/GENE0.pickle", "section/mask.png"]
 
 
-def test_a_killed_stage_is_tried_again(sample, tmp_path, monkeypatch):
-    """Of real processes: killed in their imports, and once let go on to the end."""
-    (script, *_), stage = PIPELINE[0], kills.STAGES[1]
-    assert run(script, sample) == 0
-    after = tmp_path / "after"
-    shutil.copytree(sample, after)
-    kills.attempt(stage, after, tmp_path / "log")
-    moments = iter([0.05, 60.0, 0.05, 0.05, 0.05])
-    draw = SimpleNamespace(uniform=lambda *_: next(moments))
-    args = SimpleNamespace(kills=3 * len(kills.STAGES), keep=tmp_path)
-    counts = kills.try_stage(stage, sample, after, 0, 1, args, draw)
-    assert counts["kills"] == counts["before"] == 4
-    assert counts["trials"] == counts["identical"] == 3
-    np.save(after / utils.HR_CNTS.name, np.zeros(3))  # as if an undisturbed run wrote this
-    moments = iter([0.05])
-    args.kills = len(kills.STAGES)
-    counts = kills.try_stage(stage, sample, after, 0, 1, args, draw)
-    assert counts["trials"] == 1
-    assert counts["identical"] == 0
+def test_every_kind_of_event_has_its_turn():
+    events = ["read"] * 9 + ["rename", "open", "open"]
+    numbers = faults.choose(events, 5, random.Random(0), ())
+    assert {events[number - 1] for number in numbers[:3]} == {"read", "rename", "open"}
+    assert len(set(numbers)) == 5
+    assert 10 not in faults.choose(events, 12, random.Random(0), ("rename",))
+
+
+# ----- fuzz -----
+@pytest.mark.parametrize("suffix", mutations.STRUCTURED)
+def test_variants_differ_and_come_again(suffix, finished):
+    sound = {".npy": finished / "HRcnts.npy", ".json": finished / "get_HR.json"}
+    content = sound.get(suffix, finished / "cnts.csv").read_bytes()
+    first, again = (mutations.mutate(content, suffix, random.Random(3)) for _ in range(2))
+    assert first == again
+    assert len({mutations.mutate(content, suffix, random.Random(i)) for i in range(20)}) > 10
+
+
+def test_a_pickle_that_would_run_code_is_among_the_variants(tmp_path):
+    variants = (mutations.of_pickle(b"", random.Random(i)) for i in range(40))
+    assert any(b"touch" in variant for variant in variants)
+    assert not mutations.CANARY.exists()
+
+
+def test_what_a_reader_raises_is_told_apart(tmp_path):
+    (tmp_path / "x.txt").write_text("5", encoding="utf-8")
+
+    def outcome(read):
+        reader = fuzz.Reader("x.txt", read, lambda found: found == 5)
+        return fuzz.attempt(reader, tmp_path)
+
+    def refuse(stage, path):
+        raise utils.StageError("x", "y")
+
+    assert outcome(lambda s, p: int(p.read_text())) == "accepted"
+    assert outcome(lambda s, p: 6) == "breaks its promise"
+    assert outcome(refuse) == "refused"
+    assert outcome(lambda s, p: p.read_text()[7]).startswith("IndexError")
+
+
+def test_a_reader_survives_some_variants(sample):
+    (reader,) = (reader for reader in fuzz.READERS if reader.name == "cnts.csv")
+    shutil.copyfile(sample / "locs-raw.csv", sample / "locs.csv")
+    sound, draw = (sample / "cnts.csv").read_bytes(), random.Random(0)
+    outcomes = set()
+    for _ in range(100):
+        (sample / "cnts.csv").write_bytes(mutations.mutate(sound, ".csv", draw))
+        outcomes.add(fuzz.attempt(reader._replace(sound=bool), sample))
+    assert outcomes == fuzz.SOUND
+
+
+def test_a_script_survives_some_variants(tmp_path):
+    options = ("--executions", "0", "--runs", "6", "--only", "get_HR", "--keep", str(tmp_path))
+    done = harness("fuzz", *options)
+    assert done.returncode == 0, done.stderr
+    row = row_of(done.stdout, "get_HR.py")
+    assert row["executions"] == row["refused"] + row["accepted"] == 6
 
 
 # ----- analyses -----
