@@ -88,7 +88,7 @@ MIN_STEP_SHARE = 0.1  # of the pairs along the commonest step; less, and nodes a
 MAX_STRETCH = 1.2  # longest over shortest step; scanners stretch and shear by a few per cent
 MAX_ROW_WIDTH = 0.35  # rms width over spacing; two rows of a lattice have at least 0.43
 MAX_EDGE = 1.4  # median Delaunay edges; just below the diagonal of a square
-BLOCK = 4096  # HR points computed at a time
+BLOCK_BYTES = 16_000_000  # of HR points computed at a time, however many genes they have
 
 
 @dataclass(frozen=True)
@@ -359,8 +359,9 @@ def write_hr_counts(counts: np.ndarray, parents: np.ndarray, path: Path) -> None
     with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(parents), BLOCK):
-            first, second = parents[start : start + BLOCK].T
+        block = max(1, BLOCK_BYTES // counts[:1].nbytes)
+        for start in range(0, len(parents), block):
+            first, second = parents[start : start + block].T
             file.write(((counts[first] + counts[second]) / 2).astype("<f4"))
 
 

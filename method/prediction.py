@@ -35,7 +35,7 @@ from writing.progress import Bar
 GENES_BYTES = 400_000_000  # memory for the maps of the genes that are decoded at a time
 PREDICT_BATCH = 64  # patches
 STRIP = 64  # columns embedded at a time; small enough for memory that is free already
-POINTS_AT_ONCE = 4096  # HR points embedded
+POINTS_BYTES = 16_384_000  # of HR points embedded at a time: 4096 of 1,000 genes
 NOTHING = torch.empty(0)
 DROPOUT_PASSES = 4  # of each state, for the uncertainty of the maps
 
@@ -155,8 +155,9 @@ def embed_points(
 ) -> list[Tensor]:
     """The embedded expression of all HR points, (P, D), by each pass."""
     contexts: list[list[Tensor]] = [[] for _ in passes]
-    for start in range(0, len(section.points), POINTS_AT_ONCE):
-        expression = to_device(section.expression[start : start + POINTS_AT_ONCE], device)
+    step = max(1, POINTS_BYTES // section.expression[:1].nbytes)
+    for start in range(0, len(section.points), step):
+        expression = to_device(section.expression[start : start + step], device)
         for number, one in enumerate(passes):
             embedded = one.start(seed, number, start).embed_expression(expression)
             contexts[number].append(embedded)

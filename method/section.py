@@ -53,12 +53,14 @@ class Section:
             keep = self.usable[self.parents].all(axis=1)
             self.points, self.parents = self.points[keep], self.parents[keep]
             share = share.clip(max=1)[self.parents].mean(axis=1, keepdims=True)
-            self.expression = self.expression[keep] / share.astype(np.float32)
+            self.expression = self.expression[keep]  # a copy, also of a memory map
+            self.expression /= share.astype(np.float32)
         else:
             steps = np.arange(-self.half, self.half + 1)
             disc = steps[:, None] ** 2 + steps**2 <= self.radius**2  # 37 superpixels on Visium
             self.areas = np.tile(disc.ravel().astype(np.float32), (len(row), 1))
             self.usable = np.ones(len(row), bool)
+            self.expression = np.array(self.expression)  # also of a memory map
 
     @functools.cached_property
     def spacing(self) -> float:
@@ -199,6 +201,18 @@ def read_hr_points(stage: utils.Stage, spots: pd.Index) -> tuple[np.ndarray, np.
     return xy[:, ::-1], parents
 
 
+def read_expression(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray:
+    """Counts (P, G) of the HR points, memory-mapped: none is negative or beyond reason."""
+    expression = arrays.read_array(stage, utils.HR_CNTS, np.float32, shape)
+    path = stage.path(utils.HR_CNTS)
+    for block in arrays.blocks_of(expression):
+        if (lowest := block.min()) < 0:
+            raise stage.error(path, f"holds {lowest:g}; counts cannot be negative.")
+        if (highest := block.max()) > tables.MAX_COUNT:
+            raise stage.error(path, f"holds {highest:g}; counts are {tables.MAX_COUNT:g} at most.")
+    return expression
+
+
 def read_section(
     stage: utils.Stage, context: int, by_area: bool
 ) -> tuple[Section, pd.Index, list[str]]:
@@ -216,16 +230,7 @@ def read_section(
             stage.path(utils.LOCS), f"lists {len(locs)} spots; at least {MIN_SPOTS} are needed."
         )
     points, parents = read_hr_points(stage, locs.index)
-    expression = arrays.read_array(stage, utils.HR_CNTS, np.float32, (len(points), len(genes)))
-    if (lowest := expression.min()) < 0:
-        raise stage.error(
-            stage.path(utils.HR_CNTS), f"holds {lowest:g}; counts cannot be negative."
-        )
-    if (highest := expression.max()) > tables.MAX_COUNT:
-        raise stage.error(
-            stage.path(utils.HR_CNTS),
-            f"holds {highest:g}; counts are {tables.MAX_COUNT:g} at most.",
-        )
+    expression = read_expression(stage, (len(points), len(genes)))
     measured = np.flatnonzero(parents[:, 0] == parents[:, 1])
     if sorted(parents[measured, 0]) != list(range(len(locs))):
         raise stage.error(
@@ -240,7 +245,7 @@ def read_section(
         spots=locs[["y", "x"]].to_numpy() / utils.TOKEN_PX,
         counts=counts,
         points=points / utils.TOKEN_PX,
-        expression=np.array(expression),
+        expression=expression,
         parents=parents,
         radius=radius / utils.TOKEN_PX,
         context=context,

@@ -32,6 +32,7 @@ import utils
 from prepare import tenx
 from prepare.annotated import as_text, import_zarr, read_whole
 from prepare.readable import Refused, readable
+from writing import disk
 
 EXPERIMENT = "experiment.xenium"
 ZARR_CELLS, ZARR_MOLECULES = "cells.zarr.zip", "transcripts.zarr.zip"  # of Xenium Explorer
@@ -167,7 +168,7 @@ def files_read(outs: Path, kind: str) -> list[Path]:
     }[kind]  # fmt: skip
     found = [outs / EXPERIMENT, *(need_one(outs, names, kind) for names in groups)]
     matrix = find_matrix(outs)
-    found += [] if matrix is None else utils.files_in(matrix)
+    found += [] if matrix is None else disk.files_in(matrix)
     return [path for path in dict.fromkeys(found) if path.is_file()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -34,11 +35,15 @@ def read_array(
             f"is {array.dtype} {array.shape}; expected {np.dtype(dtype)} {wanted}: "
             f"{artifact.what}.",
         )
-    step = max(1, BLOCK_BYTES // array[:1].nbytes)
-    blocks = (some_rows(array, start, start + step) for start in range(0, len(array), step))
-    if finite and not all(map(_is_finite, blocks)):
+    if finite and not all(map(_is_finite, blocks_of(array))):
         raise stage.error(path, "holds values that are not finite.")
     return array
+
+
+def blocks_of(array: np.ndarray) -> Iterator[np.ndarray]:
+    """All rows of a memory-mapped array, some at a time."""
+    step = max(1, BLOCK_BYTES // array[:1].nbytes)
+    return (some_rows(array, start, start + step) for start in range(0, len(array), step))
 
 
 def _is_finite(block: np.ndarray) -> bool:

@@ -161,6 +161,13 @@ def mask_edges(
     record = read_record(stage, CALIBRATION) or {}
     raw, scaled = (record.get(key) or (0, 0) for key in ("raw_size", "scaled_size"))
     times = max(1, size[0] // shape[0])
+    if size[0] * size[1] > MAX_MEGAPIXELS * 10**6:
+        raise stage.error(
+            stage.path(MASK),
+            f"is {size[1]} x {size[0]} px, more than {MAX_MEGAPIXELS:,} megapixels; a pixel per "
+            f"superpixel, {shape[1]} x {shape[0]}, is enough.",
+            f"Shrink it, or have it made. Run: {stage.remake(MASKING)}",
+        )
     if size == tuple(raw) != (0, 0):
         scales = [TOKEN_PX * a / b for a, b in zip(raw, scaled, strict=True)]
     elif size == (shape[0] * times, shape[1] * times):

@@ -284,8 +284,9 @@ def test_hr_counts_stay_within_the_measured_ones(seed, shape, tmp_path_factory):
     assert (hr == (two[:, 0] + two[:, 1]) / 2).all()
 
 
-def test_more_points_than_one_block(tmp_path):
-    counts = np.arange(3 * get_HR.BLOCK, dtype=np.float32)[:, None]
+def test_more_points_than_one_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(get_HR, "BLOCK_BYTES", 400)
+    counts = np.arange(300, dtype=np.float32)[:, None]
     chain = np.arange(len(counts) - 1)
     parents = get_HR.hr_parents(len(counts), np.column_stack([chain, chain + 1]))
     get_HR.write_hr_counts(counts, parents, tmp_path / "counts.npy")

@@ -114,7 +114,8 @@ def png_header(columns: int, rows: int) -> bytes:
         ((448, 672), 0.5, (448, 672), (448, 672)),
         ((449, 672), 0.5, (449, 672), (672, 672)),
         ((9911, 9274), 0.69, (13677, 12798), (13888, 12992)),
-        ((20000, 20000), 0.50001, (20000, 20000), (20160, 20160)),  # 0.5 within what is known
+        ((20000, 20000), 0.50004, (20000, 20000), (20160, 20160)),  # 0.5 within what is known
+        ((20000, 20000), 0.500075, (20003, 20003), (20160, 20160)),
         ((20000, 20000), 0.501, (20040, 20040), (20160, 20160)),
     ],
 )
@@ -689,7 +690,8 @@ def test_more_memory_than_the_machine_has(sample, capsys, monkeypatch):
     monkeypatch.setattr(calibration, "machine_memory", lambda: 10**6)
     assert calibrate(sample) == 0  # in bands
     replace_raw(sample, "he-raw.jpg", encode(RGB.resize((660, 440)), "JPEG", progressive=True))
-    refused(sample, capsys, "he-raw.jpg", "660 x 440 px", "progressive", options=("--force",))
+    said = ("he-raw.jpg", "660 x 440 px", "progressive", "there are 0.0 GB")
+    refused(sample, capsys, *said, options=("--force",))
     monkeypatch.setattr(calibration, "machine_memory", lambda: None)
     assert calibrate(sample, "--force") == 0
 

@@ -1,13 +1,16 @@
 """Counts, images and options at the ends of their ranges, over all five scripts."""
 
 import shutil
+import tracemalloc
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import GENES, IMAGE_SHAPE, PIPELINE, hexagonal_spots, run, write_sample
 from PIL import Image
+from test_HISTEX import make_section
 
+import get_HR
 import utils
 from method import maps
 from reading import pickles, tables
@@ -214,3 +217,31 @@ def test_an_image_smaller_than_a_tile_is_refused_with_its_size(tmp_path, capsys)
     assert run(utils.CALIBRATION, directory) == 2
     said = capsys.readouterr().err
     assert "200 x 180 px once it is calibrated; expected at least one tile of 224 px" in said
+
+
+# ----- memory -----
+def peak_bytes(work) -> int:
+    """Bytes that Python and numpy held at most at a time while ``work()`` ran."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_twenty_thousand_genes_are_written_in_small_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(get_HR, "BLOCK_BYTES", 10**6)
+    counts = np.ones((50, 20_000), np.float32)
+    parents = get_HR.hr_parents(50, np.column_stack([np.arange(49), np.arange(1, 50)]))
+    path = tmp_path / "HRcnts.npy"
+    assert peak_bytes(lambda: get_HR.write_hr_counts(counts, parents, path)) < 4 * 10**6
+    assert np.load(path, mmap_mode="r").shape == (99, 20_000)
+
+
+def test_a_section_of_twenty_thousand_genes_holds_their_counts_once():
+    counts = np.ones((16, 20_000), np.float32)
+    small = make_section()
+    expression = np.ones((len(small.parents), 20_000), np.float32)
+    peak = peak_bytes(lambda: make_section(counts=counts, expression=expression))
+    assert peak < 1.3 * expression.nbytes

@@ -20,9 +20,10 @@ from conftest import ONE_FOLDER, outcome, put
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 import utils
-from reading import arrays, pickles, plain, tables
+from reading import arrays, images, pickles, plain, tables
 from reading.genes import read_gene_names, read_genes
 
 
@@ -430,10 +431,13 @@ def test_read_array_refuses_a_hostile_header(stage, header):
         read_rgb_array(stage)
 
 
+@pytest.mark.parametrize("block", [2**23, 16, 1])  # all rows at a time, or a single one
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (2, 3)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_read_array_refuses_what_is_not_finite(stage, value):
+def test_read_array_refuses_what_is_not_finite(stage, value, place, block, monkeypatch):
+    monkeypatch.setattr(arrays, "BLOCK_BYTES", block)
     values = np.ones((3, 4), np.float32)
-    values[2, 3] = value
+    values[place] = value
     put(stage, "HRcnts.npy", npy(values))
     with pytest.raises(utils.StageError, match="not finite"):
         arrays.read_array(stage, utils.HR_CNTS, np.float32, (3, 4))
@@ -570,3 +574,52 @@ def test_read_pickle_takes_no_flags_of_a_dtype(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "[1.5, 1.5, 1.5, 1.5]\n")
+
+
+# ----- mask.png and the grid of he.jpg -----
+def save_mask(stage, pixels) -> None:
+    Image.fromarray(np.array(pixels, np.uint8)).save(stage.directory / "mask.png")
+
+
+def test_a_mask_is_whatever_is_neither_black_nor_transparent(stage):
+    black, blue, grey = (0, 0, 0, 255), (0, 0, 9, 255), (1, 1, 1, 255)
+    hidden = (255, 255, 255, 0)
+    save_mask(stage, [[black, blue, grey], [hidden, black, (255, 0, 0, 1)]])
+    found = images.read_mask(stage, (2, 3))
+    assert found.tolist() == [[False, True, True], [False, False, True]]
+
+
+def test_a_mask_in_whole_multiples_goes_by_the_half_of_a_superpixel(stage):
+    save_mask(stage, np.kron([[0, 255], [255, 0]], np.ones((3, 3))))
+    assert images.read_mask(stage, (2, 2)).tolist() == [[False, True], [True, False]]
+    save_mask(stage, [[255, 255, 255, 0], [0, 0, 0, 0]])  # two of four pixels, one of four
+    assert images.read_mask(stage, (1, 2)).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (4, 3), (1, 3), (3, 3), (2, 4)])
+def test_a_mask_of_another_size_is_refused_with_both_sizes(stage, shape):
+    save_mask(stage, np.full(shape, 255))
+    _, said = outcome(images.read_mask, stage, (2, 3))
+    assert f"mask.png is {shape[1]} x {shape[0]} px" in said
+    assert "3 x 2 px" in said
+
+
+def test_a_mask_of_all_tissue_is_said_and_none_is_refused(stage, capsys):
+    save_mask(stage, [[0, 255]])
+    images.read_mask(stage, (1, 2))
+    assert capsys.readouterr().out == ""
+    save_mask(stage, [[255, 255]])
+    assert images.read_mask(stage, (1, 2)).all()
+    assert "whole image is tissue" in capsys.readouterr().out
+    save_mask(stage, [[0, 0]])
+    assert "is all black" in outcome(images.read_mask, stage, (1, 2))[1]
+
+
+def test_the_grid_of_an_image(stage):
+    Image.new("RGB", (672, 448)).save(stage.directory / "he.jpg")
+    assert images.grid_shape(stage) == (28, 42)
+    assert all(isinstance(side, int) for side in images.grid_shape(stage))
+    for size in ((670, 448), (672, 450)):
+        Image.new("RGB", size).save(stage.directory / "he.jpg")
+        _, said = outcome(images.grid_shape, stage)
+        assert f"is {size[0]} x {size[1]} px; both sides must be multiples of 224 px" in said
