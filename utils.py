@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from writing import disk
+from writing.disk import fingerprint
 
 ROOT = Path(__file__).resolve().parent
 
@@ -309,7 +310,7 @@ class Stage:
             name = str(path.resolve())
         holds = known is not None and disk.is_whole(path, known)
         if known is None or not holds or not (path.is_dir() or disk.has_time(path, known)):
-            known = disk.fingerprint(path)
+            known = fingerprint(path)
         self.inputs[name] = known
 
     def path(self, artifact: Artifact) -> Path:
@@ -522,7 +523,7 @@ class Stage:
     def finish(self, **facts: Any) -> None:
         """Put the outputs in place, then write the record: the last write says that all is well."""
         json.dumps(facts)  # what cannot be recorded fails here, before any output is replaced
-        outputs = {path.name: disk.fingerprint(partial) for partial, path in self.pending}
+        outputs = {path.name: fingerprint(partial) for partial, path in self.pending}
         before = read_record(self, self.script) or {"finished": True, "outputs": {}}
         earlier = [before["outputs"]] if before["finished"] else before["written"]
         if self.keeps_others and before["finished"]:
