@@ -10,9 +10,12 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || set -- --upgrade
-cap="$("${PYTHON:-python3}" -m pip config get global.constraint 2>/dev/null || true)"
+# a machine's own caps, under which pip installs there
+cap="$("${PYTHON:-python3}" -m pip config list | sed -n "s/^global.constraint='\(.*\)'$/\1/p")"
 for name in requirements tools-requirements audit-requirements; do
-    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+    # extras stay: pip takes a[b] for a package without a pin where the lock has a alone
+    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+        --no-strip-extras --no-annotate \
         ${cap:+--constraint "$cap"} --custom-compile-command 'bash tests/lock.sh' "$@" \
         "tests/$name.txt" --output-file "tests/$name.lock"
 done

@@ -909,6 +909,14 @@ def test_anchoring_leaves_a_map_that_fits_as_it_is():
     np.testing.assert_allclose(maps, 0.5, rtol=1e-5)
 
 
+def test_a_gene_of_less_than_one_count_in_all_is_scaled_to_it_as_well():
+    section = make_section()
+    section.counts[:, 2] = 0
+    section.counts[0, 2] = 0.5
+    maps = anchor(np.full((G, *SHAPE), 0.001, np.float32), section)
+    assert disc_sums(maps, section).sum(axis=0)[2] == pytest.approx(0.5, rel=1e-3)
+
+
 def test_a_gene_that_no_spot_has_stays_without_counts():
     section = make_section()
     section.counts[:, 2] = 0
@@ -1024,6 +1032,7 @@ def test_poor_counts_do_not_make_the_maps_certain():
     measured = rng.poisson(expected * np.exp(0.3 * rng.normal(size=expected.shape) - 0.045))
     fitted, covered = uncertainty.calibrate_spread(measured, expected, np.full(expected.shape, 0.1))
     assert (fitted > 0).all()
+    assert (fitted != 1).all()  # counts of which 1 to 2 are expected teach something
     assert 0.9 < covered <= 1
 
 

@@ -33,6 +33,13 @@ def test_a_file_keeps_its_order_and_drops_repeats(tmp_path):
     assert read_genes(str(path), KNOWN, "cnts.csv") == ["NA", "CD3E", "B,1"]
 
 
+def test_the_remedy_is_for_the_way_in_which_the_names_were_given(tmp_path):
+    for text, remedy in (("KRT9", "Name some, --genes"), (tmp_path / "list", "Mend the list")):
+        (tmp_path / "list").write_text("KRT9\n")
+        with pytest.raises(utils.StageError, match=remedy):
+            read_genes(str(text), KNOWN, "cnts.csv")
+
+
 def test_a_file_called_like_a_gene_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "KRT8").write_text("CD3E\n")

@@ -623,3 +623,12 @@ def test_the_grid_of_an_image(stage):
         Image.new("RGB", size).save(stage.directory / "he.jpg")
         _, said = outcome(images.grid_shape, stage)
         assert f"is {size[0]} x {size[1]} px; both sides must be multiples of 224 px" in said
+
+
+def test_both_ends_of_a_range_belong_to_it(stage):
+    for text in ("0.05", "2.5"):
+        path = put(stage, "pixel-size-raw.txt", text)
+        assert plain.read_number(stage, path, 0.05, 2.5, "um") == float(text)
+    for text in ("0.0499", "2.501"):
+        path = put(stage, "pixel-size-raw.txt", text)
+        assert "between 0.05 and 2.5" in outcome(plain.read_number, stage, path, 0.05, 2.5, "um")[1]

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,13 @@ def test_no_range_is_wider_than_another_of_the_same_package():
         for wanted in ranges(path):
             other = known.setdefault(wanted.name, wanted)
             assert wanted.specifier == other.specifier, f"{path}: {wanted}, elsewhere {other}"
+
+
+def test_the_lock_keeps_to_the_caps_under_which_pip_installs_here():
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    there = versions(ROOT / "tests" / "requirements.lock", {})
+    for path in re.findall(r"^global\.constraint='(.+)'$", listed, re.MULTILINE):
+        for cap in ranges(Path(path)):
+            if version := there.get(canonicalize_name(cap.name)):
+                assert cap.specifier.contains(version), f"{version} is locked, {cap} is allowed"
