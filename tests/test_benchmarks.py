@@ -159,9 +159,11 @@ def test_a_planted_error_is_counted_as_a_traceback(tmp_path):
 
 
 def test_records_are_compared_without_their_times(tmp_path):
-    record = {"seconds": 3.1, "spots": 4, "inputs": {"/x/a": {"mtime_ns": 5, "sha256": "x"}}}
-    text = trials.of_record(record, Path("/x"))
-    assert json.loads(text) == {"spots": 4, "inputs": {"{}/a": {"sha256": "x"}}}
+    files = {"b": f"7 1700000000 {64 * 'f'}"}
+    inputs = {"/x/a": {"mtime_ns": 5, "sha256": "x", "files": files}}
+    text = trials.of_record({"seconds": 3.1, "spots": 4, "inputs": inputs}, Path("/x"))
+    left = {"{}/a": {"sha256": "x", "files": {"b": f"7 {64 * 'f'}"}}}
+    assert json.loads(text) == {"spots": 4, "inputs": left}
 
 
 def test_differences_and_leftovers_are_found(finished, tmp_path):
