@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from writing import disk
+from writing.disk import fingerprint
 
 ROOT = Path(__file__).resolve().parent
 
@@ -309,7 +310,7 @@ class Stage:
             name = str(path.resolve())
         holds = known is not None and disk.is_whole(path, known)
         if known is None or not holds or not (path.is_dir() or disk.has_time(path, known)):
-            known = disk.fingerprint(path)
+            known = fingerprint(path)
         self.inputs[name] = known
 
     def path(self, artifact: Artifact) -> Path:
@@ -458,7 +459,8 @@ class Stage:
             return False
         if _decisive(record["options"]) != _decisive(self.options):
             return False
-        if record.get("code", {}).get("sha256") != code_hash(self.script):
+        code = record.get("code")
+        if not isinstance(code, dict) or code.get("sha256") != code_hash(self.script):
             return False
         for name, known in record["inputs"].items():
             if not disk.same_as(self.directory / name, known) or _replaced(self, name):
@@ -466,11 +468,11 @@ class Stage:
             if not self._is_settled(name):
                 return False
         outputs = {self.folder / name: known for name, known in record["outputs"].items()}
-        if not all((self.folder / name).exists() for name in record.get("parts", [])):
+        if not all((self.folder / name).exists() for name in record["parts"]):
             return False
         if not all(map(disk.is_whole, outputs, outputs.values())):
             return False
-        edits = {self.folder / name for name in record.get("kept", [])}
+        edits = {self.folder / name for name in record["kept"]}
         for path, known in outputs.items():
             changed = disk.changed_in(path, known)
             if changed and path.name in ARTIFACTS and ARTIFACTS[path.name].user_may_bring:
@@ -522,7 +524,7 @@ class Stage:
     def finish(self, **facts: Any) -> None:
         """Put the outputs in place, then write the record: the last write says that all is well."""
         json.dumps(facts)  # what cannot be recorded fails here, before any output is replaced
-        outputs = {path.name: disk.fingerprint(partial) for partial, path in self.pending}
+        outputs = {path.name: fingerprint(partial) for partial, path in self.pending}
         before = read_record(self, self.script) or {"finished": True, "outputs": {}}
         earlier = [before["outputs"]] if before["finished"] else before["written"]
         if self.keeps_others and before["finished"]:
@@ -580,18 +582,27 @@ def read_record(stage: Stage, script: str, folder: Path | None = None) -> dict[s
     if not path.is_file():
         return None
     force = "" if script in STAGES else " --force"  # without a record, outputs count as the user's
-    remedy = f"Remove it and run: {stage.command(script)}{force}"
+    remedy = f"Move it away and run: {stage.command(script)}{force}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise StageError(f"{path} is not a readable record: {error}", remedy) from error
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         raise StageError(f"{path} is not a record of {script}.", remedy)
-    written = record.get("written", [])
-    for part in (record.get("inputs"), record.get("outputs")) if record["finished"] else written:
-        if not isinstance(part, dict) or not all(map(disk.is_fingerprint, part.values())):
-            raise StageError(f"{path} is not a whole record of {script}.", remedy)
-    return {"options": [], "written": [], **record}
+    record = {"options": [], "written": [], "parts": [], "kept": [], **record}
+    lists = (record[key] for key in ("options", "parts", "kept"))
+    texts = all(isinstance(part, list) and all(isinstance(t, str) for t in part) for part in lists)
+    written = [record.get("outputs")] if record["finished"] else record["written"]
+    read = [record.get("inputs")] if record["finished"] else []
+    if not (texts and isinstance(written, list) and all(map(_is_files, [*written, *read]))):
+        raise StageError(f"{path} is not a whole record of {script}.", remedy)
+    if any(Path(name).name != name for files in written for name in files):
+        raise StageError(f"{path} lists outputs that lie in another folder.", remedy)
+    return record
+
+
+def _is_files(part: Any) -> bool:
+    return isinstance(part, dict) and all(map(disk.is_fingerprint, part.values()))
 
 
 def _stale(stage: Stage, script: str, folder: Path | None = None) -> tuple[str, str] | None:

@@ -58,8 +58,9 @@ def some_rows(array: np.ndarray, start: int, stop: int) -> np.ndarray:
 
     What is read through the map counts as memory of the process for as long as the map is there.
     """
-    is_mapped = isinstance(array, np.memmap) and array.filename is not None
-    if not is_mapped or not array.flags.c_contiguous:  # as numpy saves what was transposed
+    if not isinstance(array, np.memmap) or array.filename is None:
+        return array[start:stop]
+    if not array.flags.c_contiguous:  # as numpy saves what was transposed
         return array[start:stop]
     shape = (min(stop, len(array)) - start, *array.shape[1:])
     offset = array.offset + start * array[:1].nbytes

@@ -18,6 +18,7 @@ from utils import (
     MASK,
     MASKING,
     MAX_HE_PIXELS,
+    MAX_MEGAPIXELS,
     TILE_PX,
     TOKEN_PX,
     Stage,

@@ -403,7 +403,10 @@ BAD = [
     ("22 empty", text("mask.png", b""), MODEL, (), ["mask.png", "not a readable image"], MASKING),
     ("22 cut", many(mask(np.random.default_rng(0).integers(0, 2, (28, 42), np.uint8) * 255),
                     cut("mask.png", 150)), MODEL, (), ["mask.png"], MASKING),
-    ("22 bomb", text("mask.png", png_header(100_000, 100_000)), MODEL, (), ["mask.png"], MASKING),
+    ("22 bomb", text("mask.png", png_header(100_000, 100_000)), MODEL, (), ["mask.png",
+     "more than 2,000 megapixels"], MASKING),
+    ("45 a multiple that is too large", text("mask.png", png_header(63_000, 42_000)), MODEL, (),
+     ["63000 x 42000 px, more than 2,000 megapixels", "42 x 28, is enough"], MASKING),
     ("23 a blank slide", array("Histology_rgb.npy", lambda a: np.full_like(a, 250)), MASKING, (),
      ["he.jpg", "shows no tissue", "42 x 28 px"], "HISTEX.py"),
     # the machine

@@ -854,7 +854,7 @@ def test_a_record_that_is_damaged_or_of_an_earlier_version(section, capsys, cont
     (section.directory / "export.json").write_text(content)
     error = refused(section, capsys, "csv")
     assert "export.json is not a" in error
-    assert "Remove it and run: python analysis/export.py --directory" in error
+    assert "Move it away and run: python analysis/export.py --directory" in error
     assert (section.directory / "histex.csv.gz").read_text() == "old"
 
 

@@ -543,7 +543,7 @@ def test_results_of_before_are_refused_with_commands_that_work(labelled, capsys)
     assert run_patterns(labelled, "--permutations", "1") == 2
     error = capsys.readouterr().err
     assert "patterns.json is not a record of analysis/patterns.py" in error
-    assert "Remove it and run: python analysis/patterns.py" in error
+    assert "Move it away and run: python analysis/patterns.py" in error
     assert error.endswith("--permutations 1 --force\n")
     (labelled / "patterns.json").unlink()
     assert run_patterns(labelled, "--permutations", "1", "--force") == 0

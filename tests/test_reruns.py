@@ -288,7 +288,7 @@ def test_a_broken_record_is_refused(finished, capsys, script, kind):
     assert run_stage(script, finished) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: {record} is not a")
-    assert f"Remove it and run: python {EXTRACTOR}" in message
+    assert f"Move it away and run: python {EXTRACTOR}" in message
     assert contents(finished) == before
 
 

@@ -116,7 +116,7 @@ INDEX = "cnts-super/index.csv"
 def bad_indices():
     return {
         "empty": (b"", "no row"),
-        "zeros": (b"\x00" * 300, "cannot be read|lacks|no row|It lacks"),
+        "zeros": (b"\x00" * 300, "holds zero bytes"),
         "bytes": (b"\xff\xd8\xff\xe0", "cannot be read as text"),
         "no gene": (b"gene,file\n", "names no gene"),
         "other columns": (b"name,path\nA,0.npy\n", "It lacks gene and file"),
