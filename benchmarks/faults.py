@@ -105,8 +105,8 @@ SHOWN = 1500  # characters of what a failed run said
 SECONDS = 120  # a run takes less
 NOBODY = 65534
 TITLES = ("Faults", "Signals", "Mishaps, one of each a script")
-PAGE = 8192  # bytes that a small file takes at most, beside its own
-SPARE_BYTES = (0, 20_000, 200_000, 1_000_000)  # on the full disk, beside the inputs
+PAGE = 4096  # bytes that a file takes at most, beside its own
+SPARE_BYTES = (0, 20_000, 200_000)  # on the full disk, beside the inputs
 GOOD = ("refused", "went on", "ended")
 BAD = ("traceback", "hang", "died", "wrong exit", "half file", "wrong record", "lost or changed",
        "rerun fails", "rerun differs", "left behind")  # fmt: skip
