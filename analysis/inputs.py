@@ -398,6 +398,8 @@ def load_labels(path: Path, shape: tuple[int, int], most: int) -> np.ndarray:
     try:
         labels = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # damaged bytes can raise nearly anything
+        if plain.of_system(error):
+            raise
         raise ValueError(f"is not a whole .npy array: {error!r:.200}") from error
     whole = labels.dtype.kind in "iu" and labels.size > 0
     if labels.shape != shape or not whole or labels.min() < 0 or labels.max() > most:

@@ -231,7 +231,7 @@ def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.nd
     path = stage.directory / TRUTH
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            found, names = saved["regions"], [*map(str, saved["region_names"].tolist())]
+            found, names = np.asarray(saved["regions"]), [*map(str, saved["region_names"].tolist())]
     except Exception as error:  # damaged bytes can raise nearly anything
         raise utils.StageError(
             f"{path} does not tell the true regions ({error!r:.200}).",

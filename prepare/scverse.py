@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import options
-from reading import cli
+from reading import cli, plain
 
 SCRIPT = "prepare/scverse.py"
 
@@ -86,7 +86,7 @@ import numpy as np
 from scipy import sparse
 
 from method.grid import lattice_pitch
-from prepare import images, lattice, sample, section, stores, tenx
+from prepare import images, lattice, readable, sample, section, stores, tenx
 from prepare.annotated import (
     Annotated,
     describe,
@@ -162,7 +162,8 @@ def need_plain(prefix: str, names: tuple[str, ...], what: str) -> Path:
 
 
 def read_one_number(path: Path) -> float:
-    content = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    with readable.readable(path, "text", "Save it as plain text, then run the same command."):
+        content = plain.read_text(path).strip()
     if not utils.is_number(content) or not 0 < float(content) < np.inf:
         raise utils.StageError(
             f"{path} holds {content[:40]!r}; expected one number above zero.",

@@ -13,6 +13,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -139,6 +140,7 @@ REMEDIES = {
     errno.ENOENT: "Something removed it while the script ran: bring it back",
     errno.EMFILE: "Allow more open files (ulimit -n)",
 }
+CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # by numpy, whose errors lack the number
 IO_REMEDY = "See that the disk or network drive works"
 
 
@@ -218,10 +220,13 @@ def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) 
     except utils.StageError as error:
         return _say(f"error: {error}", 2)
     except OSError as error:
-        if error.errno is None:  # not from the system: a bug of ours or of a library
+        number = error.errno
+        if number is None and CUT_SHORT.fullmatch(str(error)):
+            number = errno.ENOSPC
+        if number is None:  # not from the system: a bug of ours or of a library
             raise
-        place, reason = error.filename2 or error.filename or directory, os.strerror(error.errno)
-        remedy = REMEDIES.get(error.errno, IO_REMEDY)
+        place, reason = error.filename2 or error.filename or directory, os.strerror(number)
+        remedy = REMEDIES.get(number, IO_REMEDY)
         return _say(f"error: {place}: {reason}.\n{remedy}, then run the same command.", 2)
     except (MemoryError, SystemError) as error:
         memory = error if isinstance(error, MemoryError) else error.__cause__

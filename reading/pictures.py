@@ -57,6 +57,11 @@ def open_picture(path: Path, access: str = "sequential") -> pyvips.Image:
     order: the picture is then decoded once, into memory or, from 100 MB, a temporary file."""
     options = {"access": access, "fail_on": "warning"}
     image = pyvips.Image.new_from_file(str(path), **options)
+    if max(image.width, image.height) > MAX_SIDE_PX:
+        raise pyvips.Error(
+            f"its header says {image.width} x {image.height} px; no slide has a side of more than "
+            f"{MAX_SIDE_PX:,} px"
+        )
     kind = image.get("vips-loader")
     if kind.startswith("tiff"):  # unlimited: a strip may be as large as the image
         return pyvips.Image.tiffload(str(path), unlimited=True, **options)
@@ -67,6 +72,7 @@ def open_picture(path: Path, access: str = "sequential") -> pyvips.Image:
     return image
 
 
+MAX_SIDE_PX = 1_000_000  # 25 cm at 40x; a row or column of one tile takes memory by it
 SYSTEM_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY,
     getattr(errno, "ESTALE", errno.EIO), errno.ENOENT,

@@ -20,6 +20,7 @@ from utils import Stage, duplicates, is_number, some
 
 SEP = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)  # the line in which Excel names its separator
 BLOCK_CHARACTERS = 2**20  # of a table read at a time
+MAX_PLACE_PX = 1e7  # of a spot; ten times the longest side of a slide
 MAX_COUNT = 1e9  # of a gene in a spot: a whole spot has 1e5 molecules, and no sum overflows yet
 UNREADABLE = (ValueError, csv.Error, *plain.DAMAGED)  # ValueError: Unfit, and what is no UTF-8
 Table = tuple[pd.Index, list[str], sparse.csr_array]
@@ -179,6 +180,10 @@ def read_locs(stage: Stage, path: Path) -> pd.DataFrame:
     """Spot centres: index = spot id (text), columns x, y (float64)."""
     ids, _, places = _read_table(stage, path, ["x", "y"])
     locs = pd.DataFrame(places.toarray(), ids, ["x", "y"])
+    if len(far := locs.index[(locs.abs() > MAX_PLACE_PX).any(axis=1)]):
+        raise stage.error(
+            path, f"puts the spots {some(far)} more than {MAX_PLACE_PX:g} px away from the image."
+        )
     if len(repeated := locs.index[locs.duplicated()]):
         raise stage.error(path, f"gives the spots {some(repeated)} the place of another spot.")
     return locs

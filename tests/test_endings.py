@@ -40,6 +40,11 @@ def test_an_error_of_the_system_is_one_message(capsys, name):
     assert len(said.splitlines()) == 2
 
 
+def test_an_array_that_numpy_could_not_write_whole_is_a_full_disk(capsys):
+    code, said = ending(OSError("3136 requested and 0 written"), capsys)
+    assert (code, said.splitlines()[0]) == (2, f"error: {HERE}: No space left on device.")
+
+
 def test_an_error_without_a_file_names_the_folder(capsys):
     code, said = ending(OSError(errno.EIO, "Input/output error"), capsys)
     assert (code, said.splitlines()[0]) == (2, f"error: {HERE}: Input/output error.")
@@ -183,3 +188,50 @@ def test_a_bar_counts_and_ends(capsys):
         for _ in progress.Bar([1, 0], "items"):
             raise ZeroDivisionError
     assert not progress._bars
+
+
+# ----- found by the harnesses of benchmarks/ ------------------------------------------------------
+def test_a_spot_far_beyond_any_image_is_refused_where_it_is_read(finished, capsys):
+    table = (finished / "locs.csv").read_text().splitlines()
+    table[3] = table[3].rsplit(",", 1)[0] + ",1e308"
+    (finished / "locs.csv").write_text("\n".join(table) + "\n")
+    for script in ("get_HR.py", "masking_non_tissue.py"):
+        assert run(script, finished) == 2
+        assert "more than 1e+07 px away from the image" in capsys.readouterr().err
+
+
+def test_a_picture_of_one_endless_row_is_refused_from_its_header(sample, capsys):
+    from test_bad_inputs import png_header
+
+    (sample / "he-raw.png").write_bytes(png_header(8_860_712, 48))
+    assert run("image_calibration.py", sample) == 2
+    assert "8860712 x 48 px" in capsys.readouterr().err
+
+
+def test_a_failing_disk_is_not_taken_for_a_damaged_array(tmp_path, monkeypatch):
+    from analysis import inputs
+
+    def fail(*_args, **_options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(inputs.np, "load", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        inputs.load_labels(tmp_path / "segments.npy", (2, 2), 9)
+
+
+def test_a_store_whose_folder_was_removed_is_not_finished(finished, monkeypatch, capsys):
+    import shutil
+
+    from analysis import export
+    from analysis.formats import spatialdata
+
+    honest = spatialdata.write_circles
+
+    def vanish(shapes, target, spots):
+        shutil.rmtree(target)
+        honest(shapes, target, spots)
+
+    monkeypatch.setattr(spatialdata, "write_circles", vanish)
+    assert export.run(["--directory", str(finished), "--format", "spatialdata"]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+    assert not (finished / "histex.zarr").exists()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +60,17 @@ def write(source: MapSet, target: Path) -> None:
     kinds["labels"].attrs["ome"] = {"labels": list(labels)}
     write_circles(kinds["shapes"], target, spots)
     write_counts(kinds["tables"], spots, counts)
+    check_whole(target, kinds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that other programs may not know of it
         zarr.consolidate_metadata(root.store)
+
+
+def check_whole(target: Path, kinds: Iterable[str]) -> None:
+    """Raise an OSError if the folder was removed meanwhile: zarr makes it again, with the rest."""
+    for node in ("", *kinds, "images/expression"):
+        if not (path := target / node / "zarr.json").is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def read_circles(source: MapSet) -> tuple[pd.DataFrame, pd.DataFrame]:
