@@ -78,11 +78,7 @@ def write_outs(
     writer = None
     with h5py.File(matrix, "w") as file:
         group = file.create_group("matrix")
-        group["shape"] = np.array([n_genes, n * n])
-        features = group.create_group("features")
-        features["id"] = np.array([f"ENSG{i:011d}" for i in range(n_genes)], "S")
-        features["name"] = np.array([f"GENE{i}" for i in range(n_genes)], "S")
-        features["feature_type"] = np.array(["Gene Expression"] * n_genes, "S")
+        write_features(group, n_genes, n * n)
         options = {"maxshape": (None,), "chunks": (80_000,), "compression": 1}
         data = group.create_dataset("data", (0,), np.int32, **options)
         indices = group.create_dataset("indices", (0,), np.int64, **options)
@@ -122,6 +118,14 @@ def write_outs(
     factors = {"bin_size_um": BIN_UM, "microns_per_pixel": PIXEL_UM, "tissue_hires_scalef": 0.1}
     (spatial / "scalefactors_json.json").write_text(json.dumps(factors))
     return n * n
+
+
+def write_features(group: h5py.Group, n_genes: int, n_bins: int) -> None:
+    group["shape"] = np.array([n_genes, n_bins])
+    features = group.create_group("features")
+    features["id"] = np.array([f"ENSG{i:011d}" for i in range(n_genes)], "S")
+    features["name"] = np.array([f"GENE{i}" for i in range(n_genes)], "S")
+    features["feature_type"] = np.array(["Gene Expression"] * n_genes, "S")
 
 
 def bin_names(row: np.ndarray, col: np.ndarray) -> np.ndarray:
