@@ -58,11 +58,7 @@ MATRIX = "filtered_feature_bc_matrix.h5"
 
 
 def write_outs(
-    folder: Path,
-    size_mm: float,
-    molecules: float,
-    rng: np.random.Generator,
-    n_genes: int = N_GENES,
+    folder: Path, size_mm: float, molecules: float, rng: np.random.Generator, n_genes: int = N_GENES
 ) -> int:
     """binned_outputs/square_002um of a section all of tissue; returns the number of bins."""
     n = round(size_mm * 1000 / BIN_UM)
