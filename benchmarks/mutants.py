@@ -61,10 +61,13 @@ from typing import Any
 READERS = ["test_reading", "test_genes", "test_get_HR", "test_image_calibration"]
 NETWORKS = ["test_HISTEX"]
 TESTS = {
-    "utils.py": ["test_utils", "test_reruns", "test_get_HR"],
+    "utils.py": ["test_utils", "test_chain", "test_reruns", "test_get_HR"],
+    "writing/disk.py": ["test_utils", "test_chain", "test_reruns"],
+    "writing/progress.py": ["test_endings"],
     "get_HR.py": ["test_get_HR"],
     "image_calibration.py": ["test_image_calibration"],
-    **{f"reading/{name}.py": READERS for name in ("cli", "genes", "plain", "tables")},
+    "reading/cli.py": ["test_endings", *READERS],
+    **{f"reading/{name}.py": READERS for name in ("genes", "plain", "tables")},
     **{
         f"reading/{name}.py": [*READERS, "test_masking_non_tissue"] for name in ("images", "arrays")
     },
