@@ -313,6 +313,17 @@ class Stage:
             known = fingerprint(path)
         self.inputs[name] = known
 
+    def use_options(self) -> None:
+        """Note the files that options name, a list of genes or weights, unless that was done."""
+        for name, value in vars(self.args).items():
+            if name in ("directory", "folder", "output", "login", "options"):
+                continue
+            for given in value if isinstance(value, list) else [value]:
+                with contextlib.suppress(OSError, ValueError):  # a list of names is no path
+                    named = isinstance(given, str | Path) and Path(given).is_file()
+                    if named and str(Path(given).resolve()) not in self.inputs:
+                        self.use(Path(given))
+
     def path(self, artifact: Artifact) -> Path:
         """Path of a required artifact."""
         return self.find(artifact) or self.directory / artifact.name
@@ -524,6 +535,7 @@ class Stage:
     def finish(self, **facts: Any) -> None:
         """Put the outputs in place, then write the record: the last write says that all is well."""
         json.dumps(facts)  # what cannot be recorded fails here, before any output is replaced
+        self.use_options()
         outputs = {path.name: fingerprint(partial) for partial, path in self.pending}
         before = read_record(self, self.script) or {"finished": True, "outputs": {}}
         earlier = [before["outputs"]] if before["finished"] else before["written"]

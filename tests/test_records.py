@@ -91,6 +91,18 @@ COMMANDS = {
 }
 
 
+def test_a_file_that_an_option_names_is_an_input(finished, tmp_path, capsys):
+    genes = tmp_path / "my genes.txt"
+    genes.write_text("GENE1\nGENE2\n")
+    arguments = ["--directory", str(finished), "--format", "csv", "--genes", str(genes)]
+    for text, rests in (("GENE1\nGENE2\n", False), ("GENE1\nGENE2\n", True), ("GENE3\n", False)):
+        genes.write_text(text)
+        assert export.run(arguments) == 0
+        assert ("up to date" in capsys.readouterr().out) == rests
+    assert str(genes) in json.loads((finished / "export.json").read_text())["inputs"]
+    assert export.run([*arguments[:-1], "GENE1,GENE4"]) == 0
+
+
 NEED_REGIONS = (segment, annotate, patterns)
 
 
