@@ -542,7 +542,7 @@ def test_a_change_of_the_code_trains_anew_and_is_said(finished, tmp_path):
     """A copy of the scripts whose source is edited; files that do not train leave states alone."""
     code = tmp_path / "code"
     code.mkdir()
-    for name in ("method", "reading"):
+    for name in ("method", "reading", "writing"):
         shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("HISTEX.py", "utils.py"):
         shutil.copy(ROOT / name, code / name)
@@ -557,7 +557,7 @@ def test_a_change_of_the_code_trains_anew_and_is_said(finished, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "nothing it was trained on has changed" in rerun()  # the copy has the same code
+    assert "up to date, nothing to do" in rerun()  # the copy has the same code
     before = json.loads((finished / "HISTEX.json").read_text())["code"]["sha256"]
     said = rerun("HISTEX.py", "dropout = 0.5 ", "dropout = 0.1 ")
     assert "state 0: trained anew, since the code has changed (HISTEX.py)" in said
@@ -1090,8 +1090,8 @@ def test_what_is_outdated_goes_with_the_end_of_a_run_and_as_a_whole(tmp_path, mo
 def test_an_edited_standard_deviation_is_not_replaced(finished, capsys):
     (finished / "cnts-super-sd").mkdir()
     (finished / "cnts-super-sd" / "notes.txt").write_text("mine", encoding="utf-8")
-    assert run(utils.HISTEX, finished, *trained_options(finished)) == 2
-    assert "cnts-super-sd was made or edited by hand" in capsys.readouterr().err
+    assert run(utils.HISTEX, finished, *trained_options(finished), "--seed", "3") == 2
+    assert "cnts-super-sd was not written by HISTEX.py" in capsys.readouterr().err
     assert (finished / "cnts-super-sd" / "notes.txt").exists()
 
 
@@ -1104,7 +1104,7 @@ def test_the_published_preset_has_no_uncertainty(finished, capsys):
 def test_finished_genes_are_not_predicted_again(finished, monkeypatch):
     monkeypatch.setattr(prediction, "GENES_BYTES", 1)  # gene by gene
     original, asked = prediction.Decoder.maps, []
-    assert run(utils.HISTEX, finished, *trained_options(finished)) == 0
+    assert run(utils.HISTEX, finished, *trained_options(finished), "--force") == 0
     wanted = {
         path: path.read_bytes()
         for name in ("cnts-super", "cnts-super-plots")
@@ -1117,7 +1117,7 @@ def test_finished_genes_are_not_predicted_again(finished, monkeypatch):
         asked.append(genes.start)
         return original(self, genes)
 
-    options = trained_options(finished)
+    options = [*trained_options(finished), "--force"]
     with monkeypatch.context() as cut_off:
         cut_off.setattr(prediction.Decoder, "maps", maps)
         assert run(utils.HISTEX, finished, *options) == 130
@@ -1161,7 +1161,7 @@ def test_two_runs_at_once_both_write_whole_maps(finished_sample, finished, monke
         return original(self, genes)
 
     monkeypatch.setattr(prediction.Decoder, "maps", maps)
-    assert run(utils.HISTEX, finished, *options) == 0
+    assert run(utils.HISTEX, finished, *options, "--force") == 0
     assert calls[9:] == [3, 4, 5, 6, 7]
     index = pd.read_csv(finished / "cnts-super" / "index.csv")
     assert len(index) == 8
@@ -1188,7 +1188,7 @@ def test_a_disk_that_cannot_take_the_maps_is_named_before_any_work(finished, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
     assert run(utils.HISTEX, finished, *trained_options(finished), "--seed", "7") == 2
     captured = capsys.readouterr()
-    assert "only 0.00 GB are free" in captured.err
+    assert "but only 100 kB are free" in captured.err
     assert "state 0" not in captured.out
 
 

@@ -699,7 +699,7 @@ def test_the_size_of_the_map_is_said_and_rows_on_the_disk_need_no_more_space(
     options = ["--weights", str(tiny_uni[1])]
     directory = write_he(tmp_path / "s", section(448, 224))
     interrupted(monkeypatch, directory, *options)
-    assert "Histology_feature_map.npy: 28 x 14 x 32 float16, 0.00 GB" in capsys.readouterr().out
+    assert "Histology_feature_map.npy: 28 x 14 x 32 float16, 25 kB" in capsys.readouterr().out
     free = utils.shutil.disk_usage(tmp_path)
     for bytes_free, code in ((28 * 14 * 32 * 2 - 1000, 2), (28 * 14 * 32 * 2, 0)):
         usage = free._replace(free=bytes_free)
@@ -939,7 +939,9 @@ def test_a_map_edited_by_hand_is_kept_unless_forced(tmp_path, capsys):
     assert run(SCRIPT, directory, "--backbone", LITE) == 0
     edited = np.zeros((14, 14, 158), np.float16)
     np.save(directory / utils.FEATURES.name, edited)
-    assert run(SCRIPT, directory, "--backbone", LITE) == 2
+    assert run(SCRIPT, directory, "--backbone", LITE) == 0
+    assert "kept your Histology_feature_map.npy" in capsys.readouterr().out
+    assert run(SCRIPT, directory, "--backbone", LITE, "--overlap", "3") == 2
     assert "--force" in capsys.readouterr().err
     assert not outputs(directory)[0].any()
     assert run(SCRIPT, directory, "--backbone", LITE, "--force") == 0

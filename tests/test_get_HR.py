@@ -372,7 +372,7 @@ def test_very_few_spots(ready, n, capsys):
 def test_own_list_is_used_in_its_order_and_never_replaced(ready, capsys):
     (ready / "gene-names.txt").write_bytes(b"GENE5\r\n\r\nGENE2\r\n")
     before = (ready / "gene-names.txt").stat()
-    for options in ((), (), ("--force", "--n-genes", "3")):
+    for options in ((), ("--n-genes", "3"), ("--force", "--n-genes", "3")):
         assert run(SCRIPT, ready, *options) == 0
         assert "your 2 genes" in capsys.readouterr().out
         _, counts, genes = results(ready)
@@ -398,18 +398,18 @@ def test_selected_list_is_selected_anew(ready):
 def test_edited_list_becomes_the_users(ready, capsys):
     assert run(SCRIPT, ready, "--n-genes", "3") == 0
     (ready / "gene-names.txt").write_text("GENE7\nGENE0\n")
-    for _ in range(2):
-        assert run(SCRIPT, ready, "--n-genes", "5") == 0
+    for n_genes in ("5", "6"):
+        assert run(SCRIPT, ready, "--n-genes", n_genes) == 0
         assert "your 2 genes" in capsys.readouterr().out
         assert results(ready)[2] == ["GENE7", "GENE0"]
     (ready / "gene-names.txt").unlink()
-    assert run(SCRIPT, ready, "--n-genes", "5") == 0
-    assert len(results(ready)[2]) == 5
+    assert run(SCRIPT, ready, "--n-genes", "6") == 0
+    assert len(results(ready)[2]) == 6
 
 
 def test_list_is_kept_after_a_run_that_was_cut_off(ready):
     (ready / "gene-names.txt").write_text("GENE3\n")
-    unfinished = {"finished": False, "script": SCRIPT, "pending": {}, "previous": {}}
+    unfinished = {"finished": False, "script": SCRIPT, "written": [{}]}
     (ready / "get_HR.json").write_text(json.dumps(unfinished))
     assert run(SCRIPT, ready) == 0
     assert results(ready)[2] == ["GENE3"]
@@ -433,7 +433,10 @@ def test_later_edit_of_the_list_makes_the_hr_points_stale(ready, mine):
 def test_hand_edited_hr_points_are_not_replaced(ready, capsys):
     assert run(SCRIPT, ready) == 0
     (ready / "HRlocs.csv").write_text("mine")
-    assert run(SCRIPT, ready) == 2
+    assert run(SCRIPT, ready) == 0
+    assert "kept your HRlocs.csv (--force makes a new one)" in capsys.readouterr().out
+    assert (ready / "HRlocs.csv").read_text() == "mine"
+    assert run(SCRIPT, ready, "--n-genes", "3") == 2
     assert "--force" in capsys.readouterr().err
     assert (ready / "HRlocs.csv").read_text() == "mine"
     assert run(SCRIPT, ready, "--force") == 0

@@ -300,14 +300,14 @@ def test_from_the_shell(sample):
 def test_png_takes_over_from_jpeg_and_back(sample, monkeypatch):
     assert calibrate(sample) == 0
     monkeypatch.setattr(calibration, "JPEG_MAX_SIDE_PX", 600)
-    assert calibrate(sample) == 0
+    assert calibrate(sample, "--force") == 0
     assert not (sample / "he.jpg").exists()
     with Image.open(sample / "he.png") as image:
         np.testing.assert_array_equal(
             np.asarray(image)[:440, :660], np.asarray(Image.open(sample / "he-raw.png"))
         )
     monkeypatch.setattr(calibration, "JPEG_MAX_SIDE_PX", 65_500)
-    assert calibrate(sample) == 0
+    assert calibrate(sample, "--force") == 0
     assert not (sample / "he.png").exists()
     assert (sample / "he.jpg").exists()
 
@@ -317,9 +317,9 @@ def test_a_crash_while_jpeg_gives_way_to_png_is_mended_by_a_rerun(sample, monkey
     put = disk.put
     monkeypatch.setattr(calibration, "JPEG_MAX_SIDE_PX", 600)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "_put", lambda _, to: 1 / 0 if to.suffix == ".png" else put(_, to))
+        patch.setattr(disk, "put", lambda _, to: 1 / 0 if to.suffix == ".png" else put(_, to))
         with pytest.raises(ZeroDivisionError):
-            calibrate(sample)
+            calibrate(sample, "--force")
     assert not list(sample.glob("he.*"))
     assert not list(sample.glob(".*partial*"))
     assert calibrate(sample) == 0
@@ -332,7 +332,7 @@ def test_a_failure_before_the_end_keeps_the_old_image(sample, monkeypatch):
     monkeypatch.setattr(calibration, "JPEG_MAX_SIDE_PX", 600)
     monkeypatch.setattr(calibration, "scale_locs", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        calibrate(sample)
+        calibrate(sample, "--force")
     assert (sample / "he.jpg").read_bytes() == before
     assert not list(sample.glob(".*partial*"))
 
@@ -763,8 +763,10 @@ def test_bad_spots(table, words, sample, capsys):
 def test_a_hand_edited_output_is_kept(sample, capsys):
     assert calibrate(sample) == 0
     (sample / "locs.csv").write_text(",x,y\na,1,2\n")
-    assert calibrate(sample) == 2
-    assert "edited by hand" in capsys.readouterr().err
+    assert calibrate(sample) == 0
+    assert "kept your locs.csv (--force makes a new one)" in capsys.readouterr().out
+    assert calibrate(sample, "--max-megapixels", "100") == 2
+    assert "locs.csv was edited by hand, and other options" in capsys.readouterr().err
     assert (sample / "locs.csv").read_text() == ",x,y\na,1,2\n"
     assert calibrate(sample, "--force") == 0
 
