@@ -162,7 +162,7 @@ def test_labels_are_joined_by_the_adjusted_coordinates(tables, tmp_path):
     assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 0
     assert (tmp_path / "s" / "labels.csv").read_bytes() == old
     (tmp_path / "s" / "labels.csv").write_text("edited")
-    assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 2
+    assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 0
     assert (tmp_path / "s" / "labels.csv").read_text() == "edited"
     options = ("--labels", str(tables / "C1_labels.tsv"), "--force")
     assert prepare(tables, tmp_path / "s", *options) == 0
@@ -175,7 +175,7 @@ def test_labels_of_others_are_not_overwritten(tables, tmp_path, capsys):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "labels.csv").write_text("mine")
     assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 2
-    assert "labels.csv was made or edited by hand" in capsys.readouterr().err
+    assert "labels.csv was not written by prepare/legacy_st.py" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["labels.csv"]
 
 

@@ -483,7 +483,7 @@ def test_a_sample_of_others_is_not_replaced(tmp_path, capsys):
     (tmp_path / "sample").mkdir()
     (tmp_path / "sample" / "cnts.csv").write_text("mine")
     assert prepare(tmp_path, outs) == 2
-    assert "cnts.csv was made or edited by hand" in capsys.readouterr().err
+    assert "cnts.csv was not written by prepare/visium.py" in capsys.readouterr().err
     assert [f.name for f in (tmp_path / "sample").iterdir()] == ["cnts.csv"]
 
 
