@@ -404,8 +404,8 @@ class Stage:
     def _is_of(self, script: str | None, path: Path) -> bool:
         """True for an unedited output of another script."""
         record = read_record(self, script, self.folder) if script else None
-        known = record and record["finished"] and record["outputs"].get(path.name)
-        return bool(known) and not disk.changed_in(path, known)
+        outputs = record["outputs"] if record and record["finished"] else {}
+        return path.name in outputs and not disk.changed_in(path, outputs[path.name])
 
     def _edits(self, path: Path) -> list[Path]:
         """What the user edited or added: the output itself, or files in the folder that it is."""
