@@ -673,7 +673,7 @@ def main(stage: utils.Stage) -> None:
     facts = summarise(spots, genes, found["held_out"], found["r"])
     if args.uncertainty:
         facts["coverage_of_90"] = report_coverage(stage, found["coverage"])
-    facts["parts"] = [f"{utils.STATES.name}/{i:02d}/model.json" for i in range(args.n_states)]
+    facts["parts"] = states.files_of(args.n_states)
     stage.finish(seed=args.seed, device=str(device), **facts, **seconds)
 
 

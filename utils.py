@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -28,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from writing import disk
+from writing import disk, origin
 from writing.disk import fingerprint
 
 ROOT = Path(__file__).resolve().parent
@@ -123,6 +121,8 @@ PLOTS = Artifact(("cnts-super-plots",), HISTEX, "PNG maps of the best explained 
 HELD_OUT = Artifact(
     ("held-out-r.csv",), HISTEX, "gene, correlation with the counts of held-out spots"
 )
+
+NOT_FORCED = {*GENE_NAMES.names, *STATES.names}  # --force does not replace them
 
 MIN_PIXEL_SIZE_UM, MAX_PIXEL_SIZE_UM = 0.05, 2.5  # 200x and 4x objectives; a hires image is above
 MAX_RADIUS_SUPERPIXELS = 64  # 0.5 mm; a spot is at least one superpixel
@@ -232,13 +232,15 @@ class Stage:
 
     def remake(self, script: str) -> str:
         """The command that makes the outputs of a script anew, also where it would say that they
-        are up to date or that an edit is kept."""
+        are up to date or keep a file of the user's, and which of those it replaces."""
         with contextlib.suppress(StageError):
-            record = read_record(self, script)
-            if record and record["finished"] and not _stale(self, script):
-                outputs = record["outputs"].items()
-                edits = [name for name, k in outputs if disk.changed_in(self.directory / name, k)]
-                replaced = f" (this replaces your {', '.join(edits)})" if edits else ""
+            record = read_record(self, script) or {"finished": True, "outputs": {}}
+            known = record.get("outputs", {})
+            names = [name for name, artifact in ARTIFACTS.items() if artifact.made_by == script]
+            found = {name: known.get(name, disk.ABSENT) for name in names if name not in NOT_FORCED}
+            names = [n for n, k in found.items() if disk.changed_in(self.directory / n, k)]
+            if record["finished"] and (names or (known and not _stale(self, script))):
+                replaced = f" (this replaces your {', '.join(names)})" if names else ""
                 return f"{self.command(script)} --force{replaced}"
         return self.command(script)
 
@@ -300,7 +302,8 @@ class Stage:
         return path
 
     def use(self, path: Path, known: dict[str, Any] | None = None) -> None:
-        """Note the fingerprint of an input that lies anywhere; ``known`` is one that still holds.
+        """Note the fingerprint of an input that lies anywhere, or that there is none; ``known`` is
+        one that still holds.
 
         The fingerprint of a file that only lost its time is taken anew: the next look is faster.
         """
@@ -308,8 +311,12 @@ class Stage:
             name = path.relative_to(self.directory).as_posix()
         else:
             name = str(path.resolve())
+        if known is None and name in self.inputs:
+            return  # by the first look: what changed since is found by the next run
         holds = known is not None and disk.is_whole(path, known)
-        if known is None or not holds or not (path.is_dir() or disk.has_time(path, known)):
+        if not path.exists():
+            known = disk.ABSENT
+        elif known is None or not holds or not (path.is_dir() or disk.has_time(path, known)):
             known = fingerprint(path)
         self.inputs[name] = known
 
@@ -405,6 +412,12 @@ class Stage:
         known = self._known()
         return [path for path, file in known if path.exists() and not disk.changed_in(path, file)]
 
+    def _is_of(self, script: str | None, path: Path) -> bool:
+        """True for an unedited output of another script."""
+        record = read_record(self, script, self.folder) if script else None
+        outputs = record["outputs"] if record and record["finished"] else {}
+        return path.name in outputs and not disk.changed_in(path, outputs[path.name])
+
     def _edits(self, path: Path) -> list[Path]:
         """What the user edited or added: the output itself, or files in the folder that it is."""
         found = [disk.changed_in(path, known) for place, known in self._known() if place == path]
@@ -425,22 +438,31 @@ class Stage:
             path = self.find(artifact, self.folder)
             if path is None or self.args.force or not (edits := self._edits(path)):
                 continue
+            if artifact.made_by != self.script and self._is_of(artifact.made_by, path):
+                continue
             record = read_record(self, self.script)
-            if record is None and self.script in STAGES and not artifact.user_may_bring:
-                continue  # left by a run that never came to its record
+            if record is None and not artifact.user_may_bring and self._lost_its_record():
+                continue
             since = self._changed_since(record, path)
+            written = [known for place, known in self._known() if place == path]
+            lost = [e for e in edits if not all(disk.is_added(e, path, k) for k in written)]
             if path not in [known for known, _ in self._known()] and not artifact.user_may_bring:
                 reason = f"was not written by {self.script}, which would overwrite it"
-            elif since and not artifact.user_may_bring:
+            elif since and lost and not artifact.user_may_bring:
                 reason = f"was edited by hand, and {since}; {self.script} would replace it"
             else:
                 self._keep(edits, since)
                 continue
             raise StageError(
-                f"{edits[0]} {reason}.",
+                f"{(lost or edits)[0]} {reason}.",
                 f"To keep it, move it to another folder and run the same command. "
                 f"To replace it, run: {self.command(self.script)} --force",
             )
+
+    def _lost_its_record(self) -> bool:
+        """True for a stage without a record in a folder of ours, where another one has its own."""
+        there = [script for script in STAGES if (self.folder / record_name(script)).is_file()]
+        return self.script in STAGES and bool(there)
 
     def _changed_since(self, record: dict[str, Any] | None, path: Path) -> str | None:
         """Which option or input, but the output ``path``, is no longer that of the record."""
@@ -479,9 +501,8 @@ class Stage:
             if not self._is_settled(name):
                 return False
         outputs = {self.folder / name: known for name, known in record["outputs"].items()}
-        if not all((self.folder / name).exists() for name in record["parts"]):
-            return False
-        if not all(map(disk.is_whole, outputs, outputs.values())):
+        parts = all((self.folder / name).exists() for name in record["parts"])
+        if not (parts and all(map(disk.is_whole, outputs, outputs.values()))):
             return False
         edits = {self.folder / name for name in record["kept"]}
         for path, known in outputs.items():
@@ -542,7 +563,7 @@ class Stage:
         if self.keeps_others and before["finished"]:
             others = before["outputs"].items()
             outputs = {n: k for n, k in others if (self.folder / n).exists()} | outputs
-        unfinished = {"finished": False, "written": [outputs, *earlier]}
+        unfinished = {"finished": False, "written": [outputs, *earlier], "options": self.options}
         record_path = self.folder / record_name(self.script)
         _write_json(record_path, {"script": self.script, **unfinished})
         for path in sorted(set(self.outdated) - {path for _, path in self.pending}):
@@ -559,8 +580,7 @@ class Stage:
             self._carry_over(partial, path)
             disk.put(partial, path)  # keeps size and mtime, so that the fingerprint holds
             print(f"wrote {path.name}: {size(outputs[path.name]['bytes'])}")
-        hidden = ("login", "options")
-        arguments = {key: str(value) for key, value in vars(self.args).items() if key not in hidden}
+        arguments = {k: str(v) for k, v in vars(self.args).items() if k not in ("login", "options")}
         if getattr(self.args, "login", None):
             arguments["login"] = "***"
         record = {
@@ -570,8 +590,8 @@ class Stage:
             "options": self.options,
             "seconds": round(time.time() - self.started, 2),
             "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": _versions(),
-            "code": {"sha256": code_hash(self.script), **_commit()},
+            "versions": origin.versions(),
+            "code": {"sha256": code_hash(self.script), **origin.commit(ROOT)},
             **facts,
             "warnings": self.notes,
             "kept": sorted(path.relative_to(self.folder).as_posix() for path in self.kept),
@@ -663,27 +683,6 @@ def code_hash(script: str) -> str:
     files = [ROOT / script, ROOT / "utils.py"]
     files += [file for room in rooms for file in (ROOT / room).rglob("*.py")]
     return disk.hash_of({file for file in files if file.is_file()})
-
-
-def _commit() -> dict[str, str]:
-    if (ROOT / ".git").exists():
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            found = subprocess.run(command, capture_output=True, text=True, check=True)
-            return {"commit": found.stdout.strip()}
-    return {}
-
-
-def _versions() -> dict[str, str]:
-    names = (
-        "torch", "timm", "numpy", "pandas", "scipy", "scikit-image", "opencv-python", "pillow",
-        "pyvips", "pyarrow",
-    )  # fmt: skip
-    versions = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 # ------------------------------------------------------------------------------------------------

@@ -256,6 +256,7 @@ def read_findings(
     if not path.is_file():
         if artifact is MARKERS:
             refuse_old_markers(folder / OLD_MARKERS, f"{again} --force")
+        stage.use(path)  # that there is none
         print(f"without {path.name}: run {script} to have its genes as well")
         return None
     stage.require(artifact, folder=folder)

@@ -77,6 +77,7 @@ def build_parser() -> cli.Parser:
     some = parser.add_mutually_exclusive_group()
     some.add_argument(
         "--genes",
+        type=cli.names_or_file,
         metavar="FILE|A,B,C",
         help=f"Genes to export, in this order: {gene_lists.HELP} (default: all).",
     )

@@ -156,7 +156,9 @@ def hold_out(
     stage.require(
         utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.GENE_NAMES, utils.FEATURES, utils.MASK
     )
-    options = recorded_options(stage) if options is None else options
+    if options is None:
+        inputs.note_inputs(stage, utils.MAPS)  # other options make other maps
+        options = recorded_options(stage)
     genes = inputs.read_gene_names(stage.directory)
     locs, counts = inputs.read_tables(stage, genes)
     if not 2 <= n_folds <= len(locs):

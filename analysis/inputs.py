@@ -336,9 +336,9 @@ def read_embedding(stage: utils.Stage, shape: tuple[int, ...] | None = None) -> 
 def read_held_out(stage: utils.Stage) -> pd.Series | None:
     """Correlation with held-out spots by gene, if it is known."""
     path = stage.find(utils.HELD_OUT)
+    note_inputs(stage, utils.HELD_OUT)
     if path is None:
         return None
-    note_inputs(stage, utils.HELD_OUT)
 
     def refuse(problem: str) -> utils.StageError:
         return stage.error(path, f"is no table of gene and held_out_r: it {problem}")
@@ -351,7 +351,7 @@ def read_held_out(stage: utils.Stage) -> pd.Series | None:
 
 
 def choose_genes(
-    mapped: list[str], held_out: pd.Series | None, given: str | None, n_genes: int
+    mapped: list[str], held_out: pd.Series | None, given: str | Path | None, n_genes: int
 ) -> list[str]:
     """Those ``given`` by --genes, or the ``n_genes`` with the highest held-out r, if known."""
     if not mapped:

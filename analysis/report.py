@@ -50,7 +50,8 @@ def build_parser() -> cli.Parser:
         required=True,
         help="Folder of the sample.",
     )
-    option("--genes", help=f"Genes of the page: {gene_lists.HELP} (default: see --n-genes).")
+    genes_help = f"Genes of the page: {gene_lists.HELP} (default: see --n-genes)."
+    option("--genes", type=cli.names_or_file, help=genes_help)
     option(
         "--n-genes",
         type=cli.positive,
@@ -107,7 +108,7 @@ JPEG_QUALITY = 80
 # --------------------------------------------------------------------------------------------------
 # reading
 # --------------------------------------------------------------------------------------------------
-def read_content(stage: utils.Stage, given: str | None, n_genes: int) -> PageContent:
+def read_content(stage: utils.Stage, given: str | Path | None, n_genes: int) -> PageContent:
     for artifact in (utils.HE, utils.MAPS):
         inputs.path_of(stage, artifact)
     shape, files_of_maps = images.grid_shape(stage), inputs.map_files(stage.directory)
@@ -158,13 +159,13 @@ def read_spot_counts(stage: utils.Stage, shape: tuple[int, int]) -> SpotCounts |
 
 def read_regions(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | None:
     path = stage.directory / files.SEGMENTS.name
+    inputs.note_inputs(stage, files.SEGMENTS, files.SEGMENT_TABLE)  # also that there are none
     if not path.is_file():
         return None
     try:
         regions = inputs.load_labels(path, shape, LEVELS)
     except ValueError as error:
         raise stage.error(path, f"{error}.", "Make it anew, or move it away.") from error
-    inputs.note_inputs(stage, files.SEGMENTS, files.SEGMENT_TABLE)
     return regions.astype(np.uint8)
 
 

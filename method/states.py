@@ -158,6 +158,12 @@ def bytes_of(network: Network, n_states: int) -> int:
     return (n_states + CHECKPOINT_COPIES) * weights
 
 
+def files_of(n_states: int) -> list[str]:
+    """Without which a run is not up to date, in the folder of the sample."""
+    folders = [f"{utils.STATES.name}/{index:02d}" for index in range(n_states)]
+    return [f"{place}/{file}" for place in folders for file in ("model.json", "model.safetensors")]
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder of a state, unless what is there leads to files elsewhere."""
     for place in (folder.parent, folder):

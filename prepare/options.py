@@ -22,7 +22,7 @@ def prepare_parser(doc: str) -> cli.Parser:
     option = parser.add_argument
     option("--directory", type=cli.sample_directory, required=True,
            help="Folder of the sample to write; it is made if it does not exist.")  # fmt: skip
-    option("--genes",
+    option("--genes", type=cli.names_or_file,
            help=f"Genes to predict: {genes.HELP}. They become gene-names.txt (default: get_HR.py "
                 "chooses the genes).")  # fmt: skip
     cli.add_force(parser)

@@ -213,20 +213,27 @@ def as_numbers(
     ``above`` are the data rows of the file before those of the column.
     """
     values = pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
-    for row in np.flatnonzero(~np.isfinite(values))[:1]:
+    refuse_cells(column, ~np.isfinite(values), path, expected, above)
+    return values
+
+
+def refuse_cells(column: pd.Series, odd: np.ndarray, path: Path, expected: str, above: int) -> None:
+    """StageError with the first cell that is ``odd`` (N,), if any is."""
+    for row in np.flatnonzero(odd)[:1]:
         cell = str(column.iloc[row])
         raise unfit(
             path,
             f"holds {cell!r} in column {column.name}, data row {above + row + 1}; expected "
             f"{expected}{tables.point(cell)}.",
         )
-    return values
 
 
 def as_flags(column: pd.Series, path: Path, above: int = 0) -> np.ndarray:
     """A column of 1 and 0, or of TRUE and FALSE, yes and no, in any case, as bool (N,)."""
     values = column.map(lambda cell: FLAGS.get(str(cell).strip().casefold(), cell))
-    return as_numbers(values, path, "1 or 0, TRUE or FALSE", above) > 0
+    numbers = as_numbers(values, path, expected := "1 or 0, TRUE or FALSE", above)
+    refuse_cells(column, ~np.isin(numbers, (0, 1)), path, expected, above)
+    return numbers > 0
 
 
 def first_of(folder: Path, names: Sequence[str], remedy: str) -> Path:
@@ -308,7 +315,7 @@ def repeated_note(path: Path) -> list[str]:
     ]
 
 
-def genes_of_option(given: str | None, genes: list[str]) -> list[str] | None:
+def genes_of_option(given: str | Path | None, genes: list[str]) -> list[str] | None:
     """The genes of --genes, all of them among ``genes``; None without the option."""
     return None if given is None else read_genes(given, genes, "the counts")
 

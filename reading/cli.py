@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import utils
 from writing import progress
@@ -117,6 +117,16 @@ def number(
 
 positive = number(int, lambda n: n >= 1, "a whole number of 1 or more")
 not_negative = number(int, lambda n: n >= 0, "a whole number of 0 or more")
+
+
+def names_or_file(text: str) -> str | Path:
+    """argparse type: a file where there is one of that name, else the text itself."""
+    with contextlib.suppress(OSError, ValueError):  # a long list of names is no possible path
+        if Path(text).is_file():
+            return Path(text)
+    return text
+
+
 above_0 = number(float, lambda x: 0 < x < math.inf, "a number above 0")
 from_0 = number(float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
 
@@ -181,8 +191,20 @@ def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         options.append(action.option_strings[-1])
         if action.nargs != 0:
             values = value if isinstance(value, list) else [value]
-            options += ["***"] if action.dest == "login" else map(str, values)
+            options += ["***"] if action.dest == "login" else map(_from_anywhere, values)
     return options
+
+
+def _from_anywhere(value: Any) -> str:
+    """A path as it is written in whatever folder the command is run."""
+    return str(value.absolute() if isinstance(value, Path) else value)
+
+
+def files_of_options(args: argparse.Namespace) -> list[Path]:
+    """The files that options name: what they hold decides the results. None of them is written."""
+    others = ("directory", "folder", "output")
+    named = [value for name, value in vars(args).items() if name not in others]
+    return [path for path in named if isinstance(path, Path) and path.is_file()]
 
 
 def run_stage(
@@ -201,6 +223,8 @@ def run_stage(
         stage = utils.Stage(script, args, output_folder(args), makes_folders)
         try:
             if not stage.up_to_date():
+                for path in files_of_options(args):
+                    stage.use(path)
                 main(stage)
         finally:
             stage.discard()

@@ -20,7 +20,7 @@ EXCEL = re.compile(  # 1-Mar, 01. Mrz (MARCH1), Sep-02 (SEPT2), 2001-03-01, 2.31
 )
 
 
-def read_genes(given: str, known: Sequence[str], what: str) -> list[str]:
+def read_genes(given: str | Path, known: Sequence[str], what: str) -> list[str]:
     """The genes of an option --genes: in its order, each once, all of them among ``known``.
 
     ``given`` is the text of the option: names with commas between them, or the path of a text file
@@ -30,7 +30,7 @@ def read_genes(given: str, known: Sequence[str], what: str) -> list[str]:
     """
     lines = _lines_of(Path(given))
     source = f"--genes {given}" if lines is None else given
-    names = given.split(",") if lines is None else lines
+    names = str(given).split(",") if lines is None else lines
     names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not names:
         raise utils.StageError(f"{source} names no gene.", EXAMPLE)

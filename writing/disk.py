@@ -91,6 +91,11 @@ def changed_in(path: Path, known: dict[str, Any]) -> list[Path]:
     return [f for name, f in files if name not in recorded or _differs(f, recorded[name], False)]
 
 
+def is_added(file: Path, folder: Path, known: dict[str, Any]) -> bool:
+    """True for a file of a folder that was not in it when ``known`` was taken."""
+    return file != folder and file.relative_to(folder).as_posix() not in known.get("files", ())
+
+
 def has_time(path: Path, known: dict[str, Any]) -> bool:
     return bool(path.stat().st_mtime_ns == known["mtime_ns"])
 
