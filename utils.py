@@ -410,6 +410,11 @@ class Stage:
         found = [disk.changed_in(path, known) for place, known in self._known() if place == path]
         return min(found, key=len, default=[path])
 
+    def _goes_on_with(self, artifact: Artifact) -> bool:
+        """True if the other outputs of this script follow a file of the user's in place of one."""
+        mine = artifact.made_by == self.script and self.script in STAGES
+        return mine and artifact.user_may_bring
+
     def kept_by_user(self, artifact: Artifact) -> bool:
         """True if ``guard`` found that the user's own file is kept."""
         return self.find(artifact, self.folder) in self.kept
@@ -429,13 +434,14 @@ class Stage:
             if record is None and self.script in STAGES and not artifact.user_may_bring:
                 continue  # left by a run that never came to its record
             since = self._changed_since(record, path)
-            if path not in [known for known, _ in self._known()] and not artifact.user_may_bring:
-                reason = f"was not written by {self.script}, which would overwrite it"
-            elif since and not artifact.user_may_bring:
-                reason = f"was edited by hand, and {since}; {self.script} would replace it"
-            else:
+            known = path in [known for known, _ in self._known()]
+            if self._goes_on_with(artifact) or (known and not since):
                 self._keep(edits, since)
                 continue
+            if not known:
+                reason = f"was not written by {self.script}, which would overwrite it"
+            else:
+                reason = f"was edited by hand, and {since}; {self.script} would replace it"
             raise StageError(
                 f"{edits[0]} {reason}.",
                 f"To keep it, move it to another folder and run the same command. "
@@ -486,7 +492,8 @@ class Stage:
         edits = {self.folder / name for name in record["kept"]}
         for path, known in outputs.items():
             changed = disk.changed_in(path, known)
-            if changed and path.name in ARTIFACTS and ARTIFACTS[path.name].user_may_bring:
+            artifact = ARTIFACTS.get(path.name)
+            if changed and artifact and self._goes_on_with(artifact):
                 return False  # the other outputs have to follow
             edits |= set(changed)
         self._keep(sorted(edit for edit in edits if edit.exists()), None)
