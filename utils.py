@@ -423,6 +423,11 @@ class Stage:
         found = [disk.changed_in(path, known) for place, known in self._known() if place == path]
         return min(found, key=len, default=[path])
 
+    def _goes_on_with(self, artifact: Artifact) -> bool:
+        """True if the other outputs of this script follow a file of the user's in place of one."""
+        mine = artifact.made_by == self.script and self.script in STAGES
+        return mine and artifact.user_may_bring
+
     def kept_by_user(self, artifact: Artifact) -> bool:
         """True if ``guard`` found that the user's own file is kept."""
         return self.find(artifact, self.folder) in self.kept
@@ -446,13 +451,13 @@ class Stage:
             since = self._changed_since(record, path)
             written = [known for place, known in self._known() if place == path]
             lost = [e for e in edits if not all(disk.is_added(e, path, k) for k in written)]
-            if path not in [known for known, _ in self._known()] and not artifact.user_may_bring:
-                reason = f"was not written by {self.script}, which would overwrite it"
-            elif since and lost and not artifact.user_may_bring:
-                reason = f"was edited by hand, and {since}; {self.script} would replace it"
-            else:
+            if self._goes_on_with(artifact) or (written and not (since and lost)):
                 self._keep(edits, since)
                 continue
+            if not written:
+                reason = f"was not written by {self.script}, which would overwrite it"
+            else:
+                reason = f"was edited by hand, and {since}; {self.script} would replace it"
             raise StageError(
                 f"{(lost or edits)[0]} {reason}.",
                 f"To keep it, move it to another folder and run the same command. "
@@ -507,7 +512,8 @@ class Stage:
         edits = {self.folder / name for name in record["kept"]}
         for path, known in outputs.items():
             changed = disk.changed_in(path, known)
-            if changed and path.name in ARTIFACTS and ARTIFACTS[path.name].user_may_bring:
+            artifact = ARTIFACTS.get(path.name)
+            if changed and artifact and self._goes_on_with(artifact):
                 return False  # the other outputs have to follow
             edits |= set(changed)
         self._keep(sorted(edit for edit in edits if edit.exists()), None)

@@ -710,14 +710,14 @@ def test_files_of_others_are_kept_unless_forced(tmp_path, name):
     assert (directory / "truth.npz").exists() == (name == "truth.npz")  # nothing took its place
 
 
-def test_a_gene_list_of_the_user_is_neither_replaced_nor_removed(tmp_path, capsys):
+def test_a_gene_list_of_the_user_is_neither_replaced_nor_removed(tmp_path):
     directory = tmp_path / "a"
     directory.mkdir()
     (directory / "gene-names.txt").write_text("ACTB\n")
     write_sample(directory, make_section(tmp_path)[0], force=True)
     assert (directory / "gene-names.txt").read_text() == "ACTB\n"
-    write_sample(directory, make_section(tmp_path, gene_names=["NA"])[0])
-    assert "kept your gene-names.txt" in capsys.readouterr().out
+    with pytest.raises(utils.StageError, match=r"gene-names\.txt was not written by prepare"):
+        write_sample(directory, make_section(tmp_path, gene_names=["NA"])[0])
     assert (directory / "gene-names.txt").read_text() == "ACTB\n"
 
 
