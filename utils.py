@@ -226,7 +226,8 @@ class Stage:
         if script != self.script:  # not by read_record, whose own messages name a command
             with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
                 text = (self.directory / record_name(script)).read_text(encoding="utf-8")
-                options = [str(option) for option in json.loads(text)["options"]]
+                found = json.loads(text)["options"]
+                options = [str(option) for option in found] if isinstance(found, list) else []
         words = ["python", script, "--directory", str(self.directory), *options]
         return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 

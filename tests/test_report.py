@@ -404,13 +404,24 @@ def test_a_page_of_yours_is_not_replaced(section, tmp_path, capsys):
         path.write_text("mine")
         assert report.run(["--directory", str(section), *options]) == 2
         said = capsys.readouterr().err
-        assert f"{path} was made or edited by hand" in said
+        assert f"{path} was not written by analysis/report.py, which would overwrite it" in said
         assert "python analysis/report.py --directory" in said
         assert path.read_text() == "mine"
         assert report.run(["--directory", str(section), *options, "--force"]) == 0
+        made = path.read_text()
+        capsys.readouterr()
         assert report.run(["--directory", str(section), *options]) == 0  # now it is a page of ours
-        path.write_text(path.read_text() + "<!-- mine -->")
-        assert report.run(["--directory", str(section), *options]) == 2
+        assert "up to date, nothing to do" in capsys.readouterr().out
+        path.write_text(made + "<!-- mine -->")
+        assert report.run(["--directory", str(section), *options]) == 0
+        kept = f"kept your {path.name} (--force makes a new one)"
+        assert kept in capsys.readouterr().out
+        assert report.run(["--directory", str(section), *options, "--n-genes", "1"]) == 2
+        said = capsys.readouterr().err
+        assert f"{path} was edited by hand, and other options were given" in said
+        assert path.read_text() == made + "<!-- mine -->"
+        assert report.run(["--directory", str(section), *options, "--force"]) == 0
+        assert "<!-- mine -->" not in path.read_text()
 
 
 def test_all_pages_of_a_folder_are_known_by_its_record(section):
