@@ -483,7 +483,7 @@ class Stage:
         for name, known in record["inputs"].items():
             if not disk.same_as(self.directory / name, known) or _replaced(self, name):
                 return False
-            if not self._is_settled(name):
+            if known != disk.ABSENT and not self._is_settled(name):
                 return False
         outputs = {self.folder / name: known for name, known in record["outputs"].items()}
         if not all((self.folder / name).exists() for name in record["parts"]):

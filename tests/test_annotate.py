@@ -331,7 +331,7 @@ def test_the_mask_is_obeyed(section):
 def test_the_same_run_gives_the_same_bytes_and_an_error_changes_nothing(section, capsys):
     assert run(section) == 0
     first = {name: (section / name).read_bytes() for name in OUTPUTS}
-    assert run(section) == 0
+    assert run(section, "--force") == 0
     assert {name: (section / name).read_bytes() for name in OUTPUTS} == first
     assert run(section, table={"a": ["NOTHERE", "NEST0"], "b": ["NOR"]}) == 2
     assert {name: (section / name).read_bytes() for name in OUTPUTS} == first
@@ -342,6 +342,7 @@ def test_the_same_run_gives_the_same_bytes_and_an_error_changes_nothing(section,
 @pytest.mark.parametrize("name", [*OUTPUTS, "annotation-truth.csv"])
 def test_files_of_the_user_are_kept(section, name, capsys):
     (section / name).write_text("mine")
+    write_markers(section / "markers.csv")
     before = snapshot(section)
     assert run(section, "--truth") == 2
     error = capsys.readouterr().err

@@ -510,7 +510,7 @@ def test_a_rerun_overwrites_and_is_the_same(labelled, tmp_path, capsys):
     assert "wrote patterns.csv" in out
     assert "wrote patterns.png" in out
     first = results_of(labelled)
-    assert patterns.run(options) == 0
+    assert patterns.run([*options, "--force"]) == 0
     assert results_of(labelled) == first
     assert first["patterns.png"][:4] == b"\x89PNG"
     assert patterns.run([*options, "--seed", "1", "--output", str(tmp_path / "new")]) == 0

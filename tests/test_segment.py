@@ -435,7 +435,7 @@ def test_a_rerun_overwrites_and_is_the_same(labelled, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(f"wrote {name}" in out for name in OUTPUTS if not name.endswith(".json"))
     first = results_of(labelled)
-    assert segment.run(["--directory", str(labelled)]) == 0
+    assert segment.run(["--directory", str(labelled), "--force"]) == 0
     assert results_of(labelled) == first
     assert first["segments.png"][:4] == b"\x89PNG"
     assert run_segment(labelled, "--n-regions", "3") == 0
