@@ -226,7 +226,8 @@ class Stage:
         if script != self.script:  # not by read_record, whose own messages name a command
             with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
                 text = (self.directory / record_name(script)).read_text(encoding="utf-8")
-                options = [str(option) for option in json.loads(text)["options"]]
+                found = json.loads(text)["options"]
+                options = [str(option) for option in found] if isinstance(found, list) else []
         words = ["python", script, "--directory", str(self.directory), *options]
         return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
@@ -503,7 +504,7 @@ class Stage:
         for name, known in record["inputs"].items():
             if not disk.same_as(self.directory / name, known) or _replaced(self, name):
                 return False
-            if not self._is_settled(name):
+            if known != disk.ABSENT and not self._is_settled(name):
                 return False
         outputs = {self.folder / name: known for name, known in record["outputs"].items()}
         parts = all((self.folder / name).exists() for name in record["parts"])

@@ -10,13 +10,16 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import itertools
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import TextIO, cast
 
 import utils
 
-WHOLE_FILE = 2**26  # bytes of a text that is read at once: no list of genes is as long
+WHOLE_FILE = 2**26  # characters of a small text file at most: no list of genes is as long
+PIECE = 2**16  # characters that are read at once: Python sets aside room for all that it is asked
 GZIP = b"\x1f\x8b"
 OTHER_KINDS = {  # how files begin that are no text, and what they are
     b"PK\x03\x04": "an Excel workbook (.xlsx) or another zip archive",
@@ -60,7 +63,8 @@ def open_text(path: Path) -> TextIO:
 def read_text(path: Path) -> str:
     """The whole of a small text file, its line ends as \\n. Unfit if it is no text."""
     with open_text(path) as file:
-        text = file.read(WHOLE_FILE)
+        pieces = iter(partial(file.read, PIECE), "")
+        text = "".join(itertools.islice(pieces, WHOLE_FILE // PIECE))
         if file.read(1):
             raise Unfit(f"it has more than {WHOLE_FILE / 1e6:.0f} million characters.")
     if "\0" in text:

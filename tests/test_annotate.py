@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from scipy.stats import pearson3, skew
 from test_evaluate import write_maps
+from test_regions import snapshot
 
 import utils
 from analysis import annotate, regions
@@ -272,7 +273,7 @@ def test_a_known_section_is_named(section, capsys):
     assert (best == labels)[named].mean() > 0.99  # but for the rounding of float16
     facts = record(section)
     assert facts["unclassified"] == pytest.approx((labels == 4).sum() / (true > 0).sum(), abs=1e-4)
-    assert {"cnts-super", str(section / "markers.csv")} <= set(facts["inputs"])
+    assert {"cnts-super", "markers.csv"} <= set(facts["inputs"])
     for name in ("annotation.png", "annotation-scores.png"):
         with Image.open(section / name) as picture:
             assert min(picture.size) > 300
@@ -330,7 +331,7 @@ def test_the_mask_is_obeyed(section):
 def test_the_same_run_gives_the_same_bytes_and_an_error_changes_nothing(section, capsys):
     assert run(section) == 0
     first = {name: (section / name).read_bytes() for name in OUTPUTS}
-    assert run(section) == 0
+    assert run(section, "--force") == 0
     assert {name: (section / name).read_bytes() for name in OUTPUTS} == first
     assert run(section, table={"a": ["NOTHERE", "NEST0"], "b": ["NOR"]}) == 2
     assert {name: (section / name).read_bytes() for name in OUTPUTS} == first
@@ -341,17 +342,29 @@ def test_the_same_run_gives_the_same_bytes_and_an_error_changes_nothing(section,
 @pytest.mark.parametrize("name", [*OUTPUTS, "annotation-truth.csv"])
 def test_files_of_the_user_are_kept(section, name, capsys):
     (section / name).write_text("mine")
+    write_markers(section / "markers.csv")
+    before = snapshot(section)
     assert run(section, "--truth") == 2
     error = capsys.readouterr().err
-    assert f"{section / name} was made or edited by hand" in error
+    assert f"{section / name} was not written by analysis/annotate.py, which would" in error
     assert error.endswith("--truth --force\n")
-    assert (section / name).read_text() == "mine"
+    assert snapshot(section) == before
     if name == "annotation.npy":
         assert run(section, "--truth", "--force") == 0
+        made = (section / name).read_bytes()
         np.save(section / name, 3 - np.load(section / name))
-        edited = (section / name).read_bytes()
-        assert run(section, "--truth") == 2
-        assert (section / name).read_bytes() == edited
+        edited = snapshot(section)
+        capsys.readouterr()
+        assert run(section, "--truth") == 0
+        assert f"kept your {name} (--force makes a new one)" in capsys.readouterr().out
+        assert snapshot(section) == edited
+        assert run(section, "--truth", "--chance-share", "0.5") == 2
+        error = capsys.readouterr().err
+        assert f"{section / name} was edited by hand, and other options were given" in error
+        assert error.endswith("--truth --force\n")
+        assert snapshot(section) == edited
+        assert run(section, "--truth", "--force") == 0
+        assert (section / name).read_bytes() == made
     if name == "annotation-truth.csv":  # without the option it is not in the way
         assert run(section, "--no-plot") == 0
         assert (section / name).read_text() == "mine"
@@ -622,7 +635,7 @@ def test_labels_of_spots_are_compared(section, capsys):
     table = pd.read_csv(section / "annotation-spots.csv", index_col=0)
     assert table.columns.tolist() == [*NAMES, "unclassified"]
     assert table.sum(axis=1).to_dict() == labels["label"][:-1].value_counts().to_dict()
-    assert str(section / "lbl.csv") in record(section)["inputs"]
+    assert "lbl.csv" in record(section)["inputs"]
 
 
 def test_labels_of_spots_off_the_tissue(section, capsys):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 from test_evaluate import write_maps
+from test_regions import snapshot
 
 import utils
 from analysis import cells, mending, outlines
@@ -387,7 +388,7 @@ def test_the_same_cells_give_the_same_bytes(section, tmp_path):
     tifffile.imwrite(tmp_path / "cells.tif", labels)
     run_cells(section, tmp_path / "cells.tif")
     first = (section / "cells.csv.gz").read_bytes()
-    run_cells(section, tmp_path / "cells.tif")
+    run_cells(section, tmp_path / "cells.tif", "--force")
     assert (section / "cells.csv.gz").read_bytes() == first
     text = gzip.decompress(first).decode()
     assert text.splitlines()[0] == 'cell,x,y,area_um2,share_on_tissue,class,A,"B,1",NA'
@@ -398,11 +399,12 @@ def test_a_table_of_yours_is_not_replaced(section, tmp_path, capsys):
     labels[50:60, 100:160] = 1
     tifffile.imwrite(tmp_path / "cells.tif", labels)
     (section / "cells.csv.gz").write_bytes(b"mine")
+    before = snapshot(section)
     assert run_cells(section, tmp_path / "cells.tif")[0] == 2
     error = capsys.readouterr().err
-    assert "cells.csv.gz was made or edited by hand" in error
-    assert f"--masks {tmp_path / 'cells.tif'}" in error
-    assert (section / "cells.csv.gz").read_bytes() == b"mine"
+    assert "cells.csv.gz was not written by analysis/cells.py, which would overwrite it" in error
+    assert f"--masks {tmp_path / 'cells.tif'} --force" in error
+    assert snapshot(section) == before
     other = tmp_path / "other"
     assert cells.run(["--directory", str(section), "--masks", str(tmp_path / "cells.tif"),
                       "--output", str(other)]) == 0  # fmt: skip
@@ -410,6 +412,21 @@ def test_a_table_of_yours_is_not_replaced(section, tmp_path, capsys):
     assert run_cells(section, tmp_path / "cells.tif", "--force")[0] == 0
     record = json.loads((section / "cells.json").read_text())
     assert {"versions", "code", "seconds", "outputs"} <= record.keys()
+    made = (section / "cells.csv.gz").read_bytes()
+    (section / "cells.csv.gz").write_bytes(gzip.compress(gzip.decompress(made) + b"edited\n"))
+    edited = snapshot(section)
+    capsys.readouterr()
+    assert run_cells(section, tmp_path / "cells.tif")[0] == 0
+    assert "kept your cells.csv.gz (--force makes a new one)" in capsys.readouterr().out
+    assert snapshot(section) == edited
+    labels[60:70] = 2
+    tifffile.imwrite(tmp_path / "cells.tif", labels)
+    assert run_cells(section, tmp_path / "cells.tif")[0] == 2
+    error = capsys.readouterr().err
+    assert f"was edited by hand, and {tmp_path / 'cells.tif'} has changed" in error
+    assert snapshot(section) == edited
+    assert run_cells(section, tmp_path / "cells.tif", "--force")[0] == 0
+    assert b"edited" not in gzip.decompress((section / "cells.csv.gz").read_bytes())
 
 
 BAD_LABELS = {

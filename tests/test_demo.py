@@ -53,10 +53,24 @@ def test_a_sample_of_yours_is_not_replaced(tmp_path, capsys):
     (tmp_path / "cnts.csv").write_text("mine")
     options = ["--directory", str(tmp_path), "--size-um", str(SIZE_UM)]
     assert simulate.run(options) == 2
-    assert "cnts.csv was made or edited by hand" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "cnts.csv was not written by demo/simulate.py, which would overwrite it" in error
     assert {path.name for path in tmp_path.iterdir()} == {"cnts.csv"}
+    assert (tmp_path / "cnts.csv").read_text() == "mine"
     assert simulate.run([*options, "--force"]) == 0
     assert simulate.run(options) == 0  # now it is one of ours
+    assert "up to date, nothing to do" in capsys.readouterr().out
+    (tmp_path / "cnts.csv").write_text("edited")
+    assert simulate.run(options) == 0
+    assert "kept your cnts.csv (--force makes a new one)" in capsys.readouterr().out
+    before = digest(tmp_path)
+    assert simulate.run([*options, "--seed", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "cnts.csv was edited by hand, and other options were given" in error
+    assert digest(tmp_path) == before
+    assert (tmp_path / "cnts.csv").read_text() == "edited"
+    assert simulate.run([*options, "--seed", "2", "--force"]) == 0
+    assert (tmp_path / "cnts.csv").read_text() != "edited"
 
 
 def test_files_agree_with_each_other(section, truth):

@@ -1,6 +1,7 @@
 """analysis/enrich.py: tests against scipy, enumeration and hand; files good and bad; pictures."""
 
 import json
+import shlex
 import shutil
 from itertools import combinations
 from math import comb
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.patches import Circle
 from PIL import Image
 from scipy import stats
+from test_regions import snapshot
 
 import utils
 from analysis import enrich
@@ -310,9 +312,7 @@ def test_a_known_section(section, capsys):
     }  # fmt: skip
     assert facts["found by"]["genes"] == {"spots only": 1, "both": 5, "maps only": 5}
     assert facts["found by"]["sets"]["both"] == 1
-    assert {str(section / "sets.gmt"), "segment-markers.csv", "patterns.csv", "cnts.csv"} <= set(
-        facts["inputs"]
-    )
+    assert {"sets.gmt", "segment-markers.csv", "patterns.csv", "cnts.csv"} <= set(facts["inputs"])
     assert "region 1" in capsys.readouterr().out
     for name in ("enrichment.png", "venn.png"):
         with Image.open(section / name) as picture:
@@ -384,7 +384,7 @@ def test_the_same_run_gives_the_same_bytes_and_an_error_changes_nothing(section)
     names = ["enrichment.csv", "enrichment.png", "venn.png"]
     assert run(section) == 0
     first = {name: (section / name).read_bytes() for name in names}
-    assert run(section) == 0
+    assert run(section, "--force") == 0
     assert {name: (section / name).read_bytes() for name in names} == first
     (section / "sets.gmt").write_text("A\n")
     assert run(section) == 2
@@ -480,11 +480,15 @@ def test_tables_out_of_date(section, capsys):
     assert "cnts.csv has changed since analysis/segment.py read it" in error
     assert run(section, "--no-plot", "--allow-stale") == 0
     (section / "segment.json").unlink()
+    capsys.readouterr()
+    assert run(section, "--no-plot", "--allow-stale") == 0
+    taken = "segment-markers.csv: not made by analysis/segment.py, taken as your own"
+    assert taken in capsys.readouterr().out
     (section / "patterns.json").write_text("[1]")
     assert run(section, "--no-plot") == 2
-    captured = capsys.readouterr()
-    assert "segment-markers.csv: not made by analysis/segment.py, taken as your own" in captured.out
-    assert "patterns.json is not a record of analysis/patterns.py" in captured.err
+    error = capsys.readouterr().err
+    assert "patterns.json is not a record of analysis/patterns.py" in error
+    assert "Move it away and run: python analysis/patterns.py" in error
 
 
 def test_markers_of_an_earlier_segment_are_not_read(section, capsys):
@@ -492,7 +496,8 @@ def test_markers_of_an_earlier_segment_are_not_read(section, capsys):
     assert run(section, "--no-plot") == 2
     error = capsys.readouterr().err
     assert f"{section / 'markers.csv'} was written by an earlier analysis/segment.py" in error
-    assert f'Run: python analysis/segment.py --directory "{section}" --force (or move' in error
+    place = shlex.quote(str(section))
+    assert f"Run: python analysis/segment.py --directory {place} --force (or move" in error
     (section / "markers.csv").write_text("gene,label\nG00,mine\n")  # a table of the user's own
     assert run(section, "--no-plot") == 0
     assert (section / "markers.csv").read_text() == "gene,label\nG00,mine\n"
@@ -503,22 +508,42 @@ def test_a_record_of_before_is_refused_with_what_to_run(section, capsys):
     assert run(section, "--no-plot") == 2
     error = capsys.readouterr().err
     assert "patterns.json is not a record of analysis/patterns.py" in error
-    assert f'python analysis/patterns.py --directory "{section}" --force' in error
+    place = shlex.quote(str(section))
+    assert f"Move it away and run: python analysis/patterns.py --directory {place} --force" in error
 
 
 @pytest.mark.parametrize("name", ["enrichment.csv", "enrichment.png", "venn.png"])
 def test_files_of_the_user_are_kept(section, name, capsys):
     (section / name).write_text("mine")
+    before = snapshot(section)
     assert run(section) == 2
     error = capsys.readouterr().err
-    assert f"{section / name} was made or edited by hand" in error
-    assert "--force" in error
-    assert (section / name).read_text() == "mine"
+    assert f"{section / name} was not written by analysis/enrich.py, which would" in error
+    assert error.endswith("sets.gmt' --force\n")
+    assert snapshot(section) == before
     assert run(section, "--force") == 0
+    made = (section / name).read_bytes()
+    capsys.readouterr()
     assert run(section) == 0
+    assert "up to date, nothing to do" in capsys.readouterr().out
     with (section / name).open("a") as file:
         file.write("edited")
+    edited = snapshot(section)
+    assert run(section) == 0
+    assert f"kept your {name} (--force makes a new one)" in capsys.readouterr().out
+    assert snapshot(section) == edited
+    assert run(section, "--max-q", "0.2") == 2
+    error = capsys.readouterr().err
+    assert f"{section / name} was edited by hand, and other options were given" in error
+    assert snapshot(section) == edited
+    (section / "sets.gmt").write_text((section / "sets.gmt").read_text() + "NEW\tx\tG00\tG01\n")
+    edited = snapshot(section)
     assert run(section) == 2
+    assert "was edited by hand, and sets.gmt has changed" in capsys.readouterr().err
+    assert snapshot(section) == edited
+    assert run(section, "--force") == 0
+    assert (section / name).read_bytes().startswith(made[:4])
+    assert not (section / name).read_bytes().endswith(b"edited")
 
 
 def test_the_old_name_of_an_option_works(section):

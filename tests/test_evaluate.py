@@ -551,11 +551,28 @@ def test_a_table_of_yours_is_not_replaced_and_all_of_ours_are_known(section, cap
     options = ["--directory", str(section), "--no-plot"]
     (section / "evaluation.csv").write_text("mine")
     assert evaluate.run(options) == 2
-    assert "evaluation.csv was made or edited by hand" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "evaluation.csv was not written by analysis/evaluate.py, which would" in error
+    assert error.endswith("--no-plot --force\n")
     assert (section / "evaluation.csv").read_text() == "mine"
     assert not (section / "evaluation.json").exists()
     assert evaluate.run([*options, "--force"]) == 0
+    made = (section / "evaluation.csv").read_bytes()
     assert evaluate.run(options) == 0  # now it is one of ours
+    assert "kept" not in capsys.readouterr().out
+    (section / "evaluation.csv").write_text("edited")
+    assert evaluate.run(options) == 0
+    assert "kept your evaluation.csv (--force makes a new one)" in capsys.readouterr().out
+    assert (section / "evaluation.csv").read_text() == "edited"
+    before = (section / "radius.txt").read_text()
+    (section / "radius.txt").write_text("29.5\n")
+    assert evaluate.run(options) == 2
+    error = capsys.readouterr().err
+    assert "evaluation.csv was edited by hand, and radius.txt has changed" in error
+    assert (section / "evaluation.csv").read_text() == "edited"
+    (section / "radius.txt").write_text(before)
+    assert evaluate.run([*options, "--force"]) == 0
+    assert (section / "evaluation.csv").read_bytes() == made
     record = json.loads((section / "evaluate.json").read_text())
     assert record["outputs"].keys() == {"evaluation.csv", "evaluation.json"}
     used = {"truth.npz", "cnts-super", "cnts.csv", "locs.csv", "radius.txt"}

@@ -725,13 +725,21 @@ def touch_up(path: Path) -> None:
 def test_own_exports_are_replaced_and_changed_ones_are_not(section, capsys, kind):
     path = exported(section, kind, "--genes", "KRT8")
     first = disk.fingerprint(path)["sha256"]
+    exported(section, kind, "--genes", "NA")
+    assert disk.fingerprint(path)["sha256"] != first
     assert exported(section, kind, "--genes", "KRT8") == path
     assert disk.fingerprint(path)["sha256"] == first  # to the byte
     touch_up(path)
     changed = disk.fingerprint(path)["sha256"]
-    error = refused(section, capsys, kind, "--genes", "KRT8")
-    assert "was made or edited by hand" in error
-    assert f"--format {kind} --genes KRT8 --force" in error
+    edit = path / "note.txt" if path.is_dir() else path
+    name = edit.relative_to(section.directory).as_posix()
+    capsys.readouterr()
+    exported(section, kind, "--genes", "KRT8")
+    assert f"kept your {name} (--force makes a new one)" in capsys.readouterr().out
+    assert disk.fingerprint(path)["sha256"] == changed
+    error = refused(section, capsys, kind, "--genes", "NA")
+    assert f"{edit} was edited by hand, and other options were given" in error
+    assert f"--format {kind} --genes NA --force" in error
     assert disk.fingerprint(path)["sha256"] == changed
     exported(section, kind, "--genes", "KRT8", "--force")
     assert disk.fingerprint(path)["sha256"] == first
@@ -742,7 +750,7 @@ def test_a_file_of_yours_is_not_replaced(section, tmp_path, capsys):
     mine.parent.mkdir()
     mine.write_text("mine")
     error = refused(section, capsys, "csv", "--output", str(mine))
-    assert "was made or edited by hand" in error
+    assert f"{mine} was not written by analysis/export.py, which would overwrite it" in error
     assert mine.read_text() == "mine"
     assert run(section, "csv", "--output", str(mine), "--force") == 0
     assert len(pd.read_csv(mine)) == len(section.places)
@@ -788,7 +796,7 @@ def test_a_run_that_was_cut_off_before_the_last_step_is_no_hand_edit(section, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "_put", lambda partial, target: (
+        patch.setattr(disk, "put", lambda partial, target: (
             cut_off() if target.name == path.name else partial.replace(target)
         ))  # fmt: skip
         assert run(section, "csv", "--genes", "NA") == 130
@@ -829,7 +837,7 @@ def test_only_leftovers_of_ours_are_removed_from_a_folder_of_yours(section, tmp_
     """And what lies deeper in it is not looked at."""
     deep = tmp_path / "photos" / "2020"
     deep.mkdir(parents=True)
-    ours = tmp_path / "photos" / ".histex.0123abcd.partial.csv.gz"
+    ours = tmp_path / "photos" / ".histex.csv.0123abcd.partial.gz"
     yours = [tmp_path / "photos" / ".film.partial.mkv", deep / ".x.0123abcd.partial.csv"]
     for path in (ours, *yours):
         path.write_text("x")

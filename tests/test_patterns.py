@@ -1,6 +1,7 @@
 """analysis/patterns.py: statistics against sums over pairs, null cases, and bad inputs."""
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -509,7 +510,7 @@ def test_a_rerun_overwrites_and_is_the_same(labelled, tmp_path, capsys):
     assert "wrote patterns.csv" in out
     assert "wrote patterns.png" in out
     first = results_of(labelled)
-    assert patterns.run(options) == 0
+    assert patterns.run([*options, "--force"]) == 0
     assert results_of(labelled) == first
     assert first["patterns.png"][:4] == b"\x89PNG"
     assert patterns.run([*options, "--seed", "1", "--output", str(tmp_path / "new")]) == 0
@@ -525,15 +526,25 @@ def test_files_of_the_user_are_kept(labelled, name, capsys):
     before = snapshot(labelled)
     assert patterns.run(options) == 2
     error = capsys.readouterr().err
-    assert f"{labelled / name} was made or edited by hand" in error
-    assert f'--directory "{labelled}" --permutations 1 --force' in error
+    assert f"{labelled / name} was not written by analysis/patterns.py, which would" in error
+    assert f"--directory {shlex.quote(str(labelled))} --permutations 1 --force" in error
     assert snapshot(labelled) == before
     assert patterns.run([*options, "--force"]) == 0
+    made = results_of(labelled)
     with (labelled / name).open("a") as file:
         file.write("edited")
     edited = snapshot(labelled)
-    assert patterns.run(options) == 2
+    capsys.readouterr()
+    assert patterns.run(options) == 0
+    assert f"kept your {name} (--force makes a new one)" in capsys.readouterr().out
     assert snapshot(labelled) == edited
+    assert patterns.run([*options, "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"{labelled / name} was edited by hand, and other options were given" in error
+    assert error.endswith("--permutations 1 --seed 1 --force\n")
+    assert snapshot(labelled) == edited
+    assert patterns.run([*options, "--force"]) == 0
+    assert results_of(labelled) == made
 
 
 def test_results_of_before_are_refused_with_commands_that_work(labelled, capsys):
@@ -670,6 +681,8 @@ def test_bad_inputs(labelled, case, capsys):
     before = snapshot(labelled)
     capsys.readouterr()
     stale = ["--allow-stale"] * (case in ("a gene without counts", "few spots", "on a line"))
+    # HISTEX.py writes other spots into its record only with other maps; here the maps stay
+    stale += ["--force"] * (case in ("unknown spots", "no spots"))
     assert run_patterns(labelled, "--permutations", "1", *stale) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -385,7 +385,7 @@ def test_spots_are_compared_with_the_sums_of_the_map(section):
 def test_the_same_sample_gives_the_same_bytes_in_place_of_the_old_page(section):
     first = write_page(section, "--genes", "NA,KRT8")
     assert json.loads(Page(first).scripts["data"])["genes"] == ["NA", "KRT8"]
-    assert write_page(section, "--genes", "NA,KRT8") == first
+    assert write_page(section, "--genes", "NA,KRT8", "--force") == first
     assert write_page(section, "--n-genes", "1") != first
     assert not list(section.glob(".*"))
 
@@ -404,13 +404,23 @@ def test_a_page_of_yours_is_not_replaced(section, tmp_path, capsys):
         path.write_text("mine")
         assert report.run(["--directory", str(section), *options]) == 2
         said = capsys.readouterr().err
-        assert f"{path} was made or edited by hand" in said
+        assert f"{path} was not written by analysis/report.py, which would overwrite it" in said
         assert "python analysis/report.py --directory" in said
         assert path.read_text() == "mine"
         assert report.run(["--directory", str(section), *options, "--force"]) == 0
+        made = path.read_text()
         assert report.run(["--directory", str(section), *options]) == 0  # now it is a page of ours
-        path.write_text(path.read_text() + "<!-- mine -->")
-        assert report.run(["--directory", str(section), *options]) == 2
+        assert "kept" not in capsys.readouterr().out
+        path.write_text(made + "<!-- mine -->")
+        assert report.run(["--directory", str(section), *options]) == 0
+        kept = f"kept your {path.name} (--force makes a new one)"
+        assert kept in capsys.readouterr().out
+        assert report.run(["--directory", str(section), *options, "--n-genes", "1"]) == 2
+        said = capsys.readouterr().err
+        assert f"{path} was edited by hand, and other options were given" in said
+        assert path.read_text() == made + "<!-- mine -->"
+        assert report.run(["--directory", str(section), *options, "--force"]) == 0
+        assert "<!-- mine -->" not in path.read_text()
 
 
 def test_all_pages_of_a_folder_are_known_by_its_record(section):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 import shutil
 import sys
 from fractions import Fraction
@@ -434,7 +435,7 @@ def test_a_rerun_overwrites_and_is_the_same(labelled, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(f"wrote {name}" in out for name in OUTPUTS if not name.endswith(".json"))
     first = results_of(labelled)
-    assert segment.run(["--directory", str(labelled)]) == 0
+    assert segment.run(["--directory", str(labelled), "--force"]) == 0
     assert results_of(labelled) == first
     assert first["segments.png"][:4] == b"\x89PNG"
     assert run_segment(labelled, "--n-regions", "3") == 0
@@ -459,16 +460,23 @@ def test_files_of_the_user_are_kept(labelled, name, capsys):
     before = snapshot(labelled)
     assert run_segment(labelled, "--n-regions", "3") == 2
     error = capsys.readouterr().err
-    assert f"{labelled / name} was made or edited by hand" in error
-    assert f'--directory "{labelled}" --no-plot --n-regions 3 --force' in error
+    assert f"{labelled / name} was not written by analysis/segment.py, which would" in error
+    place = shlex.quote(str(labelled))
+    assert f"--directory {place} --no-plot --n-regions 3 --force" in error
     assert snapshot(labelled) == before
     assert run_segment(labelled, "--n-regions", "3", "--force") == 0
     assert (labelled / "markers.csv").read_bytes() == before["markers.csv"]
     with (labelled / name).open("ab") as file:
         file.write(b"edited")
     edited = snapshot(labelled)
+    capsys.readouterr()
+    assert run_segment(labelled, "--n-regions", "3") == 0
+    assert f"kept your {name} (--force makes a new one)" in capsys.readouterr().out
+    assert snapshot(labelled) == edited
     assert run_segment(labelled, "--n-regions", "2") == 2
-    assert "was made or edited by hand" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{labelled / name} was edited by hand, and other options were given" in error
+    assert error.endswith("--no-plot --n-regions 2 --force\n")
     assert snapshot(labelled) == edited
     assert run_segment(labelled, "--n-regions", "2", "--force") == 0
     assert result(labelled)[0].max() == 2
@@ -477,7 +485,9 @@ def test_files_of_the_user_are_kept(labelled, name, capsys):
 def test_a_picture_of_the_user_is_neither_replaced_nor_removed(labelled, capsys):
     (labelled / "segments.png").write_bytes(b"mine")
     assert segment.run(["--directory", str(labelled), "--n-regions", "3"]) == 2
-    assert "segments.png was made or edited by hand" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "segments.png was not written by analysis/segment.py, which would" in error
+    assert not (labelled / "segments.npy").exists()
     assert run_segment(labelled, "--n-regions", "3") == 0  # this writes no picture
     assert (labelled / "segments.png").read_bytes() == b"mine"
 
@@ -545,7 +555,7 @@ BAD_INPUTS = {
     "whole numbers": (lambda d: (d / "embeddings-gene.pickle").write_bytes(
         pickle.dumps({"cls": np.ones((2, *GRID), int)})), "does not hold dict(cls="),
     "another size": (lambda d: write_embedding(d, np.ones((2, 9, 70))),
-                     "mask.png is 70 x 56 px; expected 70 x 9 px"),
+                     "mask.png is 70 x 56 px; expected 1120 x 144 px as he.jpg, or 70 x 9 px"),
     "no dims": (lambda d: write_embedding(d, np.ones((0, *GRID))), "does not hold dict(cls="),
     "nothing": (lambda d: write_embedding(d, np.full((2, *GRID), np.nan)),
                 "no superpixel in common"),
