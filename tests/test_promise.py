@@ -54,16 +54,6 @@ def test_genes_that_are_asked_for_replace_those_that_a_stage_selected(tmp_path, 
     assert listed(target) == ["ERBB2"]
 
 
-def test_a_truth_of_ones_own_is_in_nobodys_way(tmp_path):
-    """Where the script has no truth to write, as that of legacy ST."""
-    tables, target = tmp_path / "tables", tmp_path / "s"
-    write_tables(tables)
-    target.mkdir()
-    (target / "truth.npz").write_bytes(b"mine")
-    assert prepare(tables, target) == 0
-    assert (target / "truth.npz").read_bytes() == b"mine"
-
-
 def test_the_same_words_in_another_folder_name_other_files(tmp_path, monkeypatch):
     """As where every section has its own folder, and a script is run in one after the other."""
     for seed in (0, 1):
