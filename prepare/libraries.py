@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from prepare import lattice, scans, tenx
 from prepare.annotated import Annotated, find_counts, gene_names, keys_of, read_array, read_frame
+from prepare.section import FLAGS
 
 LIBRARIES = (  # columns of obs that usually name a section
     "library_id", "library", "sample_id", "sample", "section", "section_id", "slide", "slide_id",
@@ -28,7 +29,6 @@ LIBRARIES = (  # columns of obs that usually name a section
 )  # fmt: skip
 ALL = "all"  # --library all: every spot lies on the one image
 ARRAY = ("array_row", "array_col")  # in obs: the place of a spot on Visium's array
-TRUE, FALSE = {"1", "true", "t", "yes"}, {"0", "false", "f", "no"}
 X_NAMES = ("x", "pxl_col_in_fullres", "imagecol", "x_centroid", "pixel_x")  # of a table of places
 Y_NAMES = ("y", "pxl_row_in_fullres", "imagerow", "y_centroid", "pixel_y")
 MAX_SHOWN = 100  # a column of more different values names no sections
@@ -305,8 +305,10 @@ def tissue_of(data: Annotated, obs: pd.DataFrame) -> tuple[np.ndarray, list[str]
     """Which spots (N,) are in tissue, by in_tissue if it is there, and notes."""
     if "in_tissue" not in obs:
         return np.ones(len(obs), bool), []
-    values = obs["in_tissue"].str.strip().str.lower()
-    if strange := [v for v in values_of(values) if v not in TRUE | FALSE]:
+    values = obs["in_tissue"].str.strip()
+    flags = values.map(lambda text: FLAGS.get(text.casefold(), text))
+    numbers = pd.to_numeric(flags, errors="coerce").to_numpy(float)
+    if strange := values_of(values[~np.isin(numbers, (0, 1))]):
         raise utils.StageError(
             f"{data.path}: obs['in_tissue'] holds {utils.some(strange)}; expected 1 and 0, or True "
             f"and False.",
@@ -314,4 +316,4 @@ def tissue_of(data: Annotated, obs: pd.DataFrame) -> tuple[np.ndarray, list[str]
         )
     unknown = int((values == "").sum())
     notes = [f"{unknown} spots without a value in in_tissue are left out"] if unknown else []
-    return values.isin(TRUE).to_numpy(), notes
+    return numbers == 1, notes

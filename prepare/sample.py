@@ -61,9 +61,7 @@ def run(
 
 def guard_sample(stage: utils.Stage) -> None:
     """Refuse to replace files that were not prepared here or were edited since, unless --force."""
-    truth = [TRUTH] if getattr(stage.args, "truth_genes", 0) else []
-    genes = [utils.GENE_NAMES] if stage.args.genes else []
-    stage.guard(*RAW, CHECK, *truth, *genes)
+    stage.guard(*RAW, TRUTH, CHECK, *([utils.GENE_NAMES] if stage.args.genes else []))
 
 
 def write_sample(stage: utils.Stage, section: PreparedSection) -> SpotFit:

@@ -1,5 +1,6 @@
 """Ways in which a rerun once missed a change, replaced a file of the user's, or led in a circle."""
 
+import argparse
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from test_prepare_legacy_st import prepare, write_tables
 
 import utils
 from analysis import export, report
-from prepare import section
+from prepare import libraries, section
 
 CALIBRATION, HR, EXTRACTOR, MASKING, MODEL = (script for script, *_ in PIPELINE)
 OPTIONS = {script: options for script, *options in PIPELINE}
@@ -51,16 +52,6 @@ def test_genes_that_are_asked_for_replace_those_that_a_stage_selected(tmp_path, 
     assert prepare(tables, target, "--genes", "MARCH1") == 0
     assert "kept your gene-names.txt" in capsys.readouterr().out
     assert listed(target) == ["ERBB2"]
-
-
-def test_a_truth_of_ones_own_is_in_nobodys_way(tmp_path):
-    """Where the script has no truth to write, as that of legacy ST."""
-    tables, target = tmp_path / "tables", tmp_path / "s"
-    write_tables(tables)
-    target.mkdir()
-    (target / "truth.npz").write_bytes(b"mine")
-    assert prepare(tables, target) == 0
-    assert (target / "truth.npz").read_bytes() == b"mine"
 
 
 def test_the_same_words_in_another_folder_name_other_files(tmp_path, monkeypatch):
@@ -205,3 +196,14 @@ def test_a_column_of_other_numbers_is_not_taken_for_yes_and_no(cell):
     _, message = outcome(section.as_flags, column, utils.Path("positions.csv"))
     assert f"holds '{cell}' in column in_tissue, data row 3; expected 1 or 0" in message
     assert section.as_flags(column[:2], utils.Path("positions.csv")).tolist() == [True, True]
+
+
+@pytest.mark.parametrize("words", [("Y", "n"), ("1.0", "0.0"), (" TRUE", "F"), ("1", "0")])
+def test_the_tissue_of_anndata_is_told_in_the_same_words(tmp_path, words):
+    data = argparse.Namespace(path=tmp_path / "a.h5ad")
+    obs = pd.DataFrame({"in_tissue": [words[0], words[1], ""]})
+    found, notes = libraries.tissue_of(data, obs)
+    assert found.tolist() == [True, False, False]
+    assert notes == ["1 spots without a value in in_tissue are left out"]
+    _, message = outcome(libraries.tissue_of, data, obs.replace(words[0], "2"))
+    assert "obs['in_tissue'] holds 2; expected 1 and 0" in message
