@@ -695,7 +695,9 @@ def test_edited_files_are_kept_unless_forced(tmp_path, name, capsys):
     assert (directory / name).read_bytes() != b"my own"
 
 
-@pytest.mark.parametrize("name", ["he-raw.jpg", "cnts.tsv", "check.png", "truth.npz", "radius-raw.txt"])
+@pytest.mark.parametrize(
+    "name", ["he-raw.jpg", "cnts.tsv", "check.png", "truth.npz", "radius-raw.txt"]
+)
 def test_files_of_others_are_kept_unless_forced(tmp_path, name):
     directory = tmp_path / "a"
     directory.mkdir()

@@ -12,7 +12,6 @@ import pandas as pd
 from PIL import Image
 
 import utils
-from writing import disk
 from analysis import inputs
 from analysis.formats.mapset import MapSet, each_map, in_mask
 
