@@ -301,16 +301,19 @@ class Stage:
         return path
 
     def use(self, path: Path, known: dict[str, Any] | None = None) -> None:
-        """Note the fingerprint of an input that lies anywhere; ``known`` is one that still holds.
+        """Note the fingerprint of an input that lies anywhere, or that it is not there.
 
-        The fingerprint of a file that only lost its time is taken anew: the next look is faster.
+        ``known`` is one that still holds. The fingerprint of a file that only lost its time is
+        taken anew: the next look is faster.
         """
         if path.is_relative_to(self.directory):  # by a name that stays when the sample moves
             name = path.relative_to(self.directory).as_posix()
         else:
             name = str(path.resolve())
         holds = known is not None and disk.is_whole(path, known)
-        if known is None or not holds or not (path.is_dir() or disk.has_time(path, known)):
+        if not path.exists():
+            known = disk.ABSENT
+        elif known is None or not holds or not (path.is_dir() or disk.has_time(path, known)):
             known = fingerprint(path)
         self.inputs[name] = known
 

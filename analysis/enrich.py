@@ -257,6 +257,7 @@ def read_findings(
         if artifact is MARKERS:
             refuse_old_markers(folder / OLD_MARKERS, f"{again} --force")
         print(f"without {path.name}: run {script} to have its genes as well")
+        stage.use(path)  # it may come
         return None
     stage.require(artifact, folder=folder)
     again = anew(stage, script)

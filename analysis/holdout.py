@@ -156,7 +156,11 @@ def hold_out(
     stage.require(
         utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.GENE_NAMES, utils.FEATURES, utils.MASK
     )
-    options = recorded_options(stage) if options is None else options
+    for path in (utils.ROOT / utils.HIGH_RESOLUTION, utils.ROOT / utils.HISTEX):
+        stage.use(path)  # they make the folds
+    if options is None:
+        stage.use(stage.directory / utils.record_name(utils.HISTEX))
+        options = recorded_options(stage)
     genes = inputs.read_gene_names(stage.directory)
     locs, counts = inputs.read_tables(stage, genes)
     if not 2 <= n_folds <= len(locs):

@@ -81,6 +81,14 @@ def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
         stage.inputs[path.name] = known if is_known else disk.fingerprint(path)
 
 
+def note_truth(stage: utils.Stage) -> None:
+    """The same for the file that ``read_truth`` reads."""
+    for name in (TRUTH, PUBLISHED_TRUTH):
+        stage.use(stage.directory / name)
+        if (stage.directory / name).is_file():
+            break
+
+
 def is_size(size: object) -> bool:
     if not isinstance(size, list) or len(size) != 2:
         return False
@@ -336,9 +344,9 @@ def read_embedding(stage: utils.Stage, shape: tuple[int, ...] | None = None) -> 
 def read_held_out(stage: utils.Stage) -> pd.Series | None:
     """Correlation with held-out spots by gene, if it is known."""
     path = stage.find(utils.HELD_OUT)
+    note_inputs(stage, utils.HELD_OUT)
     if path is None:
         return None
-    note_inputs(stage, utils.HELD_OUT)
 
     def refuse(problem: str) -> utils.StageError:
         return stage.error(path, f"is no table of gene and held_out_r: it {problem}")

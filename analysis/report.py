@@ -158,13 +158,13 @@ def read_spot_counts(stage: utils.Stage, shape: tuple[int, int]) -> SpotCounts |
 
 def read_regions(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | None:
     path = stage.directory / files.SEGMENTS.name
+    inputs.note_inputs(stage, files.SEGMENTS, files.SEGMENT_TABLE)
     if not path.is_file():
         return None
     try:
         regions = inputs.load_labels(path, shape, LEVELS)
     except ValueError as error:
         raise stage.error(path, f"{error}.", "Make it anew, or move it away.") from error
-    inputs.note_inputs(stage, files.SEGMENTS, files.SEGMENT_TABLE)
     return regions.astype(np.uint8)
 
 

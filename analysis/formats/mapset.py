@@ -90,6 +90,7 @@ def read_labels(source: MapSet, column: str) -> tuple[np.ndarray, list[str]] | N
     """
     stage, (artifact, table) = source.stage, LABELS[column]
     path = stage.directory / artifact.name
+    inputs.note_inputs(stage, artifact, table)
     if not path.is_file():
         return None
     try:
@@ -97,7 +98,6 @@ def read_labels(source: MapSet, column: str) -> tuple[np.ndarray, list[str]] | N
     except ValueError as error:
         stage.warn(f"{path.name} is left out: it {error}")
         return None
-    inputs.note_inputs(stage, artifact, table)
     n = int(labels.max())
     names = inputs.read_label_texts(stage, table, "name", n)
     if names is not None and len(set(names)) < len(names):
