@@ -303,10 +303,10 @@ class Stage:
         return path
 
     def use(self, path: Path, known: dict[str, Any] | None = None) -> None:
-        """Note the fingerprint of an input that lies anywhere, or that there is none; ``known`` is
-        one that still holds.
+        """Note the fingerprint of an input that lies anywhere, or that it is not there.
 
-        The fingerprint of a file that only lost its time is taken anew: the next look is faster.
+        ``known`` is one that still holds. The fingerprint of a file that only lost its time is
+        taken anew: the next look is faster.
         """
         if path.is_relative_to(self.directory):  # by a name that stays when the sample moves
             name = path.relative_to(self.directory).as_posix()
@@ -320,17 +320,6 @@ class Stage:
         elif known is None or not holds or not (path.is_dir() or disk.has_time(path, known)):
             known = fingerprint(path)
         self.inputs[name] = known
-
-    def use_options(self) -> None:
-        """Note the files that options name, a list of genes or weights, unless that was done."""
-        for name, value in vars(self.args).items():
-            if name in ("directory", "folder", "output", "login", "options"):
-                continue
-            for given in value if isinstance(value, list) else [value]:
-                with contextlib.suppress(OSError, ValueError):  # a list of names is no path
-                    named = isinstance(given, str | Path) and Path(given).is_file()
-                    if named and str(Path(given).resolve()) not in self.inputs:
-                        self.use(Path(given))
 
     def path(self, artifact: Artifact) -> Path:
         """Path of a required artifact."""
@@ -563,7 +552,6 @@ class Stage:
     def finish(self, **facts: Any) -> None:
         """Put the outputs in place, then write the record: the last write says that all is well."""
         json.dumps(facts)  # what cannot be recorded fails here, before any output is replaced
-        self.use_options()
         outputs = {path.name: fingerprint(partial) for partial, path in self.pending}
         before = read_record(self, self.script) or {"finished": True, "outputs": {}}
         earlier = [before["outputs"]] if before["finished"] else before["written"]

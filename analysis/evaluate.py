@@ -63,7 +63,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
 from reading import cli
-from writing import disk
 
 SCRIPT = "analysis/evaluate.py"
 
@@ -295,9 +294,7 @@ def main(stage: utils.Stage) -> None:
             figure = picture.draw_left_out(table)
     else:
         truth = inputs.read_truth(args.directory)
-        for path in (args.directory / inputs.TRUTH, args.directory / inputs.PUBLISHED_TRUTH):
-            if path.is_file():
-                stage.inputs[path.name] = disk.fingerprint(path)
+        inputs.note_truth(stage)
         inputs.note_inputs(stage, utils.MAPS, utils.SPREAD, utils.LOCS, utils.RADIUS, utils.CNTS)
         table, facts = evaluate(args.directory, truth)
         print(f"{summary_text(facts)}\n")

@@ -156,8 +156,10 @@ def hold_out(
     stage.require(
         utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.GENE_NAMES, utils.FEATURES, utils.MASK
     )
+    for path in (utils.ROOT / utils.HIGH_RESOLUTION, utils.ROOT / utils.HISTEX):
+        stage.use(path)  # they make the folds
     if options is None:
-        inputs.note_inputs(stage, utils.MAPS)  # other options make other maps
+        stage.use(stage.directory / utils.record_name(utils.HISTEX))
         options = recorded_options(stage)
     genes = inputs.read_gene_names(stage.directory)
     locs, counts = inputs.read_tables(stage, genes)

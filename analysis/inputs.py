@@ -81,6 +81,14 @@ def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
         stage.inputs[path.name] = known if is_known else disk.fingerprint(path)
 
 
+def note_truth(stage: utils.Stage) -> None:
+    """The same for the file that ``read_truth`` reads."""
+    for name in (TRUTH, PUBLISHED_TRUTH):
+        stage.use(stage.directory / name)
+        if (stage.directory / name).is_file():
+            break
+
+
 def is_size(size: object) -> bool:
     if not isinstance(size, list) or len(size) != 2:
         return False

@@ -71,7 +71,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
 from reading import cli
-from writing import disk
 
 SCRIPT = "analysis/patterns.py"
 PERMUTATIONS = 999
@@ -107,6 +106,7 @@ from analysis.inputs import (
     TRUTH,
     map_files,
     new_record,
+    note_truth,
     read_held_out,
     read_map,
     read_radius,
@@ -431,8 +431,7 @@ def add_truth(table: pd.DataFrame, section: SpotsAndMaps) -> pd.DataFrame:
     """The statistics of the true expectation, and the kinds of the genes."""
     stage = section.stage
     truth = read_truth(stage.directory)
-    if (stage.directory / TRUTH).is_file():
-        stage.inputs[TRUTH] = disk.fingerprint(stage.directory / TRUTH)
+    note_truth(stage)
     at = pd.Index(truth.genes).get_indexer(pd.Index(section.genes))
     if truth.mean is None or (at < 0).any():
         raise utils.StageError(

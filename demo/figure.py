@@ -196,6 +196,7 @@ def main(stage: utils.Stage) -> None:
     inputs.note_inputs(
         stage, utils.HE, utils.LOCS, utils.RADIUS, utils.CNTS, utils.MAPS, files.EVALUATION
     )
+    inputs.note_truth(stage)
     figure = draw(stage)
     with stage.writing(PICTURE) as partial:
         figure.savefig(partial)

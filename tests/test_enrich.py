@@ -358,7 +358,7 @@ def test_genes_without_counts_are_no_background(section):
 
 @pytest.mark.parametrize("lost", ["segment-markers.csv", "patterns.csv"])
 def test_one_of_the_tables_is_enough(section, capsys, lost):
-    (section / lost).unlink()
+    (section / lost).rename(section / "away")
     assert run(section) == 0
     left = {"segment-markers.csv": ["spots", "maps"], "patterns.csv": ["region 1", "region 2"]}[
         lost
@@ -366,6 +366,10 @@ def test_one_of_the_tables_is_enough(section, capsys, lost):
     assert list(dict.fromkeys(read(section).index.get_level_values(0))) == left
     assert (section / "venn.png").exists() == (lost == "segment-markers.csv")
     assert f"without {lost}: run analysis/" in capsys.readouterr().out
+    (section / "away").rename(section / lost)
+    assert run(section) == 0
+    assert "up to date" not in capsys.readouterr().out
+    assert len(set(read(section).index.get_level_values(0))) == 4
 
 
 def test_tables_of_another_folder(section, tmp_path):

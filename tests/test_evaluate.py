@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run, run_alone
+from conftest import make_stage, run, run_alone
 from PIL import Image
 from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 from scipy.stats import pearsonr, spearmanr
@@ -915,6 +915,30 @@ def test_holdout_takes_the_options_of_the_last_run(finished):
     assert "--epochs" in holdout.recorded_options(stage)
     (finished / utils.record_name(utils.HISTEX)).unlink()
     assert holdout.recorded_options(stage) == []
+
+
+@pytest.mark.parametrize("options", [None, ["--epochs", "1"]])
+def test_holdout_runs_again_after_histex_or_for_other_code(finished, monkeypatch, options):
+    def stop(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(holdout, "predict_folds", stop)
+    stage = make_stage(finished, evaluate.SCRIPT)
+    with pytest.raises(InterruptedError):
+        holdout.hold_out(stage, 2, 0, options, finished)
+    scripts = {str(utils.ROOT / script) for script in (utils.HIGH_RESOLUTION, utils.HISTEX)}
+    assert scripts < stage.inputs.keys()
+    assert (utils.record_name(utils.HISTEX) in stage.inputs) == (options is None)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_truth_that_is_read_is_an_input(tmp_path, published):
+    stage = make_stage(tmp_path, evaluate.SCRIPT)
+    (tmp_path / (inputs.PUBLISHED_TRUTH if published else inputs.TRUTH)).write_bytes(b"x")
+    inputs.note_truth(stage)
+    there = {name: known != disk.ABSENT for name, known in stage.inputs.items()}
+    expected = {inputs.TRUTH: False, inputs.PUBLISHED_TRUTH: True}
+    assert there == (expected if published else {inputs.TRUTH: True})
 
 
 def test_an_edited_mask_is_read_as_histex_reads_it(finished):

@@ -438,6 +438,28 @@ def test_no_file_of_yours_is_replaced_without_force(labelled, script, name, caps
         assert error.endswith("--force\n")
 
 
+@pytest.mark.parametrize("name", ["segments.npy", "segments.csv", "held-out-r.csv"])
+@pytest.mark.parametrize(("module", "options"), [(report, []), (export, ["--format", "h5ad"])])
+def test_what_comes_later_is_something_to_do(labelled, module, options, name, capsys):
+    """A file that may be missing is an input also where it is."""
+    shape = np.load(labelled / "cnts-super" / "0.npy").shape
+    record = json.loads((labelled / "image_calibration.json").read_text())
+    sizes = {key: [16 * n for n in shape] for key in ("raw_size", "scaled_size", "size")}
+    (labelled / "image_calibration.json").write_text(json.dumps(record | sizes))
+    np.save(labelled / "segments.npy", np.ones(shape, np.uint8))
+    (labelled / "segments.csv").write_text("region,genes,name\n1,A,one\n")
+    (labelled / name).rename(labelled / "away")
+    said = []
+    for _ in range(2):
+        assert module.run(["--directory", str(labelled), *options]) == 0
+        said.append("up to date, nothing to do" in capsys.readouterr().out)
+    (labelled / "away").rename(labelled / name)
+    for _ in range(2):
+        assert module.run(["--directory", str(labelled), *options]) == 0
+        said.append("up to date, nothing to do" in capsys.readouterr().out)
+    assert said == [False, True, False, True]
+
+
 @pytest.mark.parametrize("script", sorted({script for script, _ in OUTPUTS}))
 @pytest.mark.parametrize("content", [b"[1, 2]", b'{"type": "FeatureCollection"}', b"mine"])
 def test_no_file_of_yours_is_replaced_by_a_record(labelled, script, content, capsys):
