@@ -702,6 +702,7 @@ def test_more_disk_than_is_free(sample, capsys, monkeypatch):
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     for name in OUTPUTS:
         (sample / name).write_text("old")
+    (sample / "get_HR.json").write_text("{}")  # of a folder of ours
     assert calibrate(sample) == 2
     assert "about 871 kB are needed" in capsys.readouterr().err
     assert (sample / "he.jpg").read_text() == "old"

@@ -50,7 +50,7 @@ def test_genes_that_are_asked_for_replace_those_that_a_stage_selected(tmp_path, 
     assert listed(target) == ["NA", "ACTB"]
     (target / "gene-names.txt").write_text("ERBB2\n")  # from now on the user's
     assert prepare(tables, target, "--genes", "MARCH1") == 2  # the user's, or those of the option?
-    assert "gene-names.txt was not written by prepare/" in capsys.readouterr().err
+    assert "gene-names.txt was edited by hand, and other options" in capsys.readouterr().err
     assert listed(target) == ["ERBB2"]
 
 
