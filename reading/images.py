@@ -23,7 +23,7 @@ from utils import (
     TOKEN_PX,
     Stage,
     read_record,
-)  # fmt: skip
+)
 
 Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS  # Pillow's own limit is below the size of a slide
 BLOCK_PX = TILE_PX  # whole rows of blocks of a JPEG, which libvips does not decode twice
