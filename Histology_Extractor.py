@@ -101,7 +101,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from method import devices, resume, tiling
 from method.tiling import CNN_TILING, VIT_TILING, Tiling
 from method.weights import UNI_SHA256, known_sha256, load_strictly, read_weights
-from reading import images
+from reading import arrays, images
 from utils import TILE_PX, TOKEN_PX, StageError
 from writing.progress import Bar
 
@@ -496,8 +496,8 @@ def rows_folder(stage: utils.Stage, encoder: Encoder) -> Path:
 def read_row(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
     """A finished row of tiles, float16 (t, w, F), or None if it is absent or damaged."""
     try:
-        row = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        row = np.array(arrays.mapped(path))
+    except (OSError, ValueError):
         return None
     whole = row.dtype == np.float16 and row.shape == shape and np.isfinite(row).all()
     return row if whole else None

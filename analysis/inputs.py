@@ -16,7 +16,7 @@ import pandas as pd
 import utils
 from analysis import sheets
 from reading import genes as gene_lists
-from reading import images, pickles, plain, tables
+from reading import arrays, images, pickles, plain, tables
 from writing import disk
 
 SCRIPT = "analysis/evaluate.py"
@@ -283,7 +283,7 @@ def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
         raise utils.StageError(f"{path} is missing.", again)
     try:
         if path.suffix == ".npy":  # mapped first, which compares the header with the file's size
-            image = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+            image = np.array(arrays.mapped(path))
         else:
             image = pickles.read_pickle(path)
     except Exception as error:  # damaged bytes can raise nearly anything
@@ -404,7 +404,7 @@ def load_labels(path: Path, shape: tuple[int, int], most: int) -> np.ndarray:
     A ValueError says what is wrong with it; what follows from that is up to the caller.
     """
     try:
-        labels = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        labels = np.array(arrays.mapped(path))
     except Exception as error:  # damaged bytes can raise nearly anything
         if plain.of_system(error):
             raise

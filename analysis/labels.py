@@ -99,7 +99,7 @@ def open_npy(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray
             "if you trust the file: "
             + OF_NUMPY.format(f"np.load('{path.name}', allow_pickle=True).item()['masks']"),
         )
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = arrays.mapped(path)
     return array.shape, array.dtype, bands_of(array)
 
 

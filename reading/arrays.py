@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def read_array(
     """Memory-map an .npy of the given dtype and shape (None is any length); unpickles nothing."""
     path = stage.path(artifact)
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = mapped(path)
     except Exception as error:  # a damaged header can raise nearly anything
         raise stage.error(path, f"is not a whole .npy array ({error!r:.200}).") from error
     wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
@@ -38,6 +39,11 @@ def read_array(
     if finite and not all(map(_is_finite, blocks_of(array))):
         raise stage.error(path, "holds values that are not finite.")
     return array
+
+
+def mapped(path: Path) -> np.ndarray:
+    """An .npy as an array mapped into memory; unpickles nothing, nor opens what is no .npy."""
+    return np.lib.format.open_memmap(path, mode="r")
 
 
 def blocks_of(array: np.ndarray) -> Iterator[np.ndarray]:

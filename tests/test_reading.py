@@ -1,6 +1,7 @@
 """reading/: numbers, tables, arrays and pickles of any bytes are read rightly or refused."""
 
 import codecs
+import gc
 import gzip
 import io
 import os
@@ -372,6 +373,14 @@ def test_read_array_refuses_every_truncation(stage):
             utils.StageError, match=r"Histology_rgb\.npy.*(?s:.*)Histology_Extractor"
         ):
             read_rgb_array(stage)
+
+
+def test_read_array_refuses_an_archive_under_its_name(stage):
+    """np.load would open it as an .npz, and leave the file open."""
+    put(stage, "Histology_rgb.npy", b"PK\x03\x04 and what follows")
+    with pytest.raises(utils.StageError, match=r"Histology_rgb\.npy"):
+        read_rgb_array(stage)
+    gc.collect()
 
 
 @given(
