@@ -507,6 +507,8 @@ class Stage:
                 return False  # the other outputs have to follow
             edits |= set(changed)
         self._keep(sorted(edit for edit in edits if edit.exists()), None)
+        for path in outputs:  # of a run with --force that was cut off
+            disk.sweep_work(path.parent, path.stem)
         print(f"{self.script}: up to date, nothing to do (--force runs it all the same)")
         return True
 

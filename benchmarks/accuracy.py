@@ -128,8 +128,8 @@ def digest(*parts: object) -> str:
 
 def copy_code(work: Path) -> Code:
     """All code that results depend on, as it is now; the scripts in a folder named by its hash."""
-    rooms = [file for room in ("method", "reading") for file in sorted(ROOT.glob(f"{room}/*.py"))]
-    scripts = [*sorted(ROOT.glob("*.py")), *rooms]
+    folders = [ROOT, *(ROOT / room for room in ("method", "reading", "writing"))]
+    scripts = [file for folder in folders for file in sorted(folder.glob("*.py"))]
     folder = work / f"code-{disk.hash_of(scripts)}"
     if not folder.exists():
         with disk.atomic(folder) as partial:

@@ -245,7 +245,7 @@ class Bench:
             kind = "refused"
         else:
             kind = "went on" if ended.code == 0 and as_wanted else "wrong exit"
-        for path in self.trial.rglob(".*.partial*"):
+        for path in (*self.trial.rglob(".*.partial*"), *self.trial.rglob(".*.work")):
             os.utime(path, (0, 0))  # as if hours had passed: until then another run may be at it
         if sizes(self.trial) in (sizes(self.start), sizes(self.done)) and not wrong:
             pass  # nothing has changed: the same command does what it did
@@ -348,13 +348,20 @@ def two_runs(bench: Bench, draw: random.Random) -> Trial:
 
 
 def removed(bench: Bench, draw: random.Random) -> Trial:
-    """The folder of the sample is removed when the run has stopped before an event."""
+    """The folder of the sample is removed when the run has stopped before an event.
+
+    The last file that a run moves to its name is its record: what is removed later was finished.
+    """
     reset(bench.trial, bench.start)
-    fault = Fault(draw.randint(1, len(bench.events)), -signal.SIGSTOP)
+    n_events = len(bench.events) - bench.events[::-1].index("rename")
+    fault = Fault(draw.randint(1, n_events), -signal.SIGSTOP)
     ended = bench.run(fault, meanwhile=lambda: shutil.rmtree(bench.trial))
     at = " ".join(bench.happened()[:1])
+    found = trials.contents(bench.trial)  # prepare/ makes a folder that is not there
+    whole = all(found.get(name) == bench.wanted.get(name) for name in bench.outputs)
     reset(bench.trial, bench.start)
-    return bench.judge(f"folder removed at {at}", fault, ended)
+    trial = bench.judge(f"folder removed at {at}", fault, ended)
+    return trial._replace(kind="went on") if whole and ended.code == 0 else trial
 
 
 MISHAPS = {

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,7 @@ def work_folder(directory: Path, name: str, decisive: Any) -> Path:
     """
     key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
     folder = directory / f".{name}.{key}.work"
-    for other in directory.glob(f".{name}.*.work"):
-        if other != folder and time.time() - other.stat().st_mtime > disk.STALE_PARTIAL_SECONDS:
-            shutil.rmtree(other, ignore_errors=True)
+    disk.sweep_work(directory, name, but=folder)
     return folder
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,4 +73,6 @@ def some_rows(array: np.ndarray, start: int, stop: int) -> np.ndarray:
     shape = (min(stop, len(array)) - start, *array.shape[1:])
     offset = array.offset + start * array[:1].nbytes
     values = np.fromfile(array.filename, array.dtype, math.prod(shape), offset=offset)
+    if values.size < math.prod(shape):  # a disk that fails looks like an end to numpy
+        raise OSError(errno.EIO, os.strerror(errno.EIO), array.filename)
     return values.reshape(shape)

@@ -653,6 +653,12 @@ def test_rows_of_another_computation_are_not_used(tiny_uni, tmp_path, monkeypatc
     assert run(SCRIPT, directory, *options) == 0
     assert outputs(directory)[0].std() > 0.1
     assert not leftovers(directory)
+    folder.mkdir()  # by a run with --force that was cut off
+    assert run(SCRIPT, directory, *options) == 0
+    assert folder.is_dir()
+    os.utime(folder, (hour_ago, hour_ago))
+    assert run(SCRIPT, directory, *options) == 0  # up to date
+    assert not leftovers(directory)
 
 
 def test_a_folder_that_another_run_removes_is_no_harm(tiny_uni, tmp_path, monkeypatch):

@@ -407,7 +407,7 @@ def test_what_changed_is_run_again_and_nothing_else(source, scripts, tmp_path, m
     root.mkdir()
     for script in accuracy.ROOT.glob("*.py"):
         shutil.copyfile(script, root / script.name)
-    for room in ("method", "reading"):
+    for room in ("method", "reading", "writing"):
         shutil.copytree(accuracy.ROOT / room, root / room)
     monkeypatch.setattr(accuracy, "ROOT", root)
     predicted = []

@@ -1,6 +1,7 @@
 """reading/: numbers, tables, arrays and pickles of any bytes are read rightly or refused."""
 
 import codecs
+import errno
 import gc
 import gzip
 import io
@@ -381,6 +382,16 @@ def test_read_array_refuses_an_archive_under_its_name(stage):
     with pytest.raises(utils.StageError, match=r"Histology_rgb\.npy"):
         read_rgb_array(stage)
     gc.collect()
+
+
+def test_rows_that_the_disk_does_not_give_are_an_error_of_the_system(stage):
+    path = put(stage, "Histology_rgb.npy", npy(np.zeros((2, 4, 3), np.uint8)))
+    found = read_rgb_array(stage)
+    with path.open("r+b") as file:
+        file.truncate(140)
+    with pytest.raises(OSError, match=r"Histology_rgb\.npy") as caught:
+        arrays.some_rows(found, 0, 2)
+    assert caught.value.errno == errno.EIO
 
 
 @given(

@@ -238,6 +238,14 @@ def atomic(path: Path) -> Iterator[Path]:
         remove(partial)
 
 
+def sweep_work(folder: Path, name: str, but: Path | None = None) -> None:
+    """Remove the folders with finished parts of ``name`` that no run has written to for an hour."""
+    for work in folder.glob(f".{name}.*.work"):
+        with contextlib.suppress(OSError):  # gone, or in use by another run
+            if work != but and time.time() - work.stat().st_mtime > STALE_PARTIAL_SECONDS:
+                remove(work)
+
+
 def sweep(folder: Path) -> None:
     """Remove what runs that were killed left in a folder: partial files that nobody writes now."""
     for leftover in folder.glob(".*.partial*"):
