@@ -15,8 +15,8 @@ import pandas as pd
 
 import utils
 from analysis import sheets
-from reading import genes as gene_lists
 from reading import arrays, images, pickles, plain, tables
+from reading import genes as gene_lists
 from writing import disk
 
 SCRIPT = "analysis/evaluate.py"

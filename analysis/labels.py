@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 import utils
 from analysis.outlines import ending
-from reading import arrays
+from reading import arrays, tiffs
 
 BAND_ROWS = 64  # of a label image at a time
 LARGEST_LABEL = 2**31 - 1
@@ -138,6 +138,7 @@ def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarra
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong becomes our message
     with tifffile.TiffFile(path) as tiff:
+        tiffs.check_chain(tiff)
         page, pages = tiff.pages.first, len(tiff.series[0].pages)
         shape = page.shape if pages == 1 else (pages, *page.shape)
         if page.dtype is None:
