@@ -803,11 +803,16 @@ def test_a_huge_label_image_is_refused_by_its_header(section, tmp_path, side, ca
 
 def test_odd_label_tiffs(section, tmp_path, capsys):
     labels = np.ones(RAW, np.uint16)
-    turned, bits = tmp_path / "turned.tif", tmp_path / "bits.tif"
+    turned, odd, bits = (tmp_path / f"{name}.tif" for name in ("turned", "odd", "bits"))
     tifffile.imwrite(turned, labels, extratags=[(274, "H", 1, 3, True)])
+    tifffile.imwrite(odd, labels, extratags=[(274, "H", 1, 9, True)])
     tifffile.imwrite(bits, labels)
     with tifffile.TiffFile(bits, mode="r+b") as tiff:
         tiff.pages[0].tags["BitsPerSample"].overwrite(65)
-    for path, words in ((turned, "has orientation 3"), (bits, "of a kind that is not known")):
+    for path, words in (
+        (turned, "has EXIF orientation 3, so viewers turn it"),
+        (odd, "has orientation 9, which no standard knows"),
+        (bits, "of a kind that is not known"),
+    ):
         assert run_cells(section, path)[0] == 2
         assert words in capsys.readouterr().err

@@ -629,6 +629,14 @@ def test_a_mask_of_all_tissue_is_said_and_none_is_refused(stage, capsys):
     assert "is all black" in outcome(images.read_mask, stage, (1, 2))[1]
 
 
+def test_an_image_of_ours_that_was_saved_as_another_kind_is_named(stage):
+    put(stage, "he.jpg", b"")
+    Image.new("RGB", (224, 224)).save(stage.directory / "he.jpg", "WEBP")
+    for read in (images.ImageRows, lambda *where: images.thumbnail(*where, 50)):
+        _, message = outcome(read, stage, stage.directory / "he.jpg")
+        assert "is a WebP image, whatever its name says; expected JPEG, PNG or TIFF." in message
+
+
 def test_the_grid_of_an_image(stage):
     Image.new("RGB", (672, 448)).save(stage.directory / "he.jpg")
     assert images.grid_shape(stage) == (28, 42)
