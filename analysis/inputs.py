@@ -57,7 +57,7 @@ def anew(stage: utils.Stage, script: str) -> str:
 
 def new_record(stage: utils.Stage, script: str) -> str:
     """The remedy for a record with odd facts, by which the script would find itself up to date."""
-    return f"Move it away, then run: {stage.command(script)}"
+    return f"Move it away, then run: {stage.command(script)} --force"
 
 
 def path_of(stage: utils.Stage, artifact: utils.Artifact) -> Path:
