@@ -105,15 +105,15 @@ def decoding(stage: utils.Stage, path: Path) -> Iterator[None]:
 
 def open_image(stage: utils.Stage, path: Path) -> pyvips.Image:
     """he-raw, not decoded yet, after every check that its header allows."""
-    with decoding(stage, path):
-        image = pictures.open_picture(path)
-        if image.width * image.height > stage.args.max_megapixels * 10**6:
-            raise too_large(stage, path, f"{image.width} x {image.height} px")
-        try:
+    try:
+        with decoding(stage, path):
+            image = pictures.open_picture(path)
+            if image.width * image.height > stage.args.max_megapixels * 10**6:
+                raise too_large(stage, path, f"{image.width} x {image.height} px")
             pictures.check(image, path)
-        except pictures.Misfit as misfit:
-            remedy = f"{misfit.remedy} Then run: {stage.command(SCRIPT)}"
-            raise stage.error(path, misfit.problem, remedy) from misfit
+    except pictures.Misfit as misfit:
+        remedy = f"{misfit.remedy} Then run: {stage.command(SCRIPT)}"
+        raise stage.error(path, misfit.problem, remedy) from misfit
     return image
 
 

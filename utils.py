@@ -436,16 +436,18 @@ class Stage:
             if artifact.made_by != self.script and self._is_of(artifact.made_by, path):
                 continue
             record = read_record(self, self.script)
-            if record is None and not artifact.user_may_bring and self._lost_its_record():
-                continue
             since = self._changed_since(record, path)
             written = [known for place, known in self._known() if place == path]
             lost = [e for e in edits if not all(disk.is_added(e, path, k) for k in written)]
             if self._goes_on_with(artifact) or (written and not (since and lost)):
                 self._keep(edits, since)
                 continue
+            if record is None and self.kept_by_user(MASK):
+                continue  # a picture of the mask that is kept
             if not written:
                 reason = f"was not written by {self.script}, which would overwrite it"
+                if record is None:
+                    reason += f", or the record {record_name(self.script)} was lost"
             else:
                 reason = f"was edited by hand, and {since}; {self.script} would replace it"
             raise StageError(
@@ -453,11 +455,6 @@ class Stage:
                 f"To keep it, move it to another folder and run the same command. "
                 f"To replace it, run: {self.command(self.script)} --force",
             )
-
-    def _lost_its_record(self) -> bool:
-        """True for a stage without a record in a folder of ours, where another one has its own."""
-        there = [script for script in STAGES if (self.folder / record_name(script)).is_file()]
-        return self.script in STAGES and bool(there)
 
     def _changed_since(self, record: dict[str, Any] | None, path: Path) -> str | None:
         """Which option or input, but the output ``path``, is no longer that of the record."""
@@ -610,7 +607,7 @@ def read_record(stage: Stage, script: str, folder: Path | None = None) -> dict[s
     path = folder / record_name(script)
     if not path.is_file():
         return None
-    force = "" if script in STAGES else " --force"  # without a record, outputs count as the user's
+    force = "" if script == MASKING else " --force"  # all but a mask has to be replaced
     remedy = f"Move it away and run: {stage.command(script)}{force}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -92,7 +92,7 @@ import pandas as pd
 from scipy.stats import pearson3
 
 from analysis import regions, sheets
-from analysis.inputs import map_files, read_map
+from analysis.inputs import map_files, read_first_map
 from analysis.scores import rounded
 from reading import tables
 
@@ -564,7 +564,7 @@ def make_annotation(stage: utils.Stage) -> None:
     stage.use(args.markers)
     names = labels_of(markers)
     weights = weight_table(markers, names, genes)
-    tissue = regions.tissue_of(stage, np.isfinite(read_map(next(iter(maps.values())))))
+    tissue = regions.tissue_of(stage, np.isfinite(read_first_map(stage, maps)[0]))
     print(f"{tissue.sum():,} superpixels of tissue, {len(genes)} genes, {len(names)} labels")
 
     images = (regions.read_checked(stage, path, tissue) for path in maps.values())

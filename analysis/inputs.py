@@ -57,7 +57,7 @@ def anew(stage: utils.Stage, script: str) -> str:
 
 def new_record(stage: utils.Stage, script: str) -> str:
     """The remedy for a record with odd facts, by which the script would find itself up to date."""
-    return f"Move it away, then run: {stage.command(script)}"
+    return f"Move it away, then run: {stage.command(script)} --force"
 
 
 def path_of(stage: utils.Stage, artifact: utils.Artifact) -> Path:
@@ -304,12 +304,17 @@ def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     return image[: shape[0], : shape[1]]
 
 
+def grid_of(stage: utils.Stage) -> tuple[int, int]:
+    """Rows and columns of superpixels of he.jpg, by its record."""
+    ((rows, columns),) = read_sizes(stage, "size")
+    return rows // utils.TOKEN_PX, columns // utils.TOKEN_PX
+
+
 def read_first_map(
     stage: utils.Stage, files: dict[str, Path]
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """The first of the maps, and its shape (rows, columns): that of he.jpg, by its record."""
-    ((rows, columns),) = read_sizes(stage, "size")
-    shape, path = (rows // utils.TOKEN_PX, columns // utils.TOKEN_PX), next(iter(files.values()))
+    """The first of the maps, and its shape (rows, columns): the grid of he.jpg."""
+    shape, path = grid_of(stage), next(iter(files.values()))
     image = read_map(path)
     if image.shape != shape or not np.isfinite(image).any():
         raise stage.error(
@@ -320,16 +325,20 @@ def read_first_map(
     return image, shape
 
 
-def read_embedding(stage: utils.Stage, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Latent maps float32 (dims, rows, columns), NaN outside the tissue; of ``shape``, if given."""
-    path = stage.path(utils.EMBEDDINGS)
+def read_embedding(stage: utils.Stage) -> np.ndarray:
+    """Latent maps float32 (dims, rows, columns) on the grid of he.jpg, NaN outside the tissue."""
+    path, shape = stage.path(utils.EMBEDDINGS), grid_of(stage)
     content = pickles.read_pickle(path)
     found = content.get("cls") if isinstance(content, dict) else None
     if (
         not isinstance(found, np.ndarray) or found.ndim != 3 or found.dtype.kind != "f"
-        or found.size == 0 or shape not in (None, found.shape[1:])
+        or found.size == 0
     ):  # fmt: skip
         raise stage.error(path, f"does not hold {utils.EMBEDDINGS.what}.")
+    if found.shape[1:] != shape:
+        raise stage.error(
+            path, f"holds maps of {found.shape[1:]}; expected {shape}, the grid of {utils.HE.name}."
+        )
     known = np.isfinite(found[0])
     for image in found:
         if (np.isfinite(image) != known).any() or np.abs(image[known]).max(initial=0) > LARGEST:

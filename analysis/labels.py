@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 import utils
 from analysis.outlines import ending
-from reading import arrays
+from reading import arrays, pictures, tiffs
 
 BAND_ROWS = 64  # of a label image at a time
 LARGEST_LABEL = 2**31 - 1
@@ -123,7 +123,7 @@ def check_turn(path: Path, orientation: int) -> None:
     if orientation != 1:
         raise wrong(
             path,
-            f"has orientation {orientation}, so viewers turn it; expected 1 or none.",
+            f"{pictures.turned(orientation)}.",
             "Save it without the tag, as its pixels are stored: as they lie in the H&E.",
         )
 
@@ -138,6 +138,7 @@ def open_tiff(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarra
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong becomes our message
     with tifffile.TiffFile(path) as tiff:
+        tiffs.check_chain(tiff)
         page, pages = tiff.pages.first, len(tiff.series[0].pages)
         shape = page.shape if pages == 1 else (pages, *page.shape)
         if page.dtype is None:

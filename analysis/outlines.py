@@ -119,13 +119,13 @@ def outlines_of(stage: utils.Stage, path: Path, nuclei: bool) -> list[Outline]:
         raise utils.StageError(
             f"{path} holds no outline of a cell{f' ({why})' if why else ''}.", remedy
         )
-    return united(outlines)
+    return united(stage, path, outlines)
 
 
 def read_features(path: Path) -> list[Feature]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = json.loads(file.read().decode("utf-8-sig"))
+            content = json.loads(file.read())  # in UTF-8, 16 or 32, as its bytes tell
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         problem = f"{path} is not GeoJSON: {error!s:.200}."
         raise utils.StageError(problem, GEOJSON_REMEDY) from error
@@ -188,8 +188,11 @@ def ids_of(stage: utils.Stage, path: Path, features: list[Feature]) -> list[str]
     inner = [properties_of(feature) for feature in features]
     for key in CELL_KEYS:
         given = [as_id(properties.get(key)) for properties in inner]
+        if key != "cell":  # which may be a flag: true for a cell
+            refuse_flags(path, key, [properties.get(key) for properties in inner])
         if any(given):
             return fill_ids(stage, path, given, numbers, key)
+    refuse_flags(path, "id", [feature.get("id") for feature in features])
     for key, where in (("id", features), *((key, inner) for key in OTHER_KEYS)):
         given = [as_id(one.get(key)) for one in where]
         known = [name for name in given if name]
@@ -199,6 +202,16 @@ def ids_of(stage: utils.Stage, path: Path, features: list[Feature]) -> list[str]
         if known and key == "id":
             stage.warn(f"{path.name}: the ids of objects occur more than once and are not used")
     return numbers
+
+
+def refuse_flags(path: Path, key: str, values: list[Any]) -> None:
+    flags = [number for number, value in enumerate(values, start=1) if isinstance(value, bool)]
+    if flags:
+        raise utils.StageError(
+            f"{path}: {key} is true or false in {len(flags)} of {len(values)} objects, the first "
+            f"of them number {flags[0]}; expected the name of a cell, a text or a number.",
+            f"Export the cells with names as {key}, or without {key}: they are numbered then.",
+        )
 
 
 def as_id(value: Any) -> str:
@@ -223,16 +236,20 @@ def fill_ids(
     return names
 
 
-def united(outlines: list[Outline]) -> list[Outline]:
-    """One outline a cell: a cell may have been written in several."""
+def united(stage: utils.Stage, path: Path, outlines: list[Outline]) -> list[Outline]:
+    """One outline a cell: the parts of a cell may have been written one by one, under its id."""
     by_id: dict[str, Outline] = {}
     for outline in outlines:
         if outline.id in by_id:
             by_id[outline.id].rings.extend(outline.rings)
         else:
             by_id[outline.id] = outline._replace(rings=list(outline.rings))
-    if more := len(outlines) - len(by_id):
-        print(f"{len(outlines)} outlines belong to {len(by_id)} cells: {more} are further parts")
+    if len(by_id) < len(outlines):
+        name, n = Counter(outline.id for outline in outlines).most_common(1)[0]
+        stage.warn(
+            f"{path.name}: {len(outlines)} outlines share the ids of {len(by_id)} cells, such as "
+            f"{name!r} with {n}: taken as parts of one cell"
+        )
     return list(by_id.values())
 
 
@@ -289,7 +306,7 @@ def outlines_of_table(stage: utils.Stage, path: Path) -> list[Outline]:
         stage.warn(f"{path.name}: {left_out} outlines have no three finite vertices: left out")
     if not outlines:
         raise utils.StageError(f"{path} holds no outline of a cell.", "Copy or download it again.")
-    return united(outlines)
+    return united(stage, path, outlines)
 
 
 def parts_of(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:

@@ -107,8 +107,8 @@ from analysis.inputs import (
     map_files,
     new_record,
     note_truth,
+    read_first_map,
     read_held_out,
-    read_map,
     read_radius,
     read_truth,
 )
@@ -294,7 +294,7 @@ class SpotsAndMaps:
         self.stage = stage
         self.files = map_files(stage.directory)
         self.genes = list(self.files)
-        first = read_map(next(iter(self.files.values())))
+        first, _ = read_first_map(stage, self.files)
         self.tissue = regions.tissue_of(stage, np.isfinite(first))
         spots = regions.read_measured_spots(stage)
         column = regions.columns_of(stage, spots.genes, self.genes)

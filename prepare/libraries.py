@@ -22,6 +22,7 @@ import utils
 from prepare import lattice, scans, tenx
 from prepare.annotated import Annotated, find_counts, gene_names, keys_of, read_array, read_frame
 from prepare.section import FLAGS
+from reading.tables import MAX_PLACE_PX
 
 LIBRARIES = (  # columns of obs that usually name a section
     "library_id", "library", "sample_id", "sample", "section", "section_id", "slide", "slide_id",
@@ -76,7 +77,22 @@ def read_places(data: Annotated) -> np.ndarray:
             "Mend it, then run the same command.",
         )
     numbers = pd.DataFrame(values[:, :2]).apply(pd.to_numeric, errors="coerce")
-    return numbers.to_numpy(float)
+    xy = numbers.to_numpy(float)
+    refuse_far(data, np.arange(len(xy)), xy)
+    return xy
+
+
+def refuse_far(data: Annotated, rows: np.ndarray, xy: np.ndarray) -> None:
+    """Raise StageError if rows (N,) of AnnData have places (N, 2) that no image reaches."""
+    far = (np.abs(xy) > MAX_PLACE_PX).any(axis=1)
+    if far.any():
+        bad = np.array(data.ids, object)[rows[far]]
+        raise utils.StageError(
+            f"{data.path} puts {len(bad)} of {len(xy)} spots beyond any image, such as {bad[0]} "
+            f"at x, y {xy[far][0].tolist()}; expected px of the full-resolution image, at most "
+            f"{MAX_PLACE_PX:g}.",
+            "Mend the places of the spots (obsm['spatial']), then run the same command.",
+        )
 
 
 def xy_of(table: pd.DataFrame) -> pd.DataFrame:
@@ -287,6 +303,7 @@ def spots_of(data: Annotated, rows: np.ndarray, xy: np.ndarray, layer: str | Non
             f"{utils.some(bad)}.",
             "Mend obsm['spatial'], then run the same command.",
         )
+    refuse_far(data, rows, xy)
     matrix, var, notes = find_counts(data, layer, rows)
     genes, columns, left_out = gene_names(data, var)
     obs = data.columns("obs", ("in_tissue", *ARRAY)).iloc[rows]

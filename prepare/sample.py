@@ -60,8 +60,14 @@ def run(
 
 
 def guard_sample(stage: utils.Stage) -> None:
-    """Refuse to replace files that were not prepared here or were edited since, unless --force."""
-    stage.guard(*RAW, TRUTH, CHECK, *([utils.GENE_NAMES] if stage.args.genes else []))
+    """Refuse to replace files that were not prepared here or were edited since, unless --force.
+
+    A truth.npz of the user's own stays beside a section that comes without one.
+    """
+    earlier = utils.read_record(stage, stage.script) or {}
+    has_truth = getattr(stage.args, "truth_genes", 0) or TRUTH.name in earlier.get("outputs", {})
+    written = [TRUTH] * bool(has_truth) + [utils.GENE_NAMES] * bool(stage.args.genes)
+    stage.guard(*RAW, CHECK, *written)
 
 
 def write_sample(stage: utils.Stage, section: PreparedSection) -> SpotFit:

@@ -28,7 +28,7 @@ import pyvips
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
-from reading import pictures, plain
+from reading import pictures, plain, tiffs
 
 OPENSLIDE_SUFFIXES = (
     ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm",
@@ -191,6 +191,7 @@ class TiffSlide(Slide):
         self.cached = 0
         self.file = path.open("rb")
         self.tiff = tifffile.TiffFile(self.file, name=path.name)
+        tiffs.check_chain(self.tiff)
         self.pages = tiff_levels(self.tiff)  # per level: one page, or one for each of R, G, B
         for pages in self.pages:
             check_tiff_page(pages)

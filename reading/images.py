@@ -34,6 +34,8 @@ def checked(stage: Stage, path: Path) -> Iterator[None]:
     """What libvips says of a truncated or damaged file becomes an error about the file."""
     try:
         yield
+    except pictures.Misfit as misfit:  # saved by the user in place of ours
+        raise stage.error(path, misfit.problem) from misfit
     except pyvips.Error as error:
         raise stage.error(
             path, f"is not a whole image (truncated or corrupt): {pictures.reason(error)}."

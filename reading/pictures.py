@@ -14,6 +14,7 @@ import errno
 import logging
 import mmap
 import os
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 import pyvips
 from PIL import ExifTags, Image
 
-from reading import cli
+from reading import cli, plain
 
 logging.getLogger("pyvips").setLevel(logging.CRITICAL)  # its warnings come back as errors
 pyvips.cache_set_max(0)  # it would answer for a file that was replaced since
@@ -42,6 +43,24 @@ AS_STORED = (
     "else save the picture turned."
 )
 AS_RGB = "Save it as 8-bit RGB."
+AS_KNOWN = "Open it in an image program and save it, in its full size, as PNG or TIFF."
+START_BYTES = 132
+KINDS = {  # how files begin that libvips is not to read, and what they are
+    rb"RIFF....WEBP": "a WebP image",
+    rb"BM....\0\0\0\0": "a BMP image",
+    rb"GIF8": "a GIF image",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "a JPEG 2000 image",
+    rb"\0\0\0\x0cJXL |\xff\x0a": "a JPEG XL image",
+    rb"....ftyp": "a HEIC or AVIF image, or a film",
+    rb"P[1-7]\s": "a PPM, PGM or PBM image",
+    rb"8BPS": "a Photoshop document",
+    rb"%PDF": "a PDF document",
+    rb"\0\0\x01\0": "an icon",
+    rb"ZISRAWFILE": "a Zeiss slide (.czi)",
+    rb".{128}DICM": "a DICOM image",
+    rb"(?i:\s*<(\?xml|svg))": "an SVG or another XML file",
+    **{re.escape(sign): kind for sign, kind in plain.OTHER_KINDS.items()},
+}
 
 
 class Misfit(ValueError):
@@ -53,23 +72,42 @@ class Misfit(ValueError):
 
 
 def open_picture(path: Path, access: str = "sequential") -> pyvips.Image:
-    """The header; pixels are decoded later. By ``access`` "random", rows may be asked for in any
-    order: the picture is then decoded once, into memory or, from 100 MB, a temporary file."""
+    """The header; pixels are decoded later. Misfit if it is of a kind that is not read.
+
+    By ``access`` "random", rows may be asked for in any order: the picture is then decoded once,
+    into memory or, from 100 MB, a temporary file.
+    """
     options = {"access": access, "fail_on": "warning"}
-    image = pyvips.Image.new_from_file(str(path), **options)
+    try:
+        image = pyvips.Image.new_from_file(str(path), **options)
+    except pyvips.Error as error:
+        if kind := kind_of(path):
+            problem = f"is {kind}, whatever its name says; expected JPEG, PNG or TIFF."
+            raise Misfit(problem, AS_KNOWN) from error
+        raise
     if max(image.width, image.height) > MAX_SIDE_PX:
         raise pyvips.Error(
             f"its header says {image.width} x {image.height} px; no slide has a side of more than "
             f"{MAX_SIDE_PX:,} px"
         )
     kind = image.get("vips-loader")
-    if kind.startswith("tiff"):  # unlimited: a strip may be as large as the image
+    if kind.startswith("tiff"):
+        check_orientation(tiff_header(path)[0])
+        # unlimited: a strip may be as large as the image
         return pyvips.Image.tiffload(str(path), unlimited=True, **options)
     if kind.startswith("jpeg"):
         if is_filled_up(path):
             raise pyvips.Error("the end of the JPEG is missing: it is filled up with zeros")
         return pyvips.Image.new_from_source(in_pieces(path), "", **options)
     return image
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file that is no JPEG, PNG or TIFF is by its first bytes; None if it is not known."""
+    with path.open("rb") as file:
+        start = file.read(START_BYTES)
+    known = (kind for sign, kind in KINDS.items() if re.match(sign, start, re.DOTALL))
+    return next(known, None)
 
 
 MAX_SIDE_PX = 1_000_000  # 25 cm at 40x; a row or column of one tile takes memory by it
@@ -143,14 +181,33 @@ def orientation(image: pyvips.Image, path: Path) -> int:
     return known or 1
 
 
-def check_orientation(turned: int) -> None:
+def tiff_header(path: Path) -> tuple[int, str]:
+    """Orientation as it is written, even where it is none of TIFF's, and Pillow's word for the
+    kind of pixels: of both, libvips tells less. 1 and "" of a header that Pillow cannot read."""
+    from PIL.TiffImagePlugin import TiffImageFile  # reads the header of any size, as open does not
+
+    try:
+        with TiffImageFile(path) as header:
+            value = header.tag_v2.get(ExifTags.Base.Orientation)
+            return value if isinstance(value, int) else 1, header.mode
+    except Exception as error:  # damaged bytes can raise nearly anything; libvips will tell
+        if plain.of_system(error):
+            raise
+        return 1, ""
+
+
+def turned(known: int) -> str:
+    """Why an orientation other than 1 is not taken, as the rest of a sentence."""
+    if known in range(2, 9):
+        return f"has EXIF orientation {known}, so viewers turn it; expected 1 or none"
+    return f"has orientation {known}, which no standard knows (1 to 8); expected 1 or none"
+
+
+def check_orientation(known: int) -> None:
     """Raise Misfit if a picture of any format is to be shown in another way than it is stored."""
-    if turned != 1:
-        raise Misfit(
-            f"has EXIF orientation {turned}, so viewers turn it; expected 1 or none: spots refer "
-            f"to the pixels as stored.",
-            AS_STORED,
-        )
+    if known != 1:
+        problem = f"{turned(known)}: spots refer to the pixels as stored."
+        raise Misfit(problem, AS_STORED)
 
 
 def check(image: pyvips.Image, path: Path) -> None:
@@ -215,12 +272,7 @@ def to_rgb(image: pyvips.Image, path: Path) -> tuple[pyvips.Image, str]:
 
 def fourth_has_no_meaning(image: pyvips.Image, path: Path) -> bool:
     """True if a TIFF does not say of its fourth channel that it is alpha; libvips would take it."""
-    from PIL.TiffImagePlugin import TiffImageFile  # reads the header of any size, as open does not
-
-    if image.get("vips-loader").startswith("tiff"):
-        with contextlib.suppress(OSError, SyntaxError, ValueError), TiffImageFile(path) as header:
-            return header.mode in ("RGB", "RGBX")
-    return False
+    return image.get("vips-loader").startswith("tiff") and tiff_header(path)[1] in ("RGB", "RGBX")
 
 
 def from_profile(image: pyvips.Image) -> pyvips.Image:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,13 +81,16 @@ def sample(_sample, tmp_path):
     return Path(shutil.copytree(_sample, tmp_path / "section A"))
 
 
-def write_record(directory: Path, script: str, inputs: list[str], outputs: list[str]) -> None:
+def write_record(
+    directory: Path, script: str, inputs: list[str], outputs: list[str], **facts: Any
+) -> None:
     """The record ``script`` would have left, to test a stage without those before it."""
     record = {
         "finished": True,
         "script": script,
         "inputs": {name: disk.fingerprint(directory / name) for name in inputs},
         "outputs": {name: disk.fingerprint(directory / name) for name in outputs},
+        **facts,
     }
     (directory / utils.record_name(script)).write_text(json.dumps(record))
 

@@ -59,7 +59,8 @@ def _section(tmp_path_factory):
     pd.DataFrame(counts, ids, GENES).to_csv(directory / "cnts.csv")
     np.savez(directory / "truth.npz", regions=region, region_names=np.array(REGIONS))
     Image.new("RGB", (8, 8)).save(directory / "he.jpg")
-    write_record(directory, utils.CALIBRATION, [], ["he.jpg", "locs.csv", "radius.txt"])
+    size = [16 * side for side in GRID]
+    write_record(directory, utils.CALIBRATION, [], ["he.jpg", "locs.csv", "radius.txt"], size=size)
     write_record(directory, utils.HISTEX, ["he.jpg"], ["cnts-super"])
     return directory
 

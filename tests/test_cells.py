@@ -542,13 +542,40 @@ def some_boxes(n):
         ([{"properties": {"label": "tumour"}} for _ in range(3)], ["1", "2", "3"]),
         ([{"properties": {"name": i, "label": "tumour"}} for i in "abc"], ["a", "b", "c"]),
         ([{"id": "a"}, {"id": "a"}, {"id": "b"}], ["1", "2", "3"]),
-        ([{"properties": {"cell_id": i}} for i in (True, [1], float("nan"))], ["1", "2", "3"]),
+        ([{"properties": {"cell_id": i}} for i in ([1], {}, float("nan"))], ["1", "2", "3"]),
+        ([{"properties": {"cell": True}, "id": i} for i in "abc"], ["a", "b", "c"]),
     ],
 )  # fmt: skip
 def test_cells_keep_the_names_of_their_file(section, tmp_path, more, names):
     features = [feature(rings, **m) for rings, m in zip(some_boxes(3), more, strict=True)]
     table = run_features(section, tmp_path / "c.geojson", features)
     assert table.index.astype(str).tolist() == names
+
+
+@pytest.mark.parametrize("more", [{"id": True}, {"properties": {"cell_id": False}}])
+def test_ids_that_are_true_or_false_are_refused(section, tmp_path, more, capsys):
+    path = write_geojson(tmp_path / "c.geojson", [feature(some_boxes(1)[0], **more)])
+    assert run_cells(section, path)[0] == 2
+    assert "id is true or false in 1 of 1 objects, the first" in capsys.readouterr().err
+
+
+def test_outlines_that_share_an_id_are_parts_of_one_cell_and_counted(section, tmp_path):
+    features = [feature(rings, properties={"cell_id": "a"}) for rings in some_boxes(3)]
+    features[2]["properties"]["cell_id"] = "b"
+    table = run_features(section, tmp_path / "c.geojson", features)
+    assert table.index.tolist() == ["a", "b"]
+    both, one = map(float, table["area_um2"])
+    assert both == pytest.approx(2 * one, abs=0.02)  # two decimals are written
+    (note,) = json.loads((section / "cells.json").read_text())["warnings"]
+    assert note.startswith("c.geojson: 3 outlines share the ids of 2 cells, such as 'a' with 2")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_geojson_is_read_in_any_unicode(section, tmp_path, encoding):
+    path = tmp_path / "c.geojson"
+    text = json.dumps({"features": [feature(some_boxes(1)[0], id="\u03b2-1")]}, ensure_ascii=False)
+    path.write_text(text, encoding=encoding)
+    assert run_cells(section, path)[1].index.tolist() == ["\u03b2-1"]
 
 
 def test_labels_keep_their_numbers(section, tmp_path):
@@ -803,11 +830,16 @@ def test_a_huge_label_image_is_refused_by_its_header(section, tmp_path, side, ca
 
 def test_odd_label_tiffs(section, tmp_path, capsys):
     labels = np.ones(RAW, np.uint16)
-    turned, bits = tmp_path / "turned.tif", tmp_path / "bits.tif"
+    turned, odd, bits = (tmp_path / f"{name}.tif" for name in ("turned", "odd", "bits"))
     tifffile.imwrite(turned, labels, extratags=[(274, "H", 1, 3, True)])
+    tifffile.imwrite(odd, labels, extratags=[(274, "H", 1, 9, True)])
     tifffile.imwrite(bits, labels)
     with tifffile.TiffFile(bits, mode="r+b") as tiff:
         tiff.pages[0].tags["BitsPerSample"].overwrite(65)
-    for path, words in ((turned, "has orientation 3"), (bits, "of a kind that is not known")):
+    for path, words in (
+        (turned, "has EXIF orientation 3, so viewers turn it"),
+        (odd, "has orientation 9, which no standard knows"),
+        (bits, "of a kind that is not known"),
+    ):
         assert run_cells(section, path)[0] == 2
         assert words in capsys.readouterr().err

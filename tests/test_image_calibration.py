@@ -15,7 +15,15 @@ import pandas as pd
 import pytest
 import pyvips
 import tifffile
-from conftest import REAL_DATA, ROOT, draw_section, hexagonal_spots, run, run_process
+from conftest import (
+    REAL_DATA,
+    ROOT,
+    draw_section,
+    hexagonal_spots,
+    run,
+    run_process,
+    write_record,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFilter, JpegImagePlugin
@@ -574,7 +582,7 @@ def refused(directory, capsys, *words, options=()) -> None:
     """The run ends with exit code 2 and says all of ``words``; what was there stays as it was."""
     for name in OUTPUTS:
         (directory / name).write_bytes(b"from an earlier run")
-    (directory / "get_HR.json").write_text("{}")  # of a folder of ours, whose first record is lost
+    write_record(directory, utils.CALIBRATION, [], [*OUTPUTS])
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     assert calibrate(directory, *options) == 2
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
@@ -611,6 +619,10 @@ def turned(kind: str) -> bytes:
     return encode(RGB, kind, exif=exif)
 
 
+def oriented(number: int) -> bytes:
+    return tiff(SECTION, photometric="rgb", extratags=[(274, "H", 1, number, True)])
+
+
 def turned_at_the_end() -> bytes:
     """A PNG whose EXIF stands behind its pixels, as the format allows."""
     png = turned("PNG")
@@ -642,8 +654,14 @@ BAD_IMAGES = {
     "tiff jpeg tiles damaged": ("tif", lambda: flip(jpeg_tiles(SECTION), 17), "corrupt"),
     "empty": ("jpg", lambda: b"", "no readable JPEG"),
     "text": ("png", lambda: b"spot,x,y\n", "no readable JPEG"),
-    "gif inside": ("png", lambda: encode(RGB, "GIF"), "no readable JPEG"),
-    "svg inside": ("png", lambda: SVG, "no readable JPEG"),
+    "gif inside": ("png", lambda: encode(RGB, "GIF"), "is a GIF image, whatever its name"),
+    "svg inside": ("png", lambda: SVG, "is an SVG or another XML file"),
+    "webp inside": ("jpg", lambda: encode(RGB, "WEBP"), "is a WebP image, whatever its name"),
+    "bmp inside": ("jpg", lambda: encode(RGB, "BMP"), "is a BMP image, whatever its name"),
+    "jpeg 2000 inside": ("tif", lambda: encode(RGB, "JPEG2000"), "is a JPEG 2000 image"),
+    "ppm inside": ("png", lambda: encode(RGB, "PPM"), "is a PPM, PGM or PBM image"),
+    "pdf inside": ("png", lambda: encode(RGB, "PDF"), "is a PDF document"),
+    "an archive inside": ("png", lambda: b"PK\3\4" + bytes(60), "or another zip archive"),
     "one bit": ("png", lambda: encode(RGB.convert("1"), "PNG"), "1 bit"),
     "one bit tiff": ("tif", lambda: encode(RGB.convert("1"), "TIFF"), "1 bit"),
     "float": ("tif", lambda: tiff(SECTION.astype(np.float32), photometric="rgb"), "kind float"),
@@ -663,6 +681,8 @@ BAD_IMAGES = {
     "turned png": ("png", lambda: turned("PNG"), "exiftool -Orientation="),
     "turned png, told at its end": ("png", turned_at_the_end, "EXIF orientation 6"),
     "turned tiff": ("tif", lambda: turned("TIFF"), "EXIF orientation 6"),
+    "tiff of orientation 0": ("tif", lambda: oriented(0), "has orientation 0, which no standard"),
+    "tiff of orientation 9": ("tif", lambda: oriented(9), "strip the tag (exiftool -Orientation="),
     "bomb": ("png", lambda: png_header(60_000, 60_000), "60000 x 60000 px"),
     "just over the limit": ("png", lambda: png_header(50_000, 40_001), "--max-megapixels 2000"),
     "less than a tile": ("png", lambda: encode(RGB.crop((0, 0, 500, 223)), "PNG"), "224 px"),
@@ -702,7 +722,7 @@ def test_more_disk_than_is_free(sample, capsys, monkeypatch):
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     for name in OUTPUTS:
         (sample / name).write_text("old")
-    (sample / "get_HR.json").write_text("{}")  # of a folder of ours
+    write_record(sample, utils.CALIBRATION, [], [*OUTPUTS])
     assert calibrate(sample) == 2
     assert "about 871 kB are needed" in capsys.readouterr().err
     assert (sample / "he.jpg").read_text() == "old"
@@ -897,7 +917,6 @@ def test_up_to_five_percent_may_be_outside_and_are_left_out(sample, capsys):
     assert (record["spots"], record["spots_inside"]) == (200, 190)
     table.iloc[10] += 5000
     table.to_csv(sample / "locs-raw.csv")
-    (sample / "image_calibration.json").unlink()
     words = ("puts 11 of 200 spots outside", "660 columns and 440 rows", "another image")
     refused(sample, capsys, "locs-raw.csv", *words)
 

@@ -30,7 +30,7 @@ from test_regions import (
 )
 
 import utils
-from analysis import patterns
+from analysis import inputs, patterns
 from analysis.scores import pearson
 from analysis.spots import disc_weights, interpolation_weights, superpixel_centres
 from method.grid import neighbour_distance
@@ -56,7 +56,7 @@ def labelled(_labelled, tmp_path):
 
 def read_maps(directory, genes):
     files = patterns.map_files(directory)
-    return np.stack([patterns.read_map(files[gene]) for gene in genes], axis=2)
+    return np.stack([inputs.read_map(files[gene]) for gene in genes], axis=2)
 
 
 def save_truth(directory, mean, genes, **more):
@@ -652,7 +652,9 @@ BAD_INPUTS = {
         with_a(np.nan).dumps()), "with a count of 0 or more for"),
     "a negative map": (lambda d: (d / "cnts-super" / "3.pickle").write_bytes(
         with_a(-1).dumps()), "with a count of 0 or more for"),
-    "empty maps": (lambda d: set_map(d, np.full(GRID, np.nan)), "no superpixel in common"),
+    "empty maps": (lambda d: set_map(d, np.full(GRID, np.nan)), "with 0 values; expected (56, 70)"),
+    "maps of another grid": (lambda d: set_map(d, np.ones((9, 70))),
+                             "(9, 70) with 630 values; expected (56, 70), the grid of he.jpg"),
     "no held-out": (lambda d: (d / "held-out-r.csv").unlink(), "held-out-r.csv is missing"),
     "another table": (lambda d: (d / "held-out-r.csv").write_text("a,b\n1,2\n"),
                       "is no table of gene and held_out_r"),

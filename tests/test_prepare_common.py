@@ -695,9 +695,32 @@ def test_edited_files_are_kept_unless_forced(tmp_path, name, capsys):
     assert (directory / name).read_bytes() != b"my own"
 
 
-@pytest.mark.parametrize(
-    "name", ["he-raw.jpg", "cnts.tsv", "check.png", "truth.npz", "radius-raw.txt"]
-)
+def test_a_truth_of_ones_own_stays_beside_a_section_without_one(tmp_path):
+    directory = tmp_path / "a"
+    directory.mkdir()
+    (directory / "truth.npz").write_bytes(b"my own")
+    write_sample(directory, make_section(tmp_path)[0])
+    assert (directory / "truth.npz").read_bytes() == b"my own"
+
+
+def test_a_truth_in_the_way_of_another_is_kept_unless_forced(tmp_path):
+    directory = tmp_path / "a"
+    directory.mkdir()
+    (directory / "truth.npz").write_bytes(b"my own")
+    truth = sections.CountedTruth(np.ones((2, 3, 1)), np.ones((2, 3), bool), ["NA"])
+    with pytest.raises(utils.StageError, match=r"truth\.npz was not written by prepare/visium\.py"):
+        write_sample(directory, make_section(tmp_path, truth=truth)[0])
+    args = argparse.Namespace(directory=directory, genes=None, force=False, truth_genes=7)
+    with pytest.raises(utils.StageError, match=r"truth\.npz was not written by prepare/xenium\.py"):
+        sample.guard_sample(utils.Stage("prepare/xenium.py", args))  # before anything is read
+    write_sample(directory, make_section(tmp_path, truth=truth)[0], force=True)
+    (directory / "truth.npz").write_bytes(b"edited")  # of the section that goes
+    args = argparse.Namespace(directory=directory, genes=None, force=False, options=["--a"])
+    with pytest.raises(utils.StageError, match=r"truth\.npz was edited by hand, and other options"):
+        sample.guard_sample(utils.Stage("prepare/visium.py", args))
+
+
+@pytest.mark.parametrize("name", ["he-raw.jpg", "cnts.tsv", "check.png", "radius-raw.txt"])
 def test_files_of_others_are_kept_unless_forced(tmp_path, name):
     directory = tmp_path / "a"
     directory.mkdir()

@@ -993,3 +993,15 @@ def test_the_source_folder_is_not_overwritten(image, tmp_path, capsys):
     assert scverse.run(["--tables", str(tmp_path), "--directory", str(tmp_path)]) == 2
     assert "would overwrite it" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("n", [1, 64])
+def test_places_beyond_any_image_are_named_with_their_file(image, tmp_path, capsys, n):
+    path = unpack("raw", tmp_path)
+    with h5py.File(path, "r+") as file:
+        file["obsm/spatial"][:n] = 1e30
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path} puts {n} of 64 spots beyond any image, such as ")
+    assert "at x, y [1e+30, 1e+30]; expected px" in message

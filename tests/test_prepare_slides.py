@@ -471,6 +471,10 @@ def five_channels(path):
     tifffile.imwrite(path, np.zeros((5, 300, 300), np.uint8), photometric="minisblack")
 
 
+def odd_orientation(path):
+    tifffile.imwrite(path, STACK[0], photometric="rgb", extratags=[(274, "H", 1, 9, True)])
+
+
 @pytest.mark.parametrize(
     ("name", "write", "words"),
     [
@@ -491,6 +495,8 @@ def five_channels(path):
         ("a.png", lambda path: path.write_bytes(b"hello"), "no whole slide"),
         ("a.svs", lambda path: path.write_bytes(b"hello"), "no whole slide"),
         ("a.jpg", lambda path: None, "is missing"),
+        ("a.jpg", lambda path: Image.new("RGB", (300, 300)).save(path, "WEBP"), "is a WebP image"),
+        ("a.tif", odd_orientation, "has orientation 9, which no standard knows"),
     ],
 )
 def test_what_is_no_histology_is_refused(tmp_path, name, write, words):

@@ -163,6 +163,40 @@ def test_files_of_these_names_in_a_new_folder_are_the_users(tmp_path, capsys):
     assert run(CALIBRATION, directory, "--force") == 0
 
 
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [(CALIBRATION, "locs.csv"), (HR, "HRlocs.csv"), (EXTRACTOR, "Histology_rgb.npy"),
+     (MODEL, "cnts-super/GENE1.pickle")],
+)  # fmt: skip
+def test_without_its_record_a_stage_replaces_nothing(finished, capsys, script, name):
+    """Nobody can tell any more which of its outputs were edited."""
+    (finished / utils.record_name(script)).unlink()
+    path = finished / name
+    path.write_bytes(mine := path.read_bytes() + b"\n")
+    assert run(script, finished, *OPTIONS[script]) == 2
+    said = capsys.readouterr().err
+    assert f"was not written by {script}, which would overwrite it, or the record" in said
+    assert said.rstrip().endswith(" --force")
+    assert path.read_bytes() == mine
+    assert run(script, finished, *OPTIONS[script], "--force") == 0
+    assert path.read_bytes() != mine
+
+
+def test_a_record_that_is_moved_away_as_told_costs_no_edit_of_the_mask(finished, capsys):
+    mask = np.array(Image.open(finished / "mask.png"))
+    mask[8:15, 20:31] = 0
+    Image.fromarray(mask).save(finished / "mask.png")
+    record = finished / "masking_non_tissue.json"
+    record.write_text("garbage")
+    assert run(MASKING, finished) == 2
+    remedy = capsys.readouterr().err.splitlines()[-1]
+    assert remedy.startswith(f"Move it away and run: python {MASKING} ")
+    assert "--force" not in remedy
+    record.unlink()
+    assert run(MASKING, finished) == 0
+    np.testing.assert_array_equal(np.array(Image.open(finished / "mask.png")), mask)
+
+
 def test_a_file_added_to_a_folder_of_maps_stays_beside_new_maps(finished, capsys):
     added = finished / "cnts-super" / "notes.txt"
     added.write_text("mine")

@@ -2,6 +2,7 @@
 
 import codecs
 import errno
+import faulthandler
 import gc
 import gzip
 import io
@@ -10,6 +11,7 @@ import pickle
 import pickletools
 import re
 import string
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from conftest import ONE_FOLDER, outcome, put
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +28,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 import utils
+from analysis import labels
+from prepare import scans
 from reading import arrays, images, pickles, plain, tables
 from reading.genes import read_gene_names, read_genes
 
@@ -635,6 +640,14 @@ def test_a_mask_of_all_tissue_is_said_and_none_is_refused(stage, capsys):
     assert "is all black" in outcome(images.read_mask, stage, (1, 2))[1]
 
 
+def test_an_image_of_ours_that_was_saved_as_another_kind_is_named(stage):
+    put(stage, "he.jpg", b"")
+    Image.new("RGB", (224, 224)).save(stage.directory / "he.jpg", "WEBP")
+    for read in (images.ImageRows, lambda *where: images.thumbnail(*where, 50)):
+        _, message = outcome(read, stage, stage.directory / "he.jpg")
+        assert "is a WebP image, whatever its name says; expected JPEG, PNG or TIFF." in message
+
+
 def test_the_grid_of_an_image(stage):
     Image.new("RGB", (672, 448)).save(stage.directory / "he.jpg")
     assert images.grid_shape(stage) == (28, 42)
@@ -652,3 +665,31 @@ def test_both_ends_of_a_range_belong_to_it(stage):
     for text in ("0.0499", "2.501"):
         path = put(stage, "pixel-size-raw.txt", text)
         assert "between 0.05 and 2.5" in outcome(plain.read_number, stage, path, 0.05, 2.5, "um")[1]
+
+
+# ----- TIFF -----
+def round_tiff(path: Path, pages: int, back_to: int) -> Path:
+    """A TIFF whose last page names an earlier one as the next."""
+    with tifffile.TiffWriter(path) as tiff:
+        for number in range(pages):
+            pixels = np.full((32, 48, 3), number % 255, np.uint8)
+            tiff.write(pixels, photometric="rgb", contiguous=False, metadata=None)
+    with tifffile.TiffFile(path) as tiff:
+        target, last = tiff.pages[back_to].offset, tiff.pages[-1].offset
+    content = bytearray(path.read_bytes())
+    (tags,) = struct.unpack_from("<H", content, last)
+    struct.pack_into("<I", content, last + 2 + 12 * tags, target)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("read", [labels.open_labels, scans.open_slide])
+@pytest.mark.parametrize(("pages", "back_to"), [(1, 0), (3, 1), (150, 0)])
+def test_pages_that_go_round_are_refused(read, pages, back_to, tmp_path):
+    path = round_tiff(tmp_path / "cells.tif", pages, back_to)
+    faulthandler.dump_traceback_later(30, exit=True)  # a reader that hangs ends the tests
+    try:
+        with pytest.raises(utils.StageError, match=f"is page {back_to + 1} again: they never end"):
+            read(path)
+    finally:
+        faulthandler.cancel_dump_traceback_later()

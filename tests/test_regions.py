@@ -79,7 +79,8 @@ def write_section(directory, labels, rng, maps=None, counts=None, genes=GENES, h
     pd.DataFrame({"gene": genes, "held_out_r": r}).to_csv(directory / "held-out-r.csv", index=False)
     np.save(directory / "Histology_rgb.npy", np.full((*labels.shape, 3), 200, np.uint8))
     np.savez(directory / "truth.npz", regions=labels.astype(np.uint8), region_names=NAMES)
-    write_record(directory, utils.CALIBRATION, [], ["he.jpg", "locs.csv", "radius.txt"])
+    size = [16 * side for side in labels.shape]
+    write_record(directory, utils.CALIBRATION, [], ["he.jpg", "locs.csv", "radius.txt"], size=size)
     write_record(directory, utils.EXTRACTOR, ["he.jpg"], ["Histology_rgb.npy"])
     outputs = ["cnts-super", "embeddings-gene.pickle", "held-out-r.csv"]
     write_record(directory, utils.HISTEX, ["he.jpg", "mask.png", "cnts.csv"], outputs)

@@ -555,7 +555,7 @@ BAD_INPUTS = {
     "whole numbers": (lambda d: (d / "embeddings-gene.pickle").write_bytes(
         pickle.dumps({"cls": np.ones((2, *GRID), int)})), "does not hold dict(cls="),
     "another size": (lambda d: write_embedding(d, np.ones((2, 9, 70))),
-                     "mask.png is 70 x 56 px; expected 1120 x 144 px as he.jpg, or 70 x 9 px"),
+                     "holds maps of (9, 70); expected (56, 70), the grid of he.jpg"),
     "no dims": (lambda d: write_embedding(d, np.ones((0, *GRID))), "does not hold dict(cls="),
     "nothing": (lambda d: write_embedding(d, np.full((2, *GRID), np.nan)),
                 "no superpixel in common"),
@@ -579,6 +579,15 @@ def test_bad_inputs(labelled, case, capsys):
     assert message in error
     assert "Run: " in error or "Name " in error or "Do not open" in error
     assert snapshot(labelled) == before
+
+
+def test_latent_maps_of_another_grid_are_made_anew_by_their_own_script(labelled, capsys):
+    """The mask fits the section: whoever makes it anew comes back to the same message."""
+    write_embedding(labelled, np.ones((2, 9, 70)))
+    assert run_segment(labelled) == 2
+    *_, remedy = capsys.readouterr().err.splitlines()
+    assert remedy.startswith("It is written by HISTEX.py. Run: python HISTEX.py --directory ")
+    assert remedy.endswith("--force (this replaces your embeddings-gene.pickle)")
 
 
 def test_stale_inputs_are_used_if_told_so(labelled, capsys):

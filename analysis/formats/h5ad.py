@@ -72,7 +72,7 @@ def write(source: MapSet, target: Path) -> None:
         if source.stage.optional(utils.EMBEDDINGS) is None:
             source.stage.warn(f"without {utils.EMBEDDINGS.name} there is no obsm X_histex")
             return
-        embedding = inputs.read_embedding(source.stage, source.tissue.shape)
+        embedding = inputs.read_embedding(source.stage)
         dims, where = len(embedding), np.flatnonzero(source.tissue)
         flat, chunks = embedding.reshape(dims, -1), (chunks[0], dims)
         latent = new_array(file["obsm"], "X_histex", (n, dims), np.float32, chunks=chunks, **packed)

@@ -38,7 +38,7 @@ def write(source: MapSet, target: Path) -> None:
     (target / utils.MAPS.name).mkdir(parents=True)
     for name, image in zip(names, each_map(source), strict=True):
         write_pickle(target / utils.MAPS.name / f"{name}.pickle", image)
-    embedding = inputs.read_embedding(source.stage, source.tissue.shape)
+    embedding = inputs.read_embedding(source.stage)
     write_pickle(target / utils.EMBEDDINGS.name, {"cls": embedding})
     Image.fromarray(in_mask(source).astype(np.uint8) * 255).save(target / SMALL_MASK)
     he = stage.path(utils.HE)
