@@ -27,7 +27,8 @@ comparison; ``default`` departs from it:
 * A spot's own measurement is left out of its context in training, as are the spots that the state
   holds out; else the network learns to copy and to ignore the histology.
 * The output is a factor on the expression interpolated between HR points, so that a map stays tied
-  to the spots. Tokens are standardised and seen at three scales; layers have norms and non-linear
+  to the spots. Each gene learns how far to trust its neighbourhood and how far to begin at the mean
+  of the section. Tokens are standardised and seen at three scales; layers have norms and non-linear
   functions; attention is scaled by the width of a head.
 * The loss compares square roots, whose counting noise is the same for rich and poor genes.
 * Against overfitting to a few hundred spots, tokens and context are hidden in part (dropout),
@@ -72,6 +73,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from method import devices, maps, prediction, resume, states, uncertainty
+from method.layers import FeatureDropout, sliding_mean
 from method.network import ALL, Network, disc_sums, run_batch, seed_torch
 from method.progress import Progress
 from method.section import Section, Split, read_section, split_spots
@@ -128,12 +130,15 @@ class DefaultNetwork(Network):
     interpolates = True
     dropout = 0.5  # of token features, and of the features that the last layer reads
     context_dropout = 0.3  # of the genes of an HR point
-    max_log_factor = 4.0  # the network may change the interpolated expression 55-fold, not more
+    quick = ("trust",)
+    floor = 0.05  # of the section's mean, added to the interpolated counts: a zero has no logarithm
+    max_log_factor = 4.0  # the network may change the base 55-fold, not more
     anscombe = 0.375  # sqrt(count + 3/8) has a variance of 1/4 whatever the count (Anscombe 1948)
 
     token_mean: Tensor  # (F,)
     token_std: Tensor  # (F,)
     root_scale: Tensor  # (G,)
+    mean: Tensor  # (G,) counts per superpixel
     disc_area: Tensor  # of a spot, in superpixels
     spacing: Tensor  # of the HR points, in superpixels
 
@@ -158,14 +163,18 @@ class DefaultNetwork(Network):
             nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(0.1), nn.Dropout(self.dropout)
         )
         self.log_factor = nn.Linear(self.latent_size, n_genes)
-        nn.init.zeros_(self.log_factor.weight)  # start from interpolation
+        nn.init.zeros_(self.log_factor.weight)  # start from the base
         nn.init.zeros_(self.log_factor.bias)
+        self.trust = nn.Parameter(torch.zeros(n_genes))  # before the sigmoid: starts at one half
         self.log_power = nn.Parameter(torch.tensor(math.log(1.5)))  # of the inverse distance
         for name, values in zip(("token_mean", "token_std"), section.token_statistics, strict=True):
             self.register_buffer(name, torch.from_numpy(values))
         rate = section.counts[train].mean(axis=0)
+        disc_area = math.pi * section.radius**2
+        mean = rate.clip(min=0.5 / len(train)) / disc_area  # of a gene without a count: half a one
         self.register_buffer("root_scale", torch.from_numpy(1 / np.sqrt(rate + 1)))
-        self.register_buffer("disc_area", torch.tensor(math.pi * section.radius**2))
+        self.register_buffer("mean", torch.from_numpy(mean))
+        self.register_buffer("disc_area", torch.tensor(disc_area))
         self.register_buffer("spacing", torch.tensor(section.spacing))
 
     def views(self, tokens: Tensor) -> Tensor:
@@ -213,39 +222,20 @@ class DefaultNetwork(Network):
         return logits.softmax(dim=-1) / self.disc_area
 
     def decode(self, latent: Tensor, interpolated: Tensor, genes: slice = ALL) -> Tensor:
-        """Counts per superpixel (..., G): a factor on the interpolated ones."""
+        """Counts per superpixel (..., G): a factor on the base.
+
+        The base is mean^(1 - a) interpolated^a, with an a between 0 and 1 that each gene learns.
+        """
         factor = nnf.linear(latent, self.log_factor.weight[genes], self.log_factor.bias[genes])
-        return interpolated * factor.clamp(-self.max_log_factor, self.max_log_factor).exp()
+        factor = factor.clamp(-self.max_log_factor, self.max_log_factor)
+        mean, trust = self.mean[genes], self.trust[genes].sigmoid()
+        relative = (interpolated / mean + self.floor) / (1 + self.floor)
+        return mean * (trust * relative.log() + factor).exp()
 
     def loss(self, output: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
         """Squared error of the square roots of the disc's sum and the counts, (B, G)."""
         total = disc_sums(output, areas)
         return ((total + self.anscombe).sqrt() - (counts + self.anscombe).sqrt()).square()
-
-
-class FeatureDropout(nn.Module):
-    """Hides a share of the features of a patch (B, ..., F), the same in all superpixels of it."""
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        shape = (len(x), *[1] * (x.ndim - 2), x.shape[-1])
-        kept = torch.rand(shape, device=x.device) >= self.share
-        return x * (kept / (1 - self.share))
-
-
-def sliding_mean(x: Tensor, size: int, dim: int) -> Tensor:
-    """Means of every ``size`` neighbours along an axis. Twice as fast as torch's pooling here."""
-    n = x.shape[dim] - size + 1
-    total = x.narrow(dim, 0, n)
-    for start in range(1, size):
-        following = x.narrow(dim, start, n)
-        total = total + following if start == 1 else total.add_(following)
-    return total if size == 1 else total.div_(size)
 
 
 class PublishedAffine(nn.Module):
@@ -331,7 +321,7 @@ class Preset:
     by_area: bool = True  # discs weighted by area and tissue; else counted in whole superpixels
     holds_out: bool = True  # each state leaves out a tenth of the spots, and a spot's own context
     overlap: bool = True  # patches overlap in prediction and are blended; else side by side
-    anchor_prior: float | None = 2.0  # counts; None: maps are not anchored to the spots
+    anchor_prior: float | None = 5.0  # counts; None: maps are not anchored to the spots
     optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
     weight_decay: float = 1.0
     learning_rate: float = 1e-3
@@ -364,6 +354,7 @@ PRESETS = {
 # training a state
 # ------------------------------------------------------------------------------------------------
 CHECKPOINT_SECONDS = 30.0
+QUICK = 10.0  # step size of a network's quick parameters, in those of the others
 SCORED_AT_ONCE = 16  # held-out spots
 
 
@@ -379,8 +370,11 @@ class Training:
 
     def start(self, network: Network) -> Progress:
         preset, rate = self.preset, self.learning_rate or self.preset.learning_rate
-        options: dict[str, Any] = {"lr": rate, "weight_decay": preset.weight_decay}
-        optimizer = preset.optimizer(network.parameters(), **options)
+        slow: dict[str, Any] = {"params": [], "weight_decay": preset.weight_decay}
+        quick: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr": QUICK * rate}
+        for name, parameter in network.named_parameters():
+            (quick if name in network.quick else slow)["params"].append(parameter)
+        optimizer = preset.optimizer([slow, quick] if quick["params"] else [slow], lr=rate)
         return Progress(network, optimizer, preset.averaging)
 
     def batches(self, order: np.ndarray) -> list[np.ndarray]:
@@ -543,7 +537,8 @@ INPUTS = (
     utils.FEATURES, utils.MASK,
 )  # fmt: skip
 TRAINS = (
-    "HISTEX.py", "method/grid.py", "method/network.py", "method/progress.py", "method/section.py",
+    "HISTEX.py", "method/grid.py", "method/layers.py", "method/network.py", "method/progress.py",
+    "method/section.py",
 )  # fmt: skip
 STATE_CODE = [utils.ROOT / file for file in TRAINS]  # a change in these trains states anew
 

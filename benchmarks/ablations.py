@@ -114,6 +114,26 @@ class HardlyAnyDropout(HISTEX.DefaultNetwork):
     dropout, context_dropout = 0.1, 0.0
 
 
+class FullTrust(HISTEX.DefaultNetwork):
+    """Every gene begins at the interpolated counts."""
+
+    quick = ()
+
+    def __init__(self, section: Section, train: np.ndarray) -> None:
+        super().__init__(section, train)
+        self.trust.requires_grad_(False).fill_(30.0)
+
+
+class NoTrust(HISTEX.DefaultNetwork):
+    """Every gene begins at the mean of the section."""
+
+    quick = ()
+
+    def __init__(self, section: Section, train: np.ndarray) -> None:
+        super().__init__(section, train)
+        self.trust.requires_grad_(False).fill_(-30.0)
+
+
 class PlainLoss(HISTEX.DefaultNetwork):
     """Squared error of the counts, each gene scaled by its mean."""
 
@@ -154,8 +174,10 @@ ROWS = {
     "attention only": replace(DEFAULT, network=WithoutHistology),
     "plain squared error": replace(DEFAULT, network=PlainLoss),
     "Poisson loss": replace(DEFAULT, network=PoissonLoss),
-    "anchor prior 1": replace(DEFAULT, anchor_prior=1.0),
-    "anchor prior 5": replace(DEFAULT, anchor_prior=5.0),
+    "anchor prior 2": replace(DEFAULT, anchor_prior=2.0),
+    "anchor prior 10": replace(DEFAULT, anchor_prior=10.0),
+    "full trust": replace(DEFAULT, network=FullTrust),
+    "no trust": replace(DEFAULT, network=NoTrust),
 }
 CPU = torch.device("cpu")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from method.section import Section
 
+ROUNDS = 2
 ANCHORS = 8  # spots around a superpixel that its map is anchored to
 COUNTS_AT_ONCE = 500_000  # superpixels times genes; they stay in a CPU's cache
 PLACES_AT_ONCE = 200_000  # superpixels looked up
@@ -67,14 +68,17 @@ def anchor_to_spots(maps: np.ndarray, measured: np.ndarray, anchors: Anchors, pr
 
     At every spot the logarithm of measured over predicted counts tells what the network missed; it
     is interpolated between the spots by inverse squared distance. The prior, in counts, keeps the
-    ratio of few counts near 1, for they are mostly chance. Last, the whole map is scaled to the
-    total of the spots: what is fitted on square roots comes out some percent too low on average.
+    ratio of few counts near 1, for they are mostly chance. A second round takes up what the first,
+    which mixes a spot's ratio with those of its neighbours, has left. Last, the whole map is scaled
+    to the total of the spots: what is fitted on square roots comes out some percent too low on
+    average.
     """
-    missed = np.log((measured + prior) / (anchors.discs @ maps + prior))
-    missed, values = torch.from_numpy(missed), torch.from_numpy(maps)
-    step = max(1, COUNTS_AT_ONCE // maps.shape[1])
-    for start in range(0, len(maps), step):
-        part = slice(start, start + step)
-        values[part] *= weighted_sums(anchors.near[part], anchors.shares[part], missed).exp_()
+    values, step = torch.from_numpy(maps), max(1, COUNTS_AT_ONCE // maps.shape[1])
+    for _ in range(ROUNDS):
+        missed = np.log((measured + prior) / (anchors.discs @ maps + prior))
+        ratios = torch.from_numpy(missed)
+        for start in range(0, len(maps), step):
+            part = slice(start, start + step)
+            values[part] *= weighted_sums(anchors.near[part], anchors.shares[part], ratios).exp_()
     total, wanted = ((anchors.discs @ maps).sum(axis=0), measured.sum(axis=0))
     maps *= np.divide(wanted, total, out=np.ones_like(wanted), where=total > 0)

@@ -33,6 +33,7 @@ class Network(nn.Module):
     halo: ClassVar[int] = 0  # superpixels around a patch that ``views`` looks at and cuts off
     embedding_size: ClassVar[int] = 128  # of the first latent values, written as embedding maps
     latent_size: ClassVar[int]  # L, of a superpixel
+    quick: ClassVar[tuple[str, ...]] = ()  # parameters that learn faster, and do not decay
     interpolates: ClassVar[bool] = False  # whether ``decode`` takes interpolated expression
 
     def __init__(self, section: Section, train: np.ndarray) -> None:

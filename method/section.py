@@ -189,7 +189,7 @@ def read_hr_points(stage: utils.Stage, spots: pd.Index) -> tuple[np.ndarray, np.
         parents = np.stack(
             [spots.get_indexer(pd.Index(ids)) for ids in (table["parent_1"], second)], axis=1
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise stage.error(path, f"is not a table of HR points: {error}") from error
     if len(xy) == 0 or not np.isfinite(xy).all() or (parents < 0).any():
         raise stage.error(

@@ -82,6 +82,8 @@ def read_group(group: Any) -> tuple[sparse.csr_array, list[str], pd.DataFrame]:
     shape = tuple(int(n) for n in group["shape"][:])
     parts = (group[key][:] for key in ("data", "indices", "indptr"))
     data, indices, indptr = (np.asarray(part) for part in parts)
+    if data.dtype.kind == "f":  # scipy's sums know no numbers of 16 bits
+        data = data.astype(np.float64)
     counts = sparse.csr_array((data, indices, indptr), shape=shape[::-1])
     counts.check_format(full_check=True)
     return counts, decode(group["barcodes"][:]), read_h5_features(group)
@@ -128,6 +130,8 @@ def open_groups(path: Path) -> Iterator[dict[str, Any]]:
                 found = other[0] if other else f"the groups {utils.some(file) or 'none'}"
                 raise utils.StageError(f"{path} holds {found}; expected a 10x matrix.", MATRICES)
             check_declared(path, groups)
+            for group in groups.values():
+                check_matrix(path, group)
             yield groups
     except utils.StageError:
         raise
@@ -148,6 +152,19 @@ def check_declared(path: Path, groups: dict[str, Any]) -> None:
             f"declares {sum(sizes) / 1e9:,.1f} GB of values, which its {path.stat().st_size:,} "
             f"bytes cannot hold.",
         )
+
+
+def check_matrix(path: Path, group: Any) -> None:
+    """Stop if the arrays of a sparse matrix are not lists of numbers."""
+    for name, kinds in {"data": "iuf", "indices": "iu", "indptr": "iu", "shape": "iu"}.items():
+        array = group[name]
+        sound = array.ndim == 1 and array.dtype.kind in kinds
+        if not sound or (name == "shape" and array.size != 2):
+            raise broken(
+                path,
+                f"is damaged: its {name} is {array.dtype} {array.shape}; expected a list of "
+                f"{'two numbers' if name == 'shape' else 'numbers'}.",
+            )
 
 
 @contextlib.contextmanager
