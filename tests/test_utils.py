@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ONE_FOLDER, draw_section, make_stage, put
@@ -272,3 +274,37 @@ def test_image_rows_refuse_every_truncation_of_a_jpeg(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(utils.StageError, match=r"he\.jpg"):
             images.ImageRows(stage, path)[:]
+
+
+# ----- disks that fail -----
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is full")
+def test_a_write_that_fails_is_told_when_the_library_is_through():
+    done = []
+    with pytest.raises(OSError, match="No space left") as caught:  # noqa: PT012
+        with disk.late_errors(Path("/dev/full")) as file:
+            done.append(file.write(b"of HDF5"))
+            done.append(file.write(np.arange(3)))
+    assert done == [7, 24]
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_what_a_library_raises_for_itself_comes_through(tmp_path):
+    with pytest.raises(ValueError, match="its own"), disk.late_errors(tmp_path / "file"):
+        raise ValueError("its own")
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "store" / "inner").mkdir(parents=True)
+    (tmp_path / "store" / "inner" / "chunk").write_text("1")
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "inner":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    assert disk.files_in(tmp_path / "store") == [tmp_path / "store" / "inner" / "chunk"]
+    assert disk.files_in(tmp_path / "absent") == []
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        disk.files_in(tmp_path / "store")

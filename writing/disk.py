@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import os
 import platform
 import re
@@ -41,7 +42,15 @@ def files_in(path: Path) -> list[Path]:
     """The file itself, or all files of a folder but those that file managers leave in it."""
     if path.is_file():
         return [path]
-    return sorted(f for f in path.rglob("*") if f.is_file() and f.name not in DESKTOP_FILES)
+    found = (
+        Path(place, name) for place, _, names in os.walk(path, onerror=_fail) for name in names
+    )
+    return sorted(f for f in found if f.is_file() and f.name not in DESKTOP_FILES)
+
+
+def _fail(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # gone meanwhile, as rglob would have it as well
+        raise error
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
@@ -236,6 +245,38 @@ def atomic(path: Path) -> Iterator[Path]:
         put(partial, path)
     finally:
         remove(partial)
+
+
+class _Patient(io.FileIO):
+    """A file of which no write fails: what the system refuses is lost, and told by ``failed``."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        content = memoryview(data).cast("B")
+        done = 0
+        while done < len(content) and self.failed is None:
+            try:
+                done += super().write(content[done:])
+            except OSError as error:
+                self.failed = error
+        return len(content)
+
+
+@contextlib.contextmanager
+def late_errors(path: Path) -> Iterator[io.FileIO]:
+    """A new file for a library that does not survive a write that fails, as HDF5 does not.
+
+    It crashes, or goes on and tells nobody. Here it goes on; then the error is raised.
+    """
+    with _Patient(path, "w+") as file:
+        try:
+            yield file
+        except Exception:
+            if file.failed is None:
+                raise
+        if file.failed is not None:
+            raise file.failed
 
 
 def sweep_work(folder: Path, name: str, but: Path | None = None) -> None:

@@ -15,6 +15,7 @@ from analysis import inputs
 from analysis.formats import mapset
 from analysis.formats.mapset import MapSet
 from analysis.formats.nodes import new_array, put_anndata
+from writing import disk
 
 GENES_AT_ONCE = 32  # columns of a chunk of X, written as a whole: one gene costs 32 to read
 ROWS_PER_CHUNK = 4096  # 0.5 MB with the above
@@ -40,7 +41,7 @@ def write(source: MapSet, target: Path) -> None:
     n, genes = source.n_superpixels, source.genes
     obs, var = superpixel_table(source), gene_table(source)
     total, mean = np.zeros(n), np.zeros(len(genes))
-    with h5py.File(target, "w") as file:
+    with disk.late_errors(target) as opened, h5py.File(opened, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         packed: dict[str, Any] = {
             "compression": "gzip",
