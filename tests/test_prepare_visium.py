@@ -439,7 +439,24 @@ def blank(name):
     return damage
 
 
+def replaced(name, change):
+    """Another array in the matrix."""
+
+    def damage(outs):
+        with h5py.File(outs / "filtered_feature_bc_matrix.h5", "r+") as file:
+            values = change(file["matrix"][name][:])
+            del file["matrix"][name]
+            file["matrix"][name] = values
+
+    damage.__name__ = f"{name} {change(np.arange(2)).dtype}"
+    return damage
+
+
 BAD = (
+    (replaced("data", lambda x: x.astype("S3")), "its data is |S3"),
+    (replaced("indices", lambda x: x.astype(float)), "its indices is float64"),
+    (replaced("indptr", lambda x: x[:, None]), "its indptr is int64"),
+    (replaced("shape", lambda x: x[:1]), "expected a list of two numbers"),
     (bins_of_hd, "visium_hd.py"),
     (segmented, "holds the cells that Space Ranger segmented"),
     (only_cells, "no binned_outputs"),
@@ -459,6 +476,14 @@ BAD = (
     (no_spatial, "has no folder spatial"),
     (high_definition, "prepare/visium_hd.py"),
 )
+
+
+def test_counts_as_numbers_of_16_bits_are_read(tmp_path):
+    outs, *_ = write_outs(tmp_path)
+    path = outs / "filtered_feature_bc_matrix.h5"
+    wanted = tenx.read_10x_h5(path)[0].toarray()
+    replaced("data", lambda x: x.astype(np.float16))(outs)
+    np.testing.assert_array_equal(tenx.read_10x_h5(path)[0].toarray(), wanted)
 
 
 @pytest.mark.parametrize(("damage", "words"), BAD, ids=[damage.__name__ for damage, _ in BAD])

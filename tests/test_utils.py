@@ -280,10 +280,10 @@ def test_image_rows_refuse_every_truncation_of_a_jpeg(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is full")
 def test_a_write_that_fails_is_told_when_the_library_is_through():
     done = []
-    with pytest.raises(OSError, match="No space left") as caught:  # noqa: PT012
-        with disk.late_errors(Path("/dev/full")) as file:
-            done.append(file.write(b"of HDF5"))
-            done.append(file.write(np.arange(3)))
+    full = pytest.raises(OSError, match="No space left")
+    with full as caught, disk.late_errors(Path("/dev/full")) as file:
+        done.append(file.write(b"of HDF5"))
+        done.append(file.write(np.arange(3)))
     assert done == [7, 24]
     assert caught.value.errno == errno.ENOSPC
 
