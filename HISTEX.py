@@ -62,9 +62,10 @@ import math
 import pickle
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -130,7 +131,7 @@ class DefaultNetwork(Network):
     interpolates = True
     dropout = 0.5  # of token features, and of the features that the last layer reads
     context_dropout = 0.3  # of the genes of an HR point
-    quick = ("trust",)
+    quick: ClassVar[tuple[str, ...]] = ("trust",)
     floor = 0.05  # of the section's mean, added to the interpolated counts: a zero has no logarithm
     max_log_factor = 4.0  # the network may change the base 55-fold, not more
     anscombe = 0.375  # sqrt(count + 3/8) has a variance of 1/4 whatever the count (Anscombe 1948)
@@ -322,7 +323,7 @@ class Preset:
     holds_out: bool = True  # each state leaves out a tenth of the spots, and a spot's own context
     overlap: bool = True  # patches overlap in prediction and are blended; else side by side
     anchor_prior: float | None = 5.0  # counts; None: maps are not anchored to the spots
-    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     weight_decay: float = 1.0
     learning_rate: float = 1e-3
     batch_size: int = 16  # spots a training step, at most
@@ -370,11 +371,11 @@ class Training:
 
     def start(self, network: Network) -> Progress:
         preset, rate = self.preset, self.learning_rate or self.preset.learning_rate
-        slow: dict[str, Any] = {"params": [], "weight_decay": preset.weight_decay}
+        slow: dict[str, Any] = {"params": [], "weight_decay": preset.weight_decay, "lr": rate}
         quick: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr": QUICK * rate}
         for name, parameter in network.named_parameters():
             (quick if name in network.quick else slow)["params"].append(parameter)
-        optimizer = preset.optimizer([slow, quick] if quick["params"] else [slow], lr=rate)
+        optimizer = preset.optimizer([slow, quick] if quick["params"] else [slow])
         return Progress(network, optimizer, preset.averaging)
 
     def batches(self, order: np.ndarray) -> list[np.ndarray]:
