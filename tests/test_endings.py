@@ -214,7 +214,7 @@ def test_a_failing_disk_is_not_taken_for_a_damaged_array(tmp_path, monkeypatch):
     def fail(*_args, **_options):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(inputs.np, "load", fail)
+    monkeypatch.setattr(inputs.arrays, "mapped", fail)
     with pytest.raises(OSError, match="Input/output error"):
         inputs.load_labels(tmp_path / "segments.npy", (2, 2), 9)
 

@@ -883,7 +883,7 @@ BAD = {
     "no array": ("cnts-super/NA.pickle", {"a": 1}, "is not a map of rows and columns"),
     "no pickle": ("cnts-super/NA.pickle", "text", "is not a pickled numpy array"),
     "no latent maps": ("embeddings-gene.pickle", {"sub": np.ones(3)}, "does not hold dict(cls="),
-    "another latent grid": ("embeddings-gene.pickle", {"cls": np.ones((2, 3, 4))}, "does not hold"),
+    "another latent grid": ("embeddings-gene.pickle", {"cls": np.ones((2, 3, 4))}, "holds maps of"),
     "no held-out r": (
         "held-out-r.csv",
         "gene,r\nKRT8,1\n",

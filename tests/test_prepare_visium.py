@@ -454,7 +454,7 @@ def replaced(name, change):
 
 BAD = (
     (replaced("data", lambda x: x.astype("S3")), "its data is |S3"),
-    (replaced("indices", lambda x: x.astype(float)), "its indices is float64"),
+    (replaced("indices", lambda x: x.astype("S3")), "its indices is |S3"),
     (replaced("indptr", lambda x: x[:, None]), "its indptr is int64"),
     (replaced("shape", lambda x: x[:1]), "expected a list of two numbers"),
     (bins_of_hd, "visium_hd.py"),

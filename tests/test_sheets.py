@@ -301,7 +301,9 @@ def test_odd_facts_in_a_record_are_named(labelled, name, capsys):
     error = capsys.readouterr().err
     if name == "options":  # which utils reads, too: no command may come of what they are not
         assert "HISTEX.json is not a whole record of HISTEX.py." in error
-        assert error.endswith(f"run: python HISTEX.py --directory {shlex.quote(str(labelled))}\n")
+        assert error.endswith(
+            f"run: python HISTEX.py --directory {shlex.quote(str(labelled))} --force\n"
+        )
     else:
         assert f"is no whole record of HISTEX.py: {name} is" in error
 
