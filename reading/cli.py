@@ -279,16 +279,23 @@ def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
-def send_again() -> None:
-    """Have a Ctrl-C that came where nothing can be raised come once more, a little later."""
-    threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
+_sent_again: list[tuple[threading.Timer, type[BaseException]]] = []
+
+
+def send_again(kind: type[BaseException]) -> None:
+    """Have the signal behind an exception that cannot be raised here come again, a little later."""
+    number = signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT
+    timer = threading.Timer(AGAIN_SECONDS, _thread.interrupt_main, [number])
+    _sent_again.append((timer, kind))
+    timer.start()
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM raise, so that partial files are removed; none of them gets lost.
 
-    Python drops what is raised while an object is deleted. A Ctrl-C that it drops is sent again.
+    Python drops what is raised while an object is deleted. What it drops is sent again, or raised
+    at the end of the work, if that comes first.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -298,7 +305,7 @@ def _signals() -> Iterator[None]:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             hook(dropped)
         else:
-            send_again()
+            send_again(dropped.exc_type)
 
     hook, sys.unraisablehook = sys.unraisablehook, again
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -308,7 +315,13 @@ def _signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
+        for timer, kind in _sent_again:
+            if timer.is_alive():
+                raise kind
     finally:
+        for timer, _ in _sent_again:
+            timer.cancel()
+        _sent_again.clear()
         sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -128,8 +128,8 @@ def in_pieces(path: Path) -> pyvips.Source:
     def read(n: int) -> bytes:
         try:
             return os.read(descriptor, n)
-        except KeyboardInterrupt:
-            cli.send_again()
+        except KeyboardInterrupt as error:
+            cli.send_again(type(error))
             return os.read(descriptor, n)
         except OSError as error:
             failures.append(error)

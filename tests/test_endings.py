@@ -106,22 +106,30 @@ def in_process(code: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_ctrl_c_that_python_drops_comes_again():
+@pytest.mark.parametrize("seconds", [20, 0])
+@pytest.mark.parametrize(
+    ("sign", "code", "words"),
+    [
+        (signal.SIGTERM, 143, "ended by the system (SIGTERM); kept\n"),
+        (signal.SIGINT, 130, "\ninterrupted; kept\n"),
+    ],
+)
+def test_a_signal_that_python_drops_comes_again(sign, code, words, seconds):
     """What is raised in __del__ is dropped: the run would go on, and end with 0."""
-    done = in_process("""
+    done = in_process(f"""
 from pathlib import Path
 from reading import cli
 class Dropped:
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), {int(sign)})
         for _ in range(100): pass
 def work():
     Dropped()
-    time.sleep(20)
+    time.sleep({seconds})
 sys.exit(cli.exit_code(work, Path("."), "kept"))
 """)
-    assert done.returncode == 130
-    assert done.stderr == "\ninterrupted; kept\n"
+    assert done.returncode == code
+    assert done.stderr == words
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
