@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import utils
-from writing import progress
+from writing import disk, progress
 
 
 def sample_directory(text: str) -> Path:
@@ -140,7 +140,6 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 # ------------------------------------------------------------------------------------------------
 # start and end of a script
 # ------------------------------------------------------------------------------------------------
-AGAIN_SECONDS = 0.05  # until a Ctrl-C that Python dropped is sent again
 REMEDIES = {
     errno.ENOSPC: "Make room on the disk",
     errno.EDQUOT: "Make room: your share of the disk is used up",
@@ -285,7 +284,7 @@ _sent_again: list[tuple[threading.Timer, type[BaseException]]] = []
 def send_again(kind: type[BaseException]) -> None:
     """Have the signal behind an exception that cannot be raised here come again, a little later."""
     number = signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT
-    timer = threading.Timer(AGAIN_SECONDS, _thread.interrupt_main, [number])
+    timer = threading.Timer(disk.AGAIN_SECONDS, _thread.interrupt_main, [number])
     _sent_again.append((timer, kind))
     timer.start()
 

@@ -5,6 +5,8 @@ import contextlib
 import errno
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -308,3 +310,22 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError):
         disk.files_in(tmp_path / "store")
+
+
+def test_a_signal_does_not_raise_within_what_a_library_calls(tmp_path):
+    """HDF5 would crash over it; it comes once the library is through."""
+    seen = []
+
+    def signalled():
+        with disk.late_errors(tmp_path / "file"):
+            code = disk._Patient.write.__code__
+            handler = signal.getsignal(signal.SIGINT)
+            frame = type("Frame", (), {"f_code": code})()
+            handler(signal.SIGINT, frame)
+            seen.append("written")
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        signalled()
+    assert seen == ["written"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
