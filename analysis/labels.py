@@ -81,7 +81,10 @@ def open_labels(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndar
         raise wrong(path, f"is {what}, no label image.", remedy.replace("{name}", path.name))
     reader: Callable[[Path], Any] = {".npy": open_npy, ".png": open_png}.get(suffix, open_tiff)
     with readable(path):
-        return reader(path)
+        shape, dtype, bands = reader(path)
+    if 0 in shape:
+        raise wrong(path, f"has no pixels: {' x '.join(map(str, shape))}.", SAVE_AS)
+    return shape, dtype, bands
 
 
 def open_npy(path: Path) -> tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]:

@@ -69,6 +69,8 @@ class Slide:
     """What all backends share. They give ``read_level``; the rest follows from it."""
 
     def __init__(self, path: Path, sizes: list[tuple[int, int]], pixel_size_um: float | None):
+        if min(sizes[0]) < 1:
+            raise utils.broken(path, "has no pixels: its header tells {} x {}.".format(*sizes[0]))
         self.path = path
         self.size = sizes[0]  # width, height at full resolution
         self.pixel_size_um = pixel_size_um  # None if the metadata do not tell

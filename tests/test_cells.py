@@ -173,6 +173,17 @@ def test_all_kinds_of_label_image_read_the_same(tmp_path, kind, dtype):
     assert (np.concatenate(bands) == labels).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2**32 - 1, 0)])
+def test_labels_without_pixels_are_refused(tmp_path, shape):
+    path = tmp_path / "cells.npy"
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(b"0")
+    with pytest.raises(utils.StageError, match=r"cells\.npy"):
+        cells.open_labels(path)
+
+
 def test_a_pyramid_is_read_at_full_size(tmp_path):
     labels = np.random.default_rng(0).integers(0, 9, (150, 300)).astype(np.uint16)
     with tifffile.TiffWriter(tmp_path / "cells.tif") as tiff:

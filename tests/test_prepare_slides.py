@@ -595,3 +595,8 @@ def test_a_full_disk_ends_with_2_and_leaves_nothing(picture, tmp_path, capsys, m
 )
 def test_the_factor_keeps_the_image_about_as_fine_as_half_a_micrometre(pixel_size, factor):
     assert scans.whole_factor(pixel_size) == factor
+
+
+def test_a_slide_without_pixels_is_damaged(tmp_path):
+    with pytest.raises(utils.StageError, match="has no pixels: its header tells 0 x 7"):
+        scans.Slide(tmp_path / "slide.tif", [(0, 7)], None)
