@@ -288,10 +288,13 @@ def late_errors(path: Path) -> Iterator[io.FileIO]:
 def _not_within(code: CodeType) -> Iterator[None]:
     """Ctrl-C and SIGTERM do not raise in a function that a library calls: they come again later."""
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    waiting: list[tuple[threading.Timer, int]] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         if frame is not None and frame.f_code is code:
-            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main, [number]).start()
+            timer = threading.Timer(AGAIN_SECONDS, _thread.interrupt_main, [number])
+            waiting.append((timer, number))
+            timer.start()
         else:
             handlers[number](number, frame)
 
@@ -305,6 +308,10 @@ def _not_within(code: CodeType) -> Iterator[None]:
     finally:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
+        for timer, sign in waiting:
+            if timer.is_alive():  # the library was through before
+                timer.cancel()
+                signal.raise_signal(sign)
 
 
 def sweep_work(folder: Path, name: str, but: Path | None = None) -> None:
