@@ -258,7 +258,6 @@ def read_findings(
             refuse_old_markers(folder / OLD_MARKERS, f"{again} --force")
         stage.use(path)  # that there is none
         print(f"without {path.name}: run {script} to have its genes as well")
-        stage.use(path)  # it may come
         return None
     stage.require(artifact, folder=folder)
     again = anew(stage, script)

@@ -118,20 +118,17 @@ class FullTrust(HISTEX.DefaultNetwork):
     """Every gene begins at the interpolated counts."""
 
     quick = ()
+    fixed = 30.0  # of the sigmoid's argument
 
     def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__(section, train)
-        self.trust.requires_grad_(False).fill_(30.0)
+        self.trust.requires_grad_(False).fill_(self.fixed)
 
 
-class NoTrust(HISTEX.DefaultNetwork):
+class NoTrust(FullTrust):
     """Every gene begins at the mean of the section."""
 
-    quick = ()
-
-    def __init__(self, section: Section, train: np.ndarray) -> None:
-        super().__init__(section, train)
-        self.trust.requires_grad_(False).fill_(-30.0)
+    fixed = -30.0
 
 
 class PlainLoss(HISTEX.DefaultNetwork):

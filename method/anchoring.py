@@ -16,7 +16,7 @@ from torch import Tensor
 
 from method.section import Section
 
-ROUNDS = 2
+ROUNDS = 2  # a third would fit the spots more closely and the truth less (ABLATIONS.md)
 ANCHORS = 8  # spots around a superpixel that its map is anchored to
 COUNTS_AT_ONCE = 500_000  # superpixels times genes; they stay in a CPU's cache
 PLACES_AT_ONCE = 200_000  # superpixels looked up

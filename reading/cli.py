@@ -6,7 +6,6 @@ the system (SIGTERM), 1 a bug (the traceback is kept).
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import contextlib
 import difflib
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import utils
-from writing import disk, progress
+from writing import late, progress
 
 
 def sample_directory(text: str) -> Path:
@@ -278,15 +277,9 @@ def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
-_sent_again: list[tuple[threading.Timer, type[BaseException]]] = []
-
-
 def send_again(kind: type[BaseException]) -> None:
     """Have the signal behind an exception that cannot be raised here come again, a little later."""
-    number = signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT
-    timer = threading.Timer(disk.AGAIN_SECONDS, _thread.interrupt_main, [number])
-    _sent_again.append((timer, kind))
-    timer.start()
+    late.send_again(signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -314,13 +307,9 @@ def _signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
-        for timer, kind in _sent_again:
-            if timer.is_alive():
-                raise kind
+        late.raise_waiting()
     finally:
-        for timer, _ in _sent_again:
-            timer.cancel()
-        _sent_again.clear()
+        late.forget()
         sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -6,7 +6,6 @@ it at most a partial file, which the next run sweeps away.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import errno
 import functools
@@ -16,17 +15,15 @@ import os
 import platform
 import re
 import shutil
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
+from writing import late
+
 PUT_ATTEMPTS = 10
-AGAIN_SECONDS = 0.05  # until a signal that came where nothing can be raised comes again
 DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 FILE_PRINT = re.compile(r"\d+ -?\d+ [0-9a-f]{64}")  # of a file in a folder's fingerprint
 SMALL_BYTES = 1 << 20  # 1 MiB: its sha256 takes a millisecond
@@ -274,7 +271,7 @@ def late_errors(path: Path) -> Iterator[io.FileIO]:
 
     It crashes, or goes on and tells nobody. Here it goes on; then the error is raised.
     """
-    with _Patient(path, "w+") as file, _not_within(_Patient.write.__code__):
+    with _Patient(path, "w+") as file, late.not_within(_Patient.write.__code__):
         try:
             yield file
         except Exception:
@@ -282,36 +279,6 @@ def late_errors(path: Path) -> Iterator[io.FileIO]:
                 raise
         if file.failed is not None:
             raise file.failed
-
-
-@contextlib.contextmanager
-def _not_within(code: CodeType) -> Iterator[None]:
-    """Ctrl-C and SIGTERM do not raise in a function that a library calls: they come again later."""
-    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-    waiting: list[tuple[threading.Timer, int]] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code is code:
-            timer = threading.Timer(AGAIN_SECONDS, _thread.interrupt_main, [number])
-            waiting.append((timer, number))
-            timer.start()
-        else:
-            handlers[number](number, frame)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if callable(handler := signal.getsignal(number)):
-                handlers[number] = handler
-                signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
-        for timer, sign in waiting:
-            if timer.is_alive():  # the library was through before
-                timer.cancel()
-                signal.raise_signal(sign)
 
 
 def sweep_work(folder: Path, name: str, but: Path | None = None) -> None:
