@@ -63,7 +63,7 @@ import pickle
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,55 +73,18 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from method import devices, maps, prediction, resume, states, uncertainty
-from method.layers import FeatureDropout, sliding_mean
+from method import devices, maps, prediction, reference, resume, states, uncertainty
+from method.attention import HEADS, WIDTH, BidirectionalAttention
+from method.layers import FeatureDropout, neighbourhoods
 from method.network import ALL, Network, disc_sums, run_batch, seed_torch
 from method.progress import Progress
 from method.section import Section, Split, read_section, split_spots
 from writing.progress import Bar
 
-WIDTH = Network.embedding_size  # D, 128 as published
-HEADS = 8  # as published
-
 
 # ------------------------------------------------------------------------------------------------
 # the networks
 # ------------------------------------------------------------------------------------------------
-class CrossAttention(nn.Module):
-    """Queries (B, Q, .) attend to keys (B, M, .) in several heads and come back as (B, Q, D)."""
-
-    def __init__(self, query_dim: int, key_dim: int, scale: float) -> None:
-        super().__init__()
-        self.query = nn.Linear(query_dim, WIDTH)
-        self.key = nn.Linear(key_dim, WIDTH)
-        self.value = nn.Linear(key_dim, WIDTH)
-        self.out = nn.Linear(WIDTH, WIDTH)
-        self.scale = scale
-
-    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        def heads(x: Tensor) -> Tensor:  # (B, M, D) -> (B, heads, M, D / heads)
-            return x.unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(1, 2)
-
-        q, k, v = heads(self.query(queries)), heads(self.key(keys)), heads(self.value(keys))
-        mixed = nnf.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class BidirectionalAttention(nn.Module):
-    """Tokens look at expression, expression at tokens, then the first at the second: (B, T, D)."""
-
-    def __init__(self, token_dim: int, expression_dim: int, scale: float) -> None:
-        super().__init__()
-        self.token_to_expression = CrossAttention(token_dim, expression_dim, scale)
-        self.expression_to_token = CrossAttention(expression_dim, token_dim, scale)
-        self.fuse = CrossAttention(WIDTH, WIDTH, scale)
-
-    def forward(self, tokens: Tensor, expression: Tensor) -> Tensor:
-        informed_tokens = self.token_to_expression(tokens, expression)  # (B, T, D)
-        informed_expression = self.expression_to_token(expression, tokens)  # (B, K, D)
-        return self.fuse(informed_tokens, informed_expression)
-
-
 class DefaultNetwork(Network):
     """Counts per superpixel: the interpolated expression times a factor that the network learns."""
 
@@ -163,7 +126,7 @@ class DefaultNetwork(Network):
         self.from_histology = nn.Sequential(
             nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(0.1), nn.Dropout(self.dropout)
         )
-        self.log_factor = nn.Linear(self.latent_size, n_genes)
+        self.log_factor = nn.Linear(DefaultNetwork.latent_size, n_genes)
         nn.init.zeros_(self.log_factor.weight)  # start from the base
         nn.init.zeros_(self.log_factor.bias)
         self.trust = nn.Parameter(torch.zeros(n_genes))  # before the sigmoid: starts at one half
@@ -184,12 +147,7 @@ class DefaultNetwork(Network):
         Without the halo, that is, with 2 * halo rows and columns less than ``tokens``.
         """
         x = (tokens - self.token_mean).div_(self.token_std)
-        views = []
-        for size in (1, *self.scales):
-            cut = self.halo - size // 2  # so that all scales end up on the same superpixels
-            part = x[:, cut : x.shape[1] - cut, cut : x.shape[2] - cut]
-            views.append(sliding_mean(sliding_mean(part, size, 1), size, 2))
-        return torch.cat(views, dim=-1)
+        return neighbourhoods(x, self.scales, self.halo)
 
     def embed_histology(self, views: Tensor) -> Tensor:
         """(..., 3 F) -> (..., D)."""
@@ -237,6 +195,43 @@ class DefaultNetwork(Network):
         """Squared error of the square roots of the disc's sum and the counts, (B, G)."""
         total = disc_sums(output, areas)
         return ((total + self.anscombe).sqrt() - (counts + self.anscombe).sqrt()).square()
+
+
+class TaughtNetwork(DefaultNetwork):
+    """The default with a reference, whose features are the last of every token.
+
+    The network takes them in like the others. Beyond that, the reference predicts the genes that it
+    knows, and each gene learns how far to follow it.
+    """
+
+    quick: ClassVar[tuple[str, ...]] = ("trust", "belief")
+    latent_size = DefaultNetwork.latent_size + reference.FEATURES
+    taught_weight: Tensor  # (G, R)
+    taught_bias: Tensor  # (G,)
+
+    def __init__(self, section: Section, train: np.ndarray) -> None:
+        super().__init__(section, train)
+        if section.taught is None:
+            raise ValueError("a section without a reference")
+        self.belief = nn.Parameter(torch.zeros(section.counts.shape[1]))
+        self.register_buffer("taught_weight", torch.from_numpy(section.taught.weight))
+        self.register_buffer("taught_bias", torch.from_numpy(section.taught.bias))
+
+    def embed_histology(self, views: Tensor) -> Tensor:
+        """(..., 3 (F + R)) -> (..., D + R): the reference's features as they are."""
+        last = slice(len(self.token_mean) - reference.FEATURES, len(self.token_mean))
+        features = views[..., last] * self.token_std[last] + self.token_mean[last]
+        return torch.cat([super().embed_histology(views), features], dim=-1)
+
+    def fuse(self, histology: Tensor, context: Tensor, offsets: Tensor) -> Tensor:
+        latent = super().fuse(histology[..., :WIDTH], context, offsets)
+        return torch.cat([latent, histology[..., WIDTH:]], dim=-1)
+
+    def decode(self, latent: Tensor, interpolated: Tensor, genes: slice = ALL) -> Tensor:
+        own, features = latent.split([DefaultNetwork.latent_size, reference.FEATURES], dim=-1)
+        told = nnf.linear(features, self.taught_weight[genes], self.taught_bias[genes])
+        told = told.clamp(-reference.MOST_LOG, reference.MOST_LOG)
+        return super().decode(own, interpolated, genes) * (self.belief[genes] * told).exp()
 
 
 class PublishedAffine(nn.Module):
@@ -318,6 +313,7 @@ class Preset:
     """A network, what it is given, and how it is trained and used."""
 
     network: type[Network]
+    with_reference: type[Network] | None = None  # the network that takes one; None: there is none
     context: int = 16  # HR points a patch sees; 12 ring the hole of a spot on a hexagonal lattice
     by_area: bool = True  # discs weighted by area and tissue; else counted in whole superpixels
     holds_out: bool = True  # each state leaves out a tenth of the spots, and a spot's own context
@@ -333,7 +329,7 @@ class Preset:
 
 
 PRESETS = {
-    "default": Preset(DefaultNetwork),
+    "default": Preset(DefaultNetwork, TaughtNetwork),
     "published": Preset(
         PublishedNetwork,
         context=5,
@@ -537,14 +533,17 @@ INPUTS = (
     utils.HE, utils.LOCS, utils.RADIUS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
     utils.FEATURES, utils.MASK,
 )  # fmt: skip
+OUTPUTS = (
+    utils.MAPS, utils.SPREAD, utils.EMBEDDINGS, utils.PLOTS, utils.HELD_OUT, utils.EXPECTED,
+)  # fmt: skip
 TRAINS = (
-    "HISTEX.py", "method/grid.py", "method/layers.py", "method/network.py", "method/progress.py",
-    "method/section.py",
+    "HISTEX.py", "method/attention.py", "method/grid.py", "method/layers.py", "method/network.py",
+    "method/progress.py", "method/reference.py", "method/section.py",
 )  # fmt: skip
 STATE_CODE = [utils.ROOT / file for file in TRAINS]  # a change in these trains states anew
 
 
-def find_preset(name: str, with_uncertainty: bool) -> Preset:
+def find_preset(name: str, with_uncertainty: bool, with_reference: bool) -> Preset:
     if name not in PRESETS:
         raise utils.StageError(
             f"--preset {name}: there is no such preset.", f"Choose one of {', '.join(PRESETS)}."
@@ -554,7 +553,15 @@ def find_preset(name: str, with_uncertainty: bool) -> Preset:
             f"--uncertainty is calibrated on held-out spots, and the {name} preset has none.",
             f"Leave out --uncertainty or --preset {name}.",
         )
-    return PRESETS[name]
+    preset = PRESETS[name]
+    if not with_reference:
+        return preset
+    if preset.with_reference is None:
+        raise utils.StageError(
+            f"The {name} preset has no network that takes a --reference.",
+            f"Leave out --reference or --preset {name}.",
+        )
+    return replace(preset, network=preset.with_reference)
 
 
 def check_space(
@@ -629,6 +636,7 @@ def predict_and_write(
         prior = training.preset.anchor_prior
         decoder = prediction.Decoder(passes, section, shown, prior, file, device)
         maps.write_genes(folders, work, genes, decoder, facts["r"], factors, files)
+    stage.retire(utils.EXPECTED)  # of maps by reference/predict.py
     if not args.uncertainty:
         stage.retire(utils.SPREAD)
     with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
@@ -642,14 +650,15 @@ def predict_and_write(
 def main(stage: utils.Stage) -> None:
     args = stage.args
     stage.require(*INPUTS)
-    stage.guard(utils.MAPS, utils.SPREAD, utils.EMBEDDINGS, utils.PLOTS, utils.HELD_OUT)
-    preset = find_preset(args.preset, args.uncertainty)
+    stage.guard(*OUTPUTS)
+    preset = find_preset(args.preset, args.uncertainty, args.reference is not None)
     training = Training(preset, args.epochs, args.seed, args.batch_size, args.learning_rate)
     with devices.ranks() as ranks:
         device = devices.resolve_device(args.device)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # matrix products in TF32
         section, spots, genes = read_section(stage, preset.context, preset.by_area)
+        about = args.reference and reference.join(stage, args.reference, section, genes, device)
         check_space(stage.directory, section, preset.network, args)
         print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
         size = " x ".join(map(str, section.tissue.shape))
@@ -668,24 +677,9 @@ def main(stage: utils.Stage) -> None:
     seconds["seconds_prediction"] = round(predicting, 2)
     facts = summarise(spots, genes, found["held_out"], found["r"])
     if args.uncertainty:
-        facts["coverage_of_90"] = report_coverage(stage, found["coverage"])
+        facts["coverage_of_90"] = uncertainty.report_coverage(stage, found["coverage"])
     facts["parts"] = states.files_of(args.n_states)
-    stage.finish(seed=args.seed, device=str(device), **facts, **seconds)
-
-
-def report_coverage(stage: utils.Stage, covered: float | None) -> float | None:
-    """Say how many held-out counts lie in their intervals."""
-    if covered is None:
-        stage.warn(
-            f"{utils.SPREAD.name} is not calibrated: in held-out spots hardly any gene is "
-            f"expected to have a count"
-        )
-    else:
-        print(
-            f"  intervals {covered:.0%} of held-out counts lie in a 90 % interval that was "
-            f"calibrated on other held-out spots"
-        )
-    return covered
+    stage.finish(seed=args.seed, device=str(device), reference=about, **facts, **seconds)
 
 
 def run(argv: list[str] | None = None) -> int:

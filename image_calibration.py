@@ -5,7 +5,8 @@
 Reads   he-raw.{jpg,png,tif,tiff}  8 or 16 bit; RGB, grey, palette or CMYK; a TIFF may be tiled,
                                    BigTIFF or a pyramid (first page)
         pixel-size-raw.txt         um per pixel of he-raw
-        locs-raw.csv               spot id, x (column), y (row), pixels of he-raw
+        locs-raw.csv               spot id, x (column), y (row), pixels of he-raw; with
+                                   --no-spots, none
         radius-raw.txt             optional: spot radius, pixels of he-raw; 27.5 um without it
 Writes  he.jpg                     RGB, padded on the right and below with white to multiples of
                                    224 px; he.png instead where a side is too long for a JPEG
@@ -50,6 +51,7 @@ def build_parser() -> cli.Parser:
         metavar="N",
         help="Refuse images of more than N million pixels, before or after calibration.",
     )
+    cli.add_no_spots(parser)
     return parser
 
 
@@ -299,8 +301,10 @@ def write_image(image: pyvips.Image, path: Path) -> None:
 
 
 def main(stage: utils.Stage) -> None:
-    stage.require(utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW)
-    stage.optional(utils.RADIUS_RAW)
+    stage.require(utils.HE_RAW, utils.PIXEL_SIZE_RAW)
+    if not stage.args.no_spots:
+        stage.require(utils.LOCS_RAW)
+        stage.optional(utils.RADIUS_RAW)
     stage.guard(utils.HE, utils.LOCS, utils.RADIUS, utils.PIXEL_SIZE)
 
     path = stage.path(utils.HE_RAW)
@@ -312,9 +316,10 @@ def main(stage: utils.Stage) -> None:
     raw = image.height, image.width
     shape = calibrated_shape(raw, pixel_size)
     check_size(stage, path, image, shape)
-    radius = read_radius(stage, pixel_size)
-    locs = tables.read_locs(stage, stage.path(utils.LOCS_RAW))
-    spots = check_spots(stage, locs, raw, pixel_size)
+    if not stage.args.no_spots:
+        radius = read_radius(stage, pixel_size)
+        locs = tables.read_locs(stage, stage.path(utils.LOCS_RAW))
+        spots = check_spots(stage, locs, raw, pixel_size)
     geometry = tell_geometry(path, pixel_size, raw, shape)
 
     stage.retire(utils.HE)  # of the other kind, if he.jpg gives way to he.png
@@ -323,12 +328,17 @@ def main(stage: utils.Stage) -> None:
         if converted:
             print(f"{path.name}: {converted}")
         write_image(pad(resize(rgb, shape)), partial)
+    with stage.writing(utils.PIXEL_SIZE) as partial:
+        partial.write_text(f"{utils.PIXEL_SIZE_UM}\n", encoding="utf-8")
+    if stage.args.no_spots:
+        stage.retire(utils.LOCS)
+        stage.retire(utils.RADIUS)
+        stage.finish(**geometry, converted=converted, spots=0, spots_inside=0)
+        return
     with stage.writing(utils.LOCS) as partial:
         scale_locs(spots, raw, shape).to_csv(partial, float_format="%.4f", lineterminator="\n")
     with stage.writing(utils.RADIUS) as partial:
         partial.write_text(f"{radius:.4f}\n", encoding="utf-8")
-    with stage.writing(utils.PIXEL_SIZE) as partial:
-        partial.write_text(f"{utils.PIXEL_SIZE_UM}\n", encoding="utf-8")
     stage.finish(**geometry, converted=converted, spots=len(locs), spots_inside=len(spots))
 
 

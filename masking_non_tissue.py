@@ -2,7 +2,8 @@
 
     python masking_non_tissue.py --directory data/section
 
-Reads   Histology_feature_map.npy, Histology_rgb.npy; he.jpg and locs.csv for the picture
+Reads   Histology_feature_map.npy, Histology_rgb.npy; he.jpg and, but for --no-spots, locs.csv for
+        the picture
 Writes  mask.png           8 bit (rows, columns), 255 tissue, 0 bare slide, a pixel per superpixel
         mask-overlay.png   the outline on the H&E, with the spots: look at it
 
@@ -39,6 +40,7 @@ def build_parser() -> cli.Parser:
         default=0,
         help="Seed of the random choice among the seeds.",
     )
+    cli.add_no_spots(parser)
     return parser
 
 
@@ -207,17 +209,21 @@ def find_tissue(stage: utils.Stage) -> np.ndarray:
 
 def main(stage: utils.Stage) -> None:
     stage.guard(utils.MASK, utils.MASK_OVERLAY)
-    stage.require(utils.HE, utils.LOCS)
-    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    stage.require(utils.HE)
+    locs = pd.DataFrame({"x": [], "y": []}, dtype=float)
+    if not stage.args.no_spots:
+        stage.require(utils.LOCS)
+        locs = tables.read_locs(stage, stage.path(utils.LOCS))
     picture = images.thumbnail(stage, stage.path(utils.HE), OVERLAY_PX)
     if stage.kept_by_user(utils.MASK):
         stage.use(stage.path(utils.MASK))
         mask = images.read_mask(stage, images.grid_shape(stage))
     else:
         mask = find_tissue(stage)
-    covered = spots_inside(mask, locs).mean()
-    print(f"tissue: {mask.mean():.1%} of the image, under {covered:.1%} of {len(locs)} spots")
-    if covered < 0.5:
+    covered = float(spots_inside(mask, locs).mean()) if len(locs) else None
+    under = "" if covered is None else f", under {covered:.1%} of {len(locs)} spots"
+    print(f"tissue: {mask.mean():.1%} of the image{under}")
+    if covered is not None and covered < 0.5:
         print(f"Fewer than half of the spots are on tissue: look at {utils.MASK_OVERLAY.name}.")
     elif mask.all():
         print("The whole image is tissue; if it has bare slide, edit the mask.")
@@ -228,7 +234,8 @@ def main(stage: utils.Stage) -> None:
     with stage.writing(utils.MASK_OVERLAY) as partial:
         Image.fromarray(draw_overlay(picture, mask, locs)).save(partial)
     stage.finish(
-        tissue_share=round(float(mask.mean()), 4), spots_on_tissue=round(float(covered), 4)
+        tissue_share=round(float(mask.mean()), 4),
+        spots_on_tissue=None if covered is None else round(covered, 4),
     )
 
 

@@ -50,6 +50,7 @@ HIGH_RESOLUTION = "get_HR.py"
 EXTRACTOR = "Histology_Extractor.py"
 MASKING = "masking_non_tissue.py"
 HISTEX = "HISTEX.py"
+PREDICTION = "reference/predict.py"  # writes what HISTEX.py does, without spots
 STAGES = (CALIBRATION, HIGH_RESOLUTION, EXTRACTOR, MASKING, HISTEX)
 ARTIFACTS: dict[str, Artifact] = {}  # file name -> artifact, of every one that is defined
 
@@ -120,6 +121,9 @@ EMBEDDINGS = Artifact(
 PLOTS = Artifact(("cnts-super-plots",), HISTEX, "PNG maps of the best explained genes")
 HELD_OUT = Artifact(
     ("held-out-r.csv",), HISTEX, "gene, correlation with the counts of held-out spots"
+)
+EXPECTED = Artifact(
+    ("expected-r.csv",), HISTEX, "gene, correlation to expect of maps from histology alone"
 )
 
 NOT_FORCED = {*GENE_NAMES.names, *STATES.names}  # --force does not replace them
@@ -226,8 +230,10 @@ class Stage:
         if script != self.script:  # not by read_record, whose own messages name a command
             with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
                 text = (self.directory / record_name(script)).read_text(encoding="utf-8")
-                found = json.loads(text)["options"]
-                options = [str(option) for option in found] if isinstance(found, list) else []
+                found = json.loads(text)
+                options = [*map(str, found["options"])] if type(found["options"]) is list else []
+                if script == HISTEX and found["script"] == PREDICTION:
+                    script = PREDICTION
         words = ["python", script, "--directory", str(self.directory), *options]
         return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
@@ -285,6 +291,8 @@ class Stage:
                     if artifact.made_by
                     else f"It is a file you provide. Add it, then run: {self.command(self.script)}"
                 )
+                if artifact.made_by == CALIBRATION and origin.endswith(" --no-spots"):
+                    origin = f"The section came with --no-spots; {self.script} needs them."
                 names = " or ".join(artifact.names)
                 raise StageError(
                     f"{(folder or self.directory) / artifact.name} is missing: {self.script} needs "
@@ -597,7 +605,9 @@ class Stage:
 
 
 def record_name(script: str) -> str:
-    """Of a script; those of prepare/ write the same files and share one record."""
+    """Of a script; those that write the same files share one record."""
+    if script == PREDICTION:
+        return record_name(HISTEX)
     return "prepare.json" if script.startswith("prepare/") else f"{Path(script).stem}.json"
 
 

@@ -105,7 +105,14 @@ import numpy as np
 
 from analysis import files  # noqa: F401  (names the files of the other scripts)
 from analysis.formats.mapset import MapSet
-from analysis.inputs import choose_genes, map_files, read_first_map, read_held_out, read_sizes
+from analysis.inputs import (
+    choose_genes,
+    map_files,
+    read_first_map,
+    read_held_out,
+    read_sizes,
+    scores_of,
+)
 
 
 class Writer(Protocol):
@@ -176,7 +183,7 @@ def read_maps(stage: utils.Stage) -> MapSet:
     stage.require(*FORMATS[args.format].inputs, utils.MAPS)
     known = map_files(directory)
     if args.n_genes:
-        stage.require(utils.HELD_OUT)
+        stage.require(scores_of(stage))
     held_out = read_held_out(stage) if args.n_genes else None
     genes = choose_genes(list(known), held_out, args.genes, args.n_genes or len(known))
     chosen = {gene: known[gene] for gene in genes}

@@ -350,21 +350,34 @@ def read_embedding(stage: utils.Stage) -> np.ndarray:
     return found.astype(np.float32, copy=False)
 
 
+def scores_of(stage: utils.Stage) -> utils.Artifact:
+    """The table that tells how good each map is: of maps from histology alone, what to expect."""
+    alone = stage.find(utils.HELD_OUT) is None and stage.find(utils.EXPECTED) is not None
+    return utils.EXPECTED if alone else utils.HELD_OUT
+
+
 def read_held_out(stage: utils.Stage) -> pd.Series | None:
-    """Correlation with held-out spots by gene, if it is known."""
-    path = stage.find(utils.HELD_OUT)
-    note_inputs(stage, utils.HELD_OUT)
+    """Correlation with held-out spots by gene, if it is known; its name says what it is.
+
+    Of maps from histology alone, the correlation to expect at 32 um.
+    """
+    artifact = scores_of(stage)
+    column, name = ("held_out_r", "held-out r")
+    if artifact is utils.EXPECTED:
+        column, name = ("expected_r_32um", "expected r")
+    path = stage.find(artifact)
+    note_inputs(stage, artifact)
     if path is None:
         return None
 
     def refuse(problem: str) -> utils.StageError:
-        return stage.error(path, f"is no table of gene and held_out_r: it {problem}")
+        return stage.error(path, f"is no table of gene and {column}: it {problem}")
 
-    table = sheets.read_sheet(path, ["gene", "held_out_r"], refuse)
+    table = sheets.read_sheet(path, ["gene", column], refuse)
     if repeated := utils.duplicates(table["gene"]):
         raise refuse(f"names {utils.some(repeated)} more than once.")
-    r = sheets.numbers_in(table, "held_out_r", refuse, LARGEST_R)
-    return r.set_axis(pd.Index(table["gene"]))
+    r = sheets.numbers_in(table, column, refuse, LARGEST_R)
+    return r.set_axis(pd.Index(table["gene"])).rename(name)
 
 
 def choose_genes(

@@ -117,7 +117,7 @@ def facts_of(content: PageContent) -> list[tuple[str, str]]:
     facts.append(("grid", f"{rows} by {columns} of {utils.SUPERPIXEL_UM:g} µm"))
     facts.append(("tissue", f"{tissue * SUPERPIXEL_MM2:.2f} mm²"))
     if content.held_out is not None:
-        facts.append(("median held-out r", number_text(content.held_out.median())))
+        facts.append((f"median {content.held_out.name}", number_text(content.held_out.median())))
     if utils.HISTEX in content.records:
         facts.append(("maps made", str(content.records[utils.HISTEX].get("ended"))[:10]))
     return facts
@@ -149,8 +149,9 @@ def describe_held_out(content: PageContent) -> tuple[dict[str, Any], list[float 
     low, middle, high = known.quantile([0.1, 0.5, 0.9])
     text = f"{len(known)} genes: median {middle:.2f}, 10 to 90 % from {low:.2f} to {high:.2f}."
     chart, axes = draw_histogram(
-        "held-out", "Held-out correlation of all genes", text, known.to_numpy(), BIN,
-        ("held-out r", "genes"),
+        "held-out", f"{str(known.name)[:-2].capitalize()} correlation of all genes", text,
+        known.to_numpy(), BIN,
+        (str(known.name), "genes"),
     )  # fmt: skip
     rows = [(gene, number_text(r, ".3f")) for gene, r in known.sort_values(ascending=False).items()]
     rows += [(gene, "unknown") for gene in content.held_out.index[content.held_out.isna()]]

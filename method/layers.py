@@ -29,3 +29,16 @@ def sliding_mean(x: Tensor, size: int, dim: int) -> Tensor:
         following = x.narrow(dim, start, n)
         total = total + following if start == 1 else total.add_(following)
     return total if size == 1 else total.div_(size)
+
+
+def neighbourhoods(x: Tensor, scales: tuple[int, ...], halo: int) -> Tensor:
+    """Tokens and their means over squares of these sides: (B, rows, columns, F (1 + scales)).
+
+    Of x (B, rows + 2 halo, columns + 2 halo, F); the halo is half of the largest scale.
+    """
+    views = []
+    for size in (1, *scales):
+        cut = halo - size // 2  # so that all scales end up on the same superpixels
+        part = x[:, cut : x.shape[1] - cut, cut : x.shape[2] - cut]
+        views.append(sliding_mean(sliding_mean(part, size, 1), size, 2))
+    return torch.cat(views, dim=-1)

@@ -8,6 +8,7 @@ import shutil
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -16,7 +17,6 @@ from PIL import Image
 
 import utils
 from method import resume
-from method.prediction import Decoder
 from writing.progress import Bar
 
 PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90
@@ -33,10 +33,23 @@ class MapFiles:
     dtype: str
     n_plots: int
     with_sd: bool
+    score: str = "held-out r"  # by which genes are chosen for pictures, as these call it
 
     @property
     def folders(self) -> list[utils.Artifact]:
         return [utils.MAPS, utils.PLOTS, *[utils.SPREAD] * self.with_sd]
+
+
+class Source(Protocol):
+    """Where maps come from, some genes at a time; ``shown`` (h, w) bool has the M superpixels."""
+
+    shown: np.ndarray
+
+    def blocks(self) -> list[slice]:
+        """All genes in parts."""
+
+    def maps(self, genes: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        """Counts (G', M) of a part, and their relative spread, if it is known."""
 
 
 def file_names(genes: list[str], suffix: str) -> dict[str, str]:
@@ -116,45 +129,45 @@ def write_genes(
     folders: dict[utils.Artifact, Path],
     work: Path,
     genes: list[str],
-    decoder: Decoder,
+    source: Source,
     r: np.ndarray,
     factors: np.ndarray,
     files: MapFiles,
 ) -> None:
     """Write the maps, their standard deviations and pictures, some genes at a time.
 
-    ``r`` (G,) is the held-out correlation, by which genes are chosen for pictures; ``factors`` (G,)
-    turn relative spread into relative standard deviation. What is finished also gets a name in the
-    folder ``work``, from which a run that was cut off goes on.
+    By ``r`` (G,), the held-out correlation or another score, genes are chosen for pictures;
+    ``factors`` (G,) turn relative spread into relative standard deviation. What is finished also
+    gets a name in the folder ``work``, from which a run that was cut off goes on.
     """
     names = file_names(genes, f".{files.format}")
     best = np.argsort(-np.nan_to_num(r, nan=-2), kind="stable")[: files.n_plots].tolist()
     pictures = file_names([genes[i] for i in best], ".png")
     for folder in folders.values():
         folder.mkdir()
-    for block in Bar(decoder.blocks(), "blocks of genes"):
+    for block in Bar(source.blocks(), "blocks of genes"):
         numbers = range(len(genes))[block]
         finished = [(utils.PLOTS, pictures[genes[i]]) for i in numbers if i in best]
         for artifact in folders.keys() - {utils.PLOTS}:
             finished += [(artifact, names[genes[i]]) for i in numbers]
         if resume.take_finished(work, folders, finished):
             continue
-        maps, spread = decoder.maps(block)
+        maps, spread = source.maps(block)
         for row, i in enumerate(numbers):
-            values = np.full(decoder.shown.shape, np.nan, np.float32)
+            values = np.full(source.shown.shape, np.nan, np.float32)
             if spread is not None:
-                values[decoder.shown] = maps[row] * spread[row] * factors[i]
+                values[source.shown] = maps[row] * spread[row] * factors[i]
                 write_map(folders[utils.SPREAD] / names[genes[i]], values, files.dtype)
-            values[decoder.shown] = maps[row]
+            values[source.shown] = maps[row]
             write_map(folders[utils.MAPS] / names[genes[i]], values, files.dtype)
             if i in best:
-                title = genes[i] if np.isnan(r[i]) else f"{genes[i]} (held-out r {r[i]:.2f})"
+                title = genes[i] if np.isnan(r[i]) else f"{genes[i]} ({files.score} {r[i]:.2f})"
                 picture = Image.fromarray(draw_map(values, title))
                 picture.save(folders[utils.PLOTS] / pictures[genes[i]])
         resume.keep_finished(work, folders, finished)
     for artifact in folders.keys() - {utils.PLOTS}:
         write_index(folders[artifact], names)
-        n_bytes = 4 * decoder.shown.size  # of a map in float32, without its header
+        n_bytes = 4 * source.shown.size  # of a map in float32, without its header
         paths = [folders[artifact] / name for name in names.values()]
         wide = sum(path.stat().st_size >= n_bytes for path in paths)
         if wide and files.dtype != "float32":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from reading import cli
 
 
@@ -28,6 +30,13 @@ def parser(doc: str) -> cli.Parser:
         "published method.",
     )
     option(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="What sections of known truth taught, a file of reference/learn.py: the network sees "
+        "its features beside the tokens.",
+    )
+    option(
         "--seed",
         type=cli.not_negative,
         default=0,
@@ -44,6 +53,20 @@ def parser(doc: str) -> cli.Parser:
         help="Step size of the training (default: the preset's).",
     )
     option(
+        "--uncertainty",
+        action="store_true",
+        help="Also write the standard deviation of every map, over states and dropouts, calibrated "
+        "on held-out spots. Prediction then takes about five times as long.",
+    )
+    option("--keep-background", action="store_true", help="Predict outside the tissue as well.")
+    add_maps(parser)
+    return parser
+
+
+def add_maps(parser: cli.Parser) -> None:
+    """How maps are written."""
+    option = parser.add_argument
+    option(
         "--map-format", choices=("pickle", "npy"), default="pickle", help="File format of the maps."
     )
     option(
@@ -52,12 +75,4 @@ def parser(doc: str) -> cli.Parser:
         default="float32",
         help="Number format of the maps; float16 needs half the space and keeps three digits.",
     )
-    option(
-        "--uncertainty",
-        action="store_true",
-        help="Also write the standard deviation of every map, over states and dropouts, calibrated "
-        "on held-out spots. Prediction then takes about five times as long.",
-    )
-    option("--keep-background", action="store_true", help="Predict outside the tissue as well.")
     option("--n-plots", type=cli.not_negative, default=12, help="Number of genes to draw.")
-    return parser

@@ -26,6 +26,17 @@ FOLDS = 10  # every state holds out another tenth of the spots
 MIN_SPOTS = 4
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What a reference predicts from its R features, which are the last of a token.
+
+    The logarithm of a gene's counts over its mean in the section is ``weight`` @ features + bias.
+    """
+
+    weight: np.ndarray  # (G, R) float32, 0 for a gene that the reference does not know
+    bias: np.ndarray  # (G,) float32, likewise
+
+
 @dataclass
 class Section:
     """All arrays of one sample; places are (row, col) in superpixels."""
@@ -40,6 +51,7 @@ class Section:
     radius: float  # of a spot, in superpixels
     context: int  # K
     by_area: bool  # discs weighted by area and tissue (default), or counted in whole superpixels
+    taught: Taught | None = None  # by a reference
 
     def __post_init__(self) -> None:
         self.half = math.ceil(self.radius) if self.by_area else math.floor(self.radius)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import utils
 from method.network import Pass, disc_sums, run_batch
 from method.section import Section
 from method.states import State
@@ -116,3 +117,18 @@ def calibrate_spread(
     inside = np.concatenate(parts)
     covered = round(float(inside.mean()), 4) if len(inside) else None
     return fit_spread(measured, predicted, spread), covered
+
+
+def report_coverage(stage: utils.Stage, covered: float | None) -> float | None:
+    """Say how many held-out counts lie in their intervals."""
+    if covered is None:
+        stage.warn(
+            f"{utils.SPREAD.name} is not calibrated: in held-out spots hardly any gene is "
+            f"expected to have a count"
+        )
+    else:
+        print(
+            f"  intervals {covered:.0%} of held-out counts lie in a 90 % interval that was "
+            f"calibrated on other held-out spots"
+        )
+    return covered

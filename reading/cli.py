@@ -130,6 +130,14 @@ above_0 = number(float, lambda x: 0 < x < math.inf, "a number above 0")
 from_0 = number(float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
 
 
+def add_no_spots(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-spots",
+        action="store_true",
+        help="The section has no spots: maps come from the H&E alone, by reference/predict.py.",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="Where to compute: auto, cpu, cuda, cuda:N or mps."

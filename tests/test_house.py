@@ -18,10 +18,11 @@ ROOMS = {  # a room and those below it, from which it may import
     "stages": FLOOR,
     "prepare": FLOOR,
     "analysis": FLOOR,
+    "reference": FLOOR | {"analysis"},
     "demo": FLOOR | {"analysis"},
     "benchmarks": FLOOR | {"stages", "prepare", "analysis", "demo"},
 }
-WINGS = ("prepare", "analysis")  # whose scripts stand alone
+WINGS = ("prepare", "analysis", "reference")  # whose scripts stand alone
 SLOW = (
     "torch", "numpy", "pandas", "scipy", "cv2", "PIL", "matplotlib", "h5py", "pyarrow", "pyvips",
 )  # fmt: skip

@@ -104,7 +104,8 @@ def gene_table(source: MapSet) -> pd.DataFrame:
     table = pd.DataFrame(index=pd.Index(source.genes, dtype=object))
     held_out = inputs.read_held_out(source.stage)
     if held_out is not None:
-        table["held_out_r"] = held_out.reindex(source.genes).to_numpy(np.float64)
+        column = str(held_out.name).replace("-", "_").replace(" ", "_")
+        table[column] = held_out.reindex(source.genes).to_numpy(np.float64)
     return table
 
 

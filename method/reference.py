@@ -1,0 +1,228 @@
+"""A reference: what sections of known truth taught about the look of superpixels.
+
+It is a small network from tokens to the expression of superpixels, learned where the expression of
+every superpixel is known (reference/learn.py). On another section it gives each superpixel
+FEATURES values that tell what such tissue expresses, and a prediction from histology alone.
+
+Letters in shapes: B patches, F token features, G genes, R features of the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+import utils
+from method.layers import neighbourhoods
+from method.network import ALL
+from method.section import Section, Taught, to_device, token_statistics
+from reading import arrays
+
+FORMAT = "HISTEX reference 1"
+FEATURES = 96  # R
+HIDDEN = 128
+SCALES, HALO = (3, 9), 4  # superpixels: a superpixel, and its surroundings of 24 and 72 um
+DROPOUT = 0.2
+MOST_LOG = 6.0  # of the ratio of a superpixel to its section's mean, 400-fold
+STRIP_BYTES = 64_000_000  # of the views that are encoded at a time
+EXPECTED = ("expected_r_8um", "expected_r_32um")
+
+
+class Encoder(nn.Module):
+    """Standardised tokens to features of superpixels, and these to expression.
+
+    Expression is the logarithm of counts relative to the mean of the section, so that the depth of
+    a section and the platform play no part.
+    """
+
+    def __init__(self, n_tokens: int, n_genes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Dropout(DROPOUT),
+            nn.Linear(n_tokens * (1 + len(SCALES)), HIDDEN),
+            nn.LeakyReLU(0.1),
+            nn.LayerNorm(HIDDEN),
+            nn.Dropout(DROPOUT),
+            nn.Linear(HIDDEN, FEATURES),
+            nn.LeakyReLU(0.1),
+            nn.LayerNorm(FEATURES),
+        )
+        self.drop = nn.Dropout(DROPOUT)
+        self.head = nn.Linear(FEATURES, n_genes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Standardised tokens (B, rows, columns, F) with the halo to (B, ..., R) without it."""
+        return self.body(neighbourhoods(tokens, SCALES, HALO))
+
+    def decode(self, features: Tensor, genes: Tensor | slice = ALL) -> Tensor:
+        """Logarithms (..., G) of counts over the mean of their gene, of features (..., R)."""
+        weight, bias = self.head.weight[genes], self.head.bias[genes]
+        return nnf.linear(self.drop(features), weight, bias).clamp(-MOST_LOG, MOST_LOG)
+
+    def forward(self, tokens: Tensor, genes: Tensor | slice = ALL) -> Tensor:
+        """Logarithms (B, rows, columns, G) of tokens with the halo."""
+        return self.decode(self.features(tokens), genes)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A file of reference/learn.py."""
+
+    encoder: Encoder
+    genes: list[str]
+    rates: np.ndarray  # (G,) mean counts per superpixel of its sections
+    expected_r: dict[str, np.ndarray]  # (G,) where it was scored, at 8 and at 32 um; NaN: unknown
+    facts: dict[str, Any]  # backbone, weights_sha256, sections, scores
+
+    def taught(self, genes: list[str]) -> Taught:
+        """Its prediction of the genes of a section; of those it does not know, nothing."""
+        weight = np.zeros((len(genes), FEATURES), np.float32)
+        bias = np.zeros(len(genes), np.float32)
+        number = {gene: i for i, gene in enumerate(self.genes)}
+        here = [i for i, gene in enumerate(genes) if gene in number]
+        there = [number[genes[i]] for i in here]
+        weight[here] = self.encoder.head.weight.detach().numpy()[there]
+        bias[here] = self.encoder.head.bias.detach().numpy()[there]
+        return Taught(weight, bias)
+
+    def about(self, stage: utils.Stage, path: Path) -> dict[str, Any]:
+        """For the record of a section; says if the reference knows the truth of this very one."""
+        names = [section["name"] for section in self.facts["sections"]]
+        tokens = stage.inputs[utils.FEATURES.name]["sha256"]
+        own = tokens in [section["tokens_sha256"] for section in self.facts["sections"]]
+        if own:
+            stage.warn(
+                f"{path.name} was learned from this section, too: scores of its maps against "
+                "its truth say nothing"
+            )
+        return {"file": path.name, "sections": names, "knows_this_section": own}
+
+
+# ------------------------------------------------------------------------------------------------
+# the file
+# ------------------------------------------------------------------------------------------------
+def backbone_of(stage: utils.Stage) -> dict[str, str]:
+    """Name and sha256 of the network that made the tokens of a sample, by the record."""
+    record = utils.read_record(stage, utils.EXTRACTOR) or {}
+    known = {key: record.get(key) for key in ("backbone", "weights_sha256")}
+    if not all(isinstance(value, str) for value in known.values()):
+        raise stage.error(
+            stage.directory / utils.record_name(utils.EXTRACTOR),
+            "does not tell which network made the tokens.",
+            f"Run: {stage.command(utils.EXTRACTOR)} --force",
+        )
+    return {key: str(value) for key, value in known.items()}
+
+
+def write_reference(path: Path, reference: Reference) -> None:
+    tensors = dict(reference.encoder.state_dict())
+    tensors |= {"rates": torch.from_numpy(reference.rates)}
+    tensors |= {name: torch.from_numpy(r) for name, r in reference.expected_r.items()}
+    about = json.dumps({"format": FORMAT, "genes": reference.genes, **reference.facts})
+    safetensors.torch.save_file(tensors, path, {"histex": about})
+
+
+def read_reference(path: Path, backbone: dict[str, str]) -> Reference:
+    """The reference in a file, for tokens of this backbone."""
+    remedy = "Give a file that reference/learn.py wrote: --reference FILE"
+    if not path.is_file():
+        raise utils.StageError(f"--reference {path} is not a file.", remedy)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["histex"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if facts.pop("format") != FORMAT:
+            raise ValueError("of another format")
+        genes = [str(gene) for gene in facts.pop("genes")]
+        n_tokens = tensors["body.1.weight"].shape[1] // (1 + len(SCALES))
+        encoder = Encoder(n_tokens, len(genes))
+        kept = {name: tensors.pop(name) for name in ("rates", *EXPECTED)}
+        if any(tensor.shape != (len(genes),) for tensor in kept.values()):
+            raise ValueError("genes and values differ in number")
+        encoder.load_state_dict(tensors)
+        if not all(torch.isfinite(tensor).all() for tensor in (*tensors.values(), kept["rates"])):
+            raise ValueError("values that are not finite")
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes can raise nearly anything
+        raise utils.StageError(
+            f"--reference {path} is damaged or no reference ({error!r:.200}).", remedy
+        ) from error
+    theirs = {key: str(facts.get(key)) for key in backbone}
+    if theirs != backbone:
+        raise utils.StageError(
+            f"--reference {path} was learned from tokens of {described(theirs)}; the tokens here "
+            f"are of {described(backbone)}.",
+            "Learn a reference from sections with the tokens of this network: python "
+            "reference/learn.py --sections DIR ... --output FILE",
+        )
+    arrays_ = {name: tensor.numpy() for name, tensor in kept.items()}
+    rates = arrays_.pop("rates")
+    return Reference(encoder.eval(), genes, rates, arrays_, facts)
+
+
+def described(backbone: dict[str, str]) -> str:
+    return f"{backbone['backbone']} (weights {backbone['weights_sha256'][:12]})"
+
+
+# ------------------------------------------------------------------------------------------------
+# its features of a section
+# ------------------------------------------------------------------------------------------------
+def encoded_rows(
+    encoder: Encoder, tokens: np.ndarray, tissue: np.ndarray, device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """Go down the map and yield (rows, features (rows, w, R)) of tokens (h, w, F)."""
+    (h, w), mean_std = tissue.shape, token_statistics(tokens, tissue)
+    mean, std = (to_device(values, device) for values in mean_std)
+    columns = np.arange(-HALO, w + HALO).clip(0, w - 1)
+    bytes_a_row = 4 * len(columns) * tokens.shape[-1] * (2 + len(SCALES))
+    step = max(1, STRIP_BYTES // bytes_a_row)
+    encoder = encoder.to(device).eval()
+    with torch.inference_mode():
+        for top in range(0, h, step):
+            bottom = min(top + step, h)
+            rows = np.arange(top - HALO, bottom + HALO).clip(0, h - 1)
+            block = arrays.some_rows(tokens, rows[0], rows[-1] + 1)
+            part = block[np.ix_(rows - rows[0], columns)]
+            x = to_device(part, device).float()[None]
+            yield slice(top, bottom), encoder.features((x - mean).div_(std))[0]
+
+
+def join(
+    stage: utils.Stage, path: Path, section: Section, genes: list[str], device: torch.device
+) -> dict[str, Any]:
+    """Put the features of the reference in a file behind those of the section's tokens.
+
+    Both lie in a file without a name, which is gone when the process ends. Returns what the record
+    tells of the reference.
+    """
+    reference = read_reference(path, backbone_of(stage))
+    known = len(set(genes) & set(reference.genes))
+    print(
+        f"{path.name}: learned from {len(reference.facts['sections'])} sections, knows {known} of "
+        f"the {len(genes)} genes"
+    )
+    tokens, n = section.tokens, section.tokens.shape[-1]
+    need = tokens.nbytes // n * (n + FEATURES)
+    utils.check_disk(stage.directory, need, "the tokens with the features of the reference")
+    with tempfile.TemporaryFile(dir=stage.directory) as file:
+        both = np.memmap(file, np.float16, "w+", shape=(*section.tissue.shape, n + FEATURES))
+    for rows, features in encoded_rows(reference.encoder, tokens, section.tissue, device):
+        both[rows, :, :n] = arrays.some_rows(tokens, rows.start, rows.stop)
+        both[rows, :, n:] = features.cpu().numpy()
+    section.tokens = both
+    section.taught = reference.taught(genes)
+    return reference.about(stage, path) | {"genes_known": known}

@@ -1,0 +1,322 @@
+"""Learn a reference: what superpixels express, from sections where that is known.
+
+    python reference/learn.py --sections data/east data/south --output kidney.safetensors
+
+A section of Visium HD or Xenium tells the expression of every superpixel, one of Visium only the
+sums over spots. Whoever has one of the first kind can teach the look of its superpixels to the
+maps of the second: HISTEX.py --reference kidney.safetensors. Without any spot, reference/predict.py
+makes maps from the H&E alone.
+
+The sections need the tokens of one and the same network. Their genes may overlap in part: a gene is
+learned from the sections that have it. Tokens are standardised within each section, and expression
+is relative to the section's mean, so that stain and depth matter less.
+
+What is learned: a small network from a token and the means of its surroundings (24 and 72 um) to 96
+features, and from these to the logarithm of every gene's counts. The loss is Poisson's. One block
+in six (256 um wide) of the sections with truth trains nothing; it chooses the epoch, for left-out
+spots do not show what superpixels gain. With two or more sections with truth, each is also left
+out as a whole: what the others' reference tells of it is what a new section may expect, and is
+printed and kept gene by gene.
+
+Reads   of every section, after the first four scripts: Histology_feature_map.npy, mask.png,
+        he.jpg, Histology_Extractor.json, and truth.npz (prepare/visium_hd.py, prepare/xenium.py);
+        without a truth, HRlocs.csv, HRcnts.npy, gene-names.txt, locs.csv and radius.txt
+Writes  --output, a .safetensors file with its genes, sections and scores; learn.json beside it
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from reading import cli
+
+SCRIPT = "reference/learn.py"
+ENDING = ".safetensors"
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    option = parser.add_argument
+    option(
+        "--sections",
+        nargs="+",
+        type=cli.sample_directory,
+        required=True,
+        metavar="DIR",
+        help="Folders of samples to learn from; one at least has a truth.npz.",
+    )
+    option("--output", type=Path, required=True, help=f"File to write, FILE{ENDING}.")
+    option("--epochs", type=cli.positive, default=15, help="Passes over the sections.")
+    option("--seed", type=cli.not_negative, default=0, help="Of the start and of what is left out.")
+    cli.add_device(parser)
+    cli.add_force(parser)
+    parser.set_defaults(directory=Path(), allow_stale=False)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
+
+import argparse
+import copy
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis import inputs
+from method import devices, reference
+from method.network import seed_torch
+from method.reference import Encoder, Reference
+from reference import lessons
+from reference.lessons import Lesson
+from writing import disk
+from writing.progress import Bar
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
+WARMING = 0.1  # share of the steps in which the step size rises; then it falls as a cosine
+
+
+def step_size(done: float) -> float:
+    """By the share of the training that is done, 0 to 1."""
+    if done < WARMING:
+        return LEARNING_RATE * (0.05 + 0.95 * done / WARMING)
+    return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (done - WARMING) / (1 - WARMING)))
+
+
+def columns_of(sections: list[Lesson], genes: list[str]) -> dict[Path, Tensor]:
+    number = {gene: i for i, gene in enumerate(genes)}
+    return {s.directory: torch.tensor([number[gene] for gene in s.genes]) for s in sections}
+
+
+def score_left_out(
+    encoder: Encoder, sections: list[Lesson], columns: dict[Path, Tensor], device: torch.device
+) -> float:
+    """Mean loss in the left-out blocks."""
+    encoder.eval()
+    total, n = 0.0, 0
+    with torch.inference_mode():
+        for lesson in sections:
+            if lesson.truth is None:
+                continue
+            for step in lessons.truth_steps(lesson, lesson.left_out):
+                size = int(step.counted.sum()) if step.counted is not None else 0
+                if size:
+                    total += size * float(lessons.loss_of(encoder, step, columns, device))
+                    n += size
+    return total / max(n, 1)
+
+
+def learn(
+    sections: list[Lesson],
+    genes: list[str],
+    args: argparse.Namespace,
+    device: torch.device,
+    what: str,
+) -> Encoder:
+    """The encoder of the epoch that tells most of the left-out blocks."""
+    epochs, seed = args.epochs, args.seed
+    seed_torch(seed)
+    encoder = Encoder(sections[0].tokens.shape[-1], len(genes)).to(device)
+    optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=WEIGHT_DECAY)
+    columns, best, lowest = columns_of(sections, genes), encoder.state_dict(), math.inf
+    bar: Bar[None] = Bar((), f"epochs, {what}", epochs)
+    for epoch in range(epochs):
+        rng = np.random.default_rng([seed, epoch])
+        steps = [lessons.steps_of(lesson, rng) for lesson in sections]
+        n = sum(map(len, steps))
+        encoder.train()
+        for i, step in enumerate(lessons.batches(steps, rng)):
+            for group in optimizer.param_groups:
+                group["lr"] = step_size((epoch + i / n) / epochs)
+            loss = lessons.loss_of(encoder, step, columns, device)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        found = score_left_out(encoder, sections, columns, device)
+        bar.update(left_out=found)
+        if found < lowest:
+            lowest, best = found, copy.deepcopy(encoder.state_dict())
+    bar.close()
+    encoder.load_state_dict(best)
+    return encoder.eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# what it tells of sections it does not know
+# ------------------------------------------------------------------------------------------------
+Scores = dict[str, dict[str, np.ndarray]]  # map -> size -> r (G,)
+
+
+def score_section(
+    encoder: Encoder, lesson: Lesson, genes: list[str], where: np.ndarray, device: torch.device
+) -> tuple[list[str], Scores]:
+    """The genes that the encoder knows of a section, and their r ``where`` (h, w) it is scored."""
+    known = [gene for gene in lesson.genes if gene in set(genes)]
+    if lesson.truth is None or not known:
+        return [], {}
+    truth = inputs.select_genes(lesson.truth, known)
+    number = {gene: i for i, gene in enumerate(genes)}
+    maps = {
+        "reference": lessons.predict(
+            encoder, lesson, torch.tensor([number[gene] for gene in known]), device
+        )
+    }
+    if (linear := lessons.linear_of(lesson, known, truth.tissue.shape)) is not None:
+        maps["linear"] = linear
+    return known, lessons.correlations(truth, maps, where)
+
+
+def medians(found: Scores, name: str) -> str:
+    """r at both sizes as text, the median over genes."""
+    if name not in found:
+        return "none"
+    return " / ".join(f"{np.nanmedian(r):.3f}" for r in found[name].values())
+
+
+def leave_sections_out(
+    sections: list[Lesson], args: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
+    """What the others tell of each section with truth: r by size and gene, and a row a section."""
+    by_gene: dict[str, dict[str, list[float]]] = {size: {} for size in lessons.SIZES}
+    rows = []
+    for left_out in (lesson for lesson in sections if lesson.truth is not None):
+        others = [lesson for lesson in sections if lesson is not left_out]
+        if not any(lesson.truth is not None for lesson in others):
+            continue
+        genes, name = genes_of(others), left_out.directory.name
+        encoder = learn(others, genes, args, device, f"without {name}")
+        known, found = score_section(encoder, left_out, genes, left_out.tissue, device)
+        if not known:
+            print(f"{name}: has no gene in common with the other sections")
+            continue
+        alone, linear = medians(found, "reference"), medians(found, "linear")
+        print(
+            f"{name}, by the reference of the other sections: r at 8 / 32 um {alone} over "
+            f"{len(known)} genes; linear interpolation of its own spots: {linear}"
+        )
+        row: dict[str, Any] = {"section": name, "genes": len(known)}
+        for size in lessons.SIZES:
+            for map_, r in found.items():
+                row[f"{map_} {size}"] = round(float(np.nanmedian(r[size])), 4)
+            for gene, value in zip(known, found["reference"][size].tolist(), strict=True):
+                by_gene[size].setdefault(gene, []).append(value)
+        rows.append(row)
+    return by_gene, rows
+
+
+def genes_of(sections: list[Lesson]) -> list[str]:
+    """All genes of some sections, each once, in the order of the first time."""
+    return list(dict.fromkeys(gene for lesson in sections for gene in lesson.genes))
+
+
+def read_sections(args: argparse.Namespace) -> tuple[list[Lesson], dict[str, str]]:
+    """All sections, and the network that made the tokens of them all."""
+    folders = [folder.resolve() for folder in args.sections]
+    if repeated := utils.duplicates(map(str, folders)):
+        raise utils.StageError(f"--sections names {repeated[0]} twice.", "Name each section once.")
+    sections = [lessons.read_lesson(folder, SCRIPT, args.seed) for folder in folders]
+    if all(lesson.truth is None for lesson in sections):
+        raise utils.StageError(
+            f"None of the --sections has a {inputs.TRUTH}: spots alone teach nothing about "
+            f"superpixels.",
+            "Add a section of Visium HD or Xenium; prepare/visium_hd.py and prepare/xenium.py "
+            "write its truth.",
+        )
+    backbones = [reference.backbone_of(inputs.open_sample(lesson.directory)) for lesson in sections]
+    for lesson, backbone in zip(sections, backbones, strict=True):
+        if backbone != backbones[0]:
+            raise utils.StageError(
+                f"The tokens of {lesson.directory} are of {reference.described(backbone)}; those "
+                f"of {sections[0].directory} of {reference.described(backbones[0])}.",
+                f"Run {utils.EXTRACTOR} with one and the same --backbone on all sections.",
+            )
+    return sections, backbones[0]
+
+
+def expected_of(
+    encoder: Encoder,
+    sections: list[Lesson],
+    genes: list[str],
+    by_gene: dict[str, dict[str, list[float]]],
+    device: torch.device,
+) -> tuple[dict[str, np.ndarray], str]:
+    """The r (G,) to expect of every gene on a new section, by size, and what it rests on.
+
+    The mean over the sections that were left out as a whole; without any, over the left-out blocks.
+    """
+    basis = "sections left out"
+    if not any(by_gene.values()):
+        basis = "left-out blocks of the same sections"
+        for lesson in sections:
+            known, found = score_section(encoder, lesson, genes, lesson.left_out, device)
+            for size in lessons.SIZES if known else ():
+                for gene, r in zip(known, found["reference"][size].tolist(), strict=True):
+                    by_gene[size].setdefault(gene, []).append(r)
+    expected = {}
+    for name, size in zip(reference.EXPECTED, lessons.SIZES, strict=True):
+        means = [np.mean(by_gene[size].get(gene, [np.nan])) for gene in genes]
+        expected[name] = np.array(means, np.float32)
+    return expected, basis
+
+
+def rates_of(sections: list[Lesson], genes: list[str]) -> np.ndarray:
+    """Mean counts per superpixel (G,), over the sections that have the gene."""
+    found: dict[str, list[float]] = {gene: [] for gene in genes}
+    for lesson in sections:
+        for gene, mean in zip(lesson.genes, lesson.mean.tolist(), strict=True):
+            found[gene].append(mean)
+    return np.array([np.mean(found[gene]) for gene in genes], np.float32)
+
+
+def described(lesson: Lesson) -> dict[str, Any]:
+    """What the reference tells of a section it was learned from."""
+    facts: dict[str, Any] = {"name": lesson.directory.name, "genes": len(lesson.genes)}
+    facts["tokens_sha256"] = disk.sha256(lesson.directory / utils.FEATURES.name)
+    if lesson.spots is not None:
+        return facts | {"spots": int(lesson.spots.usable.sum())}
+    return facts | {"superpixels": int(lesson.tissue.sum()), "left_out": int(lesson.left_out.sum())}
+
+
+def main(stage: utils.Stage) -> None:
+    args, started = stage.args, time.monotonic()
+    if args.output.suffix != ENDING:
+        raise utils.StageError(
+            f"--output {args.output} does not end in {ENDING}.", f"Name it FILE{ENDING}."
+        )
+    artifact = utils.Artifact((args.output.name,), SCRIPT, "a reference", user_may_bring=True)
+    stage.keeps_others = True  # the other references of this folder
+    stage.guard(artifact)
+    sections, backbone = read_sections(args)
+    for lesson in sections:
+        for path in lesson.files:
+            stage.use(path)
+    genes, device = genes_of(sections), devices.resolve_device(args.device)
+    taught = [described(lesson) for lesson in sections]
+    for facts in taught:
+        known = "spots" if "spots" in facts else "superpixels"
+        print(f"{facts['name']}: {facts[known]} {known} x {facts['genes']} genes")
+    by_gene, rows = leave_sections_out(sections, args, device)
+    encoder = learn(sections, genes, args, device, "all sections").cpu()
+    expected, basis = expected_of(encoder, sections, genes, by_gene, torch.device("cpu"))
+    found = " / ".join(f"{np.nanmedian(r):.3f}" for r in expected.values())
+    print(f"{len(genes)} genes, expected r at 8 / 32 um on a new section: {found} ({basis})")
+    facts = {**backbone, "sections": taught, "expected_from": basis, "left_out": rows}
+    learned = Reference(encoder, genes, rates_of(sections, genes), expected, facts)
+    with stage.writing(artifact) as partial:
+        reference.write_reference(partial, learned)
+    stage.finish(**facts, genes=len(genes), seconds_learning=round(time.monotonic() - started, 2))
+
+
+def run(argv: list[str] | None = None) -> int:
+    return cli.run_stage(main, SCRIPT, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

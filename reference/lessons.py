@@ -1,0 +1,261 @@
+"""What a reference learns from: sections whose superpixels are known, or whose spots are.
+
+Letters in shapes: B patches, T superpixels of a patch, F token features, G genes, N spots.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import utils
+from analysis import inputs, scores, spots
+from method.reference import HALO, Encoder, encoded_rows
+from method.section import Section, read_section, to_device, token_statistics
+from reading import arrays, images, tables
+
+BLOCK = 32  # superpixels, 256 um: what is left out is left out in blocks, for neighbours are alike
+LEFT_OUT = 6  # one block in so many
+SIDE = 8  # superpixels of a patch with truth
+PATCHES, SPOTS = 8, 16  # of a training step
+SIZES = {"8 um": 1, "32 um": 4}  # name -> superpixels per side, at which a map is scored
+
+
+@dataclass
+class Lesson:
+    """One section: its tokens, and what is known of its expression."""
+
+    directory: Path
+    tokens: np.ndarray  # (h, w, F) float16, memory-mapped
+    tissue: np.ndarray  # (h, w) bool
+    left_out: np.ndarray  # (h, w) bool, blocks with truth that train nothing
+    genes: list[str]
+    mean: np.ndarray  # (G,) counts per superpixel, on the scale of what spots catch
+    truth: inputs.Truth | None
+    spots: Section | None  # of a section without truth
+    files: list[Path]
+
+    def __post_init__(self) -> None:
+        self.statistics = token_statistics(self.tokens, self.tissue)
+
+    def standardised(self, row: np.ndarray, col: np.ndarray, device: torch.device) -> Tensor:
+        """Tokens (B, rows, columns, F) of rows (B, rows) and columns (B, columns); those of the
+        border go on beyond it."""
+        h, w = self.tissue.shape
+        taken = self.tokens[row.clip(0, h - 1)[:, :, None], col.clip(0, w - 1)[:, None, :]]
+        mean, std = (to_device(values, device) for values in self.statistics)
+        return (to_device(taken, device).float() - mean).div_(std)
+
+
+# ------------------------------------------------------------------------------------------------
+# reading
+# ------------------------------------------------------------------------------------------------
+def read_lesson(directory: Path, script: str, seed: int) -> Lesson:
+    """The section in a sample directory, after the first four scripts, checked as HISTEX.py does.
+
+    With a truth, from truth.npz, it is learned from superpixels; else from the sums of spots.
+    """
+    args = argparse.Namespace(directory=directory, allow_stale=False)
+    stage = utils.Stage(script, args, reads_only=True)
+    if not (directory / inputs.TRUTH).is_file():
+        return of_spots(stage)
+    stage.require(utils.HE, utils.FEATURES, utils.MASK)
+    shape = images.grid_shape(stage)
+    tokens = arrays.read_array(stage, utils.FEATURES, np.float16, (*shape, None))
+    truth = inputs.read_truth(directory)
+    if any(there > here for there, here in zip(truth.tissue.shape, shape, strict=True)):
+        raise stage.error(
+            directory / inputs.TRUTH,
+            f"is {truth.tissue.shape}; the grid of {utils.HE.name} is {shape}.",
+            "Take the truth of this section, per superpixel of 8 um from the corner of he.jpg.",
+        )
+    rows, columns = truth.tissue.shape
+    truth.tissue &= images.read_mask(stage, shape)[:rows, :columns]
+    tissue = np.zeros(shape, bool)
+    tissue[:rows, :columns] = truth.tissue
+    if not tissue.any():
+        raise stage.error(
+            stage.path(utils.MASK), f"and {inputs.TRUTH} have no superpixel of tissue in common."
+        )
+    mean = truth.counts[truth.tissue].mean(axis=0, dtype=np.float64) * truth.capture
+    return Lesson(
+        directory,
+        tokens,
+        tissue,
+        some_blocks(shape, seed) & tissue,
+        truth.genes,
+        mean.astype(np.float32),
+        truth,
+        None,
+        [directory / inputs.TRUTH, stage.path(utils.FEATURES), stage.path(utils.MASK)],
+    )
+
+
+def of_spots(stage: utils.Stage) -> Lesson:
+    needed = (
+        utils.HE, utils.LOCS, utils.RADIUS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
+        utils.FEATURES, utils.MASK,
+    )  # fmt: skip
+    stage.require(*needed)
+    section, _, genes = read_section(stage, context=1, by_area=True)
+    measured = section.counts[section.usable].sum(axis=0, dtype=np.float64)
+    mean = measured / section.areas[section.usable].sum()
+    nothing = np.zeros_like(section.tissue)
+    files = [stage.path(artifact) for artifact in needed[1:]]
+    return Lesson(
+        stage.directory,
+        section.tokens,
+        section.tissue,
+        nothing,
+        genes,
+        mean.astype(np.float32),
+        None,
+        section,
+        files,
+    )
+
+
+def some_blocks(shape: tuple[int, int], seed: int) -> np.ndarray:
+    """(h, w) bool, one block in LEFT_OUT by chance, but one at least."""
+    h, w = (-(-extent // BLOCK) for extent in shape)
+    chosen = np.random.default_rng(seed).permutation(h * w) < max(1, h * w // LEFT_OUT)
+    grid = chosen.reshape(h, w).repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)
+    return grid[: shape[0], : shape[1]]
+
+
+# ------------------------------------------------------------------------------------------------
+# training steps
+# ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Step:
+    """Superpixels of one section, alone or summed over the discs of spots, with their counts."""
+
+    lesson: Lesson
+    row: np.ndarray  # (B, rows) with the halo
+    col: np.ndarray  # (B, columns)
+    spots: np.ndarray | None  # (B,) indices, of patches around spots
+    counted: np.ndarray | None  # (B, SIDE, SIDE) bool, of patches with truth
+
+
+def steps_of(lesson: Lesson, rng: np.random.Generator) -> list[Step]:
+    """All of a section once: patches side by side, from another corner each time; or its spots."""
+    if lesson.spots is None:
+        return truth_steps(lesson, lesson.tissue & ~lesson.left_out, rng)
+    section, steps = lesson.spots, []
+    usable = rng.permutation(np.flatnonzero(section.usable))
+    reach = np.arange(-section.half - HALO, section.half + HALO + 1)
+    for some in np.array_split(usable, -(-len(usable) // SPOTS)):
+        row, col = (axis[:, None] + reach for axis in np.floor(section.spots[some]).astype(int).T)
+        steps.append(Step(lesson, row, col, some, None))
+    return steps
+
+
+def truth_steps(
+    lesson: Lesson, wanted: np.ndarray, rng: np.random.Generator | None = None
+) -> list[Step]:
+    """The superpixels that are ``wanted`` (h, w), in patches; by chance, if there is an ``rng``."""
+    offset = np.zeros(2, int) if rng is None else rng.integers(SIDE, size=2)
+    padded = np.pad(wanted, [(offset[i], -(offset[i] + wanted.shape[i]) % SIDE) for i in (0, 1)])
+    patches = padded.reshape(-1, SIDE, padded.shape[1] // SIDE, SIDE).swapaxes(1, 2)
+    where = np.argwhere(patches.any(axis=(2, 3)))
+    where = where if rng is None else rng.permutation(where)
+    reach, steps = np.arange(-HALO, SIDE + HALO), []
+    for some in np.array_split(where, max(1, -(-len(where) // PATCHES))):
+        row, col = ((some[:, i] * SIDE - offset[i])[:, None] + reach for i in (0, 1))
+        steps.append(Step(lesson, row, col, None, patches[tuple(some.T)]))
+    return steps
+
+
+def loss_of(
+    encoder: Encoder, step: Step, columns: dict[Path, Tensor], device: torch.device
+) -> Tensor:
+    """Poisson's deviance but for a constant, mean over superpixels or spots, and genes.
+
+    A gene counts by the square root of its mean: by its whole mean, a few genes would decide all;
+    not at all, those of hardly any counts would. ``columns`` are each section's genes among those
+    of the encoder.
+    """
+    lesson = step.lesson
+    mean = to_device(lesson.mean, device).clamp(min=1e-9)
+    genes = columns[lesson.directory]
+    log_ratio = encoder(lesson.standardised(step.row, step.col, device), genes)
+    if step.spots is not None and lesson.spots is not None:
+        section = lesson.spots
+        areas = to_device(section.areas[step.spots], device)
+        counts = to_device(section.counts[step.spots], device)
+        expected = torch.einsum("btg,bt->bg", (log_ratio.exp() * mean).flatten(1, 2), areas)
+        mean = mean * areas.sum(dim=1, keepdim=True)
+    elif step.counted is not None and lesson.truth is not None:
+        counted, inside = to_device(step.counted, device), slice(HALO, HALO + SIDE)
+        patch, row, col = np.nonzero(step.counted)
+        places = (step.row[:, inside][patch, row], step.col[:, inside][patch, col])
+        values = lesson.truth.counts[places].astype(np.float32) * np.float32(lesson.truth.capture)
+        counts = to_device(values, device)
+        expected = log_ratio[counted].exp() * mean
+    return ((expected - counts * (expected / mean).log()) / mean.sqrt()).mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# scores
+# ------------------------------------------------------------------------------------------------
+def predict(encoder: Encoder, lesson: Lesson, genes: Tensor, device: torch.device) -> np.ndarray:
+    """Counts of superpixels (h, w, G) over the mean of their gene, for some genes."""
+    parts = []
+    with torch.inference_mode():
+        for _, features in encoded_rows(encoder, lesson.tokens, lesson.tissue, device):
+            parts.append(encoder.decode(features, genes).exp().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def correlations(
+    truth: inputs.Truth, maps: dict[str, np.ndarray], where: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    """Pearson's r of every gene (G,) with the truth ``where`` (h, w), by map and size.
+
+    NaN for a gene of which a map says nothing.
+    """
+    rows, columns = truth.tissue.shape
+    shown = {name: stack[:rows, :columns] for name, stack in maps.items()}
+    tissue = truth.tissue & where[:rows, :columns]
+    part = inputs.Truth(truth.counts, tissue, truth.genes)
+    table = scores.score(part, shown, ("r",))
+    found = {}
+    for name, stack in shown.items():
+        known = np.isfinite(stack[tissue]).any(axis=0)
+        found[name] = {
+            size: np.where(known, table[scores.column(name, "r", n)], np.nan)
+            for size, n in SIZES.items()
+        }
+    return found
+
+
+def linear_of(lesson: Lesson, genes: list[str], shape: tuple[int, int]) -> np.ndarray | None:
+    """Linear interpolation (rows, columns, G) of the section's own spots, if it has any.
+
+    NaN for genes that the spots do not have.
+    """
+    stage = inputs.open_sample(lesson.directory)
+    path = stage.find(utils.CNTS)
+    if path is None or stage.find(utils.LOCS) is None:
+        return None
+    locs = tables.read_locs(stage, stage.path(utils.LOCS))
+    counts, measured = tables.read_sparse_counts(stage, path, locs.index)
+    number = {gene: i for i, gene in enumerate(measured)}
+    here = [i for i, gene in enumerate(genes) if gene in number]
+    of_spots = counts[:, [number[genes[i]] for i in here]].toarray()
+    maps = np.full((*shape, len(genes)), np.nan, np.float32)
+    places = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
+    maps[..., here] = spots.interpolate_spots(places, of_spots, shape)[1]
+    return maps
+
+
+def batches(steps: list[list[Step]], rng: np.random.Generator) -> Iterator[Step]:
+    """The steps of all sections in turn, by chance."""
+    every = [step for part in steps for step in part]
+    return (every[i] for i in rng.permutation(len(every)))

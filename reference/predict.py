@@ -1,0 +1,200 @@
+"""Predict maps from the H&E alone, by a reference, for a section without any spot.
+
+    python reference/predict.py --directory data/slide --reference kidney.safetensors
+
+The section goes through three of the five scripts first:
+
+    python image_calibration.py --directory data/slide --no-spots
+    python Histology_Extractor.py --directory data/slide
+    python masking_non_tissue.py --directory data/slide --no-spots
+
+Every superpixel gets what superpixels that look alike express in the sections of the reference
+(reference/learn.py). Nothing here was measured: a gene is predicted as well as histology tells of
+it, which differs by gene. How well it went on sections that the reference did not know stands in
+expected-r.csv; genes come in that order. Where there are spots, HISTEX.py --reference is better.
+
+Counts are on the scale of the reference's sections, or of --depth. A gene that is rich or poor in
+the whole section cannot be told from the picture: its level is that of the reference.
+
+Reads   he.jpg, Histology_feature_map.npy, Histology_Extractor.json, mask.png; --reference
+Writes  cnts-super/              a map a gene, as of HISTEX.py: float32 (rows, columns), counts per
+                                 superpixel of 8 um, NaN outside the tissue; index.csv
+        embeddings-gene.pickle   dict(cls=float32 (96, rows, columns)): the reference's features
+        expected-r.csv           gene, the correlation to expect at 8 and at 32 um
+        cnts-super-plots/        pictures of the genes that it tells best
+        HISTEX.json              the record, which says that the maps are predicted from histology
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from method import options
+from reading import cli
+
+SCRIPT = utils.PREDICTION
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.stage_parser(__doc__)
+    option = parser.add_argument
+    option(
+        "--reference",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="What sections of known truth taught, a file of reference/learn.py.",
+    )
+    option(
+        "--depth",
+        type=cli.above_0,
+        metavar="N",
+        help="Counts of the reference's genes in a Visium spot of mean tissue (default: as in the "
+        "sections of the reference).",
+    )
+    options.add_maps(parser)
+    cli.add_device(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
+
+import math
+import pickle
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import torch
+
+from method import devices, maps, reference, resume
+from method.prediction import GENES_BYTES
+from method.reference import Reference
+from reading import arrays, images
+
+SPOT_SUPERPIXELS = math.pi * (utils.VISIUM_RADIUS_UM / utils.SUPERPIXEL_UM) ** 2
+
+
+class Predictor:
+    """Maps of genes, some at a time, from the features of the superpixels that are tissue."""
+
+    def __init__(
+        self, found: Reference, order: np.ndarray, features: np.ndarray, tissue: np.ndarray,
+        depth: float,
+    ) -> None:  # fmt: skip
+        self.reference, self.order, self.shown = found, order, tissue
+        self.features = features  # (M, R) float16
+        self.rates = found.rates * np.float32(depth)
+
+    def blocks(self) -> list[slice]:
+        step = max(1, GENES_BYTES // (8 * len(self.features)))
+        n = len(self.order)
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+    def maps(self, genes: slice) -> tuple[np.ndarray, None]:
+        """Counts (G', M) of some genes, and that nothing is known of their spread."""
+        chosen = torch.from_numpy(self.order[genes])
+        step = max(1, GENES_BYTES // (40 * len(chosen)))
+        values = np.empty((len(chosen), len(self.features)), np.float32)
+        rates = torch.from_numpy(self.rates)[chosen]
+        with torch.inference_mode():
+            for start in range(0, len(self.features), step):
+                part = torch.from_numpy(self.features[start : start + step]).float()
+                log_ratio = self.reference.encoder.decode(part, chosen)
+                values[:, start : start + step] = (log_ratio.exp() * rates).T.numpy()
+        return values, None
+
+
+def read_features(stage: utils.Stage, found: Reference, tissue: np.ndarray) -> np.ndarray:
+    """The reference's features (M, R) float16 of the superpixels that are tissue."""
+    tokens = arrays.read_array(stage, utils.FEATURES, np.float16, (*tissue.shape, None))
+    device = devices.resolve_device(stage.args.device)
+    rows = reference.encoded_rows(found.encoder, tokens, tissue, device)
+    parts = [part.cpu().numpy().astype(np.float16)[tissue[at]] for at, part in rows]
+    found.encoder.cpu()
+    return np.concatenate(parts)
+
+
+def check_maps_of_spots(stage: utils.Stage) -> None:
+    record = utils.read_record(stage, SCRIPT) or {}
+    if record.get("script") == utils.HISTEX and not stage.args.force:
+        raise utils.StageError(
+            f"{stage.directory / utils.MAPS.name} holds maps that {utils.HISTEX} made with the "
+            f"spots of this section, which tell more than histology alone.",
+            f"To use the reference beside the spots, run: {stage.command(utils.HISTEX)} "
+            f"--reference {stage.args.reference}\n"
+            f"To replace the maps, run: {stage.command()} --force",
+        )
+
+
+def main(stage: utils.Stage) -> None:
+    args = stage.args
+    stage.require(utils.HE, utils.FEATURES, utils.MASK)
+    outputs = (utils.MAPS, utils.EMBEDDINGS, utils.PLOTS, utils.EXPECTED)
+    check_maps_of_spots(stage)
+    stage.guard(*outputs, utils.SPREAD, utils.HELD_OUT)
+    found = reference.read_reference(args.reference, reference.backbone_of(stage))
+    tissue = images.read_mask(stage, images.grid_shape(stage))
+    if not tissue.any():
+        raise stage.error(stage.path(utils.MASK), "marks no tissue.")
+    r_fine, r_coarse = (found.expected_r[name] for name in reference.EXPECTED)
+    order = np.argsort(-np.nan_to_num(r_coarse, nan=-2.0), kind="stable")
+    genes = [found.genes[i] for i in order]
+    own_depth = float(found.rates.sum()) * SPOT_SUPERPIXELS
+    depth = args.depth or own_depth
+    print(
+        f"{len(genes)} genes by {args.reference.name}; a spot of 55 um would hold {depth:.0f} of "
+        f"their counts"
+    )
+    stage.warn(
+        f"the maps are predicted from histology alone: no spot of this section was measured; "
+        f"{utils.EXPECTED.name} tells how well to expect each gene"
+    )
+    files = maps.MapFiles(
+        args.map_format, args.dtype, args.n_plots, with_sd=False, score="expected r at 32 um"
+    )
+    need = (len(genes) * np.dtype(args.dtype).itemsize + 4 * reference.FEATURES) * tissue.size
+    utils.check_disk(stage.directory, need, "the maps")
+    features = read_features(stage, found, tissue)
+    decisive = [utils.code_hash(SCRIPT), stage.inputs, asdict(files), depth]
+    work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
+    folders = {}
+    for artifact in files.folders:
+        with stage.writing(artifact) as folders[artifact]:
+            pass  # write_genes makes it
+    predictor = Predictor(found, order, features, tissue, depth / own_depth)
+    maps.write_genes(folders, work, genes, predictor, r_coarse[order], np.ones(len(genes)), files)
+    embedding = np.full((reference.FEATURES, *tissue.shape), np.nan, np.float32)
+    embedding[:, tissue] = features.T
+    with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
+        pickle.dump({"cls": embedding}, file, protocol=5)
+    with stage.writing(utils.EXPECTED) as partial:
+        table = pd.DataFrame({"gene": genes})
+        for name, r in zip(reference.EXPECTED, (r_fine, r_coarse), strict=True):
+            table[name] = r[order].round(4)
+        table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
+    for artifact in (utils.SPREAD, utils.HELD_OUT):
+        stage.retire(artifact)
+    print(
+        f"  expected  r {np.nanmedian(r_coarse):.3f} at 32 um, median gene "
+        f"({found.facts['expected_from']}): {utils.EXPECTED.name}"
+    )
+    stage.finish(
+        predicted_from="histology alone",
+        reference=found.about(stage, args.reference),
+        genes=len(genes),
+        depth=round(depth, 2),
+        spots=0,
+    )
+
+
+def run(argv: list[str] | None = None) -> int:
+    return cli.run_stage(main, SCRIPT, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,454 @@
+"""References: learning from sections of known truth, and what they bring to others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import GENES, run
+from safetensors.torch import load_file, save_file
+
+import HISTEX
+import utils
+from analysis import inputs
+from method import reference
+from method.reference import FEATURES, HALO, Encoder
+from reference import learn, lessons, predict
+
+CPU = torch.device("cpu")
+NEW = "ONLY_HERE"  # a gene of one section with truth that the spots do not have
+
+
+def rates_by_look(tokens: np.ndarray, n_genes: int) -> np.ndarray:
+    """Expected counts (h, w, G) that depend on the tokens alone, in the same way everywhere."""
+    x = (tokens - tokens.mean(axis=(0, 1))) / (tokens.std(axis=(0, 1)) + 1e-6)
+    directions = np.random.default_rng(7).normal(size=(x.shape[-1], n_genes)) / x.shape[-1] ** 0.5
+    return np.exp(1.2 * (x @ directions))
+
+
+def write_truth(directory: Path, genes: list[str], seed: int, shuffled: bool = False) -> None:
+    tokens = np.load(directory / "Histology_feature_map.npy").astype(float)
+    rates = rates_by_look(tokens, len(genes))
+    rng = np.random.default_rng(seed)
+    if shuffled:
+        rates = rng.permutation(rates.reshape(-1, len(genes))).reshape(rates.shape)
+    tissue = inputs.read_mask(directory, tokens.shape[:2])
+    counts = rng.poisson(rates).astype(np.uint16)
+    np.savez(directory / "truth.npz", counts=counts, tissue=tissue, genes=np.array(genes))
+
+
+@pytest.fixture(scope="module")
+def sections(finished_sample, tmp_path_factory):
+    """Two sections with truth: one has seven genes of the spots and one of its own."""
+    folder = tmp_path_factory.mktemp("sections")
+    for name, genes in (("east", GENES), ("south", [*GENES[:7], NEW])):
+        shutil.copytree(finished_sample, folder / name)
+        write_truth(folder / name, genes, seed=len(name))
+    return [folder / "east", folder / "south"]
+
+
+@pytest.fixture(scope="module")
+def learned(sections, tmp_path_factory):
+    """The file of a reference that was learned from both sections."""
+    path = tmp_path_factory.mktemp("reference") / "tiny.safetensors"
+    names = [str(section) for section in sections]
+    assert learn.run(["--sections", *names, "--output", str(path), "--epochs", "6"]) == 0
+    return path
+
+
+def facts_of(path: Path) -> dict:
+    return json.loads((path.parent / "learn.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------
+# learning
+# ------------------------------------------------------------------------------------------------
+def test_a_reference_tells_of_a_section_that_it_does_not_know(learned):
+    for row in facts_of(learned)["left_out"]:
+        assert row["genes"] == 7  # those that the other section has
+        assert row["reference 8 um"] > 0.3
+        assert row["reference 8 um"] > row["linear 8 um"] + 0.2  # the spots say nothing here
+    found = reference.read_reference(learned, backbone(learned))
+    assert found.genes == [*GENES, NEW]
+    assert np.isfinite(found.expected_r["expected_r_8um"]).tolist() == [True] * 7 + [False] * 2
+
+
+def backbone(learned: Path) -> dict[str, str]:
+    facts = facts_of(learned)
+    return {key: facts[key] for key in ("backbone", "weights_sha256")}
+
+
+def test_left_out_blocks_train_nothing(sections, monkeypatch):
+    """Whatever the truth says there, the weights after an epoch are the same."""
+    monkeypatch.setattr(lessons, "BLOCK", 8)
+
+    def weights(changed: bool) -> list[torch.Tensor]:
+        lesson = lessons.read_lesson(sections[0], learn.SCRIPT, seed=0)
+        if changed:
+            lesson.truth.counts[lesson.left_out] = 999
+        args = learn.build_parser().parse_args(
+            ["--sections", "x", "--output", "y", "--epochs", "1"]
+        )
+        return [*learn.learn([lesson], lesson.genes, args, CPU, "a test").parameters()]
+
+    assert all(map(torch.equal, weights(False), weights(True)))
+
+
+def test_every_superpixel_of_tissue_trains_once_an_epoch(sections):
+    lesson = lessons.read_lesson(sections[0], learn.SCRIPT, seed=0)
+    seen = np.zeros(lesson.tissue.shape, int)
+    for step in lessons.steps_of(lesson, np.random.default_rng(3)):
+        patch, row, col = np.nonzero(step.counted)
+        inside = slice(HALO, HALO + lessons.SIDE)
+        np.add.at(seen, (step.row[:, inside][patch, row], step.col[:, inside][patch, col]), 1)
+    np.testing.assert_array_equal(seen, lesson.tissue & ~lesson.left_out)
+
+
+def test_the_loss_is_the_deviance_of_poisson(sections):
+    """Against scipy's logarithm of the probability, in differences of two predictions."""
+    from scipy.stats import poisson
+
+    lesson = lessons.read_lesson(sections[0], learn.SCRIPT, seed=0)
+    columns = {lesson.directory: torch.arange(len(lesson.genes))}
+    step = lessons.steps_of(lesson, np.random.default_rng(0))[0]
+
+    def both(bias: float) -> tuple[float, float]:
+        encoder = Encoder(lesson.tokens.shape[-1], len(lesson.genes)).eval()
+        torch.nn.init.constant_(encoder.head.bias, bias)
+        where = np.nonzero(step.counted)
+        inside = slice(HALO, HALO + lessons.SIDE)
+        places = (step.row[:, inside][where[0], where[1]], step.col[:, inside][where[0], where[2]])
+        logp = poisson.logpmf(lesson.truth.counts[places], lesson.mean * np.exp(bias))
+        loss = lessons.loss_of(encoder, step, columns, CPU)
+        return loss.item(), -(logp / np.sqrt(lesson.mean)).mean()
+
+    (a, wanted_a), (b, wanted_b) = both(0.0), both(0.3)
+    assert a - b == pytest.approx(wanted_a - wanted_b, rel=1e-3)
+
+
+def test_spots_teach_by_their_sums(finished, sections, tmp_path):
+    """A section without truth; its loss is that of the disc's whole expectation."""
+    lesson = lessons.read_lesson(finished, learn.SCRIPT, seed=0)
+    assert lesson.truth is None
+    assert lesson.genes == GENES
+    section = lesson.spots
+    step = lessons.steps_of(lesson, np.random.default_rng(0))[0]
+    encoder = Encoder(lesson.tokens.shape[-1], len(GENES)).eval()
+    found = lessons.loss_of(encoder, step, {lesson.directory: torch.arange(len(GENES))}, CPU)
+    expected = section.areas[step.spots].sum(axis=1, keepdims=True) * lesson.mean
+    counts = section.counts[step.spots]
+    wanted = (expected - counts * np.log(expected / expected)) / np.sqrt(expected)
+    assert found.item() == pytest.approx(wanted.mean(), rel=1e-4)
+
+    names = [str(path) for path in (sections[0], finished)]
+    output = tmp_path / "mixed.safetensors"
+    assert learn.run(["--sections", *names, "--output", str(output), "--epochs", "1"]) == 0
+    kinds = [set(row) & {"spots", "superpixels"} for row in facts_of(output)["sections"]]
+    assert kinds == [{"superpixels"}, {"spots"}]
+
+
+def test_spots_alone_are_refused(finished, tmp_path, capsys):
+    options = ["--sections", str(finished), "--output", str(tmp_path / "x.safetensors")]
+    assert learn.run(options) == 2
+    assert "None of the --sections has a truth.npz" in capsys.readouterr().err
+
+
+def test_sections_of_other_networks_are_refused(sections, tmp_path, capsys):
+    other = Path(shutil.copytree(sections[1], tmp_path / "other"))
+    path = other / "Histology_Extractor.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_sha256": "f" * 64}))
+    options = ["--sections", str(sections[0]), str(other)]
+    assert learn.run([*options, "--output", str(tmp_path / "x.safetensors")]) == 2
+    error = capsys.readouterr().err
+    assert "ffffffffffff" in error
+    assert "one and the same --backbone" in error
+
+
+def test_the_second_time_there_is_nothing_to_do(learned, sections, capsys):
+    options = ["--sections", *map(str, sections), "--output", str(learned), "--epochs", "6"]
+    assert learn.run(options) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# the file
+# ------------------------------------------------------------------------------------------------
+def test_a_file_comes_back_as_it_was_written(learned, tmp_path):
+    found = reference.read_reference(learned, backbone(learned))
+    reference.write_reference(tmp_path / "again.safetensors", found)
+    again = reference.read_reference(tmp_path / "again.safetensors", backbone(learned))
+    assert (again.genes, again.facts) == (found.genes, found.facts)
+    np.testing.assert_array_equal(again.rates, found.rates)
+    for a, b in zip(again.encoder.parameters(), found.encoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def damage(path: Path, kind: str) -> None:
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "other":
+        save_file({"a": torch.zeros(2)}, path)
+    elif kind == "nan":
+        with reference.safetensors.safe_open(path, "pt") as file:
+            about = file.metadata()
+        save_file(load_file(path) | {"rates": torch.full((9,), torch.nan)}, path, about)
+    elif kind == "gone":
+        path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["cut", "other", "nan", "gone"])
+def test_a_damaged_reference_is_refused(finished, learned, tmp_path, capsys, kind):
+    path = Path(shutil.copy(learned, tmp_path / "bad.safetensors"))
+    damage(path, kind)
+    assert run("HISTEX.py", finished, "--reference", str(path), "--force") == 2
+    assert "Give a file that reference/learn.py wrote" in capsys.readouterr().err
+
+
+def test_a_reference_of_another_network_is_refused(finished, learned, capsys):
+    path = finished / "Histology_Extractor.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_sha256": "f" * 64}))
+    assert run("HISTEX.py", finished, "--reference", str(learned)) == 2
+    assert "was learned from tokens of" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# HISTEX.py --reference
+# ------------------------------------------------------------------------------------------------
+def section_of(directory: Path):
+    stage = utils.Stage("HISTEX.py", args_of(directory), reads_only=True)
+    stage.require(*HISTEX.INPUTS)
+    section, _, genes = HISTEX.read_section(stage, 16, True)
+    return stage, section, genes
+
+
+def args_of(directory: Path):
+    parser = HISTEX.options.parser(HISTEX.__doc__)
+    return parser.parse_args(["--directory", str(directory)])
+
+
+def test_features_stand_behind_the_tokens_and_predict_what_the_reference_does(finished, learned):
+    stage, section, genes = section_of(finished)
+    before = np.array(section.tokens)
+    about = reference.join(stage, learned, section, genes, CPU)
+    assert about["genes_known"] == len(GENES)
+    np.testing.assert_array_equal(section.tokens[..., :-FEATURES], before)
+
+    found = reference.read_reference(learned, backbone(learned))
+    x = (before.astype(np.float32) - section.token_statistics[0][:-FEATURES]) / (
+        section.token_statistics[1][:-FEATURES]
+    )
+    padded = np.pad(x, [(HALO, HALO), (HALO, HALO), (0, 0)], mode="edge")
+    with torch.inference_mode():
+        wanted = found.encoder(torch.from_numpy(padded)[None])[0].numpy()
+    features = section.tokens[..., -FEATURES:].astype(np.float32)
+    told = features @ section.taught.weight.T + section.taught.bias
+    np.testing.assert_allclose(told, wanted[..., [found.genes.index(g) for g in genes]], atol=0.02)
+
+
+def test_the_network_follows_the_reference_as_far_as_each_gene_believes(finished, learned):
+    """With all else at its start, a map is the default's times exp(belief x prediction)."""
+    stage, section, genes = section_of(finished)
+    train = np.arange(len(section.counts))
+    default = HISTEX.DefaultNetwork(section_of(finished)[1], train).eval()
+    reference.join(stage, learned, section, genes, CPU)
+    network = HISTEX.TaughtNetwork(section, train).eval()
+    with torch.no_grad():
+        network.belief.copy_(torch.linspace(0, 1, len(genes)))
+    centre = np.floor(section.spots[:2]).astype(int)
+    near = section.context_of_spots(train[:0], leave_out=False)[:2]
+    tokens, expression, offsets = section.inputs(centre, near, network.halo, CPU)
+    with torch.inference_mode():
+        found = network(tokens, expression, offsets)
+        plain = default(tokens[..., :-FEATURES], expression, offsets)
+    row, col = section.patches(centre)
+    h, w = section.tissue.shape
+    features = section.tokens[row.clip(0, h - 1), col.clip(0, w - 1), -FEATURES:].astype(np.float32)
+    told = features @ section.taught.weight.T + section.taught.bias
+    wanted = plain.numpy() * np.exp(np.linspace(0, 1, len(genes)) * told)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3)
+
+
+def test_genes_that_the_reference_does_not_know_have_maps_too(finished, sections, tmp_path):
+    for name in sections:
+        truth = np.load(name / "truth.npz")
+        part = Path(shutil.copytree(name, tmp_path / name.name))
+        some = {"counts": truth["counts"][..., :3], "tissue": truth["tissue"]}
+        np.savez(part / "truth.npz", genes=truth["genes"][:3], **some)
+    file = tmp_path / "some.safetensors"
+    names = [str(tmp_path / name.name) for name in sections]
+    assert learn.run(["--sections", *names, "--output", str(file), "--epochs", "1"]) == 0
+    options = ["--reference", str(file), "--epochs", "1", "--n-states", "1"]
+    assert run("HISTEX.py", finished, *options) == 0
+    record = json.loads((finished / "HISTEX.json").read_text())
+    assert record["reference"]["genes_known"] == 3
+    assert len(inputs.map_files(finished)) == len(GENES)
+    assert str(file) in record["inputs"]
+
+
+def test_another_reference_trains_anew_and_without_one_nothing_changes(
+    finished_sample, finished, learned, tmp_path, capsys
+):
+    before = np.load(finished / "cnts-super" / "GENE0.pickle", allow_pickle=True)
+    options = json.loads((finished / "HISTEX.json").read_text())["options"]
+    assert run("HISTEX.py", finished, *options, "--reference", str(learned)) == 0
+    assert "trained anew, since" in capsys.readouterr().out
+    assert run("HISTEX.py", finished, *options) == 0
+    after = np.load(finished / "cnts-super" / "GENE0.pickle", allow_pickle=True)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_a_reference_that_knows_the_truth_of_a_section_is_told_apart(sections, learned, capsys):
+    """No leak: such maps are marked, in the record and when they are scored."""
+    options = ["--reference", str(learned), "--epochs", "1", "--n-states", "1"]
+    assert run("HISTEX.py", sections[0], *options, "--force") == 0
+    assert "was learned from this section" in capsys.readouterr().out
+    record = json.loads((sections[0] / "HISTEX.json").read_text())
+    assert record["reference"]["knows_this_section"] is True
+    from analysis import evaluate
+
+    assert evaluate.run(["--directory", str(sections[0]), "--no-plot"]) == 0
+    assert "their scores say nothing" in capsys.readouterr().out
+
+
+def test_the_truth_of_a_section_cannot_reach_its_maps_by_a_reference_of_others(
+    sections, finished, tmp_path, capsys
+):
+    """The scored section's truth may say anything: reference and maps stay as they are."""
+    maps = []
+    for seed in (0, 1):
+        write_truth(finished, GENES, seed)
+        file = tmp_path / f"{seed}.safetensors"
+        options = ["--sections", str(sections[0]), "--output", str(file), "--epochs", "1"]
+        assert learn.run(options) == 0
+        shown = ["--reference", str(file), "--epochs", "1", "--n-states", "1", "--force"]
+        assert run("HISTEX.py", finished, *shown) == 0
+        maps.append(np.load(finished / "cnts-super" / "GENE0.pickle", allow_pickle=True))
+    np.testing.assert_array_equal(*maps)
+
+
+def test_the_published_preset_takes_no_reference(finished, learned, capsys):
+    options = ["--reference", str(learned), "--preset", "published"]
+    assert run("HISTEX.py", finished, *options) == 2
+    assert "has no network that takes a --reference" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# maps from the H&E alone
+# ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def _slide(_sample, tmp_path_factory):
+    sample = Path(shutil.copytree(_sample, tmp_path_factory.mktemp("slide") / "slide A"))
+    for name in ("locs-raw.csv", "radius-raw.txt", "cnts.csv"):
+        (sample / name).unlink()
+    assert run("image_calibration.py", sample, "--no-spots") == 0
+    assert run("Histology_Extractor.py", sample, "--backbone", "efficientnet_lite0") == 0
+    assert run("masking_non_tissue.py", sample, "--no-spots") == 0
+    return sample
+
+
+@pytest.fixture
+def slide(_slide, tmp_path):
+    """A section without any spot, after the three scripts that it needs."""
+    return Path(shutil.copytree(_slide, tmp_path / "slide A"))
+
+
+def test_a_map_from_the_picture_alone(slide, learned, capsys):
+    assert predict.run(["--directory", str(slide), "--reference", str(learned)]) == 0
+    record = json.loads((slide / "HISTEX.json").read_text())
+    assert record["predicted_from"] == "histology alone"
+    assert record["script"] == "reference/predict.py"
+    genes = pd.read_csv(slide / "expected-r.csv")
+    assert set(genes["gene"]) == {*GENES, NEW}
+    known = genes["expected_r_32um"].dropna()
+    assert known.is_monotonic_decreasing
+    assert genes["expected_r_32um"].isna().tolist() == [False] * 7 + [True] * 2
+
+    found = reference.read_reference(learned, backbone(learned))
+    tissue = inputs.read_mask(slide, (28, 42))
+    rates = dict(zip(found.genes, found.rates, strict=True))
+    tokens = np.load(slide / "Histology_feature_map.npy")
+    parts = [part for _, part in reference.encoded_rows(found.encoder, tokens, tissue, CPU)]
+    with torch.inference_mode():
+        log_ratio = found.encoder.decode(torch.cat(parts)).numpy()
+    for gene, path in inputs.map_files(slide).items():
+        image = inputs.read_map(path)
+        np.testing.assert_array_equal(np.isfinite(image), tissue)
+        wanted = rates[gene] * np.exp(log_ratio[..., found.genes.index(gene)])
+        np.testing.assert_allclose(image[tissue], wanted[tissue], rtol=0.02)
+    embedding = np.load(slide / "embeddings-gene.pickle", allow_pickle=True)["cls"]
+    assert embedding.shape == (FEATURES, 28, 42)
+
+    capsys.readouterr()
+    assert predict.run(["--directory", str(slide), "--reference", str(learned)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_depth_is_that_of_a_spot(slide, learned):
+    options = ["--directory", str(slide), "--reference", str(learned), "--depth", "5000"]
+    assert predict.run(options) == 0
+    found = reference.read_reference(learned, backbone(learned))
+    factor = 5000 / (found.rates.sum() * np.pi * (27.5 / 8) ** 2)
+    image = inputs.read_map(inputs.map_files(slide)["GENE0"])
+    assert predict.run([*options[:4], "--force"]) == 0
+    plain = inputs.read_map(inputs.map_files(slide)["GENE0"])
+    tissue = np.isfinite(plain)
+    np.testing.assert_allclose(image[tissue], plain[tissue] * factor, rtol=1e-4)
+
+
+def test_maps_made_with_spots_are_not_replaced(finished, learned, capsys):
+    options = ["--directory", str(finished), "--reference", str(learned)]
+    assert predict.run(options) == 2
+    error = capsys.readouterr().err
+    assert "made with the spots of this section" in error
+    assert "HISTEX.py" in error
+    assert predict.run([*options, "--force"]) == 0
+    assert not (finished / "held-out-r.csv").exists()
+    capsys.readouterr()
+    assert run("HISTEX.py", finished, "--epochs", "1", "--n-states", "1") == 0
+    assert not (finished / "expected-r.csv").exists()
+
+
+def test_the_wings_go_on_with_maps_from_the_picture(slide, learned, capsys):
+    """Genes by expected accuracy; what needs no spots works, and says what it shows."""
+    from analysis import annotate, export, report, segment
+
+    assert predict.run(["--directory", str(slide), "--reference", str(learned)]) == 0
+    best = pd.read_csv(slide / "expected-r.csv")["gene"][0]
+    assert report.run(["--directory", str(slide), "--n-genes", "1"]) == 0
+    page = (slide / "report.html").read_text(encoding="utf-8")
+    assert best in page
+    assert "predicted from histology alone" in page
+    assert segment.run(["--directory", str(slide), "--no-plot"]) == 2
+    assert "came with --no-spots; analysis/segment.py needs" in capsys.readouterr().err
+    markers = slide / "own-markers.csv"
+    markers.write_text(f"label,gene\nA,{GENES[0]}\nB,{GENES[1]}\n")
+    options = ["--directory", str(slide), "--markers", str(markers), "--no-plot"]
+    assert annotate.run(options) == 0
+    options = ["--directory", str(slide), "--format", "csv", "--n-genes", "2"]
+    assert export.run(options) == 0
+    table = pd.read_csv(slide / "histex.csv.gz")
+    assert best in table
+
+
+def test_a_stale_reference_names_the_script_that_used_it(slide, learned, tmp_path, capsys):
+    file = Path(shutil.copy(learned, tmp_path / "copy.safetensors"))
+    assert predict.run(["--directory", str(slide), "--reference", str(file)]) == 0
+    other = reference.read_reference(file, backbone(learned))
+    other.rates[:] *= 2
+    reference.write_reference(file, other)
+    from analysis import export
+
+    assert export.run(["--directory", str(slide), "--format", "csv"]) == 2
+    error = capsys.readouterr().err
+    assert f"python reference/predict.py --directory {slide}".split()[1] in error
+    assert "--reference" in error
+
+
+def test_without_spots_the_first_scripts_ask_for_none(slide):
+    assert not (slide / "locs.csv").exists()
+    assert json.loads((slide / "image_calibration.json").read_text())["spots"] == 0
+    assert json.loads((slide / "masking_non_tissue.json").read_text())["spots_on_tissue"] is None
+    assert (slide / "mask-overlay.png").exists()
