@@ -31,7 +31,7 @@ from reading import arrays
 
 FORMAT = "HISTEX reference 1"
 FEATURES = 96  # R
-HIDDEN = 128
+HIDDEN = 256
 SCALES, HALO = (3, 9), 4  # superpixels: a superpixel, and its surroundings of 24 and 72 um
 DROPOUT = 0.2
 MOST_LOG = 6.0  # of the ratio of a superpixel to its section's mean, 400-fold
@@ -114,8 +114,8 @@ class Reference:
 # ------------------------------------------------------------------------------------------------
 # the file
 # ------------------------------------------------------------------------------------------------
-def backbone_of(stage: utils.Stage) -> dict[str, str]:
-    """Name and sha256 of the network that made the tokens of a sample, by the record."""
+def backbone_of(stage: utils.Stage, tokens: np.ndarray) -> dict[str, str]:
+    """Which network made the tokens (h, w, F) of a sample, by the record, and F."""
     record = utils.read_record(stage, utils.EXTRACTOR) or {}
     known = {key: record.get(key) for key in ("backbone", "weights_sha256")}
     if not all(isinstance(value, str) for value in known.values()):
@@ -124,7 +124,7 @@ def backbone_of(stage: utils.Stage) -> dict[str, str]:
             "does not tell which network made the tokens.",
             f"Run: {stage.command(utils.EXTRACTOR)} --force",
         )
-    return {key: str(value) for key, value in known.items()}
+    return {key: str(value) for key, value in known.items()} | {"features": str(tokens.shape[-1])}
 
 
 def write_reference(path: Path, reference: Reference) -> None:
@@ -153,6 +153,11 @@ def read_reference(path: Path, backbone: dict[str, str]) -> Reference:
         if any(tensor.shape != (len(genes),) for tensor in kept.values()):
             raise ValueError("genes and values differ in number")
         encoder.load_state_dict(tensors)
+        facts = {**facts, "expected_from": str(facts["expected_from"])}
+        facts["sections"] = [
+            {**section, "name": str(section["name"]), "tokens_sha256": section["tokens_sha256"]}
+            for section in facts["sections"]
+        ]
         if not all(torch.isfinite(tensor).all() for tensor in (*tensors.values(), kept["rates"])):
             raise ValueError("values that are not finite")
     except OSError:
@@ -175,7 +180,8 @@ def read_reference(path: Path, backbone: dict[str, str]) -> Reference:
 
 
 def described(backbone: dict[str, str]) -> str:
-    return f"{backbone['backbone']} (weights {backbone['weights_sha256'][:12]})"
+    weights, n = backbone["weights_sha256"][:12], backbone["features"]
+    return f"{backbone['backbone']} ({n} features, weights {weights})"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -209,7 +215,7 @@ def join(
     Both lie in a file without a name, which is gone when the process ends. Returns what the record
     tells of the reference.
     """
-    reference = read_reference(path, backbone_of(stage))
+    reference = read_reference(path, backbone_of(stage, section.tokens))
     known = len(set(genes) & set(reference.genes))
     print(
         f"{path.name}: learned from {len(reference.facts['sections'])} sections, knows {known} of "

@@ -71,6 +71,7 @@ import torch
 from torch import Tensor
 
 from analysis import inputs
+from analysis.scores import rounded
 from method import devices, reference
 from method.network import seed_torch
 from method.reference import Encoder, Reference
@@ -177,7 +178,12 @@ def medians(found: Scores, name: str) -> str:
     """r at both sizes as text, the median over genes."""
     if name not in found:
         return "none"
-    return " / ".join(f"{np.nanmedian(r):.3f}" for r in found[name].values())
+    return " / ".join(f"{median(r):.3f}" for r in found[name].values())
+
+
+def median(r: np.ndarray) -> float:
+    """Over the genes (G,) for which it is known."""
+    return float(np.median(r[np.isfinite(r)])) if np.isfinite(r).any() else math.nan
 
 
 def leave_sections_out(
@@ -204,7 +210,7 @@ def leave_sections_out(
         row: dict[str, Any] = {"section": name, "genes": len(known)}
         for size in lessons.SIZES:
             for map_, r in found.items():
-                row[f"{map_} {size}"] = round(float(np.nanmedian(r[size])), 4)
+                row[f"{map_} {size}"] = rounded(median(r[size]))
             for gene, value in zip(known, found["reference"][size].tolist(), strict=True):
                 by_gene[size].setdefault(gene, []).append(value)
         rows.append(row)
@@ -229,7 +235,10 @@ def read_sections(args: argparse.Namespace) -> tuple[list[Lesson], dict[str, str
             "Add a section of Visium HD or Xenium; prepare/visium_hd.py and prepare/xenium.py "
             "write its truth.",
         )
-    backbones = [reference.backbone_of(inputs.open_sample(lesson.directory)) for lesson in sections]
+    backbones = [
+        reference.backbone_of(inputs.open_sample(lesson.directory), lesson.tokens)
+        for lesson in sections
+    ]
     for lesson, backbone in zip(sections, backbones, strict=True):
         if backbone != backbones[0]:
             raise utils.StageError(
@@ -305,7 +314,7 @@ def main(stage: utils.Stage) -> None:
     by_gene, rows = leave_sections_out(sections, args, device)
     encoder = learn(sections, genes, args, device, "all sections").cpu()
     expected, basis = expected_of(encoder, sections, genes, by_gene, torch.device("cpu"))
-    found = " / ".join(f"{np.nanmedian(r):.3f}" for r in expected.values())
+    found = " / ".join(f"{median(r):.3f}" for r in expected.values())
     print(f"{len(genes)} genes, expected r at 8 / 32 um on a new section: {found} ({basis})")
     facts = {**backbone, "sections": taught, "expected_from": basis, "left_out": rows}
     learned = Reference(encoder, genes, rates_of(sections, genes), expected, facts)

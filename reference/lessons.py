@@ -23,7 +23,7 @@ from reading import arrays, images, tables
 BLOCK = 32  # superpixels, 256 um: what is left out is left out in blocks, for neighbours are alike
 LEFT_OUT = 6  # one block in so many
 SIDE = 8  # superpixels of a patch with truth
-PATCHES, SPOTS = 8, 16  # of a training step
+PATCHES, SPOTS = 4, 16  # of a training step
 SIZES = {"8 um": 1, "32 um": 4}  # name -> superpixels per side, at which a map is scored
 
 
@@ -83,12 +83,20 @@ def read_lesson(directory: Path, script: str, seed: int) -> Lesson:
         raise stage.error(
             stage.path(utils.MASK), f"and {inputs.TRUTH} have no superpixel of tissue in common."
         )
+    left_out = some_blocks(tissue, seed)
+    if (tissue & ~left_out).sum() == 0:
+        raise stage.error(
+            directory / inputs.TRUTH,
+            f"lies in one block of {BLOCK * utils.SUPERPIXEL_UM:.0f} um; a second one is needed, "
+            f"which is left out to choose by.",
+            "Take a larger section.",
+        )
     mean = truth.counts[truth.tissue].mean(axis=0, dtype=np.float64) * truth.capture
     return Lesson(
         directory,
         tokens,
         tissue,
-        some_blocks(shape, seed) & tissue,
+        left_out,
         truth.genes,
         mean.astype(np.float32),
         truth,
@@ -121,12 +129,13 @@ def of_spots(stage: utils.Stage) -> Lesson:
     )
 
 
-def some_blocks(shape: tuple[int, int], seed: int) -> np.ndarray:
-    """(h, w) bool, one block in LEFT_OUT by chance, but one at least."""
-    h, w = (-(-extent // BLOCK) for extent in shape)
-    chosen = np.random.default_rng(seed).permutation(h * w) < max(1, h * w // LEFT_OUT)
-    grid = chosen.reshape(h, w).repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)
-    return grid[: shape[0], : shape[1]]
+def some_blocks(tissue: np.ndarray, seed: int) -> np.ndarray:
+    """The tissue (h, w) bool of one block in LEFT_OUT by chance, but of one at least."""
+    rows, columns = np.indices(tissue.shape) // BLOCK
+    number = rows * (columns.max() + 1) + columns
+    there = np.unique(number[tissue])
+    chosen = np.random.default_rng(seed).permutation(there)[: max(1, len(there) // LEFT_OUT)]
+    return tissue & np.isin(number, chosen)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -170,6 +179,12 @@ def truth_steps(
         row, col = ((some[:, i] * SIDE - offset[i])[:, None] + reach for i in (0, 1))
         steps.append(Step(lesson, row, col, None, patches[tuple(some.T)]))
     return steps
+
+
+def batches(steps: list[list[Step]], rng: np.random.Generator) -> Iterator[Step]:
+    """The steps of all sections in turn, by chance."""
+    every = [step for part in steps for step in part]
+    return (every[i] for i in rng.permutation(len(every)))
 
 
 def loss_of(
@@ -253,9 +268,3 @@ def linear_of(lesson: Lesson, genes: list[str], shape: tuple[int, int]) -> np.nd
     places = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
     maps[..., here] = spots.interpolate_spots(places, of_spots, shape)[1]
     return maps
-
-
-def batches(steps: list[list[Step]], rng: np.random.Generator) -> Iterator[Step]:
-    """The steps of all sections in turn, by chance."""
-    every = [step for part in steps for step in part]
-    return (every[i] for i in rng.permutation(len(every)))

@@ -76,6 +76,7 @@ from method.prediction import GENES_BYTES
 from method.reference import Reference
 from reading import arrays, images
 
+COARSE = reference.EXPECTED[1]  # the column by which genes are ordered
 SPOT_SUPERPIXELS = math.pi * (utils.VISIUM_RADIUS_UM / utils.SUPERPIXEL_UM) ** 2
 
 
@@ -109,10 +110,10 @@ class Predictor:
         return values, None
 
 
-def read_features(stage: utils.Stage, found: Reference, tissue: np.ndarray) -> np.ndarray:
+def features_of(
+    found: Reference, tokens: np.ndarray, tissue: np.ndarray, device: torch.device
+) -> np.ndarray:
     """The reference's features (M, R) float16 of the superpixels that are tissue."""
-    tokens = arrays.read_array(stage, utils.FEATURES, np.float16, (*tissue.shape, None))
-    device = devices.resolve_device(stage.args.device)
     rows = reference.encoded_rows(found.encoder, tokens, tissue, device)
     parts = [part.cpu().numpy().astype(np.float16)[tissue[at]] for at, part in rows]
     found.encoder.cpu()
@@ -131,62 +132,64 @@ def check_maps_of_spots(stage: utils.Stage) -> None:
         )
 
 
-def main(stage: utils.Stage) -> None:
-    args = stage.args
-    stage.require(utils.HE, utils.FEATURES, utils.MASK)
-    outputs = (utils.MAPS, utils.EMBEDDINGS, utils.PLOTS, utils.EXPECTED)
-    check_maps_of_spots(stage)
-    stage.guard(*outputs, utils.SPREAD, utils.HELD_OUT)
-    found = reference.read_reference(args.reference, reference.backbone_of(stage))
-    tissue = images.read_mask(stage, images.grid_shape(stage))
-    if not tissue.any():
-        raise stage.error(stage.path(utils.MASK), "marks no tissue.")
-    r_fine, r_coarse = (found.expected_r[name] for name in reference.EXPECTED)
-    order = np.argsort(-np.nan_to_num(r_coarse, nan=-2.0), kind="stable")
-    genes = [found.genes[i] for i in order]
-    own_depth = float(found.rates.sum()) * SPOT_SUPERPIXELS
-    depth = args.depth or own_depth
-    print(
-        f"{len(genes)} genes by {args.reference.name}; a spot of 55 um would hold {depth:.0f} of "
-        f"their counts"
-    )
-    stage.warn(
-        f"the maps are predicted from histology alone: no spot of this section was measured; "
-        f"{utils.EXPECTED.name} tells how well to expect each gene"
-    )
-    files = maps.MapFiles(
-        args.map_format, args.dtype, args.n_plots, with_sd=False, score="expected r at 32 um"
-    )
-    need = (len(genes) * np.dtype(args.dtype).itemsize + 4 * reference.FEATURES) * tissue.size
+def write_maps(
+    stage: utils.Stage, found: Reference, table: pd.DataFrame, features: np.ndarray,
+    tissue: np.ndarray, depth: float,
+) -> None:  # fmt: skip
+    """All that is as large as the map; genes in the order of the ``table``."""
+    args, score = stage.args, "expected r at 32 um"
+    files = maps.MapFiles(args.map_format, args.dtype, args.n_plots, with_sd=False, score=score)
+    need = (len(table) * np.dtype(args.dtype).itemsize + 4 * reference.FEATURES) * tissue.size
     utils.check_disk(stage.directory, need, "the maps")
-    features = read_features(stage, found, tissue)
     decisive = [utils.code_hash(SCRIPT), stage.inputs, asdict(files), depth]
     work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
     folders = {}
     for artifact in files.folders:
         with stage.writing(artifact) as folders[artifact]:
             pass  # write_genes makes it
-    predictor = Predictor(found, order, features, tissue, depth / own_depth)
-    maps.write_genes(folders, work, genes, predictor, r_coarse[order], np.ones(len(genes)), files)
+    genes, r = table["gene"].tolist(), table[COARSE].to_numpy()
+    predictor = Predictor(found, table.index.to_numpy(copy=True), features, tissue, depth)
+    maps.write_genes(folders, work, genes, predictor, r, np.ones(len(genes)), files)
     embedding = np.full((reference.FEATURES, *tissue.shape), np.nan, np.float32)
     embedding[:, tissue] = features.T
     with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
         pickle.dump({"cls": embedding}, file, protocol=5)
+
+
+def main(stage: utils.Stage) -> None:
+    args = stage.args
+    stage.require(utils.HE, utils.FEATURES, utils.MASK)
+    check_maps_of_spots(stage)
+    stage.guard(
+        utils.MAPS, utils.EMBEDDINGS, utils.PLOTS, utils.EXPECTED, utils.SPREAD, utils.HELD_OUT
+    )
+    tissue = images.read_mask(stage, images.grid_shape(stage))
+    tokens = arrays.read_array(stage, utils.FEATURES, np.float16, (*tissue.shape, None))
+    found = reference.read_reference(args.reference, reference.backbone_of(stage, tokens))
+    table = pd.DataFrame({"gene": found.genes, **found.expected_r})
+    table = table.sort_values(COARSE, ascending=False, kind="stable")  # unknown ones last
+    own_depth = float(found.rates.sum()) * SPOT_SUPERPIXELS
+    depth = args.depth or own_depth
+    print(
+        f"{len(table)} genes by {args.reference.name}; a spot of 55 um would hold {depth:.0f} of "
+        f"their counts"
+    )
+    stage.warn(
+        f"the maps are predicted from histology alone: no spot of this section was measured; "
+        f"{utils.EXPECTED.name} tells how well to expect each gene"
+    )
+    features = features_of(found, tokens, tissue, devices.resolve_device(args.device))
+    write_maps(stage, found, table, features, tissue, depth / own_depth)
     with stage.writing(utils.EXPECTED) as partial:
-        table = pd.DataFrame({"gene": genes})
-        for name, r in zip(reference.EXPECTED, (r_fine, r_coarse), strict=True):
-            table[name] = r[order].round(4)
-        table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
+        table.round(4).to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
     for artifact in (utils.SPREAD, utils.HELD_OUT):
         stage.retire(artifact)
-    print(
-        f"  expected  r {np.nanmedian(r_coarse):.3f} at 32 um, median gene "
-        f"({found.facts['expected_from']}): {utils.EXPECTED.name}"
-    )
+    basis = found.facts["expected_from"]
+    print(f"  expected  median r {table[COARSE].median():.3f} at 32 um ({basis})")
     stage.finish(
         predicted_from="histology alone",
         reference=found.about(stage, args.reference),
-        genes=len(genes),
+        genes=len(table),
         depth=round(depth, 2),
         spots=0,
     )
