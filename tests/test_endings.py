@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -169,6 +170,57 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(sample):
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert "interrupted\n" in rest
+
+
+@pytest.mark.parametrize("script", ["", "get_HR.py"])
+def test_nothing_is_imported_for_a_script_with_nothing_to_do(finished, monkeypatch, capsys, script):
+    """Only a script that keeps a record can have nothing to do: benchmarks have none."""
+    monkeypatch.setattr(sys, "argv", ["get_HR.py", "--directory", str(finished)])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) if script else contextlib.nullcontext() as done:
+            cli.start(cli.stage_parser("x"), script)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.value.code if script else None) == (0 if script else None)
+    assert ("up to date" in capsys.readouterr().out) == bool(script)
+
+
+def test_work_beside_the_main_thread_ends_as_in_it(tmp_path, capsys):
+    """Python lets only the main thread set what a signal does."""
+
+    def work():
+        raise utils.StageError("no spots.", "Give some.")
+
+    codes = []
+    arguments = (work, tmp_path, "kept")
+    beside = threading.Thread(target=lambda: codes.append(cli.exit_code(*arguments)))
+    beside.start()
+    beside.join()
+    assert codes == [2]
+    assert capsys.readouterr().err == "error: no spots.\nGive some.\n"
+
+
+def test_an_error_that_python_drops_and_that_is_no_signal_is_said_as_ever(tmp_path, monkeypatch):
+    class Dropped:
+        def __del__(self):
+            raise ValueError("in __del__")
+
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    assert cli.exit_code(lambda: Dropped() and None, tmp_path, "kept") == 0
+    assert [str(error.exc_value) for error in dropped] == ["in __del__"]
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])
+def test_only_the_first_of_several_processes_speaks(capsys, monkeypatch, rank, speaks):
+    monkeypatch.setattr(progress, "SPEAK_SECONDS", 0.01)
+    monkeypatch.setenv("RANK", rank)
+    with progress.spoken("HISTEX.py"):
+        bar = progress.Bar(range(2), "epochs", quiet=not speaks)
+        time.sleep(0.1)
+        bar.close()
+    assert ("HISTEX.py: epochs, 0 of 2" in capsys.readouterr().out) == speaks
 
 
 # ----- long work speaks ---------------------------------------------------------------------------
