@@ -10,11 +10,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, make_stage, run
 
 import utils
-from reading import cli
+from analysis import inputs, labels
+from reading import arrays, cli, pickles
 from writing import progress
 
 HERE = Path("a folder")
@@ -268,15 +270,36 @@ def test_a_picture_of_one_endless_row_is_refused_from_its_header(sample, capsys)
     assert "8860712 x 48 px" in capsys.readouterr().err
 
 
-def test_a_failing_disk_is_not_taken_for_a_damaged_array(tmp_path, monkeypatch):
-    from analysis import inputs
+def read_all_kinds(sample):
+    """A call for everything that reads an array: file -> what it raises StageError or other for."""
+    stage = make_stage(sample)
+    path = sample / "a.pickle"
+    return {
+        "read_array": lambda: arrays.read_array(stage, utils.FEATURES, np.float16, (2,)),
+        "read_pickle": lambda: pickles.read_pickle(path),
+        "open_labels": lambda: labels.open_labels(sample / "a.npy"),
+        "load_labels": lambda: inputs.load_labels(sample / "a.npy", (2, 2), 9),
+        "read_map of .npy": lambda: inputs.read_map(sample / "a.npy"),
+        "read_map of .pickle": lambda: inputs.read_map(path),
+        "read_truth": lambda: inputs.read_truth(sample),
+    }
+
+
+@pytest.mark.parametrize("kind", read_all_kinds(Path()))
+def test_a_failing_disk_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, kind):
+    for name in (utils.FEATURES.name, "a.npy", "a.pickle", "truth.npz"):
+        (tmp_path / name).write_bytes(b"\x93NUMPY no more")
+    read = read_all_kinds(tmp_path)[kind]
+    with pytest.raises((utils.StageError, ValueError)):
+        read()
 
     def fail(*_args, **_options):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(inputs.arrays, "mapped", fail)
+    monkeypatch.setattr(arrays, "mapped", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        inputs.load_labels(tmp_path / "segments.npy", (2, 2), 9)
+        read()
 
 
 def test_a_store_whose_folder_was_removed_is_not_finished(finished, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """Several processes for one slide: same bytes as one, and none left waiting when another fails."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -177,33 +176,6 @@ def test_another_error_of_a_device_stays_what_it_is():
     explained = devices.memory_explained(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"), explained:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-
-def as_rank(rank: int, monkeypatch) -> list[str]:
-    """Have the next run be one of two processes that never wait; the rows that it computes."""
-    computed, save = [], extractor.save_row
-    monkeypatch.setattr(devices, "ranks", lambda: contextlib.nullcontext(devices.Ranks(rank, 2)))
-    monkeypatch.setattr(devices.Ranks, "barrier", lambda _: None)
-    monkeypatch.setattr(
-        extractor, "save_row", lambda path, row: computed.append(path.name) or save(path, row)
-    )
-    return computed
-
-
-def test_the_first_process_puts_the_rows_of_both_together(alone, tmp_path, monkeypatch):
-    directory = section(tmp_path / "two")
-    with monkeypatch.context() as one:
-        computed = as_rank(1, one)
-        assert run(utils.EXTRACTOR, directory, *OPTIONS) == 0
-    assert computed == ["row_0001.npy", "row_0003.npy"]
-    assert not (directory / MAPS[0]).exists()
-    assert not (directory / "Histology_Extractor.json").exists()
-    with monkeypatch.context() as first:
-        computed = as_rank(0, first)
-        assert run(utils.EXTRACTOR, directory, *OPTIONS) == 0
-    assert computed == ["row_0000.npy", "row_0002.npy", "row_0004.npy"]
-    for name in MAPS:
-        assert (directory / name).read_bytes() == (alone / name).read_bytes()
 
 
 def test_every_item_belongs_to_one_process():
