@@ -203,15 +203,31 @@ def test_work_beside_the_main_thread_ends_as_in_it(tmp_path, capsys):
     assert capsys.readouterr().err == "error: no spots.\nGive some.\n"
 
 
-def test_an_error_that_python_drops_and_that_is_no_signal_is_said_as_ever(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError, 0), (KeyboardInterrupt, 130), (cli.Terminated, 143)]
+)
+def test_an_error_that_python_drops_is_said_as_ever_and_a_signal_comes(
+    tmp_path, monkeypatch, error, code
+):
     class Dropped:
         def __del__(self):
-            raise ValueError("in __del__")
+            raise error("in __del__")
 
-    dropped = []
-    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
-    assert cli.exit_code(lambda: Dropped() and None, tmp_path, "kept") == 0
-    assert [str(error.exc_value) for error in dropped] == ["in __del__"]
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: said.append(dropped.exc_type))
+    assert cli.exit_code(lambda: Dropped() and None, tmp_path, "kept") == code
+    assert said == ([ValueError] if code == 0 else [])
+
+
+def test_a_script_in_the_background_goes_on_at_ctrl_c(monkeypatch, tmp_path):
+    """A shell has it ignore that signal: what is ignored at the start stays so."""
+    monkeypatch.setattr(sys, "argv", ["get_HR.py", "--directory", str(tmp_path)])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        cli.start(cli.stage_parser("x"))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])

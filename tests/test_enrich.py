@@ -643,9 +643,8 @@ def test_the_best_sets_of_every_list_are_shown():
         pd.DataFrame(rows, columns=["list", "set"]), [str(i) for i in range(30)]
     )
     assert len(many) == 30
-    rows = [(str(name), f"{name}_{i}") for name in range(40) for i in range(6)]
-    most = enrich.best_sets(
-        pd.DataFrame(rows, columns=["list", "set"]), [str(i) for i in range(40)]
-    )
+    names = [str(i) for i in range(enrich.MOST_ROWS + 9)]
+    table = pd.DataFrame([(name, f"{name}_0") for name in names], columns=["list", "set"])
+    most = enrich.best_sets(table, names)
     assert most == [f"{name}_0" for name in range(enrich.MOST_ROWS)]
     assert enrich.shortened("A_" * 40).endswith("…")
