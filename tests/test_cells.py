@@ -784,6 +784,26 @@ def test_the_folder_of_space_ranger(section, tmp_path, capsys):
     assert "is a folder without cell_segmentations.geojson" in capsys.readouterr().err
 
 
+def test_tables_of_the_first_runs_of_xenium_and_tables_without_cells(section, tmp_path, capsys):
+    write_record(section, "prepare/xenium.py", [], [])
+    record = json.loads((section / "prepare.json").read_text())
+    (section / "prepare.json").write_text(json.dumps(record | {"frame_origin_um": [0, 0]}))
+    rows = [(b"aa-1", x, y) for x, y in box(50, 30, 60, 40)]
+    table = pd.DataFrame(rows, columns=["cell_id", "vertex_x", "vertex_y"])
+    path = tmp_path / "boundaries.parquet"
+    pd.concat([table, table[:2].assign(cell_id=None)]).to_parquet(path)
+    assert run_cells(section, path)[1].index.tolist() == ["aa-1"]
+    assert "2 vertices without a cell_id are left out" in capsys.readouterr().out
+    assert run_cells(section, path, "--nuclei")[0] == 2
+    assert "holds one kind of outline; --nuclei is for GeoJSON" in capsys.readouterr().err
+    for rest, said in ((table[:0], ""), (table[:2], "1 outlines have no three finite vertices")):
+        rest.to_parquet(path)
+        assert run_cells(section, path)[0] == 2
+        captured = capsys.readouterr()
+        assert said in captured.out
+        assert f"{path} holds no outline of a cell.\nGive the cell_boundaries" in captured.err
+
+
 @pytest.mark.parametrize("name", ["boundaries.parquet", "boundaries.csv.gz", "boundaries.csv"])
 def test_boundaries_of_xenium_lie_in_the_frame_of_the_sample(section, tmp_path, name, capsys):
     """In um of the run; he-raw starts at its frame_origin_um and has 0.5 um per px."""
@@ -812,26 +832,6 @@ def test_boundaries_of_xenium_lie_in_the_frame_of_the_sample(section, tmp_path, 
     table.to_csv(tmp_path / "other.csv", index=False)
     assert run_cells(section, tmp_path / "other.csv")[0] == 2
     assert "is a table of cell, part, x, y; of tables, only the" in capsys.readouterr().err
-
-
-def test_tables_of_the_first_runs_of_xenium_and_tables_without_cells(section, tmp_path, capsys):
-    write_record(section, "prepare/xenium.py", [], [])
-    record = json.loads((section / "prepare.json").read_text())
-    (section / "prepare.json").write_text(json.dumps(record | {"frame_origin_um": [0, 0]}))
-    rows = [(b"aa-1", x, y) for x, y in box(50, 30, 60, 40)]
-    table = pd.DataFrame(rows, columns=["cell_id", "vertex_x", "vertex_y"])
-    path = tmp_path / "boundaries.parquet"
-    pd.concat([table, table[:2].assign(cell_id=None)]).to_parquet(path)
-    assert run_cells(section, path)[1].index.tolist() == ["aa-1"]
-    assert "2 vertices without a cell_id are left out" in capsys.readouterr().out
-    assert run_cells(section, path, "--nuclei")[0] == 2
-    assert "holds one kind of outline; --nuclei is for GeoJSON" in capsys.readouterr().err
-    for rest, said in ((table[:0], ""), (table[:2], "1 outlines have no three finite vertices")):
-        rest.to_parquet(path)
-        assert run_cells(section, path)[0] == 2
-        captured = capsys.readouterr()
-        assert said in captured.out
-        assert f"{path} holds no outline of a cell.\nGive the cell_boundaries" in captured.err
 
 
 def test_formats_that_are_not_read_are_named(section, tmp_path, capsys):
