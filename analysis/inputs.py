@@ -140,6 +140,8 @@ def read_truth(directory: Path) -> Truth:
     except utils.StageError:
         raise
     except Exception as error:  # damaged bytes can raise nearly anything
+        if plain.of_disk(error):
+            raise
         raise utils.StageError(
             f"{path} is not a whole truth.npz ({error!r:.200}).",
             "It must hold counts (rows, columns, genes) and tissue (rows, columns).",
@@ -287,6 +289,8 @@ def read_map(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
         else:
             image = pickles.read_pickle(path)
     except Exception as error:  # damaged bytes can raise nearly anything
+        if plain.of_disk(error):
+            raise
         raise utils.StageError(f"{path} is not a whole map ({error!r:.200}).", again) from error
     numbers = isinstance(image, np.ndarray) and image.dtype.kind in "fiu" and image.size > 0
     if not numbers or image.ndim != 2:

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 import utils
 from analysis.outlines import ending
-from reading import arrays, pictures, tiffs
+from reading import arrays, pictures, plain, tiffs
 
 BAND_ROWS = 64  # of a label image at a time
 LARGEST_LABEL = 2**31 - 1
@@ -67,6 +67,8 @@ def readable(path: Path) -> Iterator[None]:
     except utils.StageError:
         raise
     except Exception as error:  # damaged bytes can raise nearly anything
+        if plain.of_disk(error):
+            raise
         raise wrong(path, f"is not a readable label image ({error!r:.200}).", SAVE_AS) from error
 
 

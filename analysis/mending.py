@@ -56,15 +56,14 @@ def _meeting_edges(edges: _Edges, owner: np.ndarray) -> tuple[np.ndarray, np.nda
     """
     low, high = np.minimum(edges.start, edges.end), np.maximum(edges.start, edges.end)
     order = np.lexsort([low[:, 1], owner])
-    found = []
-    first = np.arange(len(order))
-    for step in itertools.count(1):
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+    first, step = np.arange(len(order)), 0
+    while len(first):
+        step += 1
         first = first[first + step < len(order)]
         i, j = order[first], order[first + step]
         near = (owner[i] == owner[j]) & (low[j, 1] <= high[i, 1])
         first, i, j = first[near], i[near], j[near]
-        if not len(first):
-            break
         meet = (low[j, 0] <= high[i, 0]) & (low[i, 0] <= high[j, 0])
         meet &= (edges.before[i] != j) & (edges.after[i] != j)
         i, j = i[meet], j[meet]
@@ -72,8 +71,6 @@ def _meeting_edges(edges: _Edges, owner: np.ndarray) -> tuple[np.ndarray, np.nda
         meet = np.sign(_side(a, b, c)) * np.sign(_side(a, b, d)) <= 0
         meet &= np.sign(_side(c, d, a)) * np.sign(_side(c, d, b)) <= 0
         found.append((i[meet], j[meet]))
-    if not found:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
     one, other = map(np.concatenate, zip(*found, strict=True))
     return one, other
 

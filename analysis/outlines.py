@@ -305,7 +305,9 @@ def outlines_of_table(stage: utils.Stage, path: Path) -> list[Outline]:
     if left_out:
         stage.warn(f"{path.name}: {left_out} outlines have no three finite vertices: left out")
     if not outlines:
-        raise utils.StageError(f"{path} holds no outline of a cell.", "Copy or download it again.")
+        raise utils.StageError(
+            f"{path} holds no outline of a cell.", "Give the cell_boundaries of the whole run."
+        )
     return united(stage, path, outlines)
 
 

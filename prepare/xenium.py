@@ -145,7 +145,8 @@ def make_frame(low: np.ndarray, high: np.ndarray, region: list[float] | None) ->
         raise utils.StageError(
             f"The section would be {size[0]:.0f} x {size[1]:.0f} px at {utils.PIXEL_SIZE_UM} um; "
             f"expected at least {utils.TILE_PX} px a side, and {utils.MAX_MEGAPIXELS} megapixels.",
-            "Choose a part of it: --region-um X Y WIDTH HEIGHT.",
+            f"Choose a {'larger' if size.min() < utils.TILE_PX else 'smaller'} part of the run: "
+            f"--region-um X Y WIDTH HEIGHT.",
         )
     return RunFrame(origin, (int(size[0]), int(size[1])))
 
@@ -410,7 +411,7 @@ def prepare(args: argparse.Namespace) -> section.PreparedSection:
         if not in_tissue.any():
             raise utils.StageError(
                 f"None of the {len(xy)} pseudo-spots lies in tissue.",
-                "Choose a larger --region-um.",
+                "Choose a larger --region-um." if args.region_um else "Give a whole section.",
             )
         spots = counts.spots[np.flatnonzero(in_tissue)]
         chosen = section.choose_truth_genes(listed, counts.genes, spots, args.truth_genes)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reading import plain
 from utils import Artifact, Stage
 
 BLOCK_BYTES = 2**23  # of a memory map read at a time: more than that leaves the processor's cache
@@ -27,6 +28,8 @@ def read_array(
     try:
         array = mapped(path)
     except Exception as error:  # a damaged header can raise nearly anything
+        if plain.of_disk(error):
+            raise
         raise stage.error(path, f"is not a whole .npy array ({error!r:.200}).") from error
     wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
     fits = array.ndim == len(shape) and all(

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
+from reading import plain
 from utils import StageError
 
 
@@ -109,6 +110,8 @@ def read_pickle(path: Path) -> Any:
         with path.open("rb") as file:
             return _plain(_ArraysOnly(file, path.stat().st_size).load())
     except Exception as error:  # damaged bytes can raise nearly anything
+        if plain.of_disk(error):
+            raise
         raise StageError(
             f"{path} is not a pickled numpy array ({error!r:.200}).",
             "Do not open it with other tools unless you trust it.",

@@ -154,7 +154,9 @@ def reason(error: pyvips.Error) -> str:
     Raises the error of the system that was behind it, a full disk say, if one was.
     """
     if failures:
-        raise failures.pop() from error
+        first = failures[0]
+        failures.clear()  # libvips asks more than once; the next picture may have another trouble
+        raise first from error
     for code in SYSTEM_ERRORS:
         if os.strerror(code) in (error.detail or ""):
             raise OSError(code, os.strerror(code)) from error

@@ -8,6 +8,7 @@ other characters that Unicode takes for line ends (U+0085, U+2028) may stand in 
 from __future__ import annotations
 
 import codecs
+import errno
 import gzip
 import io
 import itertools
@@ -38,9 +39,15 @@ class Unfit(ValueError):
     """Why a file is not read, though its bytes may be whole; and what would be read."""
 
 
+def of_disk(error: BaseException) -> bool:
+    """True if a disk, a drive or the rights to it failed. What damaged bytes can ask for, such as a
+    place before the beginning of a file, is invalid to the system (EINVAL)."""
+    return getattr(error, "errno", None) not in (None, 0, errno.EINVAL)
+
+
 def of_system(error: BaseException) -> bool:
     """True if the system failed (disk, rights, memory), so that the file's bytes may be whole."""
-    return isinstance(error, MemoryError) or bool(getattr(error, "errno", None))
+    return isinstance(error, MemoryError) or of_disk(error)
 
 
 def open_text(path: Path) -> TextIO:

@@ -1,7 +1,9 @@
 """HISTEX.py: the networks against plain numpy, what is held out, training, prediction, files."""
 
 import argparse
+import contextlib
 import copy
+import functools
 import itertools
 import json
 import os
@@ -26,7 +28,7 @@ from torch import nn
 
 import HISTEX
 import utils
-from method import anchoring, layers, maps, prediction, progress, states, uncertainty
+from method import anchoring, devices, layers, maps, prediction, progress, states, uncertainty
 from method import section as sections
 from method.network import Network, Pass, run_batch
 from method.section import Section
@@ -512,6 +514,21 @@ def test_every_field_of_a_training_and_every_source_file_is_in_its_key():
     ours = HISTEX.Training(replace(default.preset, network=Constant))
     other = states.key_of(ours, files, {}, CPU)
     assert other.code.keys() == {"HISTEX.py", "network.py", "test_HISTEX.py"}
+
+
+def test_an_optimizer_of_ones_own_is_in_the_key_with_its_options_and_its_source():
+    def mine(weights, lr):
+        return torch.optim.SGD(weights, lr)
+
+    preset = HISTEX.PRESETS["default"]
+    partial = functools.partial
+    rows = [mine, partial(mine, lr=1), partial(mine, lr=2), partial(torch.optim.SGD, momentum=0.5)]
+    trainings = [HISTEX.Training(replace(preset, optimizer=row)) for row in rows]
+    files = [Path(HISTEX.__file__)]
+    keys = [states.key_of(training, files, {}, CPU) for training in trainings]
+    assert len({key.hash for key in keys}) == 4
+    ours = ["test_HISTEX.py" in key.code for key in keys]
+    assert ours == [True, True, True, False]  # the code of libraries goes by the version of torch
 
 
 def test_two_source_files_of_one_name_are_both_in_the_key(tmp_path):
@@ -1227,6 +1244,31 @@ def test_the_published_preset_runs_whole(finished):
     tissue = np.asarray(Image.open(finished / "mask.png")) > 0
     assert (np.isnan(values) == ~tissue).all()
     assert pd.read_csv(finished / "held-out-r.csv")["held_out_r"].isna().all()
+
+
+def test_a_process_that_is_not_the_first_leaves_the_maps_to_it(finished, monkeypatch, capsys):
+    options = [*trained_options(finished), "--n-states", "2"]
+    before = (finished / "HISTEX.json").read_bytes()
+    for rank in (1, 0):
+        ranks = contextlib.nullcontext(devices.Ranks(rank, 2))
+        monkeypatch.setattr(devices, "ranks", lambda ranks=ranks: ranks)
+        monkeypatch.setattr(devices.Ranks, "barrier", lambda _: None)
+        capsys.readouterr()
+        assert run(utils.HISTEX, finished, *options) == 0
+        out = capsys.readouterr().out
+        assert ("state 0" in out) == ("wrote cnts-super" in out) == (rank == 0)
+        assert ((finished / "HISTEX.json").read_bytes() == before) == (rank == 1)
+        assert (finished / "states" / "01" / "model.safetensors").is_file()
+
+
+def test_intervals_that_no_count_could_calibrate_are_a_warning(tmp_path, capsys):
+    stage = utils.Stage(utils.HISTEX, argparse.Namespace(directory=tmp_path))
+    assert HISTEX.report_coverage(stage, None) is None
+    assert "cnts-super-sd is not calibrated" in capsys.readouterr().out
+    assert any("is not calibrated" in note for note in stage.notes)
+    assert HISTEX.report_coverage(stage, 0.9) == 0.9
+    assert "intervals 90% of held-out counts" in capsys.readouterr().out
+    assert len(stage.notes) == 1
 
 
 def test_two_processes_share_the_states(finished_sample, tmp_path):

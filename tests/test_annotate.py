@@ -587,6 +587,7 @@ def test_spot_labels_of_several_kinds(tmp_path, text):
         ("spot,name\n10x3,a\n", "has the columns spot, name. It lacks label."),
         ("spot,label\nA,a\nB,b\n", "labels the spots A, B; locs.csv has 10x3, 11x3, 12x4."),
         ("spot,label\n10x3,a\n10x3,b\n", "labels the spots 10x3 more than once."),
+        ("spot,label\n", "holds no row below its header."),
         ("n,x,y,label\n1,ten,3,a\n", "holds 'ten' for x in line 2; expected a number"),
     ],
 )
@@ -664,6 +665,14 @@ def test_truth_is_compared_beside_interpolated_spots(section):
     right = table[(table["method"] == "maps") & (table["given"] == "Stroma")]["stroma"]
     assert right.tolist() == [((labels == 2) & (true == 2)).sum()]
     assert table[[*NAMES, "unclassified"]].to_numpy().sum() == 2 * (true > 0).sum()
+
+
+def test_every_name_has_a_panel_and_no_other_panel_is_drawn():
+    names, scores = list("abcde"), np.ones((5, 4, 4), np.float16)
+    axes = annotate.draw_scores(scores, names, [["G"]] * 5).axes
+    shown = [ax.get_title().split("\n")[0] for ax in axes if ax.axison and ax.get_title()]
+    assert shown == names
+    assert sum(not ax.axison for ax in axes) == 3
 
 
 def test_interpolation_is_that_of_segment(section):

@@ -448,6 +448,8 @@ BAD = [
      f"Run: python {HR}"),
     ("33 HRlocs words", cell("HRlocs.csv", 4, "y", "here"), MODEL, (), ["HRlocs.csv"],
      f"Run: python {HR}"),
+    ("33 HRlocs that measures one twice", cell("HRlocs.csv", 4, "parent_1", "spot003"), MODEL, (),
+     ["HRlocs.csv", "measures 22 spots; expected each of the 22 spots once"], f"Run: python {HR}"),
     ("33 HRlocs of other spots", cell("HRlocs.csv", 4, "parent_1", "spot999"), MODEL, (),
      ["HRlocs.csv", "of its 70 points, 1 have a parent that is no spot"], f"Run: python {HR}"),
     ("34 new section, old features", new_section, MASKING, (),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 import shutil
 import struct
 import tracemalloc
@@ -502,6 +503,7 @@ BAD_OUTLINES = {
     "a geometry that is text": ('[{"geometry": "x"}]', "damaged outline, number 1"),
     "another image": (json.dumps([feature([box(5000, 10, 5010, 20)])]), "far outside of the image"),
     "off": (json.dumps([feature([box(1, 1, 3, 3)])]), "none of them on the tissue"),
+    "lines": (json.dumps([feature([[[1, 1], [9, 9], [5, 5]]])]), "no outline of a cell that has"),
 }  # fmt: skip
 
 
@@ -511,6 +513,30 @@ def test_bad_outlines(section, tmp_path, case, capsys):
     (tmp_path / "cells.geojson").write_text(text)
     assert run_cells(section, tmp_path / "cells.geojson")[0] == 2
     assert message in capsys.readouterr().err
+
+
+def test_bands_that_end_early_are_a_damaged_image():
+    bands = iter([np.zeros((3, 8), np.uint8)])
+    with pytest.raises(utils.StageError, match=r"cells\.tif ends after 3 of 5 rows"):
+        cells.cells_of_labels(bands, PixelFrame("he-raw", (5, 8), (1, 1)), (1, 1), HERE)
+
+
+@pytest.mark.parametrize("image", [np.full(GRID, np.nan), np.ones((GRID[0], GRID[1] - 1))])
+def test_a_map_without_a_count_on_the_tissue_is_refused(section, tmp_path, capsys, image):
+    np.save(tmp_path / "cells.npy", np.ones(RAW, np.uint8))
+    last = cells.map_files(section)[GENES[-1]]
+    last.write_bytes(pickle.dumps(image.astype(np.float32)))
+    assert run_cells(section, tmp_path / "cells.npy")[0] == 2
+    error = capsys.readouterr().err
+    assert f"{last} is {image.shape}; expected {GRID}, with a count for every" in error
+    assert "Run: python HISTEX.py" in error
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("RGB", "(150, 300, 3)"), ("LA", "(150, 300, 2)")])
+def test_a_png_of_colours_is_no_label_image(section, tmp_path, capsys, mode, shape):
+    Image.new(mode, RAW[::-1]).save(tmp_path / "cells.png")
+    assert run_cells(section, tmp_path / "cells.png")[0] == 2
+    assert f"is uint8 {shape}; expected one whole number" in capsys.readouterr().err
 
 
 def test_other_errors(section, tmp_path, capsys):
@@ -608,6 +634,9 @@ def test_baysor_and_other_geojson_are_read_alike(section, tmp_path):
         "list.json": baysor["geometries"],
         "features.json": {"features": [feature(p["coordinates"], properties={"cell_id": i})
                                        for p, i in zip(polygons, (5, 3), strict=True)]},
+        "collections.json": [{"geometry": {"type": "GeometryCollection", "geometries": [p]},
+                              "properties": {"cell_id": i, "objectType": "cell"}}
+                             for p, i in zip(polygons, (5, 3), strict=True)],
     }  # fmt: skip
     tables = []
     for name, content in contents.items():
@@ -697,6 +726,12 @@ def test_mended_outlines_are_what_they_wind_around(points):
         assert outlines.area_of(pieces) == pytest.approx(outlines.area_of([(ring, False)]))
 
 
+def test_a_point_has_no_edges_that_could_cross():
+    point = [(np.full((4, 2), 3.0), False)]
+    assert mending.need_mending([point]).tolist() == [False]
+    assert outlines.area_of(mending.mend(point)) == 0
+
+
 def test_outlines_without_area_are_left_out_and_counted(section, tmp_path, capsys):
     features = [
         feature([box(100, 60, 120, 80)], id="ok"),
@@ -747,6 +782,26 @@ def test_the_folder_of_space_ranger(section, tmp_path, capsys):
     assert "nucleus_segmentations.geojson, without --nuclei" in capsys.readouterr().err
     assert run_cells(section, tmp_path)[0] == 2
     assert "is a folder without cell_segmentations.geojson" in capsys.readouterr().err
+
+
+def test_tables_of_the_first_runs_of_xenium_and_tables_without_cells(section, tmp_path, capsys):
+    write_record(section, "prepare/xenium.py", [], [])
+    record = json.loads((section / "prepare.json").read_text())
+    (section / "prepare.json").write_text(json.dumps(record | {"frame_origin_um": [0, 0]}))
+    rows = [(b"aa-1", x, y) for x, y in box(50, 30, 60, 40)]
+    table = pd.DataFrame(rows, columns=["cell_id", "vertex_x", "vertex_y"])
+    path = tmp_path / "boundaries.parquet"
+    pd.concat([table, table[:2].assign(cell_id=None)]).to_parquet(path)
+    assert run_cells(section, path)[1].index.tolist() == ["aa-1"]
+    assert "2 vertices without a cell_id are left out" in capsys.readouterr().out
+    assert run_cells(section, path, "--nuclei")[0] == 2
+    assert "holds one kind of outline; --nuclei is for GeoJSON" in capsys.readouterr().err
+    for rest, said in ((table[:0], ""), (table[:2], "1 outlines have no three finite vertices")):
+        rest.to_parquet(path)
+        assert run_cells(section, path)[0] == 2
+        captured = capsys.readouterr()
+        assert said in captured.out
+        assert f"{path} holds no outline of a cell.\nGive the cell_boundaries" in captured.err
 
 
 @pytest.mark.parametrize("name", ["boundaries.parquet", "boundaries.csv.gz", "boundaries.csv"])
@@ -847,7 +902,10 @@ def test_odd_label_tiffs(section, tmp_path, capsys):
     tifffile.imwrite(bits, labels)
     with tifffile.TiffFile(bits, mode="r+b") as tiff:
         tiff.pages[0].tags["BitsPerSample"].overwrite(65)
+    lossy = tmp_path / "lossy.tif"
+    tifffile.imwrite(lossy, labels.astype(np.uint8), compression="jpeg")
     for path, words in (
+        (lossy, "is compressed as JPEG, which changes labels"),
         (turned, "has EXIF orientation 3, so viewers turn it"),
         (odd, "has orientation 9, which no standard knows"),
         (bits, "of a kind that is not known"),

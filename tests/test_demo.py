@@ -246,6 +246,13 @@ def test_picture_is_drawn_for_genes_chosen_by_rule(section, truth, tmp_path):
     assert np.asarray(Image.open(copy / "demo.png")).std() > 20
 
 
+def test_without_kinds_of_genes_the_most_abundant_are_drawn():
+    figure = pytest.importorskip("demo.figure")
+    counts = np.arange(6)[[2, 0, 4, 1, 5, 3]] * np.ones((3, 3, 1), int)
+    known = inputs.Truth(counts, np.ones((3, 3), bool), list("ABCDEF"), None, None, 1.0)
+    assert list(figure.choose_genes(known, pd.DataFrame())) == ["E", "C", "F", "A"]
+
+
 # ----- run.sh -----
 def test_run_sh_is_valid_bash_and_refuses_an_old_python(tmp_path):
     script = ROOT / "demo" / "run.sh"

@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, make_stage, run
 
 import utils
-from reading import cli
+from analysis import inputs, labels
+from reading import arrays, cli, pickles
 from writing import progress
 
 HERE = Path("a folder")
@@ -171,6 +174,73 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(sample):
     assert "interrupted\n" in rest
 
 
+@pytest.mark.parametrize("script", ["", "get_HR.py"])
+def test_nothing_is_imported_for_a_script_with_nothing_to_do(finished, monkeypatch, capsys, script):
+    """Only a script that keeps a record can have nothing to do: benchmarks have none."""
+    monkeypatch.setattr(sys, "argv", ["get_HR.py", "--directory", str(finished)])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) if script else contextlib.nullcontext() as done:
+            cli.start(cli.stage_parser("x"), script)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.value.code if script else None) == (0 if script else None)
+    assert ("up to date" in capsys.readouterr().out) == bool(script)
+
+
+def test_work_beside_the_main_thread_ends_as_in_it(tmp_path, capsys):
+    """Python lets only the main thread set what a signal does."""
+
+    def work():
+        raise utils.StageError("no spots.", "Give some.")
+
+    codes = []
+    arguments = (work, tmp_path, "kept")
+    beside = threading.Thread(target=lambda: codes.append(cli.exit_code(*arguments)))
+    beside.start()
+    beside.join()
+    assert codes == [2]
+    assert capsys.readouterr().err == "error: no spots.\nGive some.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError, 0), (KeyboardInterrupt, 130), (cli.Terminated, 143)]
+)
+def test_an_error_that_python_drops_is_said_as_ever_and_a_signal_comes(
+    tmp_path, monkeypatch, error, code
+):
+    class Dropped:
+        def __del__(self):
+            raise error("in __del__")
+
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: said.append(dropped.exc_type))
+    assert cli.exit_code(lambda: Dropped() and None, tmp_path, "kept") == code
+    assert said == ([ValueError] if code == 0 else [])
+
+
+def test_a_script_in_the_background_goes_on_at_ctrl_c(monkeypatch, tmp_path):
+    """A shell has it ignore that signal: what is ignored at the start stays so."""
+    monkeypatch.setattr(sys, "argv", ["get_HR.py", "--directory", str(tmp_path)])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        cli.start(cli.stage_parser("x"))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])
+def test_only_the_first_of_several_processes_speaks(capsys, monkeypatch, rank, speaks):
+    monkeypatch.setattr(progress, "SPEAK_SECONDS", 0.01)
+    monkeypatch.setenv("RANK", rank)
+    with progress.spoken("HISTEX.py"):
+        bar = progress.Bar(range(2), "epochs", quiet=not speaks)
+        time.sleep(0.1)
+        bar.close()
+    assert ("HISTEX.py: epochs, 0 of 2" in capsys.readouterr().out) == speaks
+
+
 # ----- long work speaks ---------------------------------------------------------------------------
 def test_long_work_says_what_it_does_where_nobody_sees_bars(capsys, monkeypatch):
     monkeypatch.setattr(progress, "SPEAK_SECONDS", 0.02)
@@ -216,15 +286,36 @@ def test_a_picture_of_one_endless_row_is_refused_from_its_header(sample, capsys)
     assert "8860712 x 48 px" in capsys.readouterr().err
 
 
-def test_a_failing_disk_is_not_taken_for_a_damaged_array(tmp_path, monkeypatch):
-    from analysis import inputs
+def read_all_kinds(sample):
+    """A call for everything that reads an array: file -> what it raises StageError or other for."""
+    stage = make_stage(sample)
+    path = sample / "a.pickle"
+    return {
+        "read_array": lambda: arrays.read_array(stage, utils.FEATURES, np.float16, (2,)),
+        "read_pickle": lambda: pickles.read_pickle(path),
+        "open_labels": lambda: labels.open_labels(sample / "a.npy"),
+        "load_labels": lambda: inputs.load_labels(sample / "a.npy", (2, 2), 9),
+        "read_map of .npy": lambda: inputs.read_map(sample / "a.npy"),
+        "read_map of .pickle": lambda: inputs.read_map(path),
+        "read_truth": lambda: inputs.read_truth(sample),
+    }
+
+
+@pytest.mark.parametrize("kind", read_all_kinds(Path()))
+def test_a_failing_disk_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, kind):
+    for name in (utils.FEATURES.name, "a.npy", "a.pickle", "truth.npz"):
+        (tmp_path / name).write_bytes(b"\x93NUMPY no more")
+    read = read_all_kinds(tmp_path)[kind]
+    with pytest.raises((utils.StageError, ValueError)):
+        read()
 
     def fail(*_args, **_options):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(inputs.arrays, "mapped", fail)
+    monkeypatch.setattr(arrays, "mapped", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        inputs.load_labels(tmp_path / "segments.npy", (2, 2), 9)
+        read()
 
 
 def test_a_store_whose_folder_was_removed_is_not_finished(finished, monkeypatch, capsys):

@@ -439,6 +439,7 @@ def breaks(section, name, change):
             "genes that cnts.csv lacks: X, X.",
         ),
         ("segment-markers.csv", lambda t: pd.concat([t, t[:1]]), "has 1 G00 more than once."),
+        ("segment-markers.csv", lambda t: t.assign(region=""), "a row has no region."),
         ("patterns.csv", lambda t: t.assign(found_by_maps="maybe"), "found_by_maps is not True"),
         ("patterns.csv", lambda t: pd.concat([t, t[3:4]]), "has G03 more than once."),
         ("patterns.csv", lambda t: t.replace("G03", "X"), "genes that cnts.csv lacks: X."),
@@ -642,4 +643,8 @@ def test_the_best_sets_of_every_list_are_shown():
         pd.DataFrame(rows, columns=["list", "set"]), [str(i) for i in range(30)]
     )
     assert len(many) == 30
+    names = [str(i) for i in range(enrich.MOST_ROWS + 9)]
+    table = pd.DataFrame([(name, f"{name}_0") for name in names], columns=["list", "set"])
+    most = enrich.best_sets(table, names)
+    assert most == [f"{name}_0" for name in range(enrich.MOST_ROWS)]
     assert enrich.shortened("A_" * 40).endswith("…")

@@ -706,6 +706,15 @@ def test_a_published_truth_that_cannot_be_understood_is_refused(section, capsys,
 
 
 # ----- bad input -----
+ODD_TRUTH = {
+    "text for counts": {"counts": np.full((42, 56, 3), "1")},
+    "tissue in layers": {"tissue": np.ones((42, 56, 1)), "counts": np.ones((42, 56, 1, 3))},
+    "genes twice": {"genes": ["A", "B", "A"]},
+    "few kinds": {"kinds": ["marker", "region"]},
+    "no capture": {"capture": 0.0},
+}
+
+
 def damage(section, what):
     if what == "no truth":
         (section / "truth.npz").unlink()
@@ -722,6 +731,9 @@ def damage(section, what):
     elif what == "larger truth":
         saved = {"counts": np.ones((60, 56, 3)), "tissue": np.ones((60, 56))}
         np.savez(section / "truth.npz", **saved)
+    elif what in ODD_TRUTH:
+        saved = {"counts": np.ones((42, 56, 3)), "tissue": np.ones((42, 56))}
+        np.savez(section / "truth.npz", **(saved | ODD_TRUTH[what]))
     elif what == "no maps":
         shutil.rmtree(section / "cnts-super")
     elif what == "odd map":
@@ -746,6 +758,11 @@ def damage(section, what):
         ("no tissue", ["truth.npz", "no tissue"]),
         ("other genes", ["cnts-super", "no map of a gene"]),
         ("larger truth", ["0.npy", "smaller than the truth", "image_calibration.py"]),
+        ("text for counts", ["truth.npz is not a whole", "<U1 in place of numbers"]),
+        ("tissue in layers", ["truth.npz: tissue is (42, 56, 1); expected (rows, columns)"]),
+        ("genes twice", ["truth.npz names the genes A more than once"]),
+        ("few kinds", ["truth.npz has 2 kinds for 3 genes"]),
+        ("no capture", ["truth.npz: capture is 0.0; expected a number above 0"]),
         ("no maps", ["index.csv is missing", "HISTEX.py"]),
         ("odd map", ["1.pickle", "(42, 56)", "other maps are not"]),
         ("cut map", ["0.npy", "not a whole map"]),
@@ -819,8 +836,11 @@ def test_a_fold_never_writes_into_the_files_of_its_sample(finished, tmp_path):
     for name in ("cnts.csv", "gene-names.txt"):  # as if a record named what the fold writes anew
         facts["inputs"][name] = disk.fingerprint(finished / name)
     record.write_text(json.dumps(facts))
+    facts["inputs"]["scale-by-hand.txt"] = disk.ABSENT  # a file that there may be, and is not
+    record.write_text(json.dumps(facts))
     before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
-    fold_files(finished, tmp_path / "fold", np.arange(22) > 5)
+    files = fold_files(finished, tmp_path / "fold", np.arange(22) > 5)
+    assert "scale-by-hand.txt" not in files
     assert before == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
 
 
@@ -929,6 +949,29 @@ def test_holdout_runs_again_after_histex_or_for_other_code(finished, monkeypatch
     scripts = {str(utils.ROOT / script) for script in (utils.HIGH_RESOLUTION, utils.HISTEX)}
     assert scripts < stage.inputs.keys()
     assert (utils.record_name(utils.HISTEX) in stage.inputs) == (options is None)
+
+
+def test_a_missing_truth_is_an_input_too(tmp_path):
+    """When it comes, the result is out of date."""
+    stage = make_stage(tmp_path, evaluate.SCRIPT)
+    inputs.note_truth(stage)
+    absent = {name for name, known in stage.inputs.items() if known == disk.ABSENT}
+    assert absent >= {inputs.TRUTH, inputs.PUBLISHED_TRUTH}
+
+
+def test_without_a_plot_the_scores_of_left_out_spots_are_written_all_the_same(
+    section, monkeypatch, capsys
+):
+    genes = ["A", "B"]
+    table = pd.DataFrame({"histex_spots": [0.5, 0.25]}, index=pd.Index(genes, name="gene"))
+    monkeypatch.setattr(evaluate.holdout, "hold_out", lambda *_: (table, {"spots": 22}))
+    monkeypatch.setattr(evaluate, "left_out_text", lambda facts: f"{facts['spots']} spots")
+    assert evaluate.run(["--directory", str(section), "--holdout", "2", "--no-plot"]) == 0
+    assert "22 spots" in capsys.readouterr().out
+    found = read_table(section / "evaluation-holdout.csv")
+    assert found["histex_spots"].tolist() == [0.5, 0.25]
+    made = sorted(path.name for path in section.glob("evaluation*"))
+    assert made == ["evaluation-holdout.csv", "evaluation-holdout.json"]
 
 
 @pytest.mark.parametrize("published", [False, True])

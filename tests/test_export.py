@@ -773,6 +773,12 @@ def test_a_folder_of_yours_is_not_replaced_even_by_force(section, tmp_path, caps
     assert (mine / "thesis.txt").read_text() == "mine"
 
 
+def test_an_empty_folder_of_yours_is_filled_when_asked_for(section, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert run(section, "istar", "--output", str(tmp_path / "mine"), "--force") == 0
+    assert (tmp_path / "mine" / "gene-names.txt").is_file()
+
+
 def test_the_sample_itself_is_not_replaced_by_an_istar_folder(section, capsys):
     (section.directory / "mask-small.png").write_bytes(b"")
     error = refused(section, capsys, "istar", "--output", str(section.directory), "--force")

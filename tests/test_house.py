@@ -1,12 +1,16 @@
 """The house: which room may import which, how long things are, what every --help shows."""
 
 import ast
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from reading import cli
 
 STAGES = {"image_calibration", "get_HR", "Histology_Extractor", "masking_non_tissue", "HISTEX"}
 FLOOR = {"writing", "utils", "reading", "method"}  # all stand on these
@@ -114,6 +118,46 @@ def test_the_default_network_is_found_at_once():
         if isinstance(node, ast.ClassDef) and node.name == "DefaultNetwork"
     )
     assert network.lineno <= 150
+
+
+NEEDS = {  # options that a script has no default for, beside --directory
+    "analysis/annotate.py": ["--markers", "absent.csv"],
+    "analysis/cells.py": ["--masks", "absent.tif"],
+    "analysis/enrich.py": ["--gene-sets", "absent.gmt"],
+    "analysis/export.py": ["--format", "csv"],
+    "prepare/legacy_st.py": [
+        "--counts", "absent.tsv", "--spots", "absent.tsv", "--image", "absent.png",
+    ],
+    "prepare/scverse.py": ["--h5ad", "absent.h5ad"],
+    "prepare/slides.py": ["--image", "absent.svs"],
+    "prepare/visium.py": ["--outs", "absent"],
+    "prepare/visium_hd.py": ["--outs", "absent"],
+    "prepare/xenium.py": ["--outs", "absent", "--image", "absent.tif", "--aligned"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "script", [file.as_posix() for file in SCRIPTS if room_of(file) != "benchmarks"]
+)
+def test_the_shell_is_told_that_a_script_found_no_input(script, tmp_path, monkeypatch, capsys):
+    """The exit code is that of the process, and Ctrl-C had no traceback while it imported."""
+    named = [text.replace("absent", str(tmp_path / "absent")) for text in NEEDS.get(script, [])]
+    directory = tmp_path / ("a file" if script == "demo/simulate.py" else "sample")
+    if script == "demo/simulate.py":  # needs nothing but a folder
+        directory.write_text("")
+    monkeypatch.setattr(sys, "argv", [script, "--directory", str(directory), *named])
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert signal.getsignal(signal.SIGINT) is cli._end_at_once
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err
+    assert done.value.code == 2
+    assert said.startswith("error: ")
+    assert str(tmp_path) in said
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)

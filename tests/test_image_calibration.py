@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shlex
 import struct
 import subprocess
@@ -705,6 +706,12 @@ def test_limit_holds_after_calibration(sample, capsys):
     words = ("he-raw.png", "--max-megapixels 4", "2640 x 1760 px")
     refused(sample, capsys, *words, options=("--max-megapixels", "4"))
     assert calibrate(sample, "--max-megapixels", "5") == 0
+
+
+def test_a_system_that_does_not_tell_its_memory(monkeypatch):
+    assert calibration.machine_memory() > 10**8
+    monkeypatch.setattr(os, "sysconf_names", {})
+    assert calibration.machine_memory() is None
 
 
 def test_more_memory_than_the_machine_has(sample, capsys, monkeypatch):

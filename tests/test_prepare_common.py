@@ -202,7 +202,11 @@ def test_an_error_of_the_system_is_not_called_damage(tmp_path, matrix, monkeypat
 
     path = write_h5(tmp_path / "m.h5", *matrix)
     monkeypatch.setattr(h5py, "File", fail)
+    folder = write_mtx(tmp_path / "folder", *matrix)
     monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr(tenx, "mmread", fail)
+    with pytest.raises(OSError, match="of the disk"):
+        tenx.read_10x_mtx(folder)
     with pytest.raises(OSError, match="of the disk"):
         tenx.read_10x_h5(path)
     with pytest.raises(OSError, match="of the disk"):
@@ -274,6 +278,32 @@ def test_truncated_h5_is_named(tmp_path, matrix, content):
     path.write_bytes(path.read_bytes()[:1500] if content is None else content)
     with pytest.raises(utils.StageError, match=r"m\.h5 is no whole 10x matrix"):
         tenx.read_10x_h5(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("matrix.mtx", "%%MatrixMarket matrix coordinate integer general\n4 5 99\n1 1 1\n",
+         "matrix.mtx is no whole 10x matrix"),
+        ("features.tsv", "ENSG1\nENSG2\nENSG3\nCD3\n", "has one column only"),
+        ("features.tsv", "ENSG1\tA\nENSG2\tB\tGene Expression\n", "not as many in all rows"),
+        ("barcodes.tsv", "", "barcodes.tsv is empty"),
+        ("barcodes.tsv", "A-1\nB-1\n", "5 columns and 4 rows for 2 barcodes and 4 features"),
+        ("features.tsv", "".join(f"E{i}\tN{i}\tCRISPR Guide Capture\n" for i in range(4)),
+         "has no Gene Expression but CRISPR Guide Capture"),
+    ],
+)  # fmt: skip
+def test_damaged_parts_of_a_folder_are_named(tmp_path, matrix, name, content, words):
+    folder = write_mtx(tmp_path / "m", *matrix, packed=False)
+    (folder / name).write_text(content)
+    with pytest.raises(utils.StageError, match=r"/m/.*") as error:
+        tenx.read_10x_mtx(folder)
+    assert words in str(error.value)
+
+
+def test_a_matrix_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(utils.StageError, match=r"m\.h5 is missing"):
+        tenx.read_10x_h5(tmp_path / "m.h5")
 
 
 def test_missing_parts_of_a_folder_are_named(tmp_path, matrix):
@@ -447,6 +477,18 @@ def test_locations_without_counts_are_refused(tmp_path):
     locs = section.locs.rename(index={"s3-1": "other"})
     with pytest.raises(utils.StageError, match=r"1 of \d+ spots .* no counts: other"):
         make_section(tmp_path, locs=locs)
+
+
+@pytest.mark.parametrize("what", ["spots", "locations", "genes"])
+def test_names_that_occur_twice_are_refused(tmp_path, what):
+    section, _ = make_section(tmp_path)
+    twice = {
+        "spots": {"spots": ["s1-1", *section.spots[1:-1], "s1-1"]},
+        "locations": {"locs": section.locs.rename(index={"s3-1": "s1-1"})},
+        "genes": {"genes": ["s1-1", *GENES[1:-1], "s1-1"]},
+    }[what]
+    with pytest.raises(utils.StageError, match=f"^The {what} s1-1 occur more than once"):
+        make_section(tmp_path, **twice)
 
 
 @pytest.mark.parametrize("bad", [-1, np.nan, np.inf, 0])
@@ -623,6 +665,7 @@ def test_a_smaller_copy_is_recognised_by_its_scale_factor(tmp_path):
     for scales, words in (
         ({"tissue_lowres_scalef": 0.05, "tissue_hires_scalef": 0.16}, "hires_scalef = 0.16"),
         ({"tissue_hires_scalef": 0.16}, "tissue_hires_scalef = 0.16 they do fit"),
+        ({"tissue_hires_scalef": 0.9, "tissue_lowres_scalef": 0.16}, "lowres_scalef = 0.16"),
         ({}, r"reach \d\.\d\d times as far"),
     ):
         large, _ = make_section(tmp_path, locs=section.locs / 0.16, scales=scales)

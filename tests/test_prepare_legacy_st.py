@@ -171,6 +171,28 @@ def test_labels_are_joined_by_the_adjusted_coordinates(tables, tmp_path):
     assert not (tmp_path / "s" / "labels.csv").exists()
 
 
+def test_what_no_spot_or_no_count_fits_is_left_out_and_counted(tables, tmp_path):
+    edit("C1_labels.tsv", lambda t: t.assign(x=t["x"].where(t.index > 2, 99)))(tables)
+    edit("C1.tsv", lambda t: t[t.iloc[:, 0] != "5x10"])(tables)
+    assert prepare(tables, tmp_path / "s", "--labels", str(tables / "C1_labels.tsv")) == 0
+    notes = json.loads((tmp_path / "s" / "prepare.json").read_text())["notes"]
+    assert "3 labels fit no spot and are left out" in notes
+    assert "1 selected spots without counts are left out" in notes
+    locs = read(tmp_path / "s" / "locs-raw.csv").index
+    assert len(locs) == 39
+    assert "5x10" not in locs
+    assert set(read(tmp_path / "s" / "labels.csv").index) <= set(locs)
+
+
+def test_a_table_that_is_cut_off_is_to_be_copied_again(tables, tmp_path, capsys):
+    packed = gzip.compress((tables / "C1.tsv").read_bytes())
+    (tables / "C1.tsv.gz").write_bytes(packed[: len(packed) // 2])
+    assert prepare(tables, tmp_path / "s", counts="C1.tsv.gz") == 2
+    message = capsys.readouterr().err
+    assert "C1.tsv.gz is no whole table" in message
+    assert "Copy or download it again" in message
+
+
 def test_labels_of_others_are_not_overwritten(tables, tmp_path, capsys):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "labels.csv").write_text("mine")
@@ -299,6 +321,7 @@ def swap_axes(table):
         (edit("C1_selection.tsv", blank("selected", "maybe")), "expected 1 or 0, TRUE or FALSE"),
         (lambda f: (f / "C1.tsv").write_bytes(b"PK\x03\x04"), "an Excel workbook"),
         (edit("C1_selection.tsv", swap_axes), "square array"),
+        (edit("C1_selection.tsv", lambda t: t[:0]), "C1_selection.tsv is empty: it has no row"),
         (edit("C1_selection.tsv", lambda t: t.assign(pixel_x=t["pixel_x"] * 1.3)), "square array"),
         (
             edit(

@@ -505,6 +505,16 @@ def test_another_format_gets_its_name_and_a_way_out(spoil, words, image, tmp_pat
     assert "download it again" not in message
 
 
+def test_an_object_of_r_gets_its_name_and_a_way_out(image, tmp_path, capsys):
+    path = tmp_path / "section.rds"
+    path.write_bytes(b"\x1f\x8b and so on")  # R packs by gzip
+    options = ["--h5ad", str(path), "--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == 2
+    message = capsys.readouterr().err
+    assert "section.rds is an object of R" in message
+    assert "anndataR" in message
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
@@ -547,6 +557,127 @@ def test_a_damaged_object_is_named(spoil, image, tmp_path, capsys):
     assert scverse.run([*options, "--image", str(image)]) == 2
     assert str(tmp_path / "csr.h5ad") in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def replaced(name, values):
+    def spoil(file):
+        del file[name]
+        file[name] = values
+
+    return spoil
+
+
+def two_columns_of_sections(file):
+    """The name P1 stands in both, for other spots."""
+    file["obs/batch"] = np.array(["P1", "P2"] * 32, "S")
+    file["obs/slide"] = np.array(["P2", "P1"] * 32, "S")
+
+
+def without_the_array(file):
+    """A column that usually names sections, and no array to tell that there is one."""
+    del file["obs/array_row"]
+    file["obs/batch"] = np.array(["P1"] * 32 + ["P2"] * 32, "S")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (replaced("obs/in_tissue", np.ones(63)), (), "obs['in_tissue'] has 63 of 64 values"),
+        (replaced("X", np.ones((64, 3))), (), "X is (64, 3) for 64 obs and 4 var"),
+        (replaced("obsm/spatial", np.ones((64, 1))), (), "is (64, 1); expected x and y of 64"),
+        (replaced("obsm/spatial", np.ones((63, 2))), (), "is (63, 2); expected x and y of 64"),
+        (
+            replaced("obs/array_row", np.array(["1"] * 63 + ["one"], "S")),
+            (),
+            "obs['array_row'] holds 'one'; expected numbers",
+        ),
+        (replaced("obs/in_tissue", np.zeros(64, int)), (), "has no spot in tissue"),
+        (two_columns_of_sections, ("--library", "P1"), "Name the column, too: --library slide=P1"),
+        (without_the_array, (), "may hold several sections. Sections may be P1, P2 (obs['batch'])"),
+        (
+            replaced("uns/spatial/P1/scalefactors/tissue_hires_scalef", -0.2),
+            (),
+            "says of the copies of the image: scales {'tissue_hires_scalef': -0.2}",
+        ),
+        (replaced("uns/spatial/P1/images/hires", np.ones(3)), (), "hires of (3,) px"),
+    ],
+)
+def test_what_an_object_says_wrongly_is_named(spoil, options, words, image, tmp_path, capsys):
+    path = unpack("float", tmp_path)
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    rest = ["--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(["--h5ad", str(path), *rest, *options]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path}")
+    assert words in message
+    assert not (tmp_path / "s").exists()
+
+
+def nullable_names(file):
+    """As anndata 0.12 writes names that are a column of strings of pandas."""
+    names = [f"AAAC{i:03d}-1" for i in range(64)]
+    del file["obs/_index"]
+    group = file.create_group("obs/_index")
+    group.attrs["encoding-type"] = "nullable-string-array"
+    group["values"], group["mask"] = names, np.zeros(64, bool)
+
+
+def mixed_array(file):
+    """Every place of the array once, but not at the spot that is there."""
+    order = np.random.default_rng(0).permutation(64)
+    for name in libraries.ARRAY:
+        file[f"obs/{name}"][:] = file[f"obs/{name}"][:][order]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "note"),
+    [
+        (nullable_names, (), "the counts are those of X"),
+        (lambda _: None, ("--library", "P1"), "the counts are those of X"),
+        (
+            mixed_array,
+            ("--pixel-size", str(PIXEL_UM)),
+            "the pixel size is taken as given, but ",
+        ),
+    ],
+)
+def test_what_an_object_says_in_another_way_is_read(spoil, options, note, image, tmp_path):
+    """P1 is the name of the only section in uns; no column has it, for all spots are of it."""
+    path = unpack("float", tmp_path)
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    rest = ["--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(["--h5ad", str(path), *rest, *options]) == 0
+    assert any(text.startswith(note) for text in check_sample(tmp_path / "s")["notes"])
+
+
+def test_repeated_symbols_with_repeated_ids_are_told_apart_by_their_places(image, tmp_path):
+    """Gene ids that repeat, as those of a joined object may, would give the same name twice."""
+    path = unpack("repeated", tmp_path)
+    with h5py.File(path, "r+") as file:
+        replaced("var/gene_ids", np.array(["E1"] * 5, "S"))(file)
+    rest = ["--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(["--h5ad", str(path), *rest]) == 0
+    check_sample(tmp_path / "s", ["TBCE", "KRT8", "TBCE.3", "NA"])
+
+
+def test_columns_that_do_not_tell_sections_apart_are_not_offered(image, tmp_path, capsys):
+    path = unpack("joined_own_column", tmp_path)
+    with h5py.File(path, "r+") as file:
+        file["obs/half"] = np.array(["left", "right"] * 64, "S")
+    rest = ["--image", str(image), "--directory", str(tmp_path / "s")]
+    assert scverse.run(["--h5ad", str(path), *rest]) == 2
+    message = capsys.readouterr().err
+    assert "P1, P2 (obs['whose'])" in message
+    assert "half" not in message
+
+
+def test_a_few_spots_do_not_show_a_lattice():
+    """Two spots near each other among 19 may be of one section; among 20 they are counted."""
+    xy = np.array([(100.0 * (i % 5), 100.0 * (i // 5)) for i in range(19)] + [(20.0, 0.0)])
+    assert spots_at(xy[1:]).several() == ""
+    assert "of the spots lie nearer to another one" in spots_at(xy).several()
 
 
 @pytest.mark.parametrize("content", [b"", b"no hdf5", None])
@@ -727,6 +858,19 @@ def test_the_scale_of_the_finest_level_is_part_of_the_transform(stores_folder, t
     np.testing.assert_allclose(check_store(tmp_path / "s")[0], STORES.spots(), atol=1e-3)
 
 
+def change_shapes(change):
+    def spoil(store):
+        path = store / "shapes" / "spots" / "shapes.parquet"
+        change(pd.read_parquet(path)).to_parquet(path)
+
+    return spoil
+
+
+def unlink_table(store):
+    table = zarr.open_group(store / "tables" / "table", mode="r+")
+    del table["uns/spatialdata_attrs"]
+
+
 def to_polygons(store):
     path = store / "shapes" / "spots" / "shapes.parquet"
     table = pd.read_parquet(path)
@@ -764,6 +908,20 @@ def singular(store):
             "chunks of 3,000,000,000,000 values",
         ),
         (singular, "a transform into 'global' that cannot be undone"),
+        (lambda s: declare(s, shape=[3, 0, 384]), "levels of [(384, 0), (192, 160)] px"),
+        (
+            change_shapes(lambda t: t.assign(geometry="POINT (1 2)")),
+            "holds shapes as str, not in well-known binary",
+        ),
+        (
+            change_shapes(lambda t: t.set_index(t.index.where(t.index != 7, 8))),
+            "the shapes 8 are there more than once",
+        ),
+        (unlink_table, "does not say which shapes it is of"),
+        (
+            change_shapes(lambda t: t.assign(geometry=t["geometry"].iloc[0])),
+            "seems to hold the spots of several sections: 35 spots have the x and y of another.",
+        ),
         (lambda s: (s / "shapes" / "spots" / "shapes.parquet").unlink(), "has no shapes.parquet"),
         (lambda s: shutil.rmtree(s / "tables"), "has no tables"),
         (lambda s: shutil.rmtree(s / "images"), "has no images"),
@@ -775,6 +933,37 @@ def test_what_a_store_holds_instead_is_named(stores_folder, tmp_path, capsys, sp
     message = capsys.readouterr().err
     assert words in message
     assert "Copy or download it again" not in message
+
+
+def test_shapes_that_no_row_of_the_table_is_of_are_named(stores_folder, tmp_path, capsys):
+    store = stores_folder / "two.zarr"
+    table = zarr.open_group(store / "tables" / "table", mode="r+")
+    table["obs/region/codes"][:] = list(table["obs/region/categories"][:]).index("spots")
+    assert prepare_store(store, tmp_path / "s", "--shapes", "more") == 2
+    assert "annotates spots, not more.\nChoose one of them by --shapes" in capsys.readouterr().err
+
+
+def test_spots_that_lie_as_those_of_two_sections_are_taken_when_the_user_insists(
+    stores_folder, tmp_path, capsys
+):
+    """Every second spot is moved next to another one: no lattice has such distances."""
+    store = stores_folder / "new.zarr"
+    path = store / "shapes" / "spots" / "shapes.parquet"
+    table = pd.read_parquet(path).sort_index()
+    xy = np.array([struct.unpack("<dd", shape[5:]) for shape in table["geometry"]])
+    xy[1::2] = xy[::2] + np.array([3, 0])
+    table["geometry"] = [struct.pack("<BIdd", 1, 1, *place) for place in xy]
+    table.to_parquet(path)
+    assert prepare_store(store, tmp_path / "s", "--pixel-size", "2") == 2
+    message = capsys.readouterr().err
+    assert "seems to hold the spots of several sections" in message
+    assert "If it is one, say --shapes spots." in message
+    args = ["--spatialdata", str(store), "--directory", str(tmp_path / "s"), "--shapes", "spots"]
+    spots = stores.read_spatialdata(scverse.build_parser().parse_args(args))
+    np.testing.assert_allclose(
+        (spots.places[["x", "y"]] * STORES.SCALE + STORES.SHIFT).to_numpy(), xy, atol=1e-3
+    )
+    assert any(note.startswith("by --shapes spots these spots are taken") for note in spots.notes)
 
 
 def test_one_kind_of_store_given_for_another_is_named(stores_folder, image, tmp_path, capsys):
@@ -914,6 +1103,20 @@ def test_plain_tables_of_legacy_st_with_repeated_genes(image, tmp_path, capsys):
         "1 gene names occur more than once (A): the second is called A.1, and so on"
     ]
     assert float((tmp_path / "s" / "radius-raw.txt").read_text()) == 25
+
+
+def test_spots_of_one_table_only_are_left_out_and_counted(image, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_plain(f"{folder}/", image)
+    rewrite("locs-raw.csv", lambda table: table.drop(index=["AAAC000-1", "AAAC009-1"]))(folder)
+    rewrite("cnts.csv", lambda table: table.drop(index="AAAC063-1"))(folder)
+    assert scverse.run(["--tables", str(folder), "--directory", str(tmp_path / "s")]) == 0
+    locs, found, record = read(tmp_path / "s")
+    kept = [i for i in range(63) if i not in (0, 9)]
+    assert locs.index.tolist() == array().index[kept].tolist()
+    np.testing.assert_array_equal(found, counts()[kept])
+    assert "3 spots are in one table only and are left out" in record["notes"]
 
 
 @pytest.mark.parametrize("option", ["--pitch-um", "--radius-um", "--crop-um"])

@@ -1,5 +1,6 @@
 """prepare/slides.py: regions, levels and pixel sizes against arrays that the tests wrote."""
 
+import errno
 import functools
 import struct
 import subprocess
@@ -595,6 +596,36 @@ def test_a_full_disk_ends_with_2_and_leaves_nothing(picture, tmp_path, capsys, m
 )
 def test_the_factor_keeps_the_image_about_as_fine_as_half_a_micrometre(pixel_size, factor):
     assert scans.whole_factor(pixel_size) == factor
+
+
+def test_levels_are_the_copies_shrunk_by_whole_factors():
+    """A second copy of one size, one of another shape and an empty one are passed over."""
+    sizes = [(1000, 800), (1000, 800), (500, 400), (500, 300), (249, 200), (0, 0)]
+    assert scans.usable_levels(sizes) == {1: 0, 2: 2, 4: 4}
+
+
+@pytest.mark.parametrize("xml", ["<OME/>", "<OME", '<OME><Pixels SizeX="5"/></OME>'])
+def test_metadata_without_pixels_tell_no_pixel_size(xml):
+    assert scans.ome_pixel_size(xml, 5) is None
+
+
+def test_tiles_are_those_of_the_image_and_white_beyond_it():
+    image = np.random.default_rng(0).integers(0, 255, (700, 530, 3), dtype=np.uint8)
+    found = list(scans.tiles(image))
+    assert {tile.shape for tile in found} == {(512, 512, 3)}
+    whole = np.vstack([np.hstack(found[:2]), np.hstack(found[2:])])
+    np.testing.assert_array_equal(whole[:700, :530], image)
+    assert (whole[700:] == 255).all()
+    assert (whole[:, 530:] == 255).all()
+
+
+def test_an_error_of_the_disk_is_not_said_to_be_damage(monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "of the disk")
+
+    monkeypatch.setattr(whole_slide(), "read_level", fail)
+    with pytest.raises(OSError, match="of the disk"):
+        whole_slide().read_region(0, 0, 8, 8)
 
 
 def test_a_slide_without_pixels_is_damaged(tmp_path):

@@ -347,6 +347,21 @@ def test_hires_image_is_scaled_and_enlarged_when_asked_for(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--crop-um", "100"), "--crop-um and --downsample cannot go with --image-is hires"),
+        (("--downsample", "2"), "--crop-um and --downsample cannot go with --image-is hires"),
+        ((), "scalefactors_json.json has no tissue_hires_scalef, which --image-is hires needs"),
+    ],
+)
+def test_a_hires_image_is_whole_and_of_a_known_scale(tmp_path, capsys, options, words):
+    outs, *_ = write_outs(tmp_path)
+    if not options:
+        (outs / "spatial" / "scalefactors_json.json").write_text('{"tissue_lowres_scalef": 0.05}')
+    assert words in error_of(tmp_path, capsys, outs, "--image-is", "hires", *options)
+
+
 # ----- damaged or mixed-up folders -----
 def exchange_array(outs):
     path = outs / "spatial" / "tissue_positions.csv"

@@ -339,7 +339,35 @@ def wrong_indptr(outs):
         file["matrix/indptr"][-1] += 5
 
 
+def tables_in_place_of_h5(outs):
+    path = positions(outs).parent.parent / "filtered_feature_bc_matrix.h5"
+    path.unlink()
+    path.with_suffix("").mkdir()
+
+
+def few_bins(outs):
+    table = pd.read_parquet(positions(outs))
+    near = (table["array_row"] < 6) & (table["array_col"] < 6)
+    table[near].assign(in_tissue=1).to_parquet(positions(outs))
+
+
+def same_place(table):
+    """The number of the first row in tissue for the second one, too."""
+    there = np.flatnonzero(table["in_tissue"])
+    column = table["array_col"].to_numpy().copy()
+    column[there[1]] = column[there[0]]
+    return column
+
+
 BAD = {
+    "twice": (lambda o: edit(o, array_col=same_place), "lists bins more than once"),
+    "letters": (lambda o: rename_barcodes(o, "s_008um_0000A_00002-1"), "'s_008um_0000A_00002-1'"),
+    "tables": (tables_in_place_of_h5, "bins of HD are read from filtered_feature_bc_matrix.h5."),
+    "few bins": (few_bins, "The bins reach over 48 x 48 um only, less than one spot"),
+    "little tissue": (
+        lambda o: edit(o, in_tissue=lambda t: (t.index == t.index[0]).astype(int)),
+        "No pseudo-spot is in tissue",
+    ),
     "no tissue": (lambda o: edit(o, in_tissue=lambda t: t["in_tissue"] * 0), "none of its"),
     "no column": (
         lambda o: pd.read_parquet(positions(o)).drop(columns="array_row").to_parquet(positions(o)),

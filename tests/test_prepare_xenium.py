@@ -347,6 +347,31 @@ def in_bytes(table):
     return pa.array([None if n is None else n.encode() for n in table["feature_name"]])
 
 
+@pytest.mark.parametrize(
+    ("columns", "gene"),
+    [
+        ({"is_gene": ["true", "False", "", "1"]}, [True, False, False, True]),
+        ({"codeword_category": ["predesigned_gene", "", "custom_gene", "x"]}, None),
+        ({}, None),
+    ],
+)
+def test_a_table_of_molecules_says_by_its_own_columns_what_is_a_gene(tmp_path, columns, gene):
+    path = tmp_path / "transcripts.csv"
+    fixed = {"feature_name": ["A", "B", "A", "C"], "x_location": 1.5, "y_location": 2.5, "qv": 40}
+    pd.DataFrame({**fixed, **columns}).to_csv(path, index=False)
+    (batch,) = xenium_files.csv_batches(path)
+    assert batch.features[batch.feature].tolist() == ["A", "B", "A", "C"]
+    assert batch.xy.tolist() == [[1.5, 2.5]] * 4
+    assert (batch.is_gene if gene is None else batch.is_gene.tolist()) == gene
+    if "codeword_category" in columns:
+        named = batch.category >= 0
+        assert named.tolist() == [True, False, True, True]
+        said = batch.categories[batch.category[named]].tolist()
+        assert said == ["predesigned_gene", "custom_gene", "x"]
+    else:
+        assert batch.categories is None
+
+
 FORMS = {
     "text": to_parquet,
     "dictionary": lambda table, folder: to_parquet(table, folder, in_dictionary),
@@ -438,6 +463,23 @@ def test_molecules_of_the_explorer_are_read(shared, tmp_path):
     assert record["left_out"]["no feature_name"] == krt8.sum()
 
 
+def test_a_molecule_of_a_gene_beyond_the_list_is_refused(tmp_path):
+    path = tmp_path / "transcripts.zarr.zip"
+    with zarr_group(path) as root:
+        root.attrs["gene_names"] = ["A", "B"]
+        group = root.create_group("grids/0/0,0")
+        group.create_array("location", data=np.ones((3, 3), "f4"))
+        group.create_array("gene_identity", data=np.array([[0], [65535], [2]], "u2"))
+        group.create_array("quality_score", data=np.full((3, 1), 40, "f4"))
+    with pytest.raises(utils.StageError, match="gene 2 of 2 in tile 0,0"):
+        list(xenium_files.zarr_batches(path))
+
+
+def test_cells_of_the_first_versions_have_numbers_for_names():
+    for ids in (np.array([7, 12]), np.array([[7], [12]], "u4")):
+        assert xenium_files.cell_names(ids) == ["7", "12"]
+
+
 def test_the_order_of_adding_does_not_matter():
     rng = np.random.default_rng(0)
     parts = [
@@ -511,6 +553,15 @@ def test_an_image_already_in_the_frame_keeps_its_pixels(shared, tmp_path):
     expected = source[top : top + len(found), left : left + found.shape[1]]
     np.testing.assert_array_equal(found[: len(expected), : expected.shape[1]], expected)
     assert any("by --aligned" in note for note in record["notes"])
+
+
+def test_beyond_the_horizon_of_a_tilted_slide_there_is_nothing(tmp_path):
+    h_and_e(tmp_path / "he.tif", np.eye(3), (64, 64), metadata=None)
+    to_slide = np.array([[1, 0, 0], [0, 1, 0], [-1 / 300, 0, 1.0]])  # none of x >= 300
+    with scans.open_slide(tmp_path / "he.tif") as slide:
+        image = aligned.Aligned(slide, 0, 0, 600, 64, to_slide=to_slide)
+        assert image.warp((0, 0), (8, 8), 1).max() < 255
+        assert image.warp((296, 0), (8, 8), 1).tolist() == np.full((8, 8, 3), 255).tolist()
 
 
 def test_tissue_ends_where_the_slide_ends(shared, tmp_path):
@@ -854,6 +905,27 @@ def test_an_absolute_path_in_a_zip_is_refused(tmp_path):
         xenium_files.unpack(tmp_path / "a.zip", tmp_path)
 
 
+def test_an_archive_with_a_password_is_to_be_unpacked(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("experiment.xenium", "{}")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1  # the sign of it, in the directory of the archive
+    path.write_bytes(content)
+    with pytest.raises(utils.StageError, match=r"a\.zip is packed with a password") as error:
+        xenium_files.unpack(path, tmp_path)
+    assert "Unpack it." in str(error.value)
+
+
+def test_the_folder_around_the_outs_will_do(shared, tmp_path):
+    with xenium_files.open_outs(shared) as found:
+        assert found == shared / "outs"
+    (tmp_path / "outs").mkdir()
+    words = r"has none of .*experiment\.xenium"
+    with pytest.raises(utils.StageError, match=words), xenium_files.open_outs(tmp_path):
+        pass
+
+
 def test_what_is_no_archive_is_not_said_to_be_damaged(shared, tmp_path, capsys):
     outs = shared / "outs" / "transcripts.parquet"
     rest = ["--image", str(shared / "he.ome.tif"), "--aligned", "--directory", str(tmp_path / "s")]
@@ -894,6 +966,13 @@ SHIFTED = TURN + np.array([[0, 0, 1500.0], [0, 0, 0], [0, 0, 0]])
 
 def drop(*names):
     return lambda f: [(f / "outs" / name).unlink() for name in names]
+
+
+def in_two_corners(table):
+    """The whole width and height, but of a square of 8 um each."""
+    near = [np.abs(table[f"{axis}_location"] - at[i]) < 8
+            for at in (LOW, HIGH) for i, axis in enumerate("xy")]  # fmt: skip
+    return table[(near[0] & near[1]) | (near[2] & near[3])]
 
 
 @pytest.mark.parametrize(
@@ -950,8 +1029,8 @@ def drop(*names):
         (lambda f: (f / "alignment.csv").write_text("a,b,c\n1,2,3\n"), (), "no matrix of numbers"),
         (lambda f: (f / "alignment.csv").unlink(), (), "no matrix of numbers"),
         (lambda f: (f / "he.ome.tif").unlink(), (), "missing"),
-        (lambda f: None, ("--region", "0", "0", "50", "500"), "at least 224 px"),
-        (lambda f: None, ("--region", "0", "0", "60000", "60000"), "megapixels"),
+        (lambda f: None, ("--region", "0", "0", "50", "500"), "Choose a larger part of the run"),
+        (lambda f: None, ("--region", "0", "0", "60000", "60000"), "Choose a smaller part"),
         (
             rewrite("cells.parquet", lambda t: t.iloc[2:]),
             ("--counts", "cells"),
@@ -968,6 +1047,16 @@ def drop(*names):
             "none of cell_boundaries",
         ),
         (cut("cells.parquet"), ("--counts", "cells"), "no whole Parquet"),
+        (
+            rewrite("cells.parquet", lambda t: t.assign(x_centroid=np.nan)),
+            ("--counts", "cells"),
+            "cells.parquet has no place for any cell",
+        ),
+        (
+            rewrite("transcripts.parquet", in_two_corners),
+            (),
+            "pseudo-spots lies in tissue.\nGive a whole section.",
+        ),
         (
             rewrite("cells.parquet", lambda t: t.rename(columns={"x_centroid": "x"})),
             ("--counts", "cells"),

@@ -30,7 +30,7 @@ from PIL import Image
 import utils
 from analysis import labels
 from prepare import scans
-from reading import arrays, images, pickles, plain, tables
+from reading import arrays, images, pickles, pictures, plain, tables
 from reading.genes import read_gene_names, read_genes
 
 
@@ -215,6 +215,30 @@ def test_read_locs(stage):
         assert list(found.columns) == ["x", "y"]
         assert list(found.index) == IDS
         np.testing.assert_array_equal(found.to_numpy(), xy[["x", "y"]].to_numpy(float))
+
+
+def test_small_tables_are_read_as_people_save_them(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("x,y\ns1,1,2\ns2,3,4\n")  # R leaves out the name of the first column
+    assert tables.read_rows(path) == [["", "x", "y"], ["s1", "1", "2"], ["s2", "3", "4"]]
+    assert tables.read_text_table(path).to_dict("list") == {
+        "": ["s1", "s2"], "x": ["1", "3"], "y": ["2", "4"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "it is empty."),
+        ("x,y,x\n1,2,3\n", "it names the columns x more than once."),
+        ("x,y\n1,2\n1\n", "it has 1 fields in row 3; expected 2."),
+    ],
+)
+def test_small_tables_that_are_refused(tmp_path, text, words):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(plain.Unfit) as error:
+        tables.read_text_table(tmp_path / "a.csv")
+    assert str(error.value) == words
 
 
 BAD_TABLES = {
@@ -656,6 +680,49 @@ def test_the_grid_of_an_image(stage):
         Image.new("RGB", size).save(stage.directory / "he.jpg")
         _, said = outcome(images.grid_shape, stage)
         assert f"is {size[0]} x {size[1]} px; both sides must be multiples of 224 px" in said
+
+
+def test_an_image_larger_than_any_of_ours_is_refused_by_its_header(stage, monkeypatch):
+    Image.new("RGB", (448, 224)).save(stage.directory / "he.jpg")
+    monkeypatch.setattr(images, "MAX_HE_PIXELS", 448 * 224 - 1)
+    where = stage, stage.directory / "he.jpg"
+    for read, args in ((images.grid_shape, (stage,)), (images.ImageRows, where)):
+        assert "he.jpg is 448 x 224 px; expected at most 0" in outcome(read, *args)[1]
+
+
+def test_rows_of_an_image_are_taken_one_after_the_other(stage):
+    Image.new("RGB", (224, 224)).save(stage.directory / "he.jpg")
+    image = images.ImageRows(stage, stage.directory / "he.jpg")
+    with image, pytest.raises(IndexError, match=r"as image\[top:bottom\]"):
+        image[0:10:2]
+
+
+def test_an_error_of_the_disk_is_not_said_to_be_a_damaged_image(stage, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stage.directory / "he.jpg", quality=95)
+    Image.fromarray(noise).save(stage.directory / "he.tif")
+
+    def fail(*_):
+        raise OSError(errno.EIO, "of the disk")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("PIL.TiffImagePlugin.TiffImageFile", fail)
+        with pytest.raises(OSError, match="of the disk"):
+            pictures.tiff_header(stage.directory / "he.tif")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "read", fail)
+        with pytest.raises(OSError, match="of the disk"):
+            images.ImageRows(stage, stage.directory / "he.jpg")
+    assert pictures.failures == []
+    assert (images.ImageRows(stage, stage.directory / "he.jpg")[:].std() > 20).all()
+
+
+def test_a_text_that_is_too_large_to_be_small_is_refused(stage, monkeypatch):
+    monkeypatch.setattr(plain, "PIECE", 10)
+    monkeypatch.setattr(plain, "WHOLE_FILE", 20)
+    assert plain.read_lines(stage, put(stage, "gene-names.txt", "A\n" * 10)) == ["A"] * 10
+    _, said = outcome(plain.read_lines, stage, put(stage, "gene-names.txt", "A\n" * 10 + "B"))
+    assert "it has more than 0 million characters" in said
 
 
 def test_both_ends_of_a_range_belong_to_it(stage):

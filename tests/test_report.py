@@ -285,6 +285,8 @@ def test_genes_are_those_asked_for_or_the_best_held_out_ones():
     assert inputs.choose_genes(mapped, r, None, 2) == ["C", "A"]
     assert inputs.choose_genes(mapped, None, None, 2) == ["A", "B"]
     assert inputs.choose_genes(mapped, r, "E,B,E", 1) == ["E", "B"]
+    with pytest.raises(utils.StageError, match=r"cnts-super holds no map.\nRun HISTEX.py again"):
+        inputs.choose_genes([], r, None, 2)
 
 
 @given(st.floats(-1e4, 1e4), st.floats(1e-4, 1e4))
@@ -462,6 +464,17 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(section, name, says):
     assert says is None or says in page.text
     assert ("spots" in json.loads(page.scripts["gene-0"])) == (says is not None)
     assert np.isfinite(page.map_of(0)).any()
+
+
+def test_without_a_held_out_r_or_an_epoch_the_page_says_so(section):
+    """As of a state that had no time for an epoch, and of genes with a constant count."""
+    table = pd.DataFrame({"gene": GENES, "held_out_r": np.nan})
+    table.to_csv(section / "held-out-r.csv", index=False)
+    (section / "states" / "01" / "history.csv").write_text("epoch,train_loss\n")
+    page = Page(write_page(section))
+    assert "No gene has a held-out r." in page.text
+    assert "state 00" in page.text
+    assert "state 01" not in page.text
 
 
 def test_half_precision_and_genes_without_counts_are_shown(section):

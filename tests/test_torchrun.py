@@ -1,6 +1,7 @@
 """Several processes for one slide: same bytes as one, and none left waiting when another fails."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,68 @@ def test_without_torchrun_a_process_is_alone(monkeypatch, capsys):
         print("heard")
     assert capsys.readouterr().out == "heard\n"
     assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """torch.distributed and CUDA as far as ranks() asks for them; what it asked."""
+    asked = []
+
+    def note(name):
+        return lambda *given, **options: asked.append((name, *given, *options.values()))
+
+    for name in ("init_process_group", "destroy_process_group", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, note(name))
+    monkeypatch.setattr(torch.cuda, "set_device", note("set_device"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    before = signal.getsignal(signal.SIGTERM)
+    yield asked
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("rank", "cards"), [(0, False), (1, False), (0, True), (3, True)])
+def test_a_process_of_torchrun_has_its_card_and_one_of_them_speaks(
+    joined, monkeypatch, capsys, rank, cards
+):
+    for name, value in zip(devices.TORCHRUN, (rank, 4, rank), strict=True):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards)
+    with devices.ranks() as ranks:
+        print("said")
+        ranks.barrier()
+        assert (ranks.rank, ranks.world) == (rank, 4)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    print("after")
+    assert capsys.readouterr().out == ("said\nafter\n" if rank == 0 else "after\n")
+    card = [("set_device", rank % 2)] if cards else []
+    start = ("init_process_group", "gloo", devices.LONGEST_WAIT)
+    assert joined == [*card, start, ("barrier",), ("destroy_process_group",)]
+
+
+def test_a_process_that_waits_for_one_that_has_ended_says_so(monkeypatch):
+    def fail():
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "barrier", fail)
+    with pytest.raises(utils.StageError, match="Process 1 of 3 cannot go on: another one has"):
+        devices.Ranks(1, 3).barrier()
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA out of memory. Tried to\nallocate", "can't allocate memory"]
+)
+def test_memory_of_a_device_that_runs_out_is_a_message(said):
+    words = r"The memory of cpu does not suffice: (CUDA out of memory. Tried to|can't allocate mem)"
+    explained = devices.memory_explained(torch.device("cpu"))
+    with pytest.raises(utils.StageError, match=words) as error, explained:
+        raise RuntimeError(said)
+    assert "--batch-size" in str(error.value)
+
+
+def test_another_error_of_a_device_stays_what_it_is():
+    explained = devices.memory_explained(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), explained:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_every_item_belongs_to_one_process():

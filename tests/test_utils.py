@@ -20,7 +20,7 @@ from PIL import Image
 import utils
 from method import devices
 from reading import cli, images
-from writing import disk
+from writing import disk, origin
 
 
 def names_in(directory: Path) -> list[str]:
@@ -142,6 +142,65 @@ def test_a_folder_that_cannot_be_put_in_place_comes_back(tmp_path, monkeypatch):
     assert (path / "old").read_text() == "old"
 
 
+def test_of_two_runs_that_go_on_putting_their_folders_one_gives_up(tmp_path, monkeypatch):
+    """Whenever the name is free, the other run takes it first: its folder is whole, and stays."""
+    path, honest = tmp_path / "maps", Path.rename
+
+    def rename(source, target):
+        if target == path:
+            path.mkdir()
+            (path / "other").write_text("whole")
+            raise OSError(errno.ENOTEMPTY, "not empty")
+        return honest(source, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="not empty"), disk.atomic(path) as partial:
+        partial.mkdir()
+    assert (path / "other").read_text() == "whole"
+
+
+def test_a_folder_in_the_place_of_a_file_has_changed(tmp_path):
+    path = tmp_path / "he.jpg"
+    path.write_bytes(b"image")
+    known = disk.fingerprint(path)
+    assert disk.changed_in(path, known) == []
+    path.unlink()
+    path.mkdir()
+    assert disk.changed_in(path, known) == [path]
+
+
+@pytest.mark.parametrize(
+    ("number", "refused"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)]
+)
+def test_a_drive_may_know_no_fsync_but_must_not_fail(tmp_path, monkeypatch, number, refused):
+    def fail(_):
+        raise OSError(number, "of the drive")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    wanted = pytest.raises(OSError, match="of the drive") if refused else contextlib.nullcontext()
+    with wanted, disk.atomic(tmp_path / "a.csv") as partial:
+        partial.write_text("whole")
+    assert names_in(tmp_path) == ([] if refused else ["a.csv"])
+
+
+def test_windows_is_not_asked_what_it_cannot_tell(tmp_path, monkeypatch):
+    """There os.kill would end the process that it asks for, and no folder can be opened."""
+    asked, opened = [], []
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "kill", lambda *process: asked.append(process))
+        windows.setattr(os, "open", lambda path, _: opened.append(path))
+        windows.setattr(os, "name", "nt")
+        assert disk.is_dead(4_000_000) is False
+        disk._sync(tmp_path)
+    assert asked == opened == []
+
+
+def test_code_that_git_does_not_know_has_no_commit(tmp_path):
+    assert origin.commit(tmp_path) == {}
+    (tmp_path / ".git").mkdir()
+    assert origin.commit(tmp_path) == {}
+
+
 def test_a_partial_file_of_another_run_may_vanish(tmp_path, monkeypatch):
     """The other run gives it its name between the listing and the look at its age."""
     (tmp_path / ".he.0123abcd.partial.jpg").write_bytes(b"half")
@@ -176,6 +235,27 @@ def test_nothing_gets_its_name_before_finish(stage):
     assert not (stage.directory / "locs.csv").exists()
     stage.discard()
     assert names_in(stage.directory) == []
+
+
+@pytest.mark.parametrize("name", ["../cnts.csv", "states/00.csv", "/etc/passwd"])
+def test_a_record_with_outputs_elsewhere_is_refused(stage, name):
+    """What it lists is removed and replaced; a record from elsewhere may name anything."""
+    known = {"bytes": 1, "mtime_ns": 1, "sha256": "x"}
+    record = {"finished": True, "inputs": {}, "outputs": {name: known}}
+    (stage.directory / utils.record_name(stage.script)).write_text(json.dumps(record))
+    with pytest.raises(utils.StageError, match="lists outputs that lie in another folder"):
+        utils.read_record(stage, stage.script)
+
+
+def test_an_outdated_folder_with_a_file_of_the_user_stays(tmp_path):
+    folder = tmp_path / utils.SPREAD.name
+    folder.mkdir()
+    (folder / "mine.npy").write_bytes(b"mine")
+    stage = make_stage(tmp_path)
+    stage.retire(utils.SPREAD)
+    stage.kept.add(folder / "mine.npy")
+    stage.finish()
+    assert (folder / "mine.npy").read_bytes() == b"mine"
 
 
 def test_the_record_redacts_the_token(tmp_path):
@@ -288,6 +368,16 @@ def test_a_write_that_fails_is_told_when_the_library_is_through():
         done.append(file.write(np.arange(3)))
     assert done == [7, 24]
     assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is full")
+def test_of_a_full_disk_and_the_trouble_that_a_library_has_with_it_the_disk_is_told():
+    def write(file):
+        file.write(b"of HDF5")
+        raise RuntimeError("a checksum that cannot be")
+
+    with pytest.raises(OSError, match="No space"), disk.late_errors(Path("/dev/full")) as file:
+        write(file)
 
 
 def test_what_a_library_raises_for_itself_comes_through(tmp_path):
