@@ -14,8 +14,15 @@ AGAIN_SECONDS = 0.05
 _waiting: list[tuple[threading.Timer, int]] = []
 
 
+def _send(number: int) -> None:
+    if hasattr(signal, "pthread_kill") and callable(signal.getsignal(number)):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)  # also ends a wait
+    else:
+        _thread.interrupt_main(number)
+
+
 def send_again(number: int) -> None:
-    timer = threading.Timer(AGAIN_SECONDS, _thread.interrupt_main, [number])
+    timer = threading.Timer(AGAIN_SECONDS, _send, [number])
     _waiting.append((timer, number))
     timer.start()
 
