@@ -476,3 +476,46 @@ def test_only_blocks_with_tissue_are_left_out():
         left_out = lessons.some_blocks(tissue, seed)
         assert 0 < left_out.sum() <= lessons.BLOCK**2
         assert not (left_out & ~tissue).any()
+
+
+def test_without_left_out_sections_blocks_tell_what_to_expect(sections, tmp_path):
+    output = tmp_path / "quick.safetensors"
+    options = ["--sections", *map(str, sections), "--output", str(output), "--epochs", "1"]
+    assert learn.run([*options, "--leave-none-out"]) == 0
+    facts = facts_of(output)
+    assert facts["left_out"] == []
+    assert facts["expected_from"] == "left-out blocks of the same sections"
+    found = reference.read_reference(output, backbone(output))
+    assert np.isfinite(found.expected_r["expected_r_8um"]).all()
+
+
+def test_shuffled_truth_keeps_the_counts_of_a_section_but_not_their_places(sections, tmp_path):
+    from benchmarks import accuracy, references
+
+    source = Path(shutil.copytree(sections[0], tmp_path / "source"))
+    sample = Path(shutil.copytree(sections[0], tmp_path / "sample"))
+    (sample / "truth.npz").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "prepare_section", lambda *_: (sample, 0.0))
+        folders = [references.teacher(None, source, tmp_path, shuffled) for shuffled in (0, 1)]
+    plain, shuffled = map(inputs.read_truth, folders)
+    np.testing.assert_array_equal(plain.counts, inputs.read_truth(source).counts)
+    assert (plain.counts != shuffled.counts).any()
+    tissue = plain.tissue
+    for part in (plain, shuffled):
+        order = np.lexsort(part.counts[tissue].T)
+        part.counts[tissue] = part.counts[tissue][order]
+    np.testing.assert_array_equal(plain.counts, shuffled.counts)
+
+
+def test_scores_are_by_the_genes_that_a_reference_knows(sections):
+    from benchmarks import references
+
+    truth = inputs.read_truth(sections[0])
+    truth = inputs.select_genes(truth, truth.genes[:4])
+    maps = truth.counts.astype(np.float32)
+    maps[..., 3] = np.random.default_rng(0).normal(size=maps.shape[:2])
+    found = references.score(truth, maps, {"known": GENES[:3], "none": [], "other": GENES[3:4]})
+    assert found.keys() == {"known", "other"}
+    assert found["known"] == pytest.approx([1, 1])
+    assert abs(found["other"][0]) < 0.1

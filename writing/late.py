@@ -18,7 +18,7 @@ def _send(number: int) -> None:
     if hasattr(signal, "pthread_kill") and callable(signal.getsignal(number)):
         signal.pthread_kill(threading.main_thread().ident or 0, number)  # also ends a wait
     else:
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
 
 
 def send_again(number: int) -> None:
