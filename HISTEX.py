@@ -252,6 +252,10 @@ class PublishedNetwork(Network):
     """The published arithmetic: tokens and HR counts (B, K, G) to scaled counts (B, T, G).
 
     Its attention divides by the square root of the number of heads, and its head is one affine map.
+    Beside the pairing, order and mask (above), the run departs from the published code in this:
+    places of spots, HR points and blocks are not rounded, the border's tokens are repeated (there:
+    zeros), no colour and position channels come with the tokens, embeddings are those of one state
+    (there: the median), and batches are of about equal size (there: the last is what is left).
     """
 
     sizes = (1024, 512, 512, 512)  # of the head
