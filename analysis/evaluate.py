@@ -293,9 +293,9 @@ def main(stage: utils.Stage) -> None:
         if not args.no_plot:
             figure = picture.draw_left_out(table)
     else:
-        truth = inputs.read_truth(args.directory)
         inputs.note_truth(stage)
         inputs.note_inputs(stage, utils.MAPS, utils.SPREAD, utils.LOCS, utils.RADIUS, utils.CNTS)
+        truth = inputs.read_truth(args.directory)
         table, facts = evaluate(args.directory, truth)
         print(f"{summary_text(facts)}\n")
         if not args.no_plot:

@@ -361,7 +361,7 @@ def xenium_origin(stage: utils.Stage, path: Path, columns: list[str]) -> np.ndar
             "image, .tif or .npy.",
         )
     record = stage.directory / utils.record_name("prepare/xenium.py")
-    origin = (utils.read_record(stage, "prepare/xenium.py") or {}).get("frame_origin_um")
+    origin = stage.fact("prepare/xenium.py", "frame_origin_um")
     numbers = origin if isinstance(origin, list) else []
     if len(numbers) != 2 or not all(isinstance(n, (int, float)) for n in numbers):
         raise utils.StageError(

@@ -107,6 +107,15 @@ def is_added(file: Path, folder: Path, known: dict[str, Any]) -> bool:
     return file != folder and file.relative_to(folder).as_posix() not in known.get("files", ())
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Bytes, mtime and inode, by which a file that is being read is known; None if it is gone."""
+    try:
+        stat = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
 def has_time(path: Path, known: dict[str, Any]) -> bool:
     return bool(path.stat().st_mtime_ns == known["mtime_ns"])
 
@@ -121,11 +130,15 @@ def _differs(path: Path, known: dict[str, Any], hash_always: bool) -> bool:
     return bool(fingerprint(path)["sha256"] != known["sha256"])
 
 
-def is_whole(path: Path, known: dict[str, Any]) -> bool:
-    """True if nothing of what was fingerprinted is missing."""
+def lost_from(path: Path, known: dict[str, Any]) -> list[Path]:
+    """What was fingerprinted and is missing: the file or folder, or files of the folder."""
     if known == ABSENT or not path.exists():
-        return known == ABSENT
-    return all((path / name).exists() for name in known.get("files", ()))
+        return [] if known == ABSENT else [path]
+    return [path / name for name in known.get("files", ()) if not (path / name).exists()]
+
+
+def is_whole(path: Path, known: dict[str, Any]) -> bool:
+    return not lost_from(path, known)
 
 
 def same_as(path: Path, known: dict[str, Any]) -> bool:
