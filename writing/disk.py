@@ -277,12 +277,18 @@ class _Patient(io.FileIO):
                 self.failed = error
         return len(content)
 
+    def check(self) -> None:
+        """Raise what a write has failed with, where the library can be left."""
+        if self.failed is not None:
+            raise self.failed
+
 
 @contextlib.contextmanager
-def late_errors(path: Path) -> Iterator[io.FileIO]:
+def late_errors(path: Path) -> Iterator[_Patient]:
     """A new file for a library that does not survive a write that fails, as HDF5 does not.
 
-    It crashes, or goes on and tells nobody. Here it goes on; then the error is raised.
+    It crashes, or goes on and tells nobody. Here it goes on; then, or by ``check``, the error is
+    raised.
     """
     with _Patient(path, "w+") as file, late.not_within(_Patient.write.__code__):
         try:
@@ -290,8 +296,7 @@ def late_errors(path: Path) -> Iterator[io.FileIO]:
         except Exception:
             if file.failed is None:
                 raise
-        if file.failed is not None:
-            raise file.failed
+        file.check()
 
 
 def sweep_work(folder: Path, name: str, but: Path | None = None) -> None:
