@@ -255,7 +255,7 @@ def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) 
         if not plain.HALF.search(error.object[error.start : error.end]):
             raise
         text = error.object[max(0, error.start - plain.SHOWN) : error.end + plain.SHOWN]
-        problem = f"error: no text file can hold half of a character: {text!r}."
+        problem = f"error: this name holds half of a character, or is not UTF-8: {text!r}."
         return _say(f"{problem}\nMend that name, then run the same command.", 2)
     except (MemoryError, SystemError) as error:
         memory = error if isinstance(error, MemoryError) else error.__cause__

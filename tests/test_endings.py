@@ -66,7 +66,7 @@ def test_a_name_that_no_text_file_can_hold_is_one_message(tmp_path, capsys, name
 
     assert cli.exit_code(work, HERE, "nothing is lost") == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: no text file can hold half of a character: ")
+    assert said.startswith("error: this name holds half of a character, or is not UTF-8: ")
     assert ascii(name)[1:-1] in said
     assert len(said.splitlines()) == 2
 
