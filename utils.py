@@ -126,6 +126,7 @@ EXPECTED = Artifact(
     ("expected-r.csv",), HISTEX, "gene, correlation to expect of maps from histology alone"
 )
 
+CUT_OFF = "the last run was cut off while it put its results in place"
 NOT_FORCED = {*GENE_NAMES.names, *STATES.names}  # --force does not replace them
 
 MIN_PIXEL_SIZE_UM, MAX_PIXEL_SIZE_UM = 0.05, 2.5  # 200x and 4x objectives; a hires image is above
@@ -196,6 +197,7 @@ class Stage:
         self.options: list[str] = getattr(args, "options", [])
         self.started = time.time()
         self.inputs: dict[str, dict[str, Any]] = {}
+        self.facts: dict[str, dict[str, Any]] = {}  # script -> what its record says, see fact
         self.pending: list[tuple[Path, Path]] = []
         self.kept: set[Path] = set()  # edited or brought by the user: finish leaves them in place
         self.outdated: list[Path] = []
@@ -329,6 +331,12 @@ class Stage:
             known = fingerprint(path)
         self.inputs[name] = known
 
+    def fact(self, script: str, key: str) -> Any:
+        """A fact of the record of another script, or None; if it changes, this one runs again."""
+        value = (read_record(self, script) or {}).get(key)
+        self.facts.setdefault(script, {})[key] = value
+        return value
+
     def path(self, artifact: Artifact) -> Path:
         """Path of a required artifact."""
         return self.find(artifact) or self.directory / artifact.name
@@ -448,7 +456,8 @@ class Stage:
             written = [known for place, known in self._known() if place == path]
             lost = [e for e in edits if not all(disk.is_added(e, path, k) for k in written)]
             if self._goes_on_with(artifact) or (written and not (since and lost)):
-                self._keep(edits, since)
+                cut_off = None if record is None or record["finished"] else CUT_OFF
+                self._keep(edits, since or cut_off)
                 continue
             if record is None and self.kept_by_user(MASK):
                 continue  # a picture of the mask that is kept
@@ -466,7 +475,7 @@ class Stage:
 
     def _changed_since(self, record: dict[str, Any] | None, path: Path) -> str | None:
         """Which option or input, but the output ``path``, is no longer that of the record."""
-        if record is None or not record["finished"]:
+        if record is None:
             return None
         if _decisive(record["options"]) != _decisive(self.options):
             return "other options were given"
@@ -492,6 +501,10 @@ class Stage:
             return False
         if _decisive(record["options"]) != _decisive(self.options):
             return False
+        for script, facts in record["facts_read"].items():
+            other = read_record(self, script) or {}
+            if any(other.get(key) != value for key, value in facts.items()):
+                return False
         code = record.get("code")
         if not isinstance(code, dict) or code.get("sha256") != code_hash(self.script):
             return False
@@ -556,18 +569,50 @@ class Stage:
             with contextlib.suppress(OSError):  # not empty: the run did finish
                 self.folder.rmdir()
 
+    def _inputs_of_others(self) -> dict[str, dict[str, Any]]:
+        """Inputs that are no outputs as well, which another run of this script may write, too."""
+        own = {path for _, path in self.pending}
+        return {n: known for n, known in self.inputs.items() if self.directory / n not in own}
+
+    def _check_inputs(self) -> None:
+        """Raise StageError if an input is no longer what was noted before it was read.
+
+        Nobody can tell then what the outputs were made from. What was not there and has come is
+        found by the next run.
+        """
+        for name, known in self._inputs_of_others().items():
+            path = self.directory / name
+            if known != disk.ABSENT:
+                for file in disk.lost_from(path, known) or disk.changed_in(path, known):
+                    raise self.disturbed(file)
+
+    def disturbed(self, path: Path) -> StageError:
+        """A StageError about an input that changed or went while this script ran."""
+        happened = "changed" if path.exists() else "went"
+        return StageError(
+            f"{path} {happened} while {self.script} ran and read it; no result was replaced.",
+            f"{'Run' if path.exists() else 'Bring it back, then run'} the same command.",
+        )
+
     def finish(self, **facts: Any) -> None:
         """Put the outputs in place, then write the record: the last write says that all is well."""
         json.dumps(facts)  # what cannot be recorded fails here, before any output is replaced
+        self._check_inputs()
         outputs = {path.name: fingerprint(partial) for partial, path in self.pending}
         before = read_record(self, self.script) or {"finished": True, "outputs": {}}
         earlier = [before["outputs"]] if before["finished"] else before["written"]
         if self.keeps_others and before["finished"]:
             others = before["outputs"].items()
             outputs = {n: k for n, k in others if (self.folder / n).exists()} | outputs
-        unfinished = {"finished": False, "written": [outputs, *earlier], "options": self.options}
+        unfinished = {
+            "finished": False,
+            "script": self.script,
+            "options": self.options,
+            "inputs": self._inputs_of_others(),
+            "written": [outputs, *earlier],
+        }
         record_path = self.folder / record_name(self.script)
-        _write_json(record_path, {"script": self.script, **unfinished})
+        _write_json(record_path, unfinished)
         for path in sorted(set(self.outdated) - {path for _, path in self.pending}):
             if any(kept.is_relative_to(path) for kept in self.kept):
                 continue
@@ -598,6 +643,7 @@ class Stage:
             "warnings": self.notes,
             "kept": sorted(path.relative_to(self.folder).as_posix() for path in self.kept),
             "inputs": self.inputs,
+            "facts_read": self.facts,
             "outputs": outputs,
         }
         _write_json(record_path, record)
@@ -625,12 +671,14 @@ def read_record(stage: Stage, script: str, folder: Path | None = None) -> dict[s
         raise StageError(f"{path} is not a readable record: {error}", remedy) from error
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         raise StageError(f"{path} is not a record of {script}.", remedy)
-    record = {"options": [], "written": [], "parts": [], "kept": [], **record}
+    record = {"options": [], "written": [], "parts": [], "kept": [], "facts_read": {}, **record}
     lists = (record[key] for key in ("options", "parts", "kept"))
     texts = all(isinstance(part, list) and all(isinstance(t, str) for t in part) for part in lists)
     written = [record.get("outputs")] if record["finished"] else record["written"]
-    read = [record.get("inputs")] if record["finished"] else []
-    if not (texts and isinstance(written, list) and all(map(_is_files, [*written, *read]))):
+    read = record.setdefault("inputs", None if record["finished"] else {})
+    facts = record["facts_read"]
+    told = isinstance(facts, dict) and all(isinstance(found, dict) for found in facts.values())
+    if not (told and texts and isinstance(written, list) and all(map(_is_files, [*written, read]))):
         raise StageError(f"{path} is not a whole record of {script}.", remedy)
     if any(Path(name).name != name for files in written for name in files):
         raise StageError(f"{path} lists outputs that lie in another folder.", remedy)
@@ -643,9 +691,7 @@ def _is_files(part: Any) -> bool:
 
 def _stale(stage: Stage, script: str, folder: Path | None = None) -> tuple[str, str] | None:
     """(script to rerun, changed file) if inputs of ``script`` or of a stage before it changed."""
-    record = read_record(stage, script, folder)
-    if record is None or not record["finished"]:
-        return None
+    record = read_record(stage, script, folder) or {"inputs": {}}
     for name, known in record["inputs"].items():
         producer = maker(name)
         if producer and producer != script and (earlier := _stale(stage, producer)):

@@ -391,7 +391,6 @@ def compare_spots(
     path = stage.args.spot_labels
     locs = tables.read_locs(stage, stage.path(utils.LOCS))
     given, others = read_spot_labels(path, locs.index)
-    stage.use(path)
     if others:
         stage.warn(f"{path.name}: {others} labels are of spots that are not in {utils.LOCS.name}")
     discs, _ = regions.discs_of(stage, regions.centres_of(locs.loc[given.index]), labels > 0)
@@ -561,7 +560,6 @@ def make_annotation(stage: utils.Stage) -> None:
     maps = map_files(stage.directory)
     genes = list(maps)
     markers = with_maps(stage, read_markers(args.markers), genes)
-    stage.use(args.markers)
     names = labels_of(markers)
     weights = weight_table(markers, names, genes)
     tissue = regions.tissue_of(stage, np.isfinite(read_first_map(stage, maps)[0]))

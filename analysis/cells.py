@@ -373,8 +373,8 @@ def main(stage: utils.Stage) -> None:
     maps = map_files(stage.directory)
     first, shape = read_first_map(stage, maps)
     tissue = tissue_of(stage, np.isfinite(first))
-    cells, frame = read_cells(stage, shape)
     stage.use(args.masks)
+    cells, frame = read_cells(stage, shape)
     on_tissue = cells.inside[:, np.flatnonzero(tissue)]
     share = on_tissue.sum(axis=1) * utils.TOKEN_PX**2 / np.maximum(cells.area, TINY)
     share = share.clip(0, 1)  # but for rounding, it is no larger

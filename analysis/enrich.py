@@ -558,7 +558,6 @@ def find_enriched(stage: utils.Stage) -> None:
             "Give a smaller --min-size or a larger --max-size.",
         )
     sets = read_gmt(args.gene_sets)
-    stage.use(args.gene_sets)
     lists = read_lists(stage)
     parts = [examine(genes, sets, args.min_size, args.max_size) for genes in lists]
     table = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)

@@ -293,12 +293,12 @@ def main(stage: utils.Stage) -> None:
         if not args.no_plot:
             figure = picture.draw_left_out(table)
     else:
-        truth = inputs.read_truth(args.directory)
         inputs.note_truth(stage)
         inputs.note_inputs(stage, utils.MAPS, utils.SPREAD, utils.LOCS, utils.RADIUS, utils.CNTS)
         record = utils.read_record(stage, utils.HISTEX) or {}
         if (record.get("reference") or {}).get("knows_this_section"):
             stage.warn("a reference that knows this truth made the maps: their scores say nothing")
+        truth = inputs.read_truth(args.directory)
         table, facts = evaluate(args.directory, truth)
         print(f"{summary_text(facts)}\n")
         if not args.no_plot:

@@ -83,10 +83,12 @@ def note_inputs(stage: utils.Stage, *artifacts: utils.Artifact) -> None:
 
 def note_truth(stage: utils.Stage) -> None:
     """The same for the file that ``read_truth`` reads."""
-    for name in (TRUTH, PUBLISHED_TRUTH):
-        stage.use(stage.directory / name)
-        if (stage.directory / name).is_file():
-            break
+    stage.use(stage.directory / TRUTH)
+    if not (stage.directory / TRUTH).is_file():
+        stage.use(stage.directory / PUBLISHED_TRUTH)
+        note_inputs(stage, utils.GENE_NAMES, utils.MASK)
+        for key in ("raw_size", "scaled_size"):  # a mask may have the size of he-raw
+            stage.fact(utils.CALIBRATION, key)
 
 
 def is_size(size: object) -> bool:
@@ -100,8 +102,7 @@ def read_sizes(stage: utils.Stage, *keys: str) -> list[tuple[int, int]]:
 
     raw_size is that of he-raw, size that of he.jpg, scaled_size that of he.jpg without its padding.
     """
-    record = utils.read_record(stage, utils.CALIBRATION) or {}
-    sizes = [record.get(key) for key in keys]
+    sizes = [stage.fact(utils.CALIBRATION, key) for key in keys]
     if not all(map(is_size, sizes)):
         raise stage.error(
             stage.directory / utils.record_name(utils.CALIBRATION),

@@ -7,9 +7,6 @@ What encloses nothing is left out and counted; what crosses itself is mended.
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ import pandas as pd
 
 import utils
 from analysis.mending import Ring, mend, need_mending
+from reading import plain
 
 GEOJSON, TABLES = (".geojson", ".json"), (".parquet", ".csv", ".tsv")
 IN_FOLDER = {  # files of outlines in the folders of Space Ranger and Xenium, by --nuclei
@@ -34,6 +32,7 @@ VERTEX = ["cell_id", "vertex_x", "vertex_y"]
 BEYOND_PX = 1e7  # no image has as long a side
 TINY_PX2 = 1e-6  # less than that is no area
 GEOJSON_REMEDY = "Export the cells as GeoJSON (a FeatureCollection of Polygons) again."
+TABLE_REMEDY = "Give the .parquet or .csv of the run, or cells as GeoJSON or as a label image."
 DAMAGE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 Feature = dict[str, Any]
 
@@ -124,9 +123,8 @@ def outlines_of(stage: utils.Stage, path: Path, nuclei: bool) -> list[Outline]:
 
 def read_features(path: Path) -> list[Feature]:
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = json.loads(file.read())  # in UTF-8, 16 or 32, as its bytes tell
-    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        content = plain.read_json(path)
+    except (ValueError, RecursionError, *plain.DAMAGED) as error:
         problem = f"{path} is not GeoJSON: {error!s:.200}."
         raise utils.StageError(problem, GEOJSON_REMEDY) from error
     features = features_of(content)
@@ -325,9 +323,13 @@ def columns_of(path: Path) -> tuple[list[str], str]:
             from pyarrow import parquet
 
             return list(parquet.read_schema(path).names), ""
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
-            header = f.readline().strip()
+        with plain.open_text(path) as file:
+            header = file.readline().strip()
+    except plain.Unfit as error:
+        raise utils.StageError(f"{path} cannot be read: {error}", TABLE_REMEDY) from error
     except Exception as error:  # damaged bytes can raise nearly anything
+        if plain.of_system(error):
+            raise
         raise utils.broken(path, f"cannot be read as a table ({error!r:.200}).") from error
     delimiter = max(",\t;", key=header.count)
     return [name.strip(' "') for name in header.split(delimiter)], delimiter
@@ -342,13 +344,14 @@ def read_vertices(path: Path, columns: list[str], delimiter: str) -> pd.DataFram
             if table["cell_id"].map(lambda name: isinstance(name, bytes)).any():  # of early runs
                 table["cell_id"] = table["cell_id"].str.decode("utf-8")
         else:
-            table = pd.read_csv(
-                path, sep=delimiter, usecols=wanted, dtype=str, encoding="utf-8-sig"
-            )
+            with plain.open_text(path) as file:
+                table = pd.read_csv(file, sep=delimiter, usecols=wanted, dtype=str)
         for column in VERTEX[1:]:
             table[column] = pd.to_numeric(table[column], errors="coerce")
         return table
     except Exception as error:  # damaged bytes can raise nearly anything
+        if plain.of_system(error):
+            raise
         problem = f"is no whole table of {', '.join(VERTEX)} ({error!r:.200})."
         raise utils.broken(path, problem) from error
 
@@ -363,7 +366,7 @@ def xenium_origin(stage: utils.Stage, path: Path, columns: list[str]) -> np.ndar
             "image, .tif or .npy.",
         )
     record = stage.directory / utils.record_name("prepare/xenium.py")
-    origin = (utils.read_record(stage, "prepare/xenium.py") or {}).get("frame_origin_um")
+    origin = stage.fact("prepare/xenium.py", "frame_origin_um")
     numbers = origin if isinstance(origin, list) else []
     if len(numbers) != 2 or not all(isinstance(n, (int, float)) for n in numbers):
         raise utils.StageError(

@@ -354,7 +354,8 @@ def read_correlations(stage: utils.Stage, section: SpotsAndMaps) -> tuple[np.nda
     assert r is not None  # it is required; this is for mypy  # nosec B101
     record = stage.directory / utils.record_name(utils.HISTEX)
     again = new_record(stage, utils.HISTEX)
-    spots = (utils.read_record(stage, utils.HISTEX) or {}).get("held_out_spots", [])
+    told = stage.fact(utils.HISTEX, "held_out_spots")
+    spots = [] if told is None else told
     if not isinstance(spots, list):
         raise stage.error(record, "does not list held_out_spots.", again)
     spots = pd.Index([str(spot) for spot in spots], dtype=str)
@@ -430,8 +431,8 @@ def best_around(table: pd.DataFrame) -> pd.Series:
 def add_truth(table: pd.DataFrame, section: SpotsAndMaps) -> pd.DataFrame:
     """The statistics of the true expectation, and the kinds of the genes."""
     stage = section.stage
-    truth = read_truth(stage.directory)
     note_truth(stage)
+    truth = read_truth(stage.directory)
     at = pd.Index(truth.genes).get_indexer(pd.Index(section.genes))
     if truth.mean is None or (at < 0).any():
         raise utils.StageError(

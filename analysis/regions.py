@@ -32,7 +32,6 @@ from analysis.spots import (
     triangulate,
 )
 from reading import arrays, images, tables
-from writing import disk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,6 +228,7 @@ def areas(labels: np.ndarray, n: int) -> dict[str, np.ndarray]:
 def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
     """``regions`` (rows, columns) of truth.npz, 0 for none, cut or padded; ``region_names``."""
     path = stage.directory / TRUTH
+    stage.use(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             found, names = np.asarray(saved["regions"]), [*map(str, saved["region_names"].tolist())]
@@ -244,7 +244,6 @@ def read_true_regions(stage: utils.Stage, shape: tuple[int, int]) -> tuple[np.nd
             f"{path}: regions are {found.dtype} {found.shape} for {len(names)} names.",
             "Expected whole numbers (rows, columns), each with a name.",
         )
-    stage.inputs[path.name] = disk.fingerprint(path)
     regions = np.zeros(shape, np.int64)
     rows, columns = (min(n) for n in zip(shape, found.shape, strict=True))
     regions[:rows, :columns] = found[:rows, :columns]

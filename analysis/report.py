@@ -94,7 +94,6 @@ from analysis.regions import read_measured_spots
 from analysis.scores import rounded
 from analysis.spots import disc_weights, on_tissue, score_totals, sum_discs
 from reading import images
-from writing import disk
 from writing.progress import Bar
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -189,11 +188,11 @@ def read_histories(stage: utils.Stage, record: dict[str, Any] | None) -> dict[st
             problem = f"is not a table of losses: it {problem}"
             return stage.error(path, problem, inputs.anew(stage, utils.HISTEX))
 
+        stage.use(path)
         table = sheets.read_sheet(path, ["epoch", "train_loss"], refuse)
         table = pd.DataFrame(
             {name: sheets.numbers_in(table, name, refuse, LARGEST_LOSS) for name in map(str, table)}
         )
-        stage.use(path)
         table = table.dropna(subset=["epoch", "train_loss"])
         if len(table):
             histories[path.parent.name] = table
@@ -217,9 +216,9 @@ def read_records(stage: utils.Stage) -> dict[str, dict[str, Any]]:
     """Records of the scripts that have one; their warnings are the page's."""
     records = {}
     for script in utils.STAGES:
-        record = utils.read_record(stage, script)
         path = stage.directory / utils.record_name(script)
-        stage.inputs[path.name] = disk.fingerprint(path) if record else disk.ABSENT
+        stage.use(path)
+        record = utils.read_record(stage, script)
         if record is not None and record["finished"]:
             records[script] = checked(stage, script, record)
         else:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 import utils
+from reading import plain
 
 DELIMITERS = ",\t;"
 FORMULA = ("=", "+", "-", "@")  # a spreadsheet takes a cell that begins so for a formula
@@ -23,12 +24,10 @@ Refusal = Callable[[str], utils.StageError]  # from what is wrong with a table
 def read_lines(path: Path, refuse: Refusal) -> list[str]:
     """The lines of a text file, without what ends them."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise refuse(f"cannot be read as text: {error}.") from error
-    if "\0" in text:
-        raise refuse("holds zero bytes, as no text does.")
-    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+        text = plain.read_text(path)
+    except (FileNotFoundError, IsADirectoryError, ValueError, *plain.DAMAGED) as error:
+        raise refuse(f"cannot be read as text: {str(error).rstrip('.')}.") from error
+    return text.removesuffix("\n").split("\n")
 
 
 def read_sheet(path: Path, columns: Sequence[str], refuse: Refusal) -> pd.DataFrame:

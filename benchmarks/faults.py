@@ -18,6 +18,8 @@ there; and the same command, run again, gives the bytes of an undisturbed run (r
 their times) and leaves no hidden file behind. The same is asked of a full disk (a small tmpfs), a
 folder that may not be written to, a second run in the middle of the first, and a folder that is
 removed under the run. Exits with 1 if anything else happened. Needs Linux and a C compiler.
+
+--fsync, alone, tells what it costs that the system is asked to write every file to the disk.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def build_parser() -> cli.Parser:
     option("--only", metavar="PATTERN", default="", help="Scripts in whose name it is found.")
     option("--quick", action="store_true", help="Few of each: --faults 60 --kills 30.")
     option("--seed", type=cli.not_negative, default=0, help="Seed of the events and errors.")
+    option("--fsync", action="store_true", help="Measure the cost of fsync, and nothing else.")
     option("--planted", action="store_true", help="A plain error in every run: see it caught.")
     option("--keep", type=Path, metavar="FOLDER",
            help="For the trials (default: a temporary folder).")  # fmt: skip
@@ -79,9 +82,12 @@ import random
 import re
 import shutil
 import signal
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 import utils
 from benchmarks import measure, trials
@@ -105,6 +111,18 @@ SHOWN = 1500  # characters of what a failed run said
 SECONDS = 120  # a run takes less
 NOBODY = 65534
 TITLES = ("Faults", "Signals", "Mishaps, one of each a script")
+REPEATS = 3  # of the scripts with and without fsync
+COUNTER = """
+import atexit, os, time
+seconds, fsync = [], os.fsync
+def counted(handle):
+    start = time.perf_counter()
+    if os.environ["HISTEX_FSYNC"] == "1":
+        fsync(handle)
+    seconds.append(time.perf_counter() - start)
+os.fsync = counted
+atexit.register(lambda: print(f"\\n{len(seconds)} {sum(seconds)}"))
+"""  # sitecustomize.py, which Python runs first
 PAGE = 4096  # bytes that a file takes at most, beside its own
 SPARE_BYTES = (0, 20_000, 200_000)  # on the full disk, beside the inputs
 GOOD = ("refused", "went on", "ended")
@@ -395,6 +413,36 @@ def rows_of(groups: dict[str, list[Trial]], columns: tuple[str, ...]) -> list[li
     ]
 
 
+def cost_of_fsync(work: Path) -> list[str]:
+    """A table of the five scripts, each run as its user does: seconds with fsync and without."""
+    trials.make(work / "starts", work / "make.log", {"0"})
+    (work / "site").mkdir()
+    (work / "site" / "sitecustomize.py").write_text(COUNTER, encoding="utf-8")
+    found: dict[tuple[str, int], list[list[float]]] = defaultdict(list)
+    for turn in range(2 * REPEATS):
+        reset(work / "trial", work / "starts" / "0")
+        setting = {"HISTEX_FSYNC": str(turn % 2), "PYTHONPATH": str(work / "site")}
+        for script in trials.CHAIN[: len(utils.STAGES)]:
+            options = [option.format(work / "trial") for option in script.options]
+            start = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, utils.ROOT / script.name, *options], capture_output=True,
+                text=True, env=os.environ | setting | {"LD_PRELOAD": ""}, check=True,
+            )  # fmt: skip
+            calls, within = map(float, done.stdout.split()[-2:])
+            found[script.name, turn % 2].append([time.monotonic() - start, within, calls])
+    rows: list[list[object]] = []
+    for name in (*utils.STAGES, "all"):
+        runs = [
+            np.sum([found[n, on] for n in utils.STAGES if name in (n, "all")], axis=0)
+            for on in (0, 1)
+        ]
+        without, (seconds, within, calls) = np.median(runs[0][:, 0]), np.median(runs[1], axis=0)
+        rows.append([name, f"{without:.2f}", f"{seconds:.2f}", f"{within:.3f}", f"{calls:.0f}"])
+    columns = ["script", "s without fsync", "s with fsync", "s within fsync", "calls"]
+    return measure.table(columns, rows)
+
+
 def report(tables: dict[str, dict[str, list[Trial]]], command: str) -> str:
     """Tables of faults, of signals and of mishaps, a row for each script or mishap."""
     lines = [
@@ -440,6 +488,10 @@ def try_script(
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.fsync:
+        with measure.kept_or_temporary(args.keep) as work:
+            print(*cost_of_fsync(work), "", *measure.origin(args.command), sep="\n")
+        return
     if args.quick:
         args.faults, args.kills = 60, 30
     scripts = [script for script in trials.SCRIPTS if re.search(args.only, script.label)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from reading import plain
 
 DAMAGED = (OSError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile)  # bytes not decoded
 UNKNOWN = (
@@ -40,6 +41,8 @@ def readable(path: Path, what: str, remedy: str) -> Iterator[None]:
         raise
     except Refused as error:
         raise utils.StageError(f"{path} {error.problem}", error.remedy) from error
+    except plain.Unfit as error:
+        raise utils.StageError(f"{path} cannot be read: {error}", remedy) from error
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

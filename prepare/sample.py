@@ -11,9 +11,10 @@ import argparse
 import csv
 import gzip
 import io
+import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from prepare.section import (
 )
 from reading import cli
 from reading.genes import spoilt_by_excel
+from writing import disk
 
 RAW = (utils.HE_RAW, utils.PIXEL_SIZE_RAW, utils.LOCS_RAW, utils.CNTS, utils.RADIUS_RAW)
 TRUTH = utils.Artifact(
@@ -54,9 +56,32 @@ def run(
 
     def main(stage: utils.Stage) -> None:
         guard_sample(stage)  # before the first expensive step
-        write_sample(stage, prepare(stage.args))
+        before = {file: disk.stamp(file) for file in files_named(stage.args)}
+        section = prepare(stage.args)
+        for file in read_of(section, before):
+            if disk.stamp(file) != before[file]:
+                raise stage.disturbed(file)
+        write_sample(stage, section)
 
     return cli.run_stage(main, script, parser, argv, makes_folders=True)
+
+
+def files_named(args: argparse.Namespace) -> Iterator[Path]:
+    """All files in the folders, and after the prefixes, that options name."""
+    for name, value in vars(args).items():
+        if name == "directory" or not isinstance(value, Path):
+            continue
+        if value.is_dir():  # what cannot be listed is told by what has to read it
+            for place, _, names in os.walk(value):
+                yield from (Path(place, name) for name in names)
+        elif value.parent.is_dir():
+            yield from (p for p in value.parent.iterdir() if p.name.startswith(value.name))
+
+
+def read_of(section: PreparedSection, files: Iterable[Path]) -> Iterator[Path]:
+    """Those of the files that the section was read from, also as parts of a folder."""
+    sources = {*section.sources}
+    return (file for file in files if sources & {file, *file.parents})
 
 
 def guard_sample(stage: utils.Stage) -> None:

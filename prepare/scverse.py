@@ -44,7 +44,9 @@ def build_parser() -> cli.Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--h5ad", type=Path, help="AnnData with obsm['spatial'].")
     source.add_argument("--spatialdata", type=Path, metavar="ZARR", help="SpatialData store.")
-    source.add_argument("--tables", metavar="PREFIX", help="Folder of plain tables, or a prefix.")
+    source.add_argument(
+        "--tables", type=Path, metavar="PREFIX", help="Folder of plain tables, or a prefix."
+    )
     parser.add_argument(
         "--image", type=Path, help="The full-resolution image (default: that of the source)."
     )
@@ -173,7 +175,7 @@ def read_one_number(path: Path) -> float:
 
 
 def read_tables(args: argparse.Namespace) -> SourceSpots:
-    prefix = args.tables
+    prefix = str(args.tables)
     counts_path = need_plain(prefix, utils.CNTS.names, "counts")
     locs_path = need_plain(prefix, LOCS_NAMES, "places of the spots")
     image = args.image or need_plain(prefix, utils.HE_RAW.names, "image")
@@ -258,7 +260,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> section.PreparedSection:
     check_options(args)
-    source = args.h5ad or args.spatialdata or Path(args.tables)
+    source = args.h5ad or args.spatialdata or args.tables
     read = read_h5ad if args.h5ad else stores.read_spatialdata if args.spatialdata else read_tables
     spots = read(args)
     given = args.image or spots.image

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -390,7 +389,7 @@ def find_matrix(outs: Path) -> Path:
 def read_spatial(folder: Path) -> SpatialFolder:
     path = folder / SCALE_FACTORS
     try:
-        factors = json.loads(path.read_bytes())  # with a byte order mark or without
+        factors = plain.read_json(path)
         said = {name: float(factors[name]) for name in (*SCALES, MICRONS) if name in factors}
     except FileNotFoundError:
         said = {}

@@ -7,7 +7,6 @@ in shapes: M molecules, C cells, V vertices of outlines, G genes.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 import tarfile
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -32,6 +31,7 @@ import utils
 from prepare import tenx
 from prepare.annotated import as_text, import_zarr, read_whole
 from prepare.readable import Refused, readable
+from reading import plain
 from writing import disk
 
 EXPERIMENT = "experiment.xenium"
@@ -122,12 +122,12 @@ def copy_members(
     """Copy the wanted ones of the members (name, bytes, is a plain file) of an archive."""
     chosen: dict[str, str] = {}
     unpack_it = f"Unpack it by hand and look at what it is. {OUTS_HELP}"
-    for name, _, plain in members:
+    for name, _, is_plain in members:
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0]:
             raise Refused(f"holds the path {name!r}, which leads out of a folder.", unpack_it)
         wanted = parts[-1] in WANTED and len(parts) <= 3  # OUTS/, NAME/outs/
-        if wanted and not plain:
+        if wanted and not is_plain:
             raise Refused(f"holds {name!r} as a link or device, not as a file.", unpack_it)
         if wanted and parts[-1] in chosen:
             raise Refused(
@@ -152,7 +152,7 @@ def run_pixel_size(outs: Path) -> float:
     if not path.is_file():
         raise utils.StageError(f"{path} is missing; it holds the pixel size.", copy)
     with readable(path, "experiment.xenium", copy):
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = plain.read_json(path)
         if not isinstance(content, dict) or "pixel_size" not in content:
             raise Refused("does not say a pixel_size.", copy)
         size = float(content["pixel_size"])
@@ -238,7 +238,8 @@ def read_cell_table(path: Path, columns: list[str]) -> pd.DataFrame:
                 table = file.read(wanted).to_pandas()
         else:
             names = check_columns(csv_columns(path), wanted)
-            table = read_csv(path, names).rename(columns=str.strip)
+            with plain.open_text(path) as file:
+                table = read_csv(file, names).rename(columns=str.strip)
         numbers = {name: pd.to_numeric(table[name]).astype(float) for name in columns}
         found = pd.DataFrame({"cell_id": as_text(table["cell_id"]), **numbers})
     return found[found["cell_id"] != ""]
@@ -261,18 +262,19 @@ def open_parquet(path: Path) -> Iterator[parquet.ParquetFile]:
 
 
 def csv_columns(path: Path) -> list[str]:
-    return [name.strip() for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
+    with plain.open_text(path) as file:
+        return [name.strip() for name in pd.read_csv(file, nrows=0).columns]
 
 
-def read_csv(path: Path, names: list[str], **options: Any) -> Any:
+def read_csv(file: TextIO, names: list[str], **options: Any) -> Any:
     """The columns of these names as text, None for an empty cell; see pandas for options."""
 
     def bare(name: str) -> str:
         return name.strip()
 
     return pd.read_csv(
-        path, usecols=lambda name: bare(name) in names, dtype=str, keep_default_na=False,
-        na_values=[""], encoding="utf-8-sig", **options,
+        file, usecols=lambda name: bare(name) in names, dtype=str, keep_default_na=False,
+        na_values=[""], **options,
     )  # fmt: skip
 
 
@@ -493,9 +495,9 @@ def encoded(column: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def csv_batches(path: Path) -> Iterator[Batch]:
-    with readable(path, "table of molecules", ONE_RUN):
+    with readable(path, "table of molecules", ONE_RUN), plain.open_text(path) as file:
         wanted = check_columns(csv_columns(path), NEEDED, TELLING)
-        for part in read_csv(path, wanted, chunksize=BATCH):
+        for part in read_csv(file, wanted, chunksize=BATCH):
             table = part.rename(columns=str.strip)
             feature, features = pd.factorize(table["feature_name"])
             x, y, quality = (pd.to_numeric(table[name]).to_numpy(float) for name in PLACES)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import utils
+from reading import plain
 from writing import late, progress
 
 
@@ -258,6 +259,12 @@ def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) 
         place, reason = error.filename2 or error.filename or directory, os.strerror(number)
         remedy = REMEDIES.get(number, IO_REMEDY)
         return _say(f"error: {place}: {reason}.\n{remedy}, then run the same command.", 2)
+    except UnicodeEncodeError as error:
+        if not plain.HALF.search(error.object[error.start : error.end]):
+            raise
+        text = error.object[max(0, error.start - plain.SHOWN) : error.end + plain.SHOWN]
+        problem = f"error: this name holds half of a character, or is not UTF-8: {text!r}."
+        return _say(f"{problem}\nMend that name, then run the same command.", 2)
     except (MemoryError, SystemError) as error:
         memory = error if isinstance(error, MemoryError) else error.__cause__
         if not isinstance(memory, MemoryError):  # OpenCV wraps numpy's into a SystemError

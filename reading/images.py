@@ -22,7 +22,6 @@ from utils import (
     TILE_PX,
     TOKEN_PX,
     Stage,
-    read_record,
 )
 
 Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS  # Pillow's own limit is below the size of a slide
@@ -161,8 +160,7 @@ def mask_edges(
 
     Superpixels of the white that pads he.jpg lie beyond the edge of a mask as large as he-raw.
     """
-    record = read_record(stage, CALIBRATION) or {}
-    raw, scaled = (record.get(key) or (0, 0) for key in ("raw_size", "scaled_size"))
+    raw, scaled = (stage.fact(CALIBRATION, key) or (0, 0) for key in ("raw_size", "scaled_size"))
     times = max(1, size[0] // shape[0])
     if size[0] * size[1] > MAX_MEGAPIXELS * 10**6:
         raise stage.error(

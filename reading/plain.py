@@ -1,4 +1,4 @@
-"""Text files: how their bytes become text and lines; and small ones: one number, one name a line.
+"""Text files: how their bytes become text and lines; and small ones: one number, names, JSON.
 
 Text is UTF-8, or UTF-16 with a byte order mark, as Windows saves it; it may be packed with gzip,
 which its bytes tell and not its name. A line ends with \\n, \\r\\n or \\r, and with nothing else:
@@ -12,10 +12,12 @@ import errno
 import gzip
 import io
 import itertools
+import json
+import re
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 import utils
 
@@ -32,6 +34,9 @@ OTHER_KINDS = {  # how files begin that are no text, and what they are
     b"\xfd7zXZ": "packed with xz",
     b"\x28\xb5\x2f\xfd": "packed with Zstandard",
 }
+HALF = re.compile("[\ud800-\udfff]")  # of a character of UTF-16: no UTF-8 can hold it
+MAYBE_HALF = re.compile(HALF.pattern + r"|\\u[dD][89a-fA-F]")  # the second as JSON writes it
+SHOWN = 20  # characters around it, for a message
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what packed bytes that are not whole raise
 
 
@@ -50,11 +55,15 @@ def of_system(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or of_disk(error)
 
 
-def open_text(path: Path) -> TextIO:
-    """A text file, opened; every line that is read of it ends with \\n. Unfit if it is no text."""
+def _open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
     with path.open("rb") as file:
         packed = file.read(2) == GZIP
-    content = gzip.GzipFile(path) if packed else path.open("rb")
+    return gzip.GzipFile(path) if packed else path.open("rb")
+
+
+def open_text(path: Path) -> TextIO:
+    """A text file, opened; every line that is read of it ends with \\n. Unfit if it is no text."""
+    content = _open_bytes(path)
     try:
         start = cast(io.BufferedReader, content).peek(8)
         for sign, kind in OTHER_KINDS.items():
@@ -82,6 +91,20 @@ def read_text(path: Path) -> str:
 def lines_of(path: Path) -> list[str]:
     """The lines of a small text file that are not blank, stripped. Unfit if it is no text."""
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. A ValueError says why it is not read, one of DAMAGED likewise."""
+    with _open_bytes(path) as file:
+        content = file.read()
+    text = content.decode(json.detect_encoding(content), "surrogatepass")
+    found = json.loads(text)
+    if MAYBE_HALF.search(text):
+        told = json.dumps(found, ensure_ascii=False)
+        if half := HALF.search(told):
+            part = told[max(0, half.start() - SHOWN) : half.end() + SHOWN]
+            raise Unfit(f"it holds half of a character, as in a name that was cut: {part!r}.")
+    return found
 
 
 def read_number(

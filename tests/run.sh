@@ -6,6 +6,8 @@
 # Without an active virtual or conda environment it makes .venv in the repository. Packages come from
 # tests/requirements.lock; REQUIREMENTS=tests/requirements.txt takes the newest that the ranges allow
 # and keeps what an active environment has.
+#
+# The examples of hypothesis are the same in every run; HISTEX_FUZZ=1 draws new ones.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

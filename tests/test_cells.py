@@ -615,6 +615,23 @@ def test_geojson_is_read_in_any_unicode(section, tmp_path, encoding):
     assert run_cells(section, path)[1].index.tolist() == ["\u03b2-1"]
 
 
+@pytest.mark.parametrize("place", ["id", "class", "bytes"])
+def test_half_of_a_character_in_geojson_is_named(section, tmp_path, capsys, place):
+    """Programs whose text is UTF-16 cut a name between the halves; no text file can hold one."""
+    path, name = tmp_path / "c.geojson", "cell \ud83d"
+    key = {"class": {"classification": {"name": name}}}.get(place, {"cell_id": name})
+    whole = [feature(some_boxes(1)[0], properties={"cell_id": "\U0001f600"})]
+    write_geojson(path, whole)
+    assert run_cells(section, path)[1].index.tolist() == ["\U0001f600"]
+    content = {"features": [feature(some_boxes(1)[0], properties=key)]}
+    text = json.dumps(content, ensure_ascii=place != "bytes")
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert run_cells(section, path, "--force")[0] == 2
+    error = capsys.readouterr().err
+    assert "c.geojson is not GeoJSON: it holds half of a character" in error
+    assert "cell \\ud83d" in error
+
+
 def test_labels_keep_their_numbers(section, tmp_path):
     labels = np.zeros(RAW, np.uint16)
     labels[60:80, 100:120], labels[60:80, 130:150] = 40, 7
@@ -804,7 +821,9 @@ def test_tables_of_the_first_runs_of_xenium_and_tables_without_cells(section, tm
         assert f"{path} holds no outline of a cell.\nGive the cell_boundaries" in captured.err
 
 
-@pytest.mark.parametrize("name", ["boundaries.parquet", "boundaries.csv.gz", "boundaries.csv"])
+@pytest.mark.parametrize(
+    "name", ["boundaries.parquet", "boundaries.csv.gz", "boundaries.csv", "utf-16.csv"]
+)
 def test_boundaries_of_xenium_lie_in_the_frame_of_the_sample(section, tmp_path, name, capsys):
     """In um of the run; he-raw starts at its frame_origin_um and has 0.5 um per px."""
     rows = [("aa-1", 1, x, y) for x, y in box(1050, 2030, 1060, 2040)]
@@ -813,7 +832,10 @@ def test_boundaries_of_xenium_lie_in_the_frame_of_the_sample(section, tmp_path, 
     rows += [("cc-1", 1, 1.0, float("nan"))] * 4
     table = pd.DataFrame(rows, columns=["cell_id", "label_id", "vertex_x", "vertex_y"])
     path = tmp_path / name
-    table.to_parquet(path) if name.endswith("parquet") else table.to_csv(path, index=False)
+    if name.endswith("parquet"):
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False, encoding="utf-16" if name == "utf-16.csv" else "utf-8")
     assert run_cells(section, path)[0] == 2
     error = capsys.readouterr().err
     assert "um of a Xenium run" in error
@@ -832,6 +854,14 @@ def test_boundaries_of_xenium_lie_in_the_frame_of_the_sample(section, tmp_path, 
     table.to_csv(tmp_path / "other.csv", index=False)
     assert run_cells(section, tmp_path / "other.csv")[0] == 2
     assert "is a table of cell, part, x, y; of tables, only the" in capsys.readouterr().err
+
+
+def test_a_workbook_named_csv_is_named(section, tmp_path, capsys):
+    (tmp_path / "c.csv").write_bytes(b"PK\x03\x04")
+    assert run_cells(section, tmp_path / "c.csv")[0] == 2
+    error = capsys.readouterr().err
+    assert "it is an Excel workbook (.xlsx) or another zip archive" in error
+    assert "download" not in error
 
 
 def test_formats_that_are_not_read_are_named(section, tmp_path, capsys):

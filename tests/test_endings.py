@@ -59,6 +59,26 @@ def test_memory_that_is_not_there_is_one_message(capsys):
     assert "not enough memory. Unable to allocate 9. TiB" in said
 
 
+@pytest.mark.parametrize("name", ["cell \ud83d", os.fsdecode(b"section \xff")])
+def test_a_name_that_no_text_file_can_hold_is_one_message(tmp_path, capsys, name):
+    """From JSON of programs whose text is UTF-16, or of a folder whose name is no UTF-8."""
+
+    def work() -> None:
+        print(f"reading {name}")  # a console shows what it can
+        (tmp_path / "cells.csv").write_text(f"{name},1\n", encoding="utf-8")
+
+    assert cli.exit_code(work, HERE, "nothing is lost") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: this name holds half of a character, or is not UTF-8: ")
+    assert ascii(name)[1:-1] in said
+    assert len(said.splitlines()) == 2
+
+
+def test_text_that_a_codec_of_ours_cannot_hold_is_a_bug(capsys):
+    with pytest.raises(UnicodeEncodeError):
+        cli.exit_code(lambda: "\u03b2".encode("ascii"), HERE, "nothing is lost")
+
+
 def test_memory_that_opencv_misses_is_one_message(capsys):
     def work() -> None:
         raise SystemError("returned a result with an exception set") from MemoryError("9 GB")

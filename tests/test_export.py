@@ -4,6 +4,7 @@ tests/test_export_tools.py opens the exports with the tools that they are for.
 """
 
 import csv
+import errno
 import gc
 import gzip
 import json
@@ -14,6 +15,7 @@ import shutil
 import struct
 import sys
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,7 +34,7 @@ from PIL import Image
 
 import image_calibration
 import utils
-from analysis import export
+from analysis import export, inputs
 from analysis.formats import csv as csv_format
 from analysis.formats import h5ad, istar, ometiff, spatialdata
 from writing import disk
@@ -259,6 +261,25 @@ def test_h5ad_of_more_rows_and_genes_than_a_chunk_holds(section, monkeypatch):
         np.testing.assert_array_equal(file["obsm/X_histex"][:], expected)
 
 
+def test_a_full_disk_ends_the_h5ad_before_the_other_genes_are_read(section, monkeypatch, capsys):
+    full, honest, read = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), inputs.read_map, []
+
+    def write(self, data, /):
+        self.failed = self.failed or full
+        return memoryview(data).nbytes
+
+    def read_map(path):
+        read.append(path.name)
+        return honest(path)
+
+    monkeypatch.setattr(disk._Patient, "write", write)
+    monkeypatch.setattr(inputs, "read_map", read_map)
+    monkeypatch.setattr(h5ad, "GENES_AT_ONCE", 2)
+    monkeypatch.setattr(h5ad.h5py, "File", partial(h5py.File, rdcc_nbytes=0))  # written at once
+    assert "No space left on device" in refused(section, capsys, "h5ad")
+    assert len(read) == 1 + 2  # the first tells the tissue
+
+
 def test_segments_and_annotations_are_categories(section):
     row, column = section.places.T
     segments = np.where(section.tissue, 1 + np.arange(GRID[1]) % 3, 0).astype(np.uint8)
@@ -383,6 +404,22 @@ def test_spatialdata_values_and_transformations(section):
     np.testing.assert_allclose(table["obsm/spatial"][:], points)
     records = store.attrs["histex"]
     assert json.loads(records["HISTEX"])["script"] == utils.HISTEX
+
+
+@pytest.mark.parametrize("node", ["labels/tissue/s0", "tables/counts/obs", "shapes/spots"])
+def test_a_node_that_cannot_be_opened_is_not_left_out_of_the_store(
+    section, capsys, monkeypatch, node
+):
+    """zarr takes it for absent when it lists the nodes, and says nothing."""
+    honest = zarr.storage.LocalStore.get
+
+    async def get(self, key, *args, **options):
+        return None if key == f"{node}/zarr.json" else await honest(self, key, *args, **options)
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", get)
+    error = refused(section, capsys, "spatialdata")
+    assert f"{node}/zarr.json: No such file or directory" in error
+    assert "Something removed it while the script ran" in error
 
 
 def test_the_image_pyramid_over_several_bands(tmp_path):

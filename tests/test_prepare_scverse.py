@@ -732,6 +732,44 @@ def test_a_store_of_spatialdata_is_read_with_its_transforms(store, tmp_path):
     np.testing.assert_array_equal(found, np.moveaxis(STORES.image(), 0, 2))
 
 
+@pytest.mark.parametrize("lost", ["shapes", "images", "all"])
+def test_a_store_that_is_removed_while_it_is_read_is_not_taken_for_empty(
+    store, tmp_path, monkeypatch, capsys, lost
+):
+    """To zarr, a chunk that is not there holds zeros."""
+    honest = stores.read_spatialdata
+
+    def read_and_remove(args):
+        found = honest(args)
+        shutil.rmtree(store if lost == "all" else store / lost)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "read_spatialdata", read_and_remove)
+        assert prepare_store(store, tmp_path / "s") == 2
+    said = capsys.readouterr().err
+    assert "went while prepare/scverse.py ran and read it" in said
+    assert "Bring it back, then run the same command" in said
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_table_that_is_changed_while_it_is_read_is_named(image, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    write_plain(str(tmp_path / "data" / "P1-"), image)
+    honest = scverse.read_tables
+
+    def read_and_edit(args):
+        found = honest(args)
+        path = tmp_path / "data" / "P1-cnts.csv"
+        path.write_text(path.read_text() + "\n")
+        return found
+
+    monkeypatch.setattr(scverse, "read_tables", read_and_edit)
+    options = ["--tables", str(tmp_path / "data" / "P1-"), "--directory", str(tmp_path / "s")]
+    assert scverse.run(options) == 2
+    assert "P1-cnts.csv changed while prepare/scverse.py ran" in capsys.readouterr().err
+
+
 def test_a_store_is_cut_to_the_spots_and_levels_are_used(store, tmp_path):
     slide = stores.ZarrSlide(store / "images" / "he")
     assert slide.downsamples == (1, 2)

@@ -380,6 +380,9 @@ FORMS = {
     "csv": lambda table, folder: table.to_csv(
         folder / "transcripts.csv", index=False, encoding="utf-8-sig"
     ),
+    "utf-16": lambda table, folder: table.to_csv(
+        folder / "transcripts.csv", index=False, encoding="utf-16"
+    ),
 }
 
 
@@ -788,15 +791,15 @@ def test_the_matrix_may_be_a_folder(shared, run_folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("form", ["parquet", "csv"])
+@pytest.mark.parametrize("form", ["parquet", "utf-8-sig", "utf-16"])
 def test_cells_without_a_place_are_left_out_and_counted(run_folder, tmp_path, form):
     outs, (counts, centroids, _) = run_folder / "outs", cell_tables(molecules())
     centroids.iloc[:2, 0] = np.nan
     table = centroids.reset_index()
     table = pd.concat([table, table[:3].assign(cell_id=None)])  # of no cell
     (outs / "cells.parquet").unlink()
-    if form == "csv":
-        table.to_csv(outs / "cells.csv", index=False)
+    if form.startswith("utf"):
+        table.to_csv(outs / "cells.csv", index=False, encoding=form)
     else:
         table.to_parquet(outs / "cells.parquet", index=False)
     assert prepare(run_folder, tmp_path / "s", "--counts", "cells") == 0

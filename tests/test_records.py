@@ -103,6 +103,38 @@ def test_a_file_that_an_option_names_is_an_input(finished, tmp_path, capsys):
     assert export.run([*arguments[:-1], "GENE1,GENE4"]) == 0
 
 
+def change_record(directory: Path, script: str, change) -> None:
+    path = directory / utils.record_name(script)
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_a_fact_of_another_record_that_changes_makes_a_script_run_again(finished, capsys):
+    arguments = ["--directory", str(finished), "--format", "csv"]
+    assert export.run(arguments) == 0
+    places = pd.read_csv(finished / "histex.csv.gz")["x_fullres"]
+    for change, rests in (
+        (lambda record: record.update(ended="later", note="of no meaning"), True),
+        (lambda record: record.update(raw_size=[2 * n for n in record["raw_size"]]), False),
+    ):
+        change_record(finished, utils.CALIBRATION, change)
+        capsys.readouterr()
+        assert export.run(arguments) == 0
+        assert ("up to date" in capsys.readouterr().out) == rests
+    now = pd.read_csv(finished / "histex.csv.gz")["x_fullres"]
+    np.testing.assert_allclose(now, 2 * places)
+
+
+def test_patterns_follow_the_held_out_spots_of_the_record(labelled, capsys):
+    arguments = ["--directory", str(labelled), "--no-plot", "--permutations", "19"]
+    assert patterns.run(arguments) == 0
+    change_record(labelled, utils.HISTEX, lambda record: record["held_out_spots"].pop())
+    capsys.readouterr()
+    assert patterns.run(arguments) == 0
+    assert "up to date" not in capsys.readouterr().out
+
+
 NEED_REGIONS = (segment, annotate, patterns)
 
 

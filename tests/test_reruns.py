@@ -346,6 +346,39 @@ def test_an_edit_after_a_run_that_was_cut_off_is_kept(finished, monkeypatch, cap
     assert (finished / "mask.png").read_bytes() == mine
 
 
+def edit_radius(directory) -> bytes:
+    (directory / "radius.txt").write_text("28.125\n")
+    return (directory / "radius.txt").read_bytes()
+
+
+@pytest.mark.parametrize("since", ["nothing", "option", "input"])
+def test_an_edit_after_a_run_that_was_cut_off_is_judged_by_what_that_run_had(
+    finished, monkeypatch, capsys, since
+):
+    """Kept with a word under the same options and inputs; else the user has to choose."""
+    cut_off(finished, CALIBRATION, monkeypatch)
+    mine, options = edit_radius(finished), []
+    if since == "option":
+        options = ["--max-megapixels", "1999"]
+    if since == "input":
+        locs = (finished / "locs-raw.csv").read_text().replace("60.0", "60.5")
+        (finished / "locs-raw.csv").write_text(locs)
+    capsys.readouterr()
+    code = run_stage(CALIBRATION, finished, *options)
+    printed = capsys.readouterr()
+    assert (finished / "radius.txt").read_bytes() == mine
+    if since == "nothing":
+        assert code == 0
+        assert "kept your radius.txt; the last run was cut off" in printed.out
+        assert "see that it still fits" in printed.out
+    else:
+        assert code == 2
+        reason = "other options were given" if options else "locs-raw.csv has changed"
+        assert f"radius.txt was edited by hand, and {reason}" in printed.err
+        assert run_stage(CALIBRATION, finished, *options, "--force") == 0
+        assert (finished / "radius.txt").read_bytes() != mine
+
+
 # ----- the same result again ----------------------------------------------------------------------
 def test_the_same_seed_gives_the_same_bytes(finished_sample, tmp_path):
     directory = write_sample(tmp_path / "again")

@@ -1,7 +1,10 @@
 """analysis/: one reader of tables and of maps for all scripts; what is damaged is named."""
 
 import contextlib
+import errno
+import gzip
 import json
+import os
 import pickle
 import shlex
 import struct
@@ -55,6 +58,32 @@ def test_a_table_however_it_was_saved(tmp_path, text):
     assert table.to_numpy().tolist() == [["A", "1.npy"], ["NA", "2.npy"]]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_table_in_any_unicode_is_read(tmp_path, encoding, packed):
+    """As Excel saves "Unicode text", or as a download is packed."""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    content = f"{mark}gene\tfile\n\u03b2\t1.npy\n".encode(encoding)
+    table = read(tmp_path / "t.csv", gzip.compress(content) if packed else content)
+    assert table.to_numpy().tolist() == [["\u03b2", "1.npy"]]
+
+
+def test_gene_sets_in_utf_16_are_read(tmp_path):
+    path = tmp_path / "sets.gmt"
+    path.write_text("one\tof mine\tA\tB\r\ntwo\t\tC\r\n", encoding="utf-16")
+    assert enrich.read_gmt(path) == {"one": ["A", "B"], "two": ["C"]}
+
+
+def test_an_error_of_the_disk_is_not_a_bad_table(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "t.csv").write_text("gene\nA\n")
+    monkeypatch.setattr(sheets.plain, "open_text", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        read(tmp_path / "t.csv", "gene\nA\n")
+
+
 def test_names_are_kept_as_they_are(tmp_path):
     names = [
         "NA",
@@ -90,7 +119,10 @@ def test_a_table_of_r_has_a_column_without_a_name(tmp_path):
         ("gene,file\nA,b,c\nA,b\n", "2 fields in line 3"),
         ("gene,file\nA\n", "1 fields in line 2; its header has 2"),
         ('gene,file\n"A,b\n', "is not a table: line 2"),
-        (b"\xff\xfe\x00\x01", "cannot be read as text"),
+        (b"\xff\xfe\x00\x01\x02", "cannot be read as text"),  # UTF-16 that was cut
+        ("gene\nA\0\n", "cannot be read as text: it holds zero bytes"),
+        (b"PK\x03\x04", "cannot be read as text: it is an Excel workbook"),
+        (gzip.compress(b"gene\nA\n")[:-9], "cannot be read as text"),
     ],
 )
 def test_bad_tables(tmp_path, content, words):

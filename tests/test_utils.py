@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -289,6 +290,64 @@ def test_the_record_is_unfinished_while_outputs_move(stage, monkeypatch):
     stage.finish()
     assert seen == [False, False]
     assert json.loads((stage.directory / "a_test.json").read_text())["finished"] is True
+
+
+def edit_text(folder: Path) -> None:
+    (folder / "radius.txt").write_text("28")
+
+
+def replace_large(folder: Path) -> None:
+    (folder / "other").write_bytes(bytes(2 * disk.SMALL_BYTES))
+    os.replace(folder / "other", folder / "large.npy")
+
+
+CHANGES = {
+    "edited": (edit_text, "radius.txt changed"),
+    "replaced": (replace_large, "large.npy changed"),
+    "removed": (lambda d: (d / "radius.txt").unlink(), "radius.txt went"),
+    "lost from a folder": (lambda d: (d / "store" / "c" / "1").unlink(), "store/c/1 went"),
+    "new in a folder": (lambda d: (d / "store" / "c" / "2").write_text("z"), "store/c/2 changed"),
+    "folder removed": (lambda d: shutil.rmtree(d / "store"), "store went"),
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "touched", "come"])
+def test_inputs_that_change_under_the_run_are_not_recorded_as_read(stage, name):
+    """What nobody knows the inputs of takes no real name; the earlier result stays."""
+    folder = stage.directory
+    (folder / "store" / "c").mkdir(parents=True)
+    (folder / "store" / "c" / "1").write_text("y")
+    put(stage, "radius.txt", "27")
+    put(stage, "large.npy", b"1" * 2 * disk.SMALL_BYTES)
+    put(stage, "locs.csv", "old")
+    for path in ("radius.txt", "large.npy", "store", "absent"):
+        stage.use(folder / path)
+    change, words = CHANGES.get(name, (lambda d: (d / "absent").write_text("x"), None))
+    if name == "touched":
+        os.utime(folder / "radius.txt", (1, 1))
+    else:
+        change(folder)
+    with stage.writing(utils.LOCS) as partial:
+        partial.write_text("new")
+    if words is None:  # its content is the same, or it was known to be absent
+        stage.finish()
+        assert (folder / "locs.csv").read_text() == "new"
+        return
+    with pytest.raises(utils.StageError, match=f"{words} while a_test.py ran") as error:
+        stage.finish()
+    assert ("Bring it back" in str(error.value)) == ("went" in words)
+    assert (folder / "locs.csv").read_text() == "old"
+    assert not (folder / "a_test.json").exists()
+
+
+def test_what_two_runs_of_a_script_write_is_no_changed_input(stage):
+    """get_HR.py reads gene-names.txt, and writes it where there is none."""
+    put(stage, "gene-names.txt", "A")
+    stage.use(stage.directory / "gene-names.txt")
+    with stage.writing(utils.GENE_NAMES) as partial:
+        partial.write_text("A")
+    put(stage, "gene-names.txt", "B")  # by the other run
+    stage.finish()
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,15 @@ def is_added(file: Path, folder: Path, known: dict[str, Any]) -> bool:
     return file != folder and file.relative_to(folder).as_posix() not in known.get("files", ())
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Bytes, mtime and inode, by which a file that is being read is known; None if it is gone."""
+    try:
+        stat = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
 def has_time(path: Path, known: dict[str, Any]) -> bool:
     return bool(path.stat().st_mtime_ns == known["mtime_ns"])
 
@@ -121,11 +130,15 @@ def _differs(path: Path, known: dict[str, Any], hash_always: bool) -> bool:
     return bool(fingerprint(path)["sha256"] != known["sha256"])
 
 
-def is_whole(path: Path, known: dict[str, Any]) -> bool:
-    """True if nothing of what was fingerprinted is missing."""
+def lost_from(path: Path, known: dict[str, Any]) -> list[Path]:
+    """What was fingerprinted and is missing: the file or folder, or files of the folder."""
     if known == ABSENT or not path.exists():
-        return known == ABSENT
-    return all((path / name).exists() for name in known.get("files", ()))
+        return [] if known == ABSENT else [path]
+    return [path / name for name in known.get("files", ()) if not (path / name).exists()]
+
+
+def is_whole(path: Path, known: dict[str, Any]) -> bool:
+    return not lost_from(path, known)
 
 
 def same_as(path: Path, known: dict[str, Any]) -> bool:
@@ -264,12 +277,18 @@ class _Patient(io.FileIO):
                 self.failed = error
         return len(content)
 
+    def check(self) -> None:
+        """Raise what a write has failed with, where the library can be left."""
+        if self.failed is not None:
+            raise self.failed
+
 
 @contextlib.contextmanager
-def late_errors(path: Path) -> Iterator[io.FileIO]:
+def late_errors(path: Path) -> Iterator[_Patient]:
     """A new file for a library that does not survive a write that fails, as HDF5 does not.
 
-    It crashes, or goes on and tells nobody. Here it goes on; then the error is raised.
+    It crashes, or goes on and tells nobody. Here it goes on; then, or by ``check``, the error is
+    raised.
     """
     with _Patient(path, "w+") as file, late.not_within(_Patient.write.__code__):
         try:
@@ -277,8 +296,7 @@ def late_errors(path: Path) -> Iterator[io.FileIO]:
         except Exception:
             if file.failed is None:
                 raise
-        if file.failed is not None:
-            raise file.failed
+        file.check()
 
 
 def sweep_work(folder: Path, name: str, but: Path | None = None) -> None:

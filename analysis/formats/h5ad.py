@@ -57,6 +57,7 @@ def write(source: MapSet, target: Path) -> None:
             for i in range(block.shape[1]):
                 block[:, i] = next(every)[source.tissue]
             x[:, some] = block
+            opened.check()  # a disk that is full now will not hold the other genes either
             total += block.sum(1, dtype=np.float64)
             mean[some] = block.mean(0, dtype=np.float64)
         next(every, None)  # lets the progress bar end
@@ -80,6 +81,7 @@ def write(source: MapSet, target: Path) -> None:
         for start in range(0, n, ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             latent[rows] = flat[:, where[rows]].T
+            opened.check()
 
 
 def superpixel_table(source: MapSet) -> pd.DataFrame:

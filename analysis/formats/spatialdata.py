@@ -7,7 +7,6 @@ import json
 import os
 import struct
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from analysis import inputs
 from analysis.formats.mapset import MapSet, each_map, in_mask, read_labels, records_of
 from analysis.formats.nodes import new_group, put, put_anndata
 from reading import images
+from writing import disk
 from writing.progress import Bar
 
 CHUNK_PX = 1024  # columns of a chunk of an image
@@ -60,17 +60,26 @@ def write(source: MapSet, target: Path) -> None:
     kinds["labels"].attrs["ome"] = {"labels": list(labels)}
     write_circles(kinds["shapes"], target, spots)
     write_counts(kinds["tables"], spots, counts)
-    check_whole(target, kinds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that other programs may not know of it
         zarr.consolidate_metadata(root.store)
+    rasters = {"images/expression", *(f"labels/{name}" for name in labels)}
+    check_whole(target, {*kinds, *rasters, "shapes/spots", "tables/counts"})
 
 
-def check_whole(target: Path, kinds: Iterable[str]) -> None:
-    """Raise an OSError if the folder was removed meanwhile: zarr makes it again, with the rest."""
-    for node in ("", *kinds, "images/expression"):
-        if not (path := target / node / "zarr.json").is_file():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+def check_whole(target: Path, elements: set[str]) -> None:
+    """Raise an OSError if an element, or a part of one, is missing in the store or in its list.
+
+    To zarr, what cannot be opened is not there: it leaves it out of the list that readers go by.
+    A folder that was removed it makes again, with what is still to be written.
+    """
+    about = json.loads((target / "zarr.json").read_text(encoding="utf-8"))
+    listed = {*about["consolidated_metadata"]["metadata"]}
+    files = [path for path in disk.files_in(target) if path.name == "zarr.json"]
+    there = {path.parent.relative_to(target).as_posix() for path in files} - {"."}
+    for node in sorted((listed ^ there) | (elements - there)):
+        path = target / node / "zarr.json"
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def read_circles(source: MapSet) -> tuple[pd.DataFrame, pd.DataFrame]:
