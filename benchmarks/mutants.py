@@ -196,8 +196,8 @@ def is_comparison(test: ast.AST) -> bool:
 
 
 def is_left_alone(node: ast.AST) -> bool:
-    """The block ``if __name__``, functions that only tell argparse of options, sizes of AT_ONCE, and
-    the ``strict`` of zip, which asserts what holds."""
+    """The block ``if __name__``, functions that only tell argparse of options, sizes of AT_ONCE,
+    and the ``strict`` of zip, which asserts what holds."""
     if isinstance(node, ast.If):
         return "__name__" in ast.unparse(node.test)
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

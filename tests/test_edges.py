@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from conftest import make_stage, outcome, put, write_record
+from conftest import make_stage, outcome, put, run, write_record
 from PIL import Image
 from test_get_HR import lattice
 
@@ -68,6 +68,24 @@ def test_what_was_not_there_is_changed_by_its_coming_only(tmp_path):
     path.write_text("9")
     assert disk.changed_in(path, disk.ABSENT) == [path]
     assert not disk.same_as(path, disk.ABSENT)
+
+
+def test_a_file_of_more_than_a_mebibyte_is_hashed_only_if_its_time_differs(tmp_path, monkeypatch):
+    hashed = []
+    for name, size in (("small", 2**20), ("large", 2**20 + 1)):
+        (tmp_path / name).write_bytes(bytes(size))
+    known = {path.name: disk.fingerprint(path) for path in tmp_path.iterdir()}
+    honest = disk.sha256
+    monkeypatch.setattr(disk, "sha256", lambda path: hashed.append(path.name) or honest(path))
+    assert all(disk.same_as(tmp_path / name, some) for name, some in known.items())
+    assert hashed == ["small"]
+
+
+def test_the_files_of_a_file_and_of_a_folder(tmp_path):
+    for name in ("b", "a", ".DS_Store"):
+        (tmp_path / name).write_text(name)
+    assert disk.files_in(tmp_path / "a") == [tmp_path / "a"]
+    assert disk.files_in(tmp_path) == [tmp_path / "a", tmp_path / "b"]
 
 
 GOOD = {"bytes": 1, "mtime_ns": 2, "sha256": "x"}
@@ -944,6 +962,25 @@ def test_containers_of_arrays_come_back_as_they_were(tmp_path):
 
 
 # ----- pictures -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (bytes(128) + b"DICM" + bytes(9), "a DICOM image"),
+        (bytes(127) + b"DICM" + bytes(9), None),
+        (b"\0\0\0\x18ftypheic", "a HEIC or AVIF image, or a film"),
+        (b"II*\0ftyp", "a HEIC or AVIF image, or a film"),
+        (b"P6\n1 1", "a PPM, PGM or PBM image"),
+        (b"P8\n1 1", None),
+        (b"RDX3", "a file of R (.RData)"),
+        (b" \n <SVG", "an SVG or another XML file"),
+        (b"", None),
+    ],
+)
+def test_what_is_no_picture_of_ours_is_known_by_its_first_bytes(tmp_path, content, kind):
+    (tmp_path / "he-raw.png").write_bytes(content)
+    assert pictures.kind_of(tmp_path / "he-raw.png") == kind
+
+
 @pytest.mark.parametrize("number", range(2, 9))
 def test_an_orientation_of_exif_is_called_so(number):
     assert pictures.turned(number).startswith(f"has EXIF orientation {number}, so viewers turn it")
@@ -1045,6 +1082,13 @@ def test_a_mask_as_large_as_he_raw_lies_by_its_scale(stage):
     assert "is 40001 x 50000 px, more than 2,000 megapixels" in said
 
 
+def test_what_is_no_image_has_no_grid(stage):
+    put(stage, "he.jpg", b"text")
+    assert "he.jpg is not an image" in outcome(images.grid_shape, stage)[1]
+    Image.new("RGB", (448, 224)).save(stage.directory / "he.jpg")
+    assert images.grid_shape(stage) == (14, 28)
+
+
 # ----- image_calibration.py -----------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("size", "name"),
@@ -1115,6 +1159,18 @@ def test_sizes_by_hand():
     assert memory is None or memory > 2**28
 
 
+@pytest.mark.parametrize(("mode", "words"), [("RGB", 0), ("L", 1)])
+def test_what_is_converted_is_said_and_nothing_else(sample, mode, words, capsys):
+    with Image.open(sample / "he-raw.png") as image:
+        image.convert(mode).save(sample / "he-raw.png")
+    assert run("image_calibration.py", sample) == 0
+    said = capsys.readouterr().out
+    assert said.count("he-raw.png: grey, converted to RGB\n") == words
+    assert said.count("he-raw.png: ") == 1 + words  # the other is its size
+    record = json.loads((sample / "image_calibration.json").read_text())
+    assert record["converted"] == "grey, converted to RGB" * words
+
+
 # ----- get_HR.py ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", ["hexagonal", "square"])
 def test_sixteen_spots_are_a_lattice_and_fifteen_are_too_few(shape):
@@ -1129,6 +1185,38 @@ def test_a_turn_is_told_by_its_smallest_angle(degrees):
     assert fitted.degrees == pytest.approx(degrees, abs=1e-6)
     assert fitted.pitch == pytest.approx(200)
     assert fitted.residuals(lattice("hexagonal", 8, 8, degrees)).max() < 1e-9
+
+
+@pytest.mark.parametrize(("n", "fits"), [(0, True), (5, True), (6, False)])
+def test_one_spot_in_twenty_may_stray(n, fits):
+    """0.4 pitches from free nodes beside the lattice: 5 of 105 are 4.8 %, 6 of 106 are 5.7 %."""
+    xy, axes = lattice("square", 10, 10), 200 * np.eye(2)
+    xy = np.vstack([xy, xy[9 + 10 * np.arange(n)] + (280.0, 0.0)])
+    fitted = get_HR.Lattice("square", xy[0], axes, get_HR.nearest_nodes(xy, xy[0], axes))
+    assert get_HR.explains(fitted, xy) == fits
+
+
+@pytest.mark.parametrize(("last", "joined"), [(270, True), (290, False)])
+def test_an_edge_of_a_row_is_at_most_1_4_times_the_median(last, joined):
+    xy = np.array([(0, 0), (200, 0), (400, 0), (600, 0), (600 + last, 0)], float)
+    wanted = [[0, 1], [1, 2], [2, 3], *[[3, 4]] * joined]
+    assert get_HR.delaunay_pairs(xy).tolist() == wanted
+
+
+@pytest.mark.parametrize(("longer", "fits"), [(1.15, True), (1.25, False)])
+def test_a_lattice_may_be_stretched_by_a_fifth(longer, fits):
+    xy = lattice("square", 12, 12) * (1.0, longer)
+    assert (get_HR.fit_lattice(xy) is not None) == fits
+
+
+def test_the_densest_patch_begins_in_its_middle():
+    xy = np.vstack([lattice("square", 15, 15, pitch=400.0), lattice("square", 15, 15) + 20_000])
+    patch = get_HR.densest_patch(xy)
+    assert len(patch) == len(set(patch)) == 150
+    assert (patch >= 225).all()
+    middle = np.linalg.norm(xy[patch] - xy[patch[0]], axis=1)
+    assert (np.diff(middle) >= -1e-9).all()
+    assert len(get_HR.densest_patch(xy[:20])) == 20
 
 
 def test_the_nearest_node_is_one_of_the_four_around():
