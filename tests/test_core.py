@@ -17,6 +17,7 @@ import HISTEX
 import utils
 from method import anchoring, grid, network, prediction, progress, states, tiling, uncertainty
 from method import section as sections
+from writing import disk
 
 
 # ----- tiles --------------------------------------------------------------------------------------
@@ -72,6 +73,19 @@ def test_the_centroid_of_a_triangle_and_of_what_has_no_area():
     assert found.area.sum() == pytest.approx(9)
     moved = rings._replace(xy=rings.xy + np.array([1e6, -1e6]))
     np.testing.assert_allclose(grid.polygon_moments(moved, 3)[0], [9, 0, 0])
+
+
+@pytest.mark.parametrize("squares", [2_000_000, 9, 1])
+def test_the_first_polygon_may_have_any_number(squares, monkeypatch):
+    monkeypatch.setattr(grid, "MAX_SQUARES", squares)  # 9: the first one has the block 1
+    square = np.array([(0, 0), (1, 0), (1, 1), (0, 1.0)])
+    for numbers in ((0, 1), (1, 2), (1, 5), (2, 3)):
+        rings = grid.Rings(
+            np.array(numbers), np.array([4, 4]), np.zeros(2, bool), np.vstack([square, square + 3])
+        )
+        found = grid.polygon_areas(rings)
+        assert (found.polygon.tolist(), found.area.tolist()) == ([*numbers], [1, 1])
+        assert (found.row.tolist(), found.col.tolist()) == ([0, 3], [0, 3])
 
 
 # ----- the section --------------------------------------------------------------------------------
@@ -472,6 +486,23 @@ def test_how_superpixels_hang_together_with_spots():
     number = int(np.flatnonzero((places == first).all(axis=1))[0])
     assert found.discs[[0], [number]] == 1
     assert found.near[number, 0] == 0
+
+
+def test_discs_at_the_borders_of_a_map_lie_where_they_are():
+    section = make_section()
+    section = make_section(spots=(section.spots - (6.2, 7.1)) * 1.33 + 1.5)
+    discs = anchoring.find_anchors(section, np.argwhere(section.tissue)).discs.toarray()
+    row, col = section.patches(np.floor(section.spots).astype(int))
+    wanted = np.zeros((16, *SHAPE))
+    for spot, y, x in np.argwhere(np.ones((16, *SHAPE))):
+        here = (row[spot] == y) & (col[spot] == x)
+        wanted[spot, y, x] = section.areas[spot][here].sum()
+    assert all(wanted[:, edge].any() for edge in (0, -1))
+    assert all(wanted[:, :, edge].any() for edge in (0, -1))
+    np.testing.assert_array_equal(discs.reshape(16, *SHAPE)[section.usable], wanted)
+
+
+def test_weighted_sums_by_hand():
     rows, weights = torch.tensor([[0, 1]]), torch.tensor([[0.25, 2.0]])
     table = torch.tensor([[4.0, 8.0], [1.0, 3.0]])
     assert anchoring.weighted_sums(rows, weights, table).tolist() == [[3.0, 8.0]]
@@ -597,6 +628,23 @@ def test_a_state_comes_back_for_its_key_only(tmp_path, capsys):
     assert key.change_since(tmp_path).startswith("an earlier version of HISTEX")
 
 
+def test_a_state_that_could_not_be_written_whole_is_none(tmp_path, monkeypatch):
+    one = default_network(make_section())
+    written = functools.partial(
+        states.write_state, tmp_path, one, [{"loss": 1.0}], np.ones((2, G), "f4"), key_named(), 7
+    )
+    written()
+    assert states.read_key(tmp_path / "model.json") == key_named().hash
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        written()
+    assert states.read_key(tmp_path / "model.json") is None
+
+
 def test_a_checkpoint_comes_back_for_its_key_only(tmp_path):
     folder = tmp_path / "states" / "00"
     saved = states.Checkpoint(folder, key_named())
@@ -626,6 +674,7 @@ def test_what_a_key_says_of_functions_and_where_they_are(tmp_path):
     assert key.inputs == {"a.csv": "x"}
     assert {"a.json", "HISTEX.py", "network.py"} <= key.code.keys()
     assert key.training["epochs"] == 3
+    assert key.code["a.json"] == disk.hash_of([tmp_path / "a.json"])
     assert key.machine == {"device": "cpu", "torch": torch.__version__}
     again = states.key_of(training, [tmp_path / "a.json"], inputs, CPU)
     assert key.hash == again.hash

@@ -961,6 +961,15 @@ def test_containers_of_arrays_come_back_as_they_were(tmp_path):
     assert found["b"][0] is found["b"][1]
 
 
+def test_what_a_pickle_would_run_is_named(tmp_path):
+    (tmp_path / "x.pickle").write_bytes(pickle.dumps(os.getcwd))
+    _, said = outcome(pickles.read_pickle, tmp_path / "x.pickle")
+    assert "x.pickle is not a pickled numpy array" in said
+    assert ".getcwd is not a numpy array" in said
+    (tmp_path / "x.pickle").write_bytes(pickle.dumps(np.array(["text"])))
+    assert "arrays of <U4 are not read" in outcome(pickles.read_pickle, tmp_path / "x.pickle")[1]
+
+
 # ----- pictures -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("content", "kind"),
