@@ -537,6 +537,40 @@ def test_files_of_the_user_move_into_the_folder_that_replaces_theirs(tmp_path, c
     assert maps.is_dir()  # what holds files of the user is not removed
 
 
+def test_what_of_a_users_the_other_outputs_follow(tmp_path):
+    """A mask follows into its picture, genes into the counts; and only where they are made."""
+    for script, artifact, follows in (
+        (utils.MASKING, utils.MASK, True),
+        (utils.HIGH_RESOLUTION, utils.GENE_NAMES, True),
+        (utils.MASKING, utils.MASK_OVERLAY, False),
+        (utils.HISTEX, utils.MASK, False),
+        ("a_test.py", utils.MASK, False),
+    ):
+        assert make_stage(tmp_path, script)._goes_on_with(artifact) is follows
+
+
+def test_inputs_whose_origin_has_nothing_to_say(folder):
+    def settled(name: str) -> bool:
+        return make_stage(folder, utils.HISTEX)._is_settled(name)
+
+    assert all(map(settled, ["locs.csv", "gene-names.txt", "cnts.csv", "unknown.txt"]))
+    (folder / "cnts.csv").write_text("other")
+    assert [settled(name) for name in ("locs.csv", "gene-names.txt")] == [True, False]
+    (folder / "get_HR.json").unlink()
+    assert [settled(name) for name in ("HRlocs.csv", "gene-names.txt")] == [False, True]
+    (folder / "get_HR.json").write_text(json.dumps({"finished": False, "written": []}))
+    assert [settled(name) for name in ("HRlocs.csv", "gene-names.txt")] == [False, False]
+
+
+def test_a_record_tells_the_seconds_that_a_run_took(tmp_path, capsys):
+    stage = make_stage(tmp_path)
+    stage.started -= 90
+    stage.finish()
+    record = json.loads((tmp_path / "a_test.json").read_text())
+    assert 90 <= record["seconds"] < 150
+    assert f"a_test.py finished in {record['seconds']:.1f} s" in capsys.readouterr().out
+
+
 def test_the_command_that_makes_an_output_anew(folder):
     stage = make_stage(folder, utils.HISTEX, options=["--seed", "1"])
     assert stage.command() == f"python HISTEX.py --directory {folder} --seed 1"
@@ -729,6 +763,21 @@ def test_a_signal_ends_the_work_and_its_handlers_come_back(sign, code, capsys):
         for number, handler in before.items():
             signal.signal(number, handler)
     assert "kept" in capsys.readouterr().err
+
+
+def test_only_the_usual_ctrl_c_ends_at_once_while_modules_are_imported(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["a.py", "--directory", "x"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler, then in (
+            (signal.default_int_handler, cli._end_at_once),
+            (signal.SIG_IGN, signal.SIG_IGN),  # as under nohup
+        ):
+            signal.signal(signal.SIGINT, handler)
+            cli.start(cli.stage_parser(DOC))
+            assert signal.getsignal(signal.SIGINT) is then
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ----- long work ----------------------------------------------------------------------------------
@@ -1180,6 +1229,23 @@ def test_what_is_converted_is_said_and_nothing_else(sample, mode, words, capsys)
     assert record["converted"] == "grey, converted to RGB" * words
 
 
+def test_an_image_of_as_many_pixels_as_allowed_is_taken(tmp_path):
+    stage = make_stage(tmp_path, max_megapixels=1)
+    for size, words in (((1000, 1000), None), ((1001, 1000), "1001 x 1000 px")):
+        Image.new("RGB", size).save(tmp_path / "he-raw.png")
+        said = outcome(image_calibration.open_image, stage, tmp_path / "he-raw.png")[1]
+        assert said is None if words is None else words in said
+
+
+def test_how_far_spots_reach_is_told_by_the_longer_way():
+    xy = lattice("hexagonal", 10, 10) - (3000.0, 700.0)  # to 1,900 in x and 1,559 in y
+    for shape in ((156, 9000), (9000, 170)):
+        said = image_calibration.diagnose(xy, shape, 0.5)
+        reach = max(np.quantile(xy[:, 0], 0.9) / shape[1], np.quantile(xy[:, 1], 0.9) / shape[0])
+        assert f"They reach {reach:.1f} times as far as the image" in said
+        assert reach > 8
+
+
 # ----- get_HR.py ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", ["hexagonal", "square"])
 def test_sixteen_spots_are_a_lattice_and_fifteen_are_too_few(shape):
@@ -1261,6 +1327,14 @@ def test_what_is_said_of_a_lattice(capsys):
     said = capsys.readouterr().out
     assert "lattice: square, pitch 100.0 um, turned by 10.0 degrees\n" in said
     assert "note:" not in said
+    moved = xy + np.random.default_rng(0).normal(0, 8, xy.shape)
+    facts = get_HR.describe(get_HR.fit_lattice(moved), moved)
+    pitch, rms, largest = (facts[f"{n}_um"] for n in ("pitch", "residual", "largest_residual"))
+    assert 2 < rms < largest < 20  # 8 px a coordinate are 5.7 um in all, less what a fit takes up
+    assert capsys.readouterr().out.splitlines()[1] == (
+        f"residual: {rms:.1f} um rms ({rms / pitch:.1%} of the pitch), "
+        f"largest {largest:.1f} um ({largest / pitch:.1%})"
+    )
     for scale, notes in ((2.0, 0), (1.09, 0), (1.11, 1), (1.5, 1)):
         get_HR.describe(get_HR.fit_lattice(xy * scale), xy * scale)
         assert capsys.readouterr().out.count("note: this pitch is neither") == notes
