@@ -111,6 +111,17 @@ def test_the_published_disc_is_37_superpixels_and_ours_is_its_area():
     assert ours.spacing == grid.neighbour_distance(ours.points)
 
 
+def test_what_sampling_finds_beyond_a_whole_disc_is_no_tissue():
+    section = make_section()
+    share = section.areas.sum(axis=1) / (math.pi * RADIUS**2)
+    more = share > 1
+    assert more.any()
+    np.testing.assert_array_equal(section.expression[:16][more], section.counts[more])
+    less = ~more
+    wanted = section.counts[less] / share[less, None]
+    np.testing.assert_allclose(section.expression[:16][less], wanted, rtol=1e-6)
+
+
 def test_the_inputs_of_a_network_by_hand():
     section = make_section(radius=1.0)
     near = np.array([[3, 0]])

@@ -940,7 +940,7 @@ def test_counts_and_spots_that_do_not_fit_are_counted(stage, capsys):
 
 
 def test_fractions_are_warned_of_and_whole_numbers_are_not(stage, capsys):
-    for cell, notes in (("2.0", 0), ("2.5", 1)):
+    for cell, notes in (("2.0", 0), ("0.5", 1)):
         path = put(stage, "cnts.csv", f"id,A,B\ns1,{cell},1\n")
         tables.read_sparse_counts(stage, path, pd.Index(["s1"]))
         assert len(stage.notes) == notes
@@ -1138,6 +1138,8 @@ def test_a_mask_as_large_as_he_raw_lies_by_its_scale(stage):
     assert "is 47 x 24 px; expected 48 x 24 px as he-raw, 224 x 224 px as he.jpg" in said
     _, said = outcome(images.mask_edges, stage, (50_000, 40_001), (14, 14))
     assert "is 40001 x 50000 px, more than 2,000 megapixels" in said
+    _, said = outcome(images.mask_edges, stage, (50_000, 40_000), (14, 14))
+    assert "is 40000 x 50000 px; expected 48 x 24 px as he-raw" in said
 
 
 def test_what_is_no_image_has_no_grid(stage):
