@@ -340,7 +340,7 @@ def try_out(copy: Path, mutant: Mutant, tests: dict[str, float]) -> tuple[str, f
         return "unreached", 0.0
     path, started = copy / mutant.module, time.monotonic()
     path.write_text(mutant.text, encoding="utf-8")
-    code = in_fork(copy, [*tests], 40 + 3 * sum(tests.values()))
+    code = in_fork(copy, [*tests], 120 + 3 * sum(tests.values()))
     shutil.copyfile(ROOT / mutant.module, path)
     result = "slow" if code is None else "killed" if code else "survived"
     return result, time.monotonic() - started
