@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import utils
 from analysis import annotate, enrich
-from benchmarks import analyses, faults, fuzz, measure, mutations, scaling, stages, trials
+from benchmarks import analyses, faults, fuzz, measure, mutants, mutations, scaling, stages, trials
 
 SLOW = "import time\n\ntime.sleep(2)"
 
@@ -306,3 +306,51 @@ def test_what_is_kept_is_not_made_again(tmp_path):
 
 def test_tables_are_markdown():
     assert measure.table(["a", "b"], [[1, "x"]]) == ["| a | b |", "|---|---|", "| 1 | x |"]
+
+
+# ----- mutants -----
+SOURCE = """LIMIT = 5
+PIECE = 7
+
+
+def capped(values, more=True):
+    if more and len(values) > LIMIT:
+        raise ValueError(
+            f"more than {LIMIT + 1}"
+        )
+    return [a for a, b in zip(values, values, strict=True)]
+"""
+
+
+def test_what_is_changed_and_the_lines_that_run_it(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text(SOURCE)
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    found = {mutant.change: mutant for mutant in mutants.mutants_of("a.py")}
+    assert {change: {*mutant.reached_by} for change, mutant in found.items()} == {
+        "5 -> (10)": {6, 8},  # where LIMIT is read
+        "5 -> (6)": {6, 8},
+        "True -> (False)": {6, 10},  # a default runs with the body
+        "more and len(values) > LIMIT -> (more or len(values) > LIMIT)": {6},
+        "len(values) > LIMIT -> (len(values) >= LIMIT)": {6},
+        "len(values) > LIMIT -> (len(values) <= LIMIT)": {6},
+        'raise ValueError( f"more than {LIMIT + 1}" -> pass': {7},
+        "LIMIT + 1 -> (LIMIT - 1)": {7, 8},
+        "1 -> (2)": {7, 8},
+        "return [a for a, b in zip(values, values, strict=True)] -> return None": {10},
+    }
+    changed = found["len(values) > LIMIT -> (len(values) >= LIMIT)"].text
+    assert changed == SOURCE.replace("len(values) > LIMIT", "(len(values) >= LIMIT)")
+    assert found["1 -> (2)"].line == 8
+
+
+def test_the_shortest_tests_that_run_a_change_come_first():
+    def learnt(seconds: dict[str, float], lines: dict[str, list[str]]) -> mutants.Learnt:
+        return mutants.Learnt("", {"a.py": lines}, seconds)
+
+    some = learnt({"t1": 3.0, "t2": 1.0, "t3": 9.0}, {"6": ["t1", "t2"], "9": ["t3"], "1": [""]})
+    other = learnt({"u": 2.0}, {"6": ["u", "v"]})  # of v, no time is known
+    mutant = mutants.Mutant("a.py", 7, (7, 6), "", "")
+    assert [*mutants.tests_of(mutant, [some, other], 9)] == ["t2", "u", "t1"]
+    assert [*mutants.tests_of(mutant, [some, other], 3)] == ["t2", "u"]
+    everywhere = mutants.Mutant("a.py", 1, (1,), "", "")
+    assert [*mutants.tests_of(everywhere, [some, other], 99)] == ["t2", "t1", "t3"]
