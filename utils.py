@@ -119,12 +119,8 @@ EMBEDDINGS = Artifact(
     ("embeddings-gene.pickle",), HISTEX, "dict(cls=float32 (dims, rows, columns))"
 )
 PLOTS = Artifact(("cnts-super-plots",), HISTEX, "PNG maps of the best explained genes")
-HELD_OUT = Artifact(
-    ("held-out-r.csv",), HISTEX, "gene, correlation with the counts of held-out spots"
-)
-EXPECTED = Artifact(
-    ("expected-r.csv",), HISTEX, "gene, correlation to expect of maps from histology alone"
-)
+HELD_OUT = Artifact(("held-out-r.csv",), HISTEX, "gene, correlation with held-out spots")
+EXPECTED = Artifact(("expected-r.csv",), HISTEX, "gene, correlation to expect without any spot")
 
 CUT_OFF = "the last run was cut off while it put its results in place"
 NOT_FORCED = {*GENE_NAMES.names, *STATES.names}  # --force does not replace them
@@ -575,16 +571,18 @@ class Stage:
         return {n: known for n, known in self.inputs.items() if self.directory / n not in own}
 
     def _check_inputs(self) -> None:
-        """Raise StageError if an input is no longer what was noted before it was read.
+        """Raise StageError if an input changed or went since it was noted, before it was read.
 
-        Nobody can tell then what the outputs were made from. What was not there and has come is
-        found by the next run.
+        A stage warns only, lest hours of training are lost: by its record, which has what was there
+        at first, the next run finds its outputs out of date. So it does with what has come.
         """
         for name, known in self._inputs_of_others().items():
             path = self.directory / name
             if known != disk.ABSENT:
                 for file in disk.lost_from(path, known) or disk.changed_in(path, known):
-                    raise self.disturbed(file)
+                    if self.script not in STAGES:
+                        raise self.disturbed(file)
+                    self.warn(f"{file.name} changed or went while {self.script} ran: run it again")
 
     def disturbed(self, path: Path) -> StageError:
         """A StageError about an input that changed or went while this script ran."""
@@ -677,7 +675,7 @@ def read_record(stage: Stage, script: str, folder: Path | None = None) -> dict[s
     written = [record.get("outputs")] if record["finished"] else record["written"]
     read = record.setdefault("inputs", None if record["finished"] else {})
     facts = record["facts_read"]
-    told = isinstance(facts, dict) and all(isinstance(found, dict) for found in facts.values())
+    told = isinstance(facts, dict) and all(type(found) is dict for found in facts.values())
     if not (told and texts and isinstance(written, list) and all(map(_is_files, [*written, read]))):
         raise StageError(f"{path} is not a whole record of {script}.", remedy)
     if any(Path(name).name != name for files in written for name in files):
@@ -738,14 +736,6 @@ def code_hash(script: str) -> str:
 # ------------------------------------------------------------------------------------------------
 # words
 # ------------------------------------------------------------------------------------------------
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def duplicates(names: Iterable[str]) -> list[str]:
     """What occurs more than once, in the order of the first time."""
     return [name for name, n in Counter(names).items() if n > 1]

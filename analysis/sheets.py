@@ -79,7 +79,7 @@ def warn_of_formulas(stage: utils.Stage, names: Iterable[object]) -> None:
     """
     formulas = [
         name for name in names
-        if isinstance(name, str) and name.startswith(FORMULA) and not utils.is_number(name)
+        if isinstance(name, str) and name.startswith(FORMULA) and not plain.is_number(name)
     ]  # fmt: skip
     if formulas:
         stage.warn(

@@ -449,7 +449,7 @@ def ome_pixel_size(xml: str, width: int) -> float | None:
     def side(axis: str) -> float | None:
         unit = MICROMETRES.get(pixels[0].get(f"PhysicalSize{axis}Unit", "um"))
         value = pixels[0].get(f"PhysicalSize{axis}", "")
-        return float(value) * unit if unit and utils.is_number(value) else None
+        return float(value) * unit if unit and plain.is_number(value) else None
 
     return sane_pixel_size(side("X"), side("Y"))
 

@@ -166,7 +166,7 @@ def need_plain(prefix: str, names: tuple[str, ...], what: str) -> Path:
 def read_one_number(path: Path) -> float:
     with readable.readable(path, "text", "Save it as plain text, then run the same command."):
         content = plain.read_text(path).strip()
-    if not utils.is_number(content) or not 0 < float(content) < np.inf:
+    if not plain.is_number(content) or not 0 < float(content) < np.inf:
         raise utils.StageError(
             f"{path} holds {content[:40]!r}; expected one number above zero.",
             "Write that number alone into it, with a point, then run the same command.",

@@ -91,7 +91,7 @@ def read_table(path: Path) -> pd.DataFrame:
     first, *others = tables.read_rows(path)
     if "in_tissue" in first:
         return pd.DataFrame(others, columns=first, dtype=object)
-    if len(first) != len(tenx.COLUMNS) or not all(map(utils.is_number, first[2:])):
+    if len(first) != len(tenx.COLUMNS) or not all(map(plain.is_number, first[2:])):
         raise plain.Unfit(
             f"its first line is {','.join(first)[:80]!r}; expected {','.join(tenx.COLUMNS)}"
         )

@@ -139,3 +139,11 @@ def _text_of(stage: utils.Stage, path: Path) -> str:
         ) from error
     except (Unfit, *DAMAGED) as error:
         raise stage.error(path, f"cannot be read: {error}") from error
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

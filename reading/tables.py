@@ -16,7 +16,7 @@ from scipy import sparse
 
 from reading import genes as gene_names
 from reading import plain
-from utils import Stage, duplicates, is_number, some
+from utils import Stage, duplicates, some
 
 SEP = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)  # the line in which Excel names its separator
 BLOCK_CHARACTERS = 2**20  # of a table read at a time
@@ -77,7 +77,7 @@ def shown(names: list[str]) -> str:
 
 def point(cell: str) -> str:
     """A hint if a cell would be a number with a decimal point."""
-    decimal = "," in cell and is_number(cell.replace(",", ".", 1))
+    decimal = "," in cell and plain.is_number(cell.replace(",", ".", 1))
     return ", written with a decimal point and without thousands separators" if decimal else ""
 
 
@@ -99,7 +99,7 @@ def _numbers(rows: list[Row], before: int, columns: list[str], dtype: type) -> s
     values = flat.reshape(len(rows), len(columns))
     for row, column in np.argwhere(~np.isfinite(values))[:1]:
         cell = text.split("\n")[row * len(columns) + column]
-        beyond = f", read as {values[row, column]}," if is_number(cell) else ""
+        beyond = f", read as {values[row, column]}," if plain.is_number(cell) else ""
         where = f"spot {rows[row][0]}, column {columns[column]} (data row {before + row + 1})"
         raise plain.Unfit(f"it holds {cell!r}{beyond} for {where}; expected a number{point(cell)}.")
     return sparse.csr_array(values)
@@ -197,7 +197,7 @@ def read_sparse_counts(
     Rows without a location are dropped with a note; a location without counts is an error.
     """
     ids, genes, counts = _read_table(stage, path)
-    if all(map(is_number, genes)):
+    if all(map(plain.is_number, genes)):
         raise stage.error(path, f"has the gene names {some(genes)}; the header line is missing.")
     if len(lack := spots.difference(ids, sort=False)):
         missing = f"{len(lack)} of the {len(spots)} spots that have a location: {some(lack)}"

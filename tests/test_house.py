@@ -133,6 +133,8 @@ NEEDS = {  # options that a script has no default for, beside --directory
     "prepare/visium.py": ["--outs", "absent"],
     "prepare/visium_hd.py": ["--outs", "absent"],
     "prepare/xenium.py": ["--outs", "absent", "--image", "absent.tif", "--aligned"],
+    "reference/learn.py": ["--sections", "absent", "--output", "absent.safetensors"],
+    "reference/predict.py": ["--reference", "absent.safetensors"],
 }  # fmt: skip
 
 
@@ -145,7 +147,8 @@ def test_the_shell_is_told_that_a_script_found_no_input(script, tmp_path, monkey
     directory = tmp_path / ("a file" if script == "demo/simulate.py" else "sample")
     if script == "demo/simulate.py":  # needs nothing but a folder
         directory.write_text("")
-    monkeypatch.setattr(sys, "argv", [script, "--directory", str(directory), *named])
+    given = [] if script == "reference/learn.py" else ["--directory", str(directory)]
+    monkeypatch.setattr(sys, "argv", [script, *given, *named])
     monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

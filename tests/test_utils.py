@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_FOLDER, draw_section, make_stage, put
+from conftest import ONE_FOLDER, draw_section, make_stage, put, run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -338,6 +338,23 @@ def test_inputs_that_change_under_the_run_are_not_recorded_as_read(stage, name):
     assert ("Bring it back" in str(error.value)) == ("went" in words)
     assert (folder / "locs.csv").read_text() == "old"
     assert not (folder / "a_test.json").exists()
+
+
+def test_an_edit_during_a_stage_costs_no_training_and_the_next_run_finds_it(sample, capsys):
+    """The mask of a long run, say: what it made stays, and is known to be out of date."""
+    assert run("image_calibration.py", sample) == 0
+    stage = make_stage(sample, utils.HIGH_RESOLUTION)
+    stage.require(utils.LOCS)
+    text = (sample / "locs.csv").read_text()
+    (sample / "locs.csv").write_text(text.replace("spot000", "spot00X"))
+    with stage.writing(utils.HR_LOCS) as partial:
+        partial.write_text("of the old places")
+    stage.finish()
+    assert "locs.csv changed or went while get_HR.py ran: run it again" in capsys.readouterr().out
+    assert (sample / "HRlocs.csv").read_text() == "of the old places"
+    assert not make_stage(sample, utils.HIGH_RESOLUTION).up_to_date()
+    with pytest.raises(utils.StageError, match=r"HRlocs\.csv is out of date"):
+        make_stage(sample, utils.HISTEX).require(utils.HR_LOCS)
 
 
 def test_what_two_runs_of_a_script_write_is_no_changed_input(stage):
