@@ -28,7 +28,17 @@ from torch import nn
 
 import HISTEX
 import utils
-from method import anchoring, devices, layers, maps, prediction, progress, states, uncertainty
+from method import (
+    anchoring,
+    attention,
+    devices,
+    layers,
+    maps,
+    prediction,
+    progress,
+    states,
+    uncertainty,
+)
 from method import section as sections
 from method.network import Network, Pass, run_batch
 from method.section import Section
@@ -177,7 +187,7 @@ def test_published_weights_start_within_one_over_root_of_their_outputs(n_out):
 
 def test_cross_attention_equals_torch_multihead_attention():
     torch.manual_seed(0)
-    ours = HISTEX.CrossAttention(7, 11, (HISTEX.WIDTH // HISTEX.HEADS) ** -0.5).double()
+    ours = attention.CrossAttention(7, 11, (HISTEX.WIDTH // HISTEX.HEADS) ** -0.5).double()
     torchs = torch.nn.MultiheadAttention(
         HISTEX.WIDTH, HISTEX.HEADS, batch_first=True, dtype=torch.float64
     )
@@ -498,8 +508,8 @@ def test_every_field_of_a_training_and_every_source_file_is_in_its_key():
     first = states.key_of(default, files, {}, CPU)
     rows = [
         replace(default.preset, **change) for change in (
-            {"network": HISTEX.PublishedNetwork}, {"context": 3}, {"by_area": False},
-            {"holds_out": False}, {"overlap": False}, {"anchor_prior": None},
+            {"network": HISTEX.PublishedNetwork}, {"with_reference": None}, {"context": 3},
+            {"by_area": False}, {"holds_out": False}, {"overlap": False}, {"anchor_prior": None},
             {"optimizer": torch.optim.SGD}, {"weight_decay": 0.5}, {"learning_rate": 1.0},
             {"batch_size": 3}, {"min_steps": 9}, {"averaging": 0.5}, {"patience": 1},
         )
@@ -1263,10 +1273,10 @@ def test_a_process_that_is_not_the_first_leaves_the_maps_to_it(finished, monkeyp
 
 def test_intervals_that_no_count_could_calibrate_are_a_warning(tmp_path, capsys):
     stage = utils.Stage(utils.HISTEX, argparse.Namespace(directory=tmp_path))
-    assert HISTEX.report_coverage(stage, None) is None
+    assert uncertainty.report_coverage(stage, None) is None
     assert "cnts-super-sd is not calibrated" in capsys.readouterr().out
     assert any("is not calibrated" in note for note in stage.notes)
-    assert HISTEX.report_coverage(stage, 0.9) == 0.9
+    assert uncertainty.report_coverage(stage, 0.9) == 0.9
     assert "intervals 90% of held-out counts" in capsys.readouterr().out
     assert len(stage.notes) == 1
 
