@@ -51,6 +51,7 @@ EXTRACTOR = "Histology_Extractor.py"
 MASKING = "masking_non_tissue.py"
 HISTEX = "HISTEX.py"
 PREDICTION = "reference/predict.py"  # writes what HISTEX.py does, without spots
+LEARNING = "reference/learn.py"  # has --sections in place of --directory
 STAGES = (CALIBRATION, HIGH_RESOLUTION, EXTRACTOR, MASKING, HISTEX)
 ARTIFACTS: dict[str, Artifact] = {}  # file name -> artifact, of every one that is defined
 
@@ -234,7 +235,17 @@ class Stage:
                 options = [*map(str, found["options"])] if type(found["options"]) is list else []
                 if script == HISTEX and found["script"] == PREDICTION:
                     script = PREDICTION
-        words = ["python", script, "--directory", str(self.directory), *options]
+            if script == HISTEX and self.has_no_spots():
+                script, options = PREDICTION, ["--reference", "FILE"]
+        return self._shell(script, options)
+
+    def has_no_spots(self) -> bool:
+        """True if image_calibration.py was last run with --no-spots."""
+        return self.command(CALIBRATION).endswith(" --no-spots")
+
+    def _shell(self, script: str, options: list[str]) -> str:
+        place = [] if script == LEARNING else ["--directory", str(self.directory)]
+        words = ["python", script, *place, *options]
         return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
     def remake(self, script: str) -> str:
@@ -291,8 +302,12 @@ class Stage:
                     if artifact.made_by
                     else f"It is a file you provide. Add it, then run: {self.command(self.script)}"
                 )
-                if artifact.made_by == CALIBRATION and origin.endswith(" --no-spots"):
-                    origin = f"The section came with --no-spots; {self.script} needs them."
+                if artifact in (LOCS, RADIUS) and self.has_no_spots():
+                    predict = self._shell(PREDICTION, ["--reference", "FILE"])
+                    origin = f"The section came with --no-spots; {self.script} needs spots.\n"
+                    origin += f"For maps from the H&E alone, run: {predict}"
+                    if self.script == MASKING:
+                        origin = f"The section has no spots. Run: {self.command()} --no-spots"
                 names = " or ".join(artifact.names)
                 raise StageError(
                     f"{(folder or self.directory) / artifact.name} is missing: {self.script} needs "

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from reading import cli
 
-SCRIPT = "reference/learn.py"
+SCRIPT = utils.LEARNING
 ENDING = ".safetensors"
 
 
@@ -57,9 +57,14 @@ def build_parser() -> cli.Parser:
         help="Do not leave out whole sections: quicker, but then only left-out blocks of the same "
         "sections tell what to expect of a new one, too well.",
     )
+    option(
+        "--allow-stale",
+        action="store_true",
+        help="Learn from tokens and masks even if the stage that made them is out of date.",
+    )
     cli.add_device(parser)
     cli.add_force(parser)
-    parser.set_defaults(directory=Path(), allow_stale=False)
+    parser.set_defaults(directory=Path())
     return parser
 
 
@@ -83,7 +88,6 @@ from method.network import seed_torch
 from method.reference import Encoder, Reference
 from reference import lessons
 from reference.lessons import Lesson
-from writing import disk
 from writing.progress import Bar
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
@@ -132,7 +136,7 @@ def learn(
     seed_torch(seed)
     encoder = Encoder(sections[0].tokens.shape[-1], len(genes)).to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=WEIGHT_DECAY)
-    columns, best, lowest = columns_of(sections, genes), encoder.state_dict(), math.inf
+    columns, best, lowest = columns_of(sections, genes), {}, math.inf
     bar: Bar[None] = Bar((), f"epochs, {what}", epochs)
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
@@ -148,6 +152,11 @@ def learn(
             optimizer.step()
         found = score_left_out(encoder, sections, columns, device)
         bar.update(left_out=found)
+        if not math.isfinite(found):
+            raise utils.StageError(
+                f"The learning diverges: in epoch {epoch + 1} the loss is not finite.",
+                "See that the counts of every truth are counts of molecules per superpixel.",
+            )
         if found < lowest:
             lowest, best = found, copy.deepcopy(encoder.state_dict())
     bar.close()
@@ -165,19 +174,11 @@ def score_section(
     encoder: Encoder, lesson: Lesson, genes: list[str], where: np.ndarray, device: torch.device
 ) -> tuple[list[str], Scores]:
     """The genes that the encoder knows of a section, and their r ``where`` (h, w) it is scored."""
-    known = [gene for gene in lesson.genes if gene in set(genes)]
+    there = set(genes)
+    known = [gene for gene in lesson.genes if gene in there]
     if lesson.truth is None or not known:
         return [], {}
-    truth = inputs.select_genes(lesson.truth, known)
-    number = {gene: i for i, gene in enumerate(genes)}
-    maps = {
-        "reference": lessons.predict(
-            encoder, lesson, torch.tensor([number[gene] for gene in known]), device
-        )
-    }
-    if (linear := lessons.linear_of(lesson, known, truth.tissue.shape)) is not None:
-        maps["linear"] = linear
-    return known, lessons.correlations(truth, maps, where)
+    return known, lessons.correlations(encoder, lesson, genes, known, where, device)
 
 
 def medians(found: Scores, name: str) -> str:
@@ -230,12 +231,27 @@ def genes_of(sections: list[Lesson]) -> list[str]:
     return list(dict.fromkeys(gene for lesson in sections for gene in lesson.genes))
 
 
-def read_sections(args: argparse.Namespace) -> tuple[list[Lesson], dict[str, str]]:
-    """All sections, and the network that made the tokens of them all."""
+def read_lessons(args: argparse.Namespace) -> list[Lesson]:
     folders = [folder.resolve() for folder in args.sections]
     if repeated := utils.duplicates(map(str, folders)):
         raise utils.StageError(f"--sections names {repeated[0]} twice.", "Name each section once.")
-    sections = [lessons.read_lesson(folder, SCRIPT, args.seed) for folder in folders]
+    sections = []
+    for folder in folders:
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise utils.StageError(
+                f"--sections {folder} {found}; each must be the folder of one sample.",
+                "Mend the path, then run the same command.",
+            )
+        own = argparse.Namespace(**{**vars(args), "directory": folder})
+        stage = utils.Stage(SCRIPT, own, reads_only=True)
+        sections.append(lessons.read_lesson(stage, args.seed))
+    return sections
+
+
+def read_sections(args: argparse.Namespace) -> tuple[list[Lesson], dict[str, str]]:
+    """All sections, and the network that made the tokens of them all."""
+    sections = read_lessons(args)
     if all(lesson.truth is None for lesson in sections):
         raise utils.StageError(
             f"None of the --sections has a {inputs.TRUTH}: spots alone teach nothing about "
@@ -243,10 +259,7 @@ def read_sections(args: argparse.Namespace) -> tuple[list[Lesson], dict[str, str
             "Add a section of Visium HD or Xenium; prepare/visium_hd.py and prepare/xenium.py "
             "write its truth.",
         )
-    backbones = [
-        reference.backbone_of(inputs.open_sample(lesson.directory), lesson.tokens)
-        for lesson in sections
-    ]
+    backbones = [reference.backbone_of(lesson.stage, lesson.tokens) for lesson in sections]
     for lesson, backbone in zip(sections, backbones, strict=True):
         if backbone != backbones[0]:
             raise utils.StageError(
@@ -278,7 +291,8 @@ def expected_of(
                     by_gene[size].setdefault(gene, []).append(r)
     expected = {}
     for name, size in zip(reference.EXPECTED, lessons.SIZES, strict=True):
-        means = [np.mean(by_gene[size].get(gene, [np.nan])) for gene in genes]
+        known = {gene: [r for r in by_gene[size].get(gene, []) if r == r] for gene in genes}
+        means = [np.mean(r) if r else np.nan for r in known.values()]
         expected[name] = np.array(means, np.float32)
     return expected, basis
 
@@ -295,7 +309,9 @@ def rates_of(sections: list[Lesson], genes: list[str]) -> np.ndarray:
 def described(lesson: Lesson) -> dict[str, Any]:
     """What the reference tells of a section it was learned from."""
     facts: dict[str, Any] = {"name": lesson.directory.name, "genes": len(lesson.genes)}
-    facts["tokens_sha256"] = disk.sha256(lesson.directory / utils.FEATURES.name)
+    read = lesson.stage.inputs
+    facts["tokens_sha256"] = read[utils.FEATURES.name]["sha256"]
+    facts["image_sha256"] = read[lesson.stage.path(utils.HE).name]["sha256"]
     if lesson.spots is not None:
         return facts | {"spots": int(lesson.spots.usable.sum())}
     return facts | {"superpixels": int(lesson.tissue.sum()), "left_out": int(lesson.left_out.sum())}
@@ -307,18 +323,20 @@ def main(stage: utils.Stage) -> None:
         raise utils.StageError(
             f"--output {args.output} does not end in {ENDING}.", f"Name it FILE{ENDING}."
         )
-    artifact = utils.Artifact((args.output.name,), SCRIPT, "a reference", user_may_bring=True)
+    if args.output.is_dir():
+        raise utils.StageError(f"--output {args.output} is a folder.", f"Name a FILE{ENDING}.")
+    artifact = utils.Artifact((args.output.name,), SCRIPT, "a reference")
     stage.keeps_others = True  # the other references of this folder
     stage.guard(artifact)
     sections, backbone = read_sections(args)
     for lesson in sections:
-        for path in lesson.files:
-            stage.use(path)
+        for name, known in lesson.stage.inputs.items():
+            stage.use(lesson.directory / name, known)
     genes, device = genes_of(sections), devices.resolve_device(args.device)
     taught = [described(lesson) for lesson in sections]
     for facts in taught:
-        known = "spots" if "spots" in facts else "superpixels"
-        print(f"{facts['name']}: {facts[known]} {known} x {facts['genes']} genes")
+        what = "spots" if "spots" in facts else "superpixels"
+        print(f"{facts['name']}: {facts[what]} {what} x {facts['genes']} genes")
     by_gene, rows = leave_sections_out(sections, args, device)
     encoder = learn(sections, genes, args, device, "all sections").cpu()
     expected, basis = expected_of(encoder, sections, genes, by_gene, torch.device("cpu"))

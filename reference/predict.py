@@ -110,16 +110,6 @@ class Predictor:
         return values, None
 
 
-def features_of(
-    found: Reference, tokens: np.ndarray, tissue: np.ndarray, device: torch.device
-) -> np.ndarray:
-    """The reference's features (M, R) float16 of the superpixels that are tissue."""
-    rows = reference.encoded_rows(found.encoder, tokens, tissue, device)
-    parts = [part.cpu().numpy().astype(np.float16)[tissue[at]] for at, part in rows]
-    found.encoder.cpu()
-    return np.concatenate(parts)
-
-
 def check_maps_of_spots(stage: utils.Stage) -> None:
     record = utils.read_record(stage, SCRIPT) or {}
     if record.get("script") == utils.HISTEX and not stage.args.force:
@@ -178,7 +168,9 @@ def main(stage: utils.Stage) -> None:
         f"the maps are predicted from histology alone: no spot of this section was measured; "
         f"{utils.EXPECTED.name} tells how well to expect each gene"
     )
-    features = features_of(found, tokens, tissue, devices.resolve_device(args.device))
+    device = devices.resolve_device(args.device)
+    features = reference.tissue_features(found.encoder, tokens, tissue, device)
+    found.encoder.cpu()
     write_maps(stage, found, table, features, tissue, depth / own_depth)
     with stage.writing(utils.EXPECTED) as partial:
         table.round(4).to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")

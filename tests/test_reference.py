@@ -59,6 +59,11 @@ def learned(sections, tmp_path_factory):
     return path
 
 
+def lesson_of(directory: Path) -> lessons.Lesson:
+    args = learn.build_parser().parse_args(["--sections", str(directory), "--output", "x"])
+    return learn.read_lessons(args)[0]
+
+
 def facts_of(path: Path) -> dict:
     return json.loads((path.parent / "learn.json").read_text())
 
@@ -86,7 +91,7 @@ def test_left_out_blocks_train_nothing(sections, monkeypatch):
     monkeypatch.setattr(lessons, "BLOCK", 8)
 
     def weights(changed: bool) -> list[torch.Tensor]:
-        lesson = lessons.read_lesson(sections[0], learn.SCRIPT, seed=0)
+        lesson = lesson_of(sections[0])
         if changed:
             lesson.truth.counts[lesson.left_out] = 999
         args = learn.build_parser().parse_args(
@@ -98,7 +103,7 @@ def test_left_out_blocks_train_nothing(sections, monkeypatch):
 
 
 def test_every_superpixel_of_tissue_trains_once_an_epoch(sections):
-    lesson = lessons.read_lesson(sections[0], learn.SCRIPT, seed=0)
+    lesson = lesson_of(sections[0])
     seen = np.zeros(lesson.tissue.shape, int)
     for step in lessons.steps_of(lesson, np.random.default_rng(3)):
         patch, row, col = np.nonzero(step.counted)
@@ -111,7 +116,7 @@ def test_the_loss_is_the_deviance_of_poisson(sections):
     """Against scipy's logarithm of the probability, in differences of two predictions."""
     from scipy.stats import poisson
 
-    lesson = lessons.read_lesson(sections[0], learn.SCRIPT, seed=0)
+    lesson = lesson_of(sections[0])
     columns = {lesson.directory: torch.arange(len(lesson.genes))}
     step = lessons.steps_of(lesson, np.random.default_rng(0))[0]
 
@@ -131,7 +136,7 @@ def test_the_loss_is_the_deviance_of_poisson(sections):
 
 def test_spots_teach_by_their_sums(finished, sections, tmp_path):
     """A section without truth; its loss is that of the disc's whole expectation."""
-    lesson = lessons.read_lesson(finished, learn.SCRIPT, seed=0)
+    lesson = lesson_of(finished)
     assert lesson.truth is None
     assert lesson.genes == GENES
     section = lesson.spots
