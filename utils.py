@@ -243,6 +243,23 @@ class Stage:
         """True if image_calibration.py was last run with --no-spots."""
         return self.command(CALIBRATION).endswith(" --no-spots")
 
+    def _without_spots(self) -> str:
+        """The remedy where a section, or its maps, have no spots; "" where they have."""
+        if not self.has_no_spots():
+            predicted = f"{PREDICTION} " in self.command(HISTEX)
+            maps = "The maps are predicted from histology alone; make those of the spots. Run: "
+            return maps + self._shell(HISTEX, []) if predicted else ""
+        if self.script == MASKING:
+            return f"The section has no spots. Run: {self.command()} --no-spots"
+        told = f"The section came with --no-spots; {self.script} needs spots.\n"
+        if self.script in STAGES:
+            predict = self._shell(PREDICTION, ["--reference", "FILE"])
+            return f"{told}For maps from the H&E alone, run: {predict}"
+        return (
+            f"{told}If there are some, add {LOCS_RAW.name} and {CNTS.name}, and run the five "
+            f"scripts, the first one so: {self._shell(CALIBRATION, [])}"
+        )
+
     def _shell(self, script: str, options: list[str]) -> str:
         place = [] if script == LEARNING else ["--directory", str(self.directory)]
         words = ["python", script, *place, *options]
@@ -302,12 +319,8 @@ class Stage:
                     if artifact.made_by
                     else f"It is a file you provide. Add it, then run: {self.command(self.script)}"
                 )
-                if artifact in (LOCS, RADIUS) and self.has_no_spots():
-                    predict = self._shell(PREDICTION, ["--reference", "FILE"])
-                    origin = f"The section came with --no-spots; {self.script} needs spots.\n"
-                    origin += f"For maps from the H&E alone, run: {predict}"
-                    if self.script == MASKING:
-                        origin = f"The section has no spots. Run: {self.command()} --no-spots"
+                if artifact in (LOCS, RADIUS, HELD_OUT):
+                    origin = self._without_spots() or origin
                 names = " or ".join(artifact.names)
                 raise StageError(
                     f"{(folder or self.directory) / artifact.name} is missing: {self.script} needs "

@@ -10,6 +10,7 @@ Letters in shapes: B patches, F token features, G genes, R features of the refer
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +31,12 @@ from method.section import Section, Taught, to_device, token_statistics
 from reading import arrays, plain
 
 FORMAT = "HISTEX reference 1"
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, halves of pairs
 FEATURES = 96  # R
 HIDDEN = 256
 SCALES, HALO = (3, 9), 4  # superpixels: a superpixel, and its surroundings of 24 and 72 um
 DROPOUT = 0.2
+MOST_WEIGHT = 1e3  # then features stay within float16
 MOST_RATE = 1e9  # counts per superpixel
 MOST_LOG = 6.0  # of the ratio of a superpixel to its section's mean, 400-fold
 STRIP_BYTES = 64_000_000  # of the views that are encoded at a time
@@ -165,8 +168,10 @@ def read_reference(path: Path, backbone: dict[str, str]) -> Reference:
         facts["sections"] = [
             {**section, "name": str(section["name"])} for section in facts["sections"]
         ]
-        if not all(torch.isfinite(tensor).all() for tensor in encoder.state_dict().values()):
-            raise ValueError("weights that are not finite")
+        if str(n_tokens) != facts["features"]:
+            raise ValueError("weights for another number of features than it says")
+        if not all((tensor.abs() <= MOST_WEIGHT).all() for tensor in encoder.state_dict().values()):
+            raise ValueError("weights that are not finite, or too large")
         rates = kept["rates"]
         if not ((rates >= 0) & (rates <= MOST_RATE)).all() or not rates.any():
             raise ValueError("rates that are no counts")
@@ -191,12 +196,13 @@ def read_reference(path: Path, backbone: dict[str, str]) -> Reference:
 
 
 def check_genes(genes: Any) -> None:
-    """A ValueError unless they are names, each once."""
+    """A ValueError unless they are names that can stand in a table, each once."""
     if not isinstance(genes, list) or not genes or not all(isinstance(g, str) for g in genes):
         raise ValueError("no list of genes")
-    if utils.duplicates(genes) or not all(gene.strip() == gene != "" for gene in genes):
-        raise ValueError("genes that are empty or named twice")
-    "".join(genes).encode()  # a lone half of a surrogate pair is no text
+    if repeated := utils.duplicates(genes):
+        raise ValueError(f"the gene {repeated[0]!r:.80} twice")
+    if odd := [gene for gene in genes if gene.strip() != gene or not gene or NO_TEXT.search(gene)]:
+        raise ValueError(f"{odd[0]!r:.80}, which is no name of a gene")
 
 
 def described(backbone: dict[str, str]) -> str:
@@ -232,14 +238,7 @@ def encoded_rows(
             block = arrays.some_rows(tokens, rows[0], rows[-1] + 1)
             part = block[np.ix_(rows - rows[0], columns)]
             x = to_device(part, device).float()[None]
-            features = encoder.features((x - mean).div_(std))[0]
-            if not torch.isfinite(features).all():
-                raise utils.StageError(
-                    "The features of the reference are not finite: its weights are no result of "
-                    "reference/learn.py.",
-                    "Learn it anew.",
-                )
-            yield slice(top, bottom), features
+            yield slice(top, bottom), encoder.features((x - mean).div_(std))[0]
 
 
 def join(

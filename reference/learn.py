@@ -75,6 +75,7 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -171,21 +172,27 @@ Scores = dict[str, dict[str, np.ndarray]]  # map -> size -> r (G,)
 
 
 def score_section(
-    encoder: Encoder, lesson: Lesson, genes: list[str], where: np.ndarray, device: torch.device
-) -> tuple[list[str], Scores]:
+    encoder: Encoder, lesson: Lesson, genes: list[str], where: np.ndarray, device: torch.device,
+    linear: lessons.Linear | None = None,
+) -> tuple[list[str], Scores]:  # fmt: skip
     """The genes that the encoder knows of a section, and their r ``where`` (h, w) it is scored."""
     there = set(genes)
     known = [gene for gene in lesson.genes if gene in there]
     if lesson.truth is None or not known:
         return [], {}
-    return known, lessons.correlations(encoder, lesson, genes, known, where, device)
+    return known, lessons.correlations(encoder, lesson, genes, known, where, device, linear)
 
 
 def medians(found: Scores, name: str) -> str:
     """r at both sizes as text, the median over genes."""
     if name not in found:
         return "none"
-    return " / ".join(f"{median(r):.3f}" for r in found[name].values())
+    return shown(found[name].values())
+
+
+def shown(both: Iterable[np.ndarray]) -> str:
+    """The medians of r at both sizes, as text."""
+    return " / ".join(f"{median(r):.3f}" for r in both).replace("nan", "unknown")
 
 
 def median(r: np.ndarray) -> float:
@@ -207,7 +214,8 @@ def leave_sections_out(
             continue
         genes, name = genes_of(others), left_out.directory.name
         encoder = learn(others, genes, args, device, f"without {name}")
-        known, found = score_section(encoder, left_out, genes, left_out.tissue, device)
+        where, spots_ = left_out.tissue, lessons.Linear.of(left_out)
+        known, found = score_section(encoder, left_out, genes, where, device, spots_)
         if not known:
             print(f"{name}: has no gene in common with the other sections")
             continue
@@ -340,8 +348,10 @@ def main(stage: utils.Stage) -> None:
     by_gene, rows = leave_sections_out(sections, args, device)
     encoder = learn(sections, genes, args, device, "all sections").cpu()
     expected, basis = expected_of(encoder, sections, genes, by_gene, torch.device("cpu"))
-    found = " / ".join(f"{median(r):.3f}" for r in expected.values())
-    print(f"{len(genes)} genes, expected r at 8 / 32 um on a new section: {found} ({basis})")
+    print(
+        f"{len(genes)} genes, expected r at 8 / 32 um on a new section: {shown(expected.values())} "
+        f"({basis})"
+    )
     facts = {**backbone, "sections": taught, "expected_from": basis, "left_out": rows}
     learned = Reference(encoder, genes, rates_of(sections, genes), expected, facts)
     with stage.writing(artifact) as partial:

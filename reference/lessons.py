@@ -15,7 +15,7 @@ from torch import Tensor
 
 import utils
 from analysis import inputs, scores, spots
-from method.reference import HALO, Encoder, tissue_features
+from method.reference import HALO, MOST_RATE, Encoder, check_genes, tissue_features
 from method.section import Section, read_section, to_device, token_statistics
 from reading import arrays, images, tables
 
@@ -89,10 +89,10 @@ def read_lesson(stage: utils.Stage, seed: int) -> Lesson:
             f"and {utils.MASK.name} have no superpixel of tissue in common.",
             f"Look at {utils.MASK_OVERLAY.name}. If it is right, the truth is of another section.",
         )
-    if not truth.counts[truth.tissue].any():
-        raise stage.error(
-            path, "holds no count on the tissue.", "Leave this section out of --sections."
-        )
+    try:
+        check_genes(truth.genes)
+    except ValueError as error:
+        raise stage.error(path, f"names {error}.", "Make the file anew.") from error
     left_out = some_blocks(tissue, seed)
     if (tissue & ~left_out).sum() == 0:
         raise stage.error(
@@ -102,6 +102,13 @@ def read_lesson(stage: utils.Stage, seed: int) -> Lesson:
             "Take a larger section.",
         )
     mean = truth.counts[truth.tissue].mean(axis=0, dtype=np.float64) * truth.capture
+    if not 0 < (most := mean.max()) <= MOST_RATE:
+        raise stage.error(
+            path,
+            f"tells {most:g} counts a superpixel for its richest gene, on the tissue and times its "
+            f"capture; expected more than 0, and {MOST_RATE:g} at most.",
+            "Make the file anew, or leave this section out of --sections.",
+        )
     mean = mean.astype(np.float32)
     return Lesson(stage, tokens, tissue, left_out, truth.genes, mean, truth, None)
 
@@ -224,11 +231,17 @@ class Linear:
         self.weights = spots.interpolation_weights(places, points)[1]
 
     @staticmethod
-    def of(lesson: Lesson, shape: tuple[int, int]) -> Linear | None:
-        """None for a section without spots."""
+    def of(lesson: Lesson) -> Linear | None:
+        """None for a section without a truth, without spots, or with spots that cannot be read."""
         stage = lesson.stage
         there = stage.find(utils.CNTS) is not None and stage.find(utils.LOCS) is not None
-        return Linear(lesson, shape) if there else None
+        if lesson.truth is None or not there:
+            return None
+        try:
+            return Linear(lesson, lesson.truth.tissue.shape)
+        except utils.StageError as error:
+            print(f"note: spots that are not compared with: {error}")
+            return None
 
     def maps(self, genes: list[str]) -> np.ndarray:
         """(rows, columns, G), NaN for genes that the spots do not have."""
@@ -241,13 +254,13 @@ class Linear:
 
 def correlations(
     encoder: Encoder, lesson: Lesson, genes: list[str], known: list[str], where: np.ndarray,
-    device: torch.device,
+    device: torch.device, linear: Linear | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
     """Pearson's r (G,) of the ``known`` ones with the truth ``where`` (h, w), by map and size.
 
-    The maps are the prediction of an encoder of ``genes``, and linear interpolation of the
-    section's own spots, if it has any. NaN for a gene of which a map says nothing. A few genes at a
-    time, for maps of all would fill the memory.
+    The maps are the prediction of an encoder of ``genes`` and, if it is given, linear
+    interpolation. NaN for a gene of which a map says nothing. A few genes at a time, for maps of
+    all would fill the memory.
     """
     if lesson.truth is None:
         return {}
@@ -265,7 +278,7 @@ def correlations(
         return maps
 
     sources: dict[str, Callable[[list[str]], np.ndarray]] = {"reference": predicted}
-    if (linear := Linear.of(lesson, shape)) is not None:
+    if linear is not None:
         sources["linear"] = linear.maps
     step = max(1, SCORED_BYTES // (8 * rows * columns))
     found: dict[str, dict[str, list]] = {name: {size: [] for size in SIZES} for name in sources}

@@ -65,6 +65,7 @@ if __name__ == "__main__":
 
 import math
 import pickle
+import shlex
 from dataclasses import asdict
 
 import numpy as np
@@ -113,12 +114,16 @@ class Predictor:
 def check_maps_of_spots(stage: utils.Stage) -> None:
     record = utils.read_record(stage, SCRIPT) or {}
     if record.get("script") == utils.HISTEX and not stage.args.force:
+        beside = f"To replace the maps, run: {stage.command()} --force"
+        if not stage.has_no_spots():
+            command = stage.command(utils.HISTEX)
+            if " --reference " not in command:
+                command += f" --reference {shlex.quote(str(stage.args.reference))}"
+            beside = f"To use a reference beside the spots, run: {command}\n{beside}"
         raise utils.StageError(
             f"{stage.directory / utils.MAPS.name} holds maps that {utils.HISTEX} made with the "
             f"spots of this section, which tell more than histology alone.",
-            f"To use the reference beside the spots, run: {stage.command(utils.HISTEX)} "
-            f"--reference {stage.args.reference}\n"
-            f"To replace the maps, run: {stage.command()} --force",
+            beside,
         )
 
 
@@ -160,6 +165,11 @@ def main(stage: utils.Stage) -> None:
     table = table.sort_values(COARSE, ascending=False, kind="stable")  # unknown ones last
     own_depth = float(found.rates.sum()) * SPOT_SUPERPIXELS
     depth = args.depth or own_depth
+    if float(found.rates.max()) * depth / own_depth > reference.MOST_RATE:
+        raise utils.StageError(
+            f"--depth {depth:g} is no number of counts in a spot.",
+            "A spot of Visium has thousands.",
+        )
     print(
         f"{len(table)} genes by {args.reference.name}; a spot of 55 um would hold {depth:.0f} of "
         f"their counts"
