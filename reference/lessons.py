@@ -101,7 +101,8 @@ def read_lesson(stage: utils.Stage, seed: int) -> Lesson:
             f"which is left out to choose the epoch by.",
             "Take a larger section.",
         )
-    mean = truth.counts[truth.tissue].mean(axis=0, dtype=np.float64) * truth.capture
+    on_tissue = truth.tissue[..., None]
+    mean = truth.counts.mean(axis=(0, 1), dtype=np.float64, where=on_tissue) * truth.capture
     if not 0 < (most := mean.max()) <= MOST_RATE:
         raise stage.error(
             path,

@@ -293,6 +293,12 @@ def test_scores_do_not_depend_on_how_many_genes_fit_the_memory(sections, monkeyp
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_sections_of_one_image_are_told(learned):
+    """As those of this file are: what they tell of each other is no score."""
+    (said,) = [text for text in facts_of(learned)["warnings"] if "image" in text]
+    assert "east, south have the same image" in said
+
+
 def test_learning_that_diverges_is_said(sections, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(learn, "score_left_out", lambda *_: float("nan"))
     assert teach(sections[:1], tmp_path) == 2
@@ -747,6 +753,14 @@ def test_shuffled_truth_keeps_the_counts_of_a_section_but_not_their_places(secti
         order = np.lexsort(part.counts[tissue].T)
         part.counts[tissue] = part.counts[tissue][order]
     np.testing.assert_array_equal(plain.counts, shuffled.counts)
+
+
+def test_a_section_is_not_scored_by_a_reference_of_its_own(sections, tmp_path):
+    from benchmarks import references
+
+    references.check_apart(sections[:1], sections[1:])
+    with pytest.raises(utils.StageError, match="Name it once"):
+        references.check_apart(sections, [sections[0] / ".." / sections[0].name])
 
 
 def test_scores_are_by_the_genes_that_a_reference_knows(sections):
