@@ -235,32 +235,6 @@ class Stage:
                 options = [*map(str, found["options"])] if type(found["options"]) is list else []
                 if script == HISTEX and found["script"] == PREDICTION:
                     script = PREDICTION
-            if script == HISTEX and self.has_no_spots():
-                script, options = PREDICTION, ["--reference", "FILE"]
-        return self._shell(script, options)
-
-    def has_no_spots(self) -> bool:
-        """True if image_calibration.py was last run with --no-spots."""
-        return self.command(CALIBRATION).endswith(" --no-spots")
-
-    def _without_spots(self) -> str:
-        """The remedy where a section, or its maps, have no spots; "" where they have."""
-        if not self.has_no_spots():
-            predicted = f"{PREDICTION} " in self.command(HISTEX)
-            maps = "The maps are predicted from histology alone; make those of the spots. Run: "
-            return maps + self._shell(HISTEX, []) if predicted else ""
-        if self.script == MASKING:
-            return f"The section has no spots. Run: {self.command()} --no-spots"
-        told = f"The section came with --no-spots; {self.script} needs spots.\n"
-        if self.script in STAGES:
-            predict = self._shell(PREDICTION, ["--reference", "FILE"])
-            return f"{told}For maps from the H&E alone, run: {predict}"
-        return (
-            f"{told}If there are some, add {LOCS_RAW.name} and {CNTS.name}, and run the five "
-            f"scripts, the first one so: {self._shell(CALIBRATION, [])}"
-        )
-
-    def _shell(self, script: str, options: list[str]) -> str:
         place = [] if script == LEARNING else ["--directory", str(self.directory)]
         words = ["python", script, *place, *options]
         return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
@@ -319,14 +293,15 @@ class Stage:
                     if artifact.made_by
                     else f"It is a file you provide. Add it, then run: {self.command(self.script)}"
                 )
-                if artifact in (LOCS, RADIUS, HELD_OUT):
-                    origin = self._without_spots() or origin
-                names = " or ".join(artifact.names)
-                raise StageError(
-                    f"{(folder or self.directory) / artifact.name} is missing: {self.script} needs "
-                    f"{names} ({artifact.what}).",
-                    origin,
-                )
+                if artifact in (LOCS, HELD_OUT) and {"--no-spots", PREDICTION} & {*origin.split()}:
+                    origin = (
+                        f"The section goes without spots; {self.script} needs them. If there are "
+                        f"some, run the five scripts without --no-spots. If there are none, run "
+                        f"{MASKING} with it, too, then {PREDICTION} --reference FILE."
+                    )
+                place, names = folder or self.directory, " or ".join(artifact.names)
+                what = f"{self.script} needs {names} ({artifact.what})."
+                raise StageError(f"{place / artifact.name} is missing: {what}", origin)
             self._check_fresh(artifact, path)
 
     def optional(self, artifact: Artifact) -> Path | None:

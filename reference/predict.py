@@ -112,7 +112,7 @@ def check_maps_of_spots(stage: utils.Stage) -> None:
     record = utils.read_record(stage, SCRIPT) or {}
     if record.get("script") == utils.HISTEX and not stage.args.force:
         beside = f"To replace the maps, run: {stage.command()} --force"
-        if not stage.has_no_spots():
+        if not stage.command(utils.CALIBRATION).endswith(" --no-spots"):
             command = stage.command(utils.HISTEX)
             if " --reference " not in command:
                 command += f" --reference {shlex.quote(str(stage.args.reference))}"
