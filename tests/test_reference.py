@@ -1,6 +1,7 @@
 """References: learning from sections of known truth, and what they bring to others."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -171,7 +172,7 @@ def teach(sections: list[Path], folder: Path, *options: str) -> int:
 def remedy(capsys) -> list[str]:
     """The words of the command that the last error names."""
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    return shlex.split(line.split("run: ")[-1])
+    return shlex.split(re.split("[Rr]un: ", line)[-1])
 
 
 def test_the_commands_of_messages_can_be_run(sections, tmp_path, capsys):
