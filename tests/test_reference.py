@@ -667,7 +667,7 @@ def test_maps_of_spots_that_are_gone_can_be_replaced(finished, learned, capsys):
     options = ["--directory", str(finished), "--reference", str(learned)]
     assert predict.run([*options, "--allow-stale"]) == 2
     error = capsys.readouterr().err
-    assert "To use a reference beside the spots" not in error
+    assert "beside the spots" not in error
     assert error.strip().endswith("--force")
 
 
