@@ -51,6 +51,7 @@ EXTRACTOR = "Histology_Extractor.py"
 MASKING = "masking_non_tissue.py"
 HISTEX = "HISTEX.py"
 PREDICTION = "reference/predict.py"  # writes what HISTEX.py does, without spots
+LEARNING = "reference/learn.py"  # has --sections in place of --directory
 STAGES = (CALIBRATION, HIGH_RESOLUTION, EXTRACTOR, MASKING, HISTEX)
 ARTIFACTS: dict[str, Artifact] = {}  # file name -> artifact, of every one that is defined
 
@@ -232,7 +233,8 @@ class Stage:
                 options = [*map(str, found["options"])] if type(found["options"]) is list else []
                 if script == HISTEX and found["script"] == PREDICTION:
                     script = PREDICTION
-        words = ["python", script, "--directory", str(self.directory), *options]
+        place = [] if script == LEARNING else ["--directory", str(self.directory)]
+        words = ["python", script, *place, *options]
         return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
     def remake(self, script: str) -> str:
@@ -289,14 +291,15 @@ class Stage:
                     if artifact.made_by
                     else f"It is a file you provide. Add it, then run: {self.command(self.script)}"
                 )
-                if artifact.made_by == CALIBRATION and origin.endswith(" --no-spots"):
-                    origin = f"The section came with --no-spots; {self.script} needs them."
-                names = " or ".join(artifact.names)
-                raise StageError(
-                    f"{(folder or self.directory) / artifact.name} is missing: {self.script} needs "
-                    f"{names} ({artifact.what}).",
-                    origin,
-                )
+                if artifact in (LOCS, HELD_OUT) and {"--no-spots", PREDICTION} & {*origin.split()}:
+                    origin = (
+                        f"The section goes without spots; {self.script} needs them. If there are "
+                        f"some, run the five scripts without --no-spots. If there are none, run "
+                        f"{MASKING} with it, too, then {PREDICTION} --reference FILE."
+                    )
+                place, names = folder or self.directory, " or ".join(artifact.names)
+                what = f"{self.script} needs {names} ({artifact.what})."
+                raise StageError(f"{place / artifact.name} is missing: {what}", origin)
             self._check_fresh(artifact, path)
 
     def optional(self, artifact: Artifact) -> Path | None:

@@ -160,7 +160,18 @@ def known_genes(file: Path) -> list[str]:
     return genes
 
 
+def check_apart(teachers: list[Path], scored: list[Path]) -> None:
+    """A reference that was learned from a section says nothing of it."""
+    if both := {path.resolve() for path in teachers} & {path.resolve() for path in scored}:
+        raise utils.StageError(
+            f"{min(both)} is given to --teachers and to --directory: its own truth would make its "
+            f"maps.",
+            "Name it once.",
+        )
+
+
 def main(args: argparse.Namespace) -> None:
+    check_apart(args.teachers, args.directory)
     args.keep.mkdir(parents=True, exist_ok=True)
     code = accuracy.copy_code(args.keep)
     files = {

@@ -33,7 +33,7 @@ def parser(doc: str) -> cli.Parser:
         "--reference",
         type=Path,
         metavar="FILE",
-        help="What sections of known truth taught, a file of reference/learn.py: the network sees "
+        help="What sections of known truth taught: a file of reference/learn.py. The network sees "
         "its features beside the tokens.",
     )
     option(

@@ -10,6 +10,7 @@ Letters in shapes: B patches, F token features, G genes, R features of the refer
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,13 +28,16 @@ import utils
 from method.layers import neighbourhoods
 from method.network import ALL
 from method.section import Section, Taught, to_device, token_statistics
-from reading import arrays
+from reading import arrays, plain
 
 FORMAT = "HISTEX reference 1"
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, halves of pairs
 FEATURES = 96  # R
 HIDDEN = 256
 SCALES, HALO = (3, 9), 4  # superpixels: a superpixel, and its surroundings of 24 and 72 um
 DROPOUT = 0.2
+MOST_WEIGHT = 1e3  # then features stay within float16
+MOST_RATE = 1e9  # counts per superpixel
 MOST_LOG = 6.0  # of the ratio of a superpixel to its section's mean, 400-fold
 STRIP_BYTES = 64_000_000  # of the views that are encoded at a time
 EXPECTED = ("expected_r_8um", "expected_r_32um")
@@ -99,14 +103,20 @@ class Reference:
         return Taught(weight, bias)
 
     def about(self, stage: utils.Stage, path: Path) -> dict[str, Any]:
-        """For the record of a section; says if the reference knows the truth of this very one."""
-        names = [section["name"] for section in self.facts["sections"]]
-        tokens = stage.inputs[utils.FEATURES.name]["sha256"]
-        own = tokens in [section["tokens_sha256"] for section in self.facts["sections"]]
+        """For the record of a section; says if the reference was learned from this very one."""
+        sections = self.facts["sections"]
+        names = [section["name"] for section in sections]
+        here = (utils.FEATURES.name, stage.path(utils.HE).name)
+        keys = ("tokens_sha256", "image_sha256")
+        own = any(
+            stage.inputs[name]["sha256"] == section.get(key)
+            for section in sections
+            for name, key in zip(here, keys, strict=True)
+        )
         if own:
             stage.warn(
-                f"{path.name} was learned from this section, too: scores of its maps against "
-                "its truth say nothing"
+                f"{path.name} was learned from this section, too: scores of its maps, against a "
+                "truth or held-out spots, say nothing"
             )
         return {"file": path.name, "sections": names, "knows_this_section": own}
 
@@ -146,23 +156,30 @@ def read_reference(path: Path, backbone: dict[str, str]) -> Reference:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if facts.pop("format") != FORMAT:
             raise ValueError("of another format")
-        genes = [str(gene) for gene in facts.pop("genes")]
+        genes = facts.pop("genes")
+        check_genes(genes)
         n_tokens = tensors["body.1.weight"].shape[1] // (1 + len(SCALES))
         encoder = Encoder(n_tokens, len(genes))
-        kept = {name: tensors.pop(name) for name in ("rates", *EXPECTED)}
+        kept = {name: tensors.pop(name).float() for name in ("rates", *EXPECTED)}
         if any(tensor.shape != (len(genes),) for tensor in kept.values()):
             raise ValueError("genes and values differ in number")
         encoder.load_state_dict(tensors)
         facts = {**facts, "expected_from": str(facts["expected_from"])}
         facts["sections"] = [
-            {**section, "name": str(section["name"]), "tokens_sha256": section["tokens_sha256"]}
-            for section in facts["sections"]
+            {**section, "name": str(section["name"])} for section in facts["sections"]
         ]
-        if not all(torch.isfinite(tensor).all() for tensor in (*tensors.values(), kept["rates"])):
-            raise ValueError("values that are not finite")
-    except OSError:
-        raise
+        if str(n_tokens) != facts["features"]:
+            raise ValueError("weights for another number of features than it says")
+        if not all((tensor.abs() <= MOST_WEIGHT).all() for tensor in encoder.state_dict().values()):
+            raise ValueError("weights that are not finite, or too large")
+        rates = kept["rates"]
+        if not ((rates >= 0) & (rates <= MOST_RATE)).all() or not rates.any():
+            raise ValueError("rates that are no counts")
+        if any((kept[name].abs() > 1 + 1e-6).any() for name in EXPECTED):
+            raise ValueError("correlations above 1")
     except Exception as error:  # damaged bytes can raise nearly anything
+        if plain.of_system(error):
+            raise
         raise utils.StageError(
             f"--reference {path} is damaged or no reference ({error!r:.200}).", remedy
         ) from error
@@ -174,9 +191,18 @@ def read_reference(path: Path, backbone: dict[str, str]) -> Reference:
             "Learn a reference from sections with the tokens of this network: python "
             "reference/learn.py --sections DIR ... --output FILE",
         )
-    arrays_ = {name: tensor.numpy() for name, tensor in kept.items()}
-    rates = arrays_.pop("rates")
-    return Reference(encoder.eval(), genes, rates, arrays_, facts)
+    expected = {name: kept[name].numpy() for name in EXPECTED}
+    return Reference(encoder.eval(), genes, rates.numpy(), expected, facts)
+
+
+def check_genes(genes: Any) -> None:
+    """A ValueError unless they are names that can stand in a table, each once."""
+    if not isinstance(genes, list) or not genes or not all(isinstance(g, str) for g in genes):
+        raise ValueError("no list of genes")
+    if repeated := utils.duplicates(genes):
+        raise ValueError(f"the gene {repeated[0]!r:.80} twice")
+    if odd := [gene for gene in genes if gene.strip() != gene or not gene or NO_TEXT.search(gene)]:
+        raise ValueError(f"{odd[0]!r:.80}, which is no name of a gene")
 
 
 def described(backbone: dict[str, str]) -> str:
@@ -187,6 +213,14 @@ def described(backbone: dict[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------
 # its features of a section
 # ------------------------------------------------------------------------------------------------
+def tissue_features(
+    encoder: Encoder, tokens: np.ndarray, tissue: np.ndarray, device: torch.device
+) -> np.ndarray:
+    """Its features (M, R) float16 of the superpixels that are tissue."""
+    rows = encoded_rows(encoder, tokens, tissue, device)
+    return np.concatenate([part.cpu().numpy().astype(np.float16)[tissue[at]] for at, part in rows])
+
+
 def encoded_rows(
     encoder: Encoder, tokens: np.ndarray, tissue: np.ndarray, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -218,8 +252,8 @@ def join(
     reference = read_reference(path, backbone_of(stage, section.tokens))
     known = len(set(genes) & set(reference.genes))
     print(
-        f"{path.name}: learned from {len(reference.facts['sections'])} sections, knows {known} of "
-        f"the {len(genes)} genes"
+        f"{path.name}: sections it was learned from: {len(reference.facts['sections'])}; it knows "
+        f"{known} of the {len(genes)} genes"
     )
     tokens, n = section.tokens, section.tokens.shape[-1]
     need = tokens.nbytes // n * (n + FEATURES)

@@ -1,27 +1,30 @@
-"""Learn a reference: what superpixels express, from sections where that is known.
+"""Learn a reference from sections of known truth: what a superpixel expresses, by its look.
 
     python reference/learn.py --sections data/east data/south --output kidney.safetensors
 
-A section of Visium HD or Xenium tells the expression of every superpixel, one of Visium only the
-sums over spots. Whoever has one of the first kind can teach the look of its superpixels to the
-maps of the second: HISTEX.py --reference kidney.safetensors. Without any spot, reference/predict.py
-makes maps from the H&E alone.
+In a section of Visium HD or Xenium the expression of every superpixel is known: its truth. In a
+section of Visium only the sums over spots are. A reference carries over what sections of the first
+kind show. HISTEX.py --reference uses it beside the spots of another section; reference/predict.py
+makes maps without any spot, from the H&E alone. One section with a truth is enough; sections with
+spots only may stand beside it.
 
-The sections need the tokens of one and the same network. Their genes may overlap in part: a gene is
-learned from the sections that have it. Tokens are standardised within each section, and expression
-is relative to the section's mean, so that stain and depth matter less.
+All sections need tokens of the same network. They need not have the same genes: a gene is learned
+from the sections that have it. Tokens are standardised within each section, and expression is
+relative to the mean of the section, so that its stain and depth matter less.
 
-What is learned: a small network from a token and the means of its surroundings (24 and 72 um) to 96
-features, and from these to the logarithm of every gene's counts. The loss is Poisson's. One block
-in six (256 um wide) of the sections with truth trains nothing; it chooses the epoch, for left-out
-spots do not show what superpixels gain. With two or more sections with truth, each is also left
-out as a whole: what the others' reference tells of it is what a new section may expect, and is
-printed and kept gene by gene.
+A small network is learned. It turns a token, with the means of its surroundings (24 and 72 um),
+into 96 features, and these into the logarithm of every gene's counts. The loss is Poisson's. Of
+every section with a truth, one block in six (256 um wide) trains nothing: the epoch that tells
+these blocks best is kept. With two or more such sections, each is also left out as a whole, and the
+others are asked for it. How well they tell it, gene by gene, is what to expect of a new section; it
+is printed and kept in the file.
 
-Reads   of every section, after the first four scripts: Histology_feature_map.npy, mask.png,
-        he.jpg, Histology_Extractor.json, and truth.npz (prepare/visium_hd.py, prepare/xenium.py);
-        without a truth, HRlocs.csv, HRcnts.npy, gene-names.txt, locs.csv and radius.txt
-Writes  --output, a .safetensors file with its genes, sections and scores; learn.json beside it
+Reads   of every section: he.jpg, Histology_feature_map.npy, Histology_Extractor.json, mask.png;
+        truth.npz (prepare/visium_hd.py, prepare/xenium.py); with a truth, if there are spots,
+        locs.csv and cnts.csv for a comparison; without a truth, locs.csv, radius.txt,
+        gene-names.txt, HRlocs.csv and HRcnts.npy (get_HR.py)
+Writes  --output, a .safetensors file with its genes, sections and scores; learn.json, the record,
+        beside it
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from reading import cli
 
-SCRIPT = "reference/learn.py"
+SCRIPT = utils.LEARNING
 ENDING = ".safetensors"
 
 
@@ -46,20 +49,30 @@ def build_parser() -> cli.Parser:
         type=cli.sample_directory,
         required=True,
         metavar="DIR",
-        help="Folders of samples to learn from; one at least has a truth.npz.",
+        help="Folders of the samples to learn from; at least one of them has a truth.npz.",
     )
-    option("--output", type=Path, required=True, help=f"File to write, FILE{ENDING}.")
-    option("--epochs", type=cli.positive, default=15, help="Passes over the sections.")
-    option("--seed", type=cli.not_negative, default=0, help="Of the start and of what is left out.")
+    option("--output", type=Path, required=True, metavar=f"FILE{ENDING}", help="File to write.")
+    option("--epochs", type=cli.positive, default=15, help="Passes over all sections.")
+    option(
+        "--seed",
+        type=cli.not_negative,
+        default=0,
+        help="Random seed, of the network and of the blocks that are left out.",
+    )
     option(
         "--leave-none-out",
         action="store_true",
-        help="Do not leave out whole sections: quicker, but then only left-out blocks of the same "
-        "sections tell what to expect of a new one, too well.",
+        help="Do not leave out whole sections. That is quicker, but then what to expect is told by "
+        "left-out blocks of the same sections, and a new section will do worse.",
+    )
+    option(
+        "--allow-stale",
+        action="store_true",
+        help="Learn from tokens and masks even if the stage that made them is out of date.",
     )
     cli.add_device(parser)
     cli.add_force(parser)
-    parser.set_defaults(directory=Path(), allow_stale=False)
+    parser.set_defaults(directory=Path())
     return parser
 
 
@@ -70,6 +83,7 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -83,7 +97,6 @@ from method.network import seed_torch
 from method.reference import Encoder, Reference
 from reference import lessons
 from reference.lessons import Lesson
-from writing import disk
 from writing.progress import Bar
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
@@ -127,12 +140,12 @@ def learn(
     device: torch.device,
     what: str,
 ) -> Encoder:
-    """The encoder of the epoch that tells most of the left-out blocks."""
+    """The encoder of the epoch that tells the left-out blocks best; ``what`` is for the bar."""
     epochs, seed = args.epochs, args.seed
     seed_torch(seed)
     encoder = Encoder(sections[0].tokens.shape[-1], len(genes)).to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=WEIGHT_DECAY)
-    columns, best, lowest = columns_of(sections, genes), encoder.state_dict(), math.inf
+    columns, best, lowest = columns_of(sections, genes), {}, math.inf
     bar: Bar[None] = Bar((), f"epochs, {what}", epochs)
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
@@ -148,6 +161,11 @@ def learn(
             optimizer.step()
         found = score_left_out(encoder, sections, columns, device)
         bar.update(left_out=found)
+        if not math.isfinite(found):
+            raise utils.StageError(
+                f"The learning diverges: in epoch {epoch + 1} the loss is not finite.",
+                "See that the counts of every truth are counts of molecules per superpixel.",
+            )
         if found < lowest:
             lowest, best = found, copy.deepcopy(encoder.state_dict())
     bar.close()
@@ -162,29 +180,27 @@ Scores = dict[str, dict[str, np.ndarray]]  # map -> size -> r (G,)
 
 
 def score_section(
-    encoder: Encoder, lesson: Lesson, genes: list[str], where: np.ndarray, device: torch.device
-) -> tuple[list[str], Scores]:
+    encoder: Encoder, lesson: Lesson, genes: list[str], where: np.ndarray, device: torch.device,
+    linear: lessons.Linear | None = None,
+) -> tuple[list[str], Scores]:  # fmt: skip
     """The genes that the encoder knows of a section, and their r ``where`` (h, w) it is scored."""
-    known = [gene for gene in lesson.genes if gene in set(genes)]
+    there = set(genes)
+    known = [gene for gene in lesson.genes if gene in there]
     if lesson.truth is None or not known:
         return [], {}
-    truth = inputs.select_genes(lesson.truth, known)
-    number = {gene: i for i, gene in enumerate(genes)}
-    maps = {
-        "reference": lessons.predict(
-            encoder, lesson, torch.tensor([number[gene] for gene in known]), device
-        )
-    }
-    if (linear := lessons.linear_of(lesson, known, truth.tissue.shape)) is not None:
-        maps["linear"] = linear
-    return known, lessons.correlations(truth, maps, where)
+    return known, lessons.correlations(encoder, lesson, genes, known, where, device, linear)
 
 
 def medians(found: Scores, name: str) -> str:
     """r at both sizes as text, the median over genes."""
     if name not in found:
         return "none"
-    return " / ".join(f"{median(r):.3f}" for r in found[name].values())
+    return shown(found[name].values())
+
+
+def shown(both: Iterable[np.ndarray]) -> str:
+    """The medians of r at both sizes, as text."""
+    return " / ".join(f"{median(r):.3f}" for r in both).replace("nan", "unknown")
 
 
 def median(r: np.ndarray) -> float:
@@ -206,14 +222,15 @@ def leave_sections_out(
             continue
         genes, name = genes_of(others), left_out.directory.name
         encoder = learn(others, genes, args, device, f"without {name}")
-        known, found = score_section(encoder, left_out, genes, left_out.tissue, device)
+        where, spots_ = left_out.tissue, lessons.Linear.of(left_out)
+        known, found = score_section(encoder, left_out, genes, where, device, spots_)
         if not known:
             print(f"{name}: has no gene in common with the other sections")
             continue
         alone, linear = medians(found, "reference"), medians(found, "linear")
         print(
-            f"{name}, by the reference of the other sections: r at 8 / 32 um {alone} over "
-            f"{len(known)} genes; linear interpolation of its own spots: {linear}"
+            f"{name}, told by the other sections: median r at 8 / 32 um {alone} (genes: "
+            f"{len(known)}); linear interpolation of its own spots: {linear}"
         )
         row: dict[str, Any] = {"section": name, "genes": len(known)}
         for size in lessons.SIZES:
@@ -230,28 +247,40 @@ def genes_of(sections: list[Lesson]) -> list[str]:
     return list(dict.fromkeys(gene for lesson in sections for gene in lesson.genes))
 
 
-def read_sections(args: argparse.Namespace) -> tuple[list[Lesson], dict[str, str]]:
-    """All sections, and the network that made the tokens of them all."""
+def read_lessons(args: argparse.Namespace) -> list[Lesson]:
     folders = [folder.resolve() for folder in args.sections]
     if repeated := utils.duplicates(map(str, folders)):
         raise utils.StageError(f"--sections names {repeated[0]} twice.", "Name each section once.")
-    sections = [lessons.read_lesson(folder, SCRIPT, args.seed) for folder in folders]
+    sections = []
+    for folder in folders:
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise utils.StageError(
+                f"--sections {folder} {found}; each must be the folder of one sample.",
+                "Mend the path, then run the same command.",
+            )
+        own = argparse.Namespace(**{**vars(args), "directory": folder})
+        stage = utils.Stage(SCRIPT, own, reads_only=True)
+        sections.append(lessons.read_lesson(stage, args.seed))
+    return sections
+
+
+def read_sections(args: argparse.Namespace) -> tuple[list[Lesson], dict[str, str]]:
+    """All sections, and the network that made the tokens of them all."""
+    sections = read_lessons(args)
     if all(lesson.truth is None for lesson in sections):
         raise utils.StageError(
-            f"None of the --sections has a {inputs.TRUTH}: spots alone teach nothing about "
-            f"superpixels.",
-            "Add a section of Visium HD or Xenium; prepare/visium_hd.py and prepare/xenium.py "
-            "write its truth.",
+            f"None of the --sections has a {inputs.TRUTH}; at least one must have: spots alone do "
+            f"not teach how superpixels differ.",
+            "Add a section of Visium HD or Xenium: prepare/visium_hd.py or prepare/xenium.py "
+            "writes its truth.",
         )
-    backbones = [
-        reference.backbone_of(inputs.open_sample(lesson.directory), lesson.tokens)
-        for lesson in sections
-    ]
+    backbones = [reference.backbone_of(lesson.stage, lesson.tokens) for lesson in sections]
     for lesson, backbone in zip(sections, backbones, strict=True):
         if backbone != backbones[0]:
             raise utils.StageError(
-                f"The tokens of {lesson.directory} are of {reference.described(backbone)}; those "
-                f"of {sections[0].directory} of {reference.described(backbones[0])}.",
+                f"The tokens of {lesson.directory} are made by {reference.described(backbone)}, "
+                f"those of {sections[0].directory} by {reference.described(backbones[0])}.",
                 f"Run {utils.EXTRACTOR} with one and the same --backbone on all sections.",
             )
     return sections, backbones[0]
@@ -278,7 +307,8 @@ def expected_of(
                     by_gene[size].setdefault(gene, []).append(r)
     expected = {}
     for name, size in zip(reference.EXPECTED, lessons.SIZES, strict=True):
-        means = [np.mean(by_gene[size].get(gene, [np.nan])) for gene in genes]
+        finite = [[r for r in by_gene[size].get(gene, []) if math.isfinite(r)] for gene in genes]
+        means = [np.mean(r) if r else np.nan for r in finite]
         expected[name] = np.array(means, np.float32)
     return expected, basis
 
@@ -295,7 +325,9 @@ def rates_of(sections: list[Lesson], genes: list[str]) -> np.ndarray:
 def described(lesson: Lesson) -> dict[str, Any]:
     """What the reference tells of a section it was learned from."""
     facts: dict[str, Any] = {"name": lesson.directory.name, "genes": len(lesson.genes)}
-    facts["tokens_sha256"] = disk.sha256(lesson.directory / utils.FEATURES.name)
+    read = lesson.stage.inputs
+    facts["tokens_sha256"] = read[utils.FEATURES.name]["sha256"]
+    facts["image_sha256"] = read[lesson.stage.path(utils.HE).name]["sha256"]
     if lesson.spots is not None:
         return facts | {"spots": int(lesson.spots.usable.sum())}
     return facts | {"superpixels": int(lesson.tissue.sum()), "left_out": int(lesson.left_out.sum())}
@@ -307,23 +339,33 @@ def main(stage: utils.Stage) -> None:
         raise utils.StageError(
             f"--output {args.output} does not end in {ENDING}.", f"Name it FILE{ENDING}."
         )
-    artifact = utils.Artifact((args.output.name,), SCRIPT, "a reference", user_may_bring=True)
+    if args.output.is_dir():
+        raise utils.StageError(f"--output {args.output} is a folder.", f"Name a FILE{ENDING}.")
+    artifact = utils.Artifact((args.output.name,), SCRIPT, "a reference")
     stage.keeps_others = True  # the other references of this folder
     stage.guard(artifact)
     sections, backbone = read_sections(args)
     for lesson in sections:
-        for path in lesson.files:
-            stage.use(path)
+        for name, known in lesson.stage.inputs.items():
+            stage.use(lesson.directory / name, known)
     genes, device = genes_of(sections), devices.resolve_device(args.device)
     taught = [described(lesson) for lesson in sections]
     for facts in taught:
-        known = "spots" if "spots" in facts else "superpixels"
-        print(f"{facts['name']}: {facts[known]} {known} x {facts['genes']} genes")
+        what = "spots" if "spots" in facts else "superpixels"
+        print(f"{facts['name']}: {facts[what]} {what} x {facts['genes']} genes")
+    if repeated := utils.duplicates(facts["image_sha256"] for facts in taught):
+        same = [facts["name"] for facts in taught if facts["image_sha256"] in repeated]
+        stage.warn(
+            f"{utils.some(same)} have the same image: what one tells of another is not what to "
+            f"expect of a new section"
+        )
     by_gene, rows = leave_sections_out(sections, args, device)
     encoder = learn(sections, genes, args, device, "all sections").cpu()
     expected, basis = expected_of(encoder, sections, genes, by_gene, torch.device("cpu"))
-    found = " / ".join(f"{median(r):.3f}" for r in expected.values())
-    print(f"{len(genes)} genes, expected r at 8 / 32 um on a new section: {found} ({basis})")
+    print(
+        f"{len(genes)} genes; median r to expect of a new section at 8 / 32 um: "
+        f"{shown(expected.values())} (by {basis})"
+    )
     facts = {**backbone, "sections": taught, "expected_from": basis, "left_out": rows}
     learned = Reference(encoder, genes, rates_of(sections, genes), expected, facts)
     with stage.writing(artifact) as partial:

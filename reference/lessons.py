@@ -5,9 +5,8 @@ Letters in shapes: B patches, T superpixels of a patch, F token features, G gene
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import utils
 from analysis import inputs, scores, spots
-from method.reference import HALO, Encoder, encoded_rows
+from method.reference import HALO, MOST_RATE, Encoder, check_genes, tissue_features
 from method.section import Section, read_section, to_device, token_statistics
 from reading import arrays, images, tables
 
@@ -24,6 +23,7 @@ BLOCK = 32  # superpixels, 256 um: what is left out is left out in blocks, for n
 LEFT_OUT = 6  # one block in so many
 SIDE = 8  # superpixels of a patch with truth
 PATCHES, SPOTS = 4, 16  # of a training step
+SCORED_BYTES = 200_000_000  # of the maps that are scored at a time
 SIZES = {"8 um": 1, "32 um": 4}  # name -> superpixels per side, at which a map is scored
 
 
@@ -31,7 +31,7 @@ SIZES = {"8 um": 1, "32 um": 4}  # name -> superpixels per side, at which a map 
 class Lesson:
     """One section: its tokens, and what is known of its expression."""
 
-    directory: Path
+    stage: utils.Stage  # which reads only; its inputs are all that was read
     tokens: np.ndarray  # (h, w, F) float16, memory-mapped
     tissue: np.ndarray  # (h, w) bool
     left_out: np.ndarray  # (h, w) bool, blocks with truth that train nothing
@@ -39,9 +39,9 @@ class Lesson:
     mean: np.ndarray  # (G,) counts per superpixel, on the scale of what spots catch
     truth: inputs.Truth | None
     spots: Section | None  # of a section without truth
-    files: list[Path]
 
     def __post_init__(self) -> None:
+        self.directory = self.stage.directory
         self.statistics = token_statistics(self.tokens, self.tissue)
 
     def standardised(self, row: np.ndarray, col: np.ndarray, device: torch.device) -> Tensor:
@@ -56,24 +56,28 @@ class Lesson:
 # ------------------------------------------------------------------------------------------------
 # reading
 # ------------------------------------------------------------------------------------------------
-def read_lesson(directory: Path, script: str, seed: int) -> Lesson:
+def read_lesson(stage: utils.Stage, seed: int) -> Lesson:
     """The section in a sample directory, after the first four scripts, checked as HISTEX.py does.
 
     With a truth, from truth.npz, it is learned from superpixels; else from the sums of spots.
     """
-    args = argparse.Namespace(directory=directory, allow_stale=False)
-    stage = utils.Stage(script, args, reads_only=True)
-    if not (directory / inputs.TRUTH).is_file():
+    path = stage.directory / inputs.TRUTH
+    stage.use(path)  # also that there is none
+    if not path.is_file():
         return of_spots(stage)
     stage.require(utils.HE, utils.FEATURES, utils.MASK)
     shape = images.grid_shape(stage)
     tokens = arrays.read_array(stage, utils.FEATURES, np.float16, (*shape, None))
-    truth = inputs.read_truth(directory)
+    truth = inputs.read_truth(stage.directory)
+    with np.load(path) as saved:
+        if "genes" not in saved:
+            stage.require(utils.GENE_NAMES)  # which then tells them
     if any(there > here for there, here in zip(truth.tissue.shape, shape, strict=True)):
         raise stage.error(
-            directory / inputs.TRUTH,
-            f"is {truth.tissue.shape}; the grid of {utils.HE.name} is {shape}.",
-            "Take the truth of this section, per superpixel of 8 um from the corner of he.jpg.",
+            path,
+            f"has {truth.tissue.shape} superpixels, more than the {shape} of {utils.HE.name}.",
+            "It is of another section or grid. Make it anew: a superpixel is 8 um wide, and "
+            f"the first one lies in the upper left corner of {utils.HE.name}.",
         )
     rows, columns = truth.tissue.shape
     truth.tissue &= images.read_mask(stage, shape)[:rows, :columns]
@@ -81,31 +85,37 @@ def read_lesson(directory: Path, script: str, seed: int) -> Lesson:
     tissue[:rows, :columns] = truth.tissue
     if not tissue.any():
         raise stage.error(
-            stage.path(utils.MASK), f"and {inputs.TRUTH} have no superpixel of tissue in common."
+            path,
+            f"and {utils.MASK.name} have no superpixel of tissue in common.",
+            f"Look at {utils.MASK_OVERLAY.name}. If it is right, the truth is of another section.",
         )
+    try:
+        check_genes(truth.genes)
+    except ValueError as error:
+        raise stage.error(path, f"names {error}.", "Make the file anew.") from error
     left_out = some_blocks(tissue, seed)
     if (tissue & ~left_out).sum() == 0:
         raise stage.error(
-            directory / inputs.TRUTH,
+            path,
             f"lies in one block of {BLOCK * utils.SUPERPIXEL_UM:.0f} um; a second one is needed, "
-            f"which is left out to choose by.",
+            f"which is left out to choose the epoch by.",
             "Take a larger section.",
         )
-    mean = truth.counts[truth.tissue].mean(axis=0, dtype=np.float64) * truth.capture
-    return Lesson(
-        directory,
-        tokens,
-        tissue,
-        left_out,
-        truth.genes,
-        mean.astype(np.float32),
-        truth,
-        None,
-        [directory / inputs.TRUTH, stage.path(utils.FEATURES), stage.path(utils.MASK)],
-    )
+    on_tissue = truth.tissue[..., None]
+    mean = truth.counts.mean(axis=(0, 1), dtype=np.float64, where=on_tissue) * truth.capture
+    if not 0 < (most := mean.max()) <= MOST_RATE:
+        raise stage.error(
+            path,
+            f"tells {most:g} counts a superpixel for its richest gene, on the tissue and times its "
+            f"capture; expected more than 0, and {MOST_RATE:g} at most.",
+            "Make the file anew, or leave this section out of --sections.",
+        )
+    mean = mean.astype(np.float32)
+    return Lesson(stage, tokens, tissue, left_out, truth.genes, mean, truth, None)
 
 
 def of_spots(stage: utils.Stage) -> Lesson:
+    """A section without a truth."""
     needed = (
         utils.HE, utils.LOCS, utils.RADIUS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
         utils.FEATURES, utils.MASK,
@@ -114,19 +124,8 @@ def of_spots(stage: utils.Stage) -> Lesson:
     section, _, genes = read_section(stage, context=1, by_area=True)
     measured = section.counts[section.usable].sum(axis=0, dtype=np.float64)
     mean = measured / section.areas[section.usable].sum()
-    nothing = np.zeros_like(section.tissue)
-    files = [stage.path(artifact) for artifact in needed[1:]]
-    return Lesson(
-        stage.directory,
-        section.tokens,
-        section.tissue,
-        nothing,
-        genes,
-        mean.astype(np.float32),
-        None,
-        section,
-        files,
-    )
+    nothing, mean = np.zeros_like(section.tissue), mean.astype(np.float32)
+    return Lesson(stage, section.tokens, section.tissue, nothing, genes, mean, None, section)
 
 
 def some_blocks(tissue: np.ndarray, seed: int) -> np.ndarray:
@@ -219,52 +218,77 @@ def loss_of(
 # ------------------------------------------------------------------------------------------------
 # scores
 # ------------------------------------------------------------------------------------------------
-def predict(encoder: Encoder, lesson: Lesson, genes: Tensor, device: torch.device) -> np.ndarray:
-    """Counts of superpixels (h, w, G) over the mean of their gene, for some genes."""
-    parts = []
-    with torch.inference_mode():
-        for _, features in encoded_rows(encoder, lesson.tokens, lesson.tissue, device):
-            parts.append(encoder.decode(features, genes).exp().cpu().numpy())
-    return np.concatenate(parts)
+class Linear:
+    """Linear interpolation of the section's own spots, of some genes at a time."""
+
+    def __init__(self, lesson: Lesson, shape: tuple[int, int]) -> None:
+        stage, self.shape = lesson.stage, shape
+        locs = tables.read_locs(stage, stage.path(utils.LOCS))
+        path = inputs.path_of(stage, utils.CNTS)
+        self.counts, measured = tables.read_sparse_counts(stage, path, locs.index)
+        self.number = {gene: i for i, gene in enumerate(measured)}
+        places = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
+        points = spots.superpixel_centres(shape)
+        self.weights = spots.interpolation_weights(places, points)[1]
+
+    @staticmethod
+    def of(lesson: Lesson) -> Linear | None:
+        """None for a section without a truth, without spots, or with spots that cannot be read."""
+        stage = lesson.stage
+        there = stage.find(utils.CNTS) is not None and stage.find(utils.LOCS) is not None
+        if lesson.truth is None or not there:
+            return None
+        try:
+            return Linear(lesson, lesson.truth.tissue.shape)
+        except utils.StageError as error:
+            print(f"note: spots that are not compared with: {error}")
+            return None
+
+    def maps(self, genes: list[str]) -> np.ndarray:
+        """(rows, columns, G), NaN for genes that the spots do not have."""
+        maps = np.full((*self.shape, len(genes)), np.nan, np.float32)
+        here = [i for i, gene in enumerate(genes) if gene in self.number]
+        of_spots = self.counts[:, [self.number[genes[i]] for i in here]].toarray()
+        maps[..., here] = (self.weights @ of_spots).reshape(*self.shape, -1)
+        return maps
 
 
 def correlations(
-    truth: inputs.Truth, maps: dict[str, np.ndarray], where: np.ndarray
-) -> dict[str, dict[str, np.ndarray]]:
-    """Pearson's r of every gene (G,) with the truth ``where`` (h, w), by map and size.
+    encoder: Encoder, lesson: Lesson, genes: list[str], known: list[str], where: np.ndarray,
+    device: torch.device, linear: Linear | None = None,
+) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
+    """Pearson's r (G,) of the ``known`` ones with the truth ``where`` (h, w), by map and size.
 
-    NaN for a gene of which a map says nothing.
+    The maps are the prediction of an encoder of ``genes`` and, if it is given, linear
+    interpolation. NaN for a gene of which a map says nothing. A few genes at a time, for maps of
+    all would fill the memory.
     """
-    rows, columns = truth.tissue.shape
-    shown = {name: stack[:rows, :columns] for name, stack in maps.items()}
-    tissue = truth.tissue & where[:rows, :columns]
-    part = inputs.Truth(truth.counts, tissue, truth.genes)
-    table = scores.score(part, shown, ("r",))
-    found = {}
-    for name, stack in shown.items():
-        known = np.isfinite(stack[tissue]).any(axis=0)
-        found[name] = {
-            size: np.where(known, table[scores.column(name, "r", n)], np.nan)
-            for size, n in SIZES.items()
-        }
-    return found
+    if lesson.truth is None:
+        return {}
+    rows, columns = shape = lesson.truth.tissue.shape
+    part = replace(lesson.truth, tissue=lesson.truth.tissue & where[:rows, :columns], mean=None)
+    features = torch.from_numpy(tissue_features(encoder, lesson.tokens, lesson.tissue, device))
+    number = {gene: i for i, gene in enumerate(genes)}
+    encoder.cpu().eval()
 
+    def predicted(some: list[str]) -> np.ndarray:
+        maps = np.full((*shape, len(some)), np.nan, np.float32)
+        with torch.inference_mode():
+            found = encoder.decode(features.float(), torch.tensor([number[gene] for gene in some]))
+        maps[lesson.tissue[:rows, :columns]] = found.exp().numpy()  # no tissue lies beyond
+        return maps
 
-def linear_of(lesson: Lesson, genes: list[str], shape: tuple[int, int]) -> np.ndarray | None:
-    """Linear interpolation (rows, columns, G) of the section's own spots, if it has any.
-
-    NaN for genes that the spots do not have.
-    """
-    stage = inputs.open_sample(lesson.directory)
-    path = stage.find(utils.CNTS)
-    if path is None or stage.find(utils.LOCS) is None:
-        return None
-    locs = tables.read_locs(stage, stage.path(utils.LOCS))
-    counts, measured = tables.read_sparse_counts(stage, path, locs.index)
-    number = {gene: i for i, gene in enumerate(measured)}
-    here = [i for i, gene in enumerate(genes) if gene in number]
-    of_spots = counts[:, [number[genes[i]] for i in here]].toarray()
-    maps = np.full((*shape, len(genes)), np.nan, np.float32)
-    places = locs[["y", "x"]].to_numpy() / utils.TOKEN_PX
-    maps[..., here] = spots.interpolate_spots(places, of_spots, shape)[1]
-    return maps
+    sources: dict[str, Callable[[list[str]], np.ndarray]] = {"reference": predicted}
+    if linear is not None:
+        sources["linear"] = linear.maps
+    step = max(1, SCORED_BYTES // (8 * rows * columns))
+    found: dict[str, dict[str, list]] = {name: {size: [] for size in SIZES} for name in sources}
+    for start in range(0, len(known), step):
+        some = known[start : start + step]
+        maps = {name: source(some) for name, source in sources.items()}
+        table = scores.score(inputs.select_genes(part, some), maps, ("r",))
+        for name, stack in maps.items():
+            told = np.isfinite(stack[part.tissue]).any(axis=0)
+            for size, n in SIZES.items():
+                found[name][size] += [np.where(told, table[scores.column(name, "r", n)], np.nan)]
+    return {n: {size: np.concatenate(r) for size, r in sizes.items()} for n, sizes in found.items()}

@@ -1,26 +1,23 @@
-"""Predict maps from the H&E alone, by a reference, for a section without any spot.
-
-    python reference/predict.py --directory data/slide --reference kidney.safetensors
-
-The section goes through three of the five scripts first:
+"""Predict maps of a section without any spot, from its H&E alone, by a reference.
 
     python image_calibration.py --directory data/slide --no-spots
     python Histology_Extractor.py --directory data/slide
     python masking_non_tissue.py --directory data/slide --no-spots
+    python reference/predict.py --directory data/slide --reference kidney.safetensors
 
-Every superpixel gets what superpixels that look alike express in the sections of the reference
-(reference/learn.py). Nothing here was measured: a gene is predicted as well as histology tells of
-it, which differs by gene. How well it went on sections that the reference did not know stands in
-expected-r.csv; genes come in that order. Where there are spots, HISTEX.py --reference is better.
+Every superpixel gets what superpixels of the same look express in the sections that the reference
+was learned from (reference/learn.py). Nothing is measured here, and genes differ in how well the
+H&E tells them. How well each gene was told on sections that the reference did not know stands in
+expected-r.csv, the best gene first. Where there are spots, use HISTEX.py --reference.
 
-Counts are on the scale of the reference's sections, or of --depth. A gene that is rich or poor in
-the whole section cannot be told from the picture: its level is that of the reference.
+Counts are on the scale of the reference's sections, or of --depth. The picture does not tell
+whether a gene is rich or poor in the whole section: its mean is that of the reference.
 
 Reads   he.jpg, Histology_feature_map.npy, Histology_Extractor.json, mask.png; --reference
 Writes  cnts-super/              a map a gene, as of HISTEX.py: float32 (rows, columns), counts per
                                  superpixel of 8 um, NaN outside the tissue; index.csv
         embeddings-gene.pickle   dict(cls=float32 (96, rows, columns)): the reference's features
-        expected-r.csv           gene, the correlation to expect at 8 and at 32 um
+        expected-r.csv           gene, the correlation with the truth to expect at 8 and 32 um
         cnts-super-plots/        pictures of the genes that it tells best
         HISTEX.json              the record, which says that the maps are predicted from histology
 """
@@ -46,14 +43,14 @@ def build_parser() -> cli.Parser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="What sections of known truth taught, a file of reference/learn.py.",
+        help="What sections of known truth taught: a file of reference/learn.py.",
     )
     option(
         "--depth",
         type=cli.above_0,
         metavar="N",
-        help="Counts of the reference's genes in a Visium spot of mean tissue (default: as in the "
-        "sections of the reference).",
+        help="Counts, of all genes of the reference together, in a Visium spot of mean tissue "
+        "(default: as many as in the sections of the reference).",
     )
     options.add_maps(parser)
     cli.add_device(parser)
@@ -65,6 +62,7 @@ if __name__ == "__main__":
 
 import math
 import pickle
+import shlex
 from dataclasses import asdict
 
 import numpy as np
@@ -110,25 +108,19 @@ class Predictor:
         return values, None
 
 
-def features_of(
-    found: Reference, tokens: np.ndarray, tissue: np.ndarray, device: torch.device
-) -> np.ndarray:
-    """The reference's features (M, R) float16 of the superpixels that are tissue."""
-    rows = reference.encoded_rows(found.encoder, tokens, tissue, device)
-    parts = [part.cpu().numpy().astype(np.float16)[tissue[at]] for at, part in rows]
-    found.encoder.cpu()
-    return np.concatenate(parts)
-
-
 def check_maps_of_spots(stage: utils.Stage) -> None:
     record = utils.read_record(stage, SCRIPT) or {}
     if record.get("script") == utils.HISTEX and not stage.args.force:
+        beside = f"To replace the maps, run: {stage.command()} --force"
+        if not stage.command(utils.CALIBRATION).endswith(" --no-spots"):
+            command = stage.command(utils.HISTEX)
+            if " --reference " not in command:
+                command += f" --reference {shlex.quote(str(stage.args.reference))}"
+            beside = f"To use a reference beside the spots, run: {command}\n{beside}"
         raise utils.StageError(
             f"{stage.directory / utils.MAPS.name} holds maps that {utils.HISTEX} made with the "
             f"spots of this section, which tell more than histology alone.",
-            f"To use the reference beside the spots, run: {stage.command(utils.HISTEX)} "
-            f"--reference {stage.args.reference}\n"
-            f"To replace the maps, run: {stage.command()} --force",
+            beside,
         )
 
 
@@ -170,22 +162,31 @@ def main(stage: utils.Stage) -> None:
     table = table.sort_values(COARSE, ascending=False, kind="stable")  # unknown ones last
     own_depth = float(found.rates.sum()) * SPOT_SUPERPIXELS
     depth = args.depth or own_depth
+    if float(found.rates.max()) * depth / own_depth > reference.MOST_RATE:
+        raise utils.StageError(
+            f"--depth {depth:g} is no number of counts in a spot.",
+            "A spot of Visium has thousands.",
+        )
     print(
-        f"{len(table)} genes by {args.reference.name}; a spot of 55 um would hold {depth:.0f} of "
-        f"their counts"
+        f"{len(table)} genes by {args.reference.name}; all together, a spot of 55 um would hold "
+        f"{depth:.0f} counts of them"
     )
     stage.warn(
         f"the maps are predicted from histology alone: no spot of this section was measured; "
-        f"{utils.EXPECTED.name} tells how well to expect each gene"
+        f"{utils.EXPECTED.name} tells which genes to believe"
     )
-    features = features_of(found, tokens, tissue, devices.resolve_device(args.device))
+    device = devices.resolve_device(args.device)
+    features = reference.tissue_features(found.encoder, tokens, tissue, device)
+    found.encoder.cpu()
     write_maps(stage, found, table, features, tissue, depth / own_depth)
     with stage.writing(utils.EXPECTED) as partial:
         table.round(4).to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
     for artifact in (utils.SPREAD, utils.HELD_OUT):
         stage.retire(artifact)
     basis = found.facts["expected_from"]
-    print(f"  expected  median r {table[COARSE].median():.3f} at 32 um ({basis})")
+    r = table[COARSE].median()
+    told = "nothing is known" if math.isnan(r) else f"median r {r:.3f} at 32 um (by {basis})"
+    print(f"  expected  {told}")
     stage.finish(
         predicted_from="histology alone",
         reference=found.about(stage, args.reference),

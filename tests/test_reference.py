@@ -1,6 +1,8 @@
 """References: learning from sections of known truth, and what they bring to others."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -59,6 +61,11 @@ def learned(sections, tmp_path_factory):
     return path
 
 
+def lesson_of(directory: Path) -> lessons.Lesson:
+    args = learn.build_parser().parse_args(["--sections", str(directory), "--output", "x"])
+    return learn.read_lessons(args)[0]
+
+
 def facts_of(path: Path) -> dict:
     return json.loads((path.parent / "learn.json").read_text())
 
@@ -86,7 +93,7 @@ def test_left_out_blocks_train_nothing(sections, monkeypatch):
     monkeypatch.setattr(lessons, "BLOCK", 8)
 
     def weights(changed: bool) -> list[torch.Tensor]:
-        lesson = lessons.read_lesson(sections[0], learn.SCRIPT, seed=0)
+        lesson = lesson_of(sections[0])
         if changed:
             lesson.truth.counts[lesson.left_out] = 999
         args = learn.build_parser().parse_args(
@@ -98,7 +105,7 @@ def test_left_out_blocks_train_nothing(sections, monkeypatch):
 
 
 def test_every_superpixel_of_tissue_trains_once_an_epoch(sections):
-    lesson = lessons.read_lesson(sections[0], learn.SCRIPT, seed=0)
+    lesson = lesson_of(sections[0])
     seen = np.zeros(lesson.tissue.shape, int)
     for step in lessons.steps_of(lesson, np.random.default_rng(3)):
         patch, row, col = np.nonzero(step.counted)
@@ -111,7 +118,7 @@ def test_the_loss_is_the_deviance_of_poisson(sections):
     """Against scipy's logarithm of the probability, in differences of two predictions."""
     from scipy.stats import poisson
 
-    lesson = lessons.read_lesson(sections[0], learn.SCRIPT, seed=0)
+    lesson = lesson_of(sections[0])
     columns = {lesson.directory: torch.arange(len(lesson.genes))}
     step = lessons.steps_of(lesson, np.random.default_rng(0))[0]
 
@@ -131,7 +138,7 @@ def test_the_loss_is_the_deviance_of_poisson(sections):
 
 def test_spots_teach_by_their_sums(finished, sections, tmp_path):
     """A section without truth; its loss is that of the disc's whole expectation."""
-    lesson = lessons.read_lesson(finished, learn.SCRIPT, seed=0)
+    lesson = lesson_of(finished)
     assert lesson.truth is None
     assert lesson.genes == GENES
     section = lesson.spots
@@ -154,6 +161,149 @@ def test_spots_alone_are_refused(finished, tmp_path, capsys):
     options = ["--sections", str(finished), "--output", str(tmp_path / "x.safetensors")]
     assert learn.run(options) == 2
     assert "None of the --sections has a truth.npz" in capsys.readouterr().err
+
+
+def teach(sections: list[Path], folder: Path, *options: str) -> int:
+    names = [str(section) for section in sections]
+    output = str(folder / "x.safetensors")
+    return learn.run(["--sections", *names, "--output", output, "--epochs", "1", *options])
+
+
+def remedy(capsys) -> list[str]:
+    """The words of the command that the last error names."""
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    return shlex.split(re.split("[Rr]un: ", line)[-1])
+
+
+def test_the_commands_of_messages_can_be_run(sections, tmp_path, capsys):
+    """learn.py has no --directory; what it names has the sections and the output."""
+    output = tmp_path / "x.safetensors"
+    output.write_text("mine")
+    assert teach(sections[:1], tmp_path) == 2
+    command = remedy(capsys)
+    assert command[:2] == ["python", "reference/learn.py"]
+    args = learn.build_parser().parse_args(command[2:])
+    assert args.force
+    assert learn.run(command[2:]) == 0
+    assert len(load_file(output)) > 3
+
+
+def test_a_section_that_is_not_there_is_named(sections, tmp_path, capsys):
+    for path, what in ((tmp_path / "none", "does not exist"), (sections[0] / "he.jpg", "a file")):
+        assert teach([path, sections[0]], tmp_path) == 2
+        error = capsys.readouterr().err
+        assert f"--sections {path}" in error
+        assert what in error
+        assert "--directory" not in error
+
+
+def test_a_folder_is_not_replaced_by_a_reference(sections, tmp_path, capsys):
+    kept = tmp_path / "x.safetensors" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    assert teach(sections[:1], tmp_path, "--force") == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert kept.exists()
+
+
+def test_an_outdated_section_is_refused_unless_that_is_allowed(sections, tmp_path, capsys):
+    section = Path(shutil.copytree(sections[0], tmp_path / "own"))
+    (section / "pixel-size-raw.txt").write_text("0.51")
+    assert teach([section], tmp_path) == 2
+    assert "or add --allow-stale" in capsys.readouterr().err
+    assert teach([section], tmp_path, "--allow-stale") == 0
+
+
+def test_all_that_was_read_is_noted(sections, tmp_path, capsys):
+    """A truth that changes, comes or goes, and gene-names.txt where the truth leans on it."""
+    section = Path(shutil.copytree(sections[0], tmp_path / "own"))
+    saved = dict(np.load(section / "truth.npz"))
+    np.savez(section / "truth.npz", counts=saved["counts"], tissue=saved["tissue"])
+
+    def learns(change) -> bool:
+        change()
+        assert teach([section, sections[1]], tmp_path) == 0
+        return "nothing to do" not in capsys.readouterr().out
+
+    def write_genes(first: str = "OTHER") -> None:
+        (section / "gene-names.txt").write_text("\n".join([first, *GENES[1:]]) + "\n")
+
+    assert learns(lambda: None)
+    assert not learns(lambda: None)
+    assert learns(write_genes)
+    assert learns(lambda: write_truth(section, GENES, seed=9))
+    write_genes(GENES[0])
+    assert not learns(lambda: None)  # the truth has its own names now
+    assert learns(lambda: (section / "truth.npz").unlink())
+    assert not learns(lambda: None)
+    assert learns(lambda: write_truth(section, GENES, seed=9))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda saved: {"genes": np.array(["", *GENES[1:]])}, "no name of a gene"),
+        (lambda saved: {"counts": saved["counts"] * 0}, "tells 0 counts a superpixel"),
+        (lambda saved: {"capture": 1e14}, "counts a superpixel"),
+        (lambda saved: {k: saved[k].repeat(2, axis=0) for k in ("counts", "tissue")}, "anew"),
+    ],
+)
+def test_an_odd_truth_is_refused(sections, tmp_path, capsys, change, said):
+    section = Path(shutil.copytree(sections[0], tmp_path / "own"))
+    saved = dict(np.load(section / "truth.npz"))
+    np.savez(section / "truth.npz", **saved | change(saved))
+    assert teach([section], tmp_path) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_gene_that_one_section_cannot_score_is_told_by_the_others(sections, tmp_path):
+    section = Path(shutil.copytree(sections[0], tmp_path / "own"))
+    saved = dict(np.load(section / "truth.npz"))
+    saved["counts"][..., 0] = 0  # r is unknown here, and known in the other one
+    np.savez(section / "truth.npz", **saved)
+    assert teach([section, sections[1]], tmp_path) == 0
+    found = reference.read_reference(tmp_path / "x.safetensors", backbone(tmp_path / "x"))
+    assert np.isfinite(found.expected_r["expected_r_8um"][:7]).all()
+
+
+def test_spots_that_cannot_be_read_do_not_end_the_learning(sections, tmp_path, capsys):
+    section = Path(shutil.copytree(sections[0], tmp_path / "own"))
+    (section / "cnts.csv").write_text("damaged")
+    assert teach([section, sections[1]], tmp_path) == 0
+    assert "note: spots that are not compared with" in capsys.readouterr().out
+
+
+def test_scores_do_not_depend_on_how_many_genes_fit_the_memory(sections, monkeypatch):
+    lesson = lesson_of(sections[0])
+    encoder = Encoder(lesson.tokens.shape[-1], len(GENES)).eval()
+    torch.nn.init.normal_(encoder.head.weight, std=0.1)
+    linear = lessons.Linear.of(lesson)
+
+    def scores(n_bytes: int) -> list[np.ndarray]:
+        monkeypatch.setattr(lessons, "SCORED_BYTES", n_bytes)
+        found = lessons.correlations(
+            encoder, lesson, GENES, GENES[2:], lesson.left_out, CPU, linear
+        )
+        return [r for sizes in found.values() for r in sizes.values()]
+
+    few, all_ = scores(1), scores(10**9)
+    assert len(all_) == 4
+    assert all(len(r) == len(GENES) - 2 for r in all_)
+    for a, b in zip(few, all_, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_sections_of_one_image_are_told(learned):
+    """As those of this file are: what they tell of each other is no score."""
+    (said,) = [text for text in facts_of(learned)["warnings"] if "image" in text]
+    assert "east, south have the same image" in said
+
+
+def test_learning_that_diverges_is_said(sections, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(learn, "score_left_out", lambda *_: float("nan"))
+    assert teach(sections[:1], tmp_path) == 2
+    assert "The learning diverges: in epoch 1" in capsys.readouterr().err
 
 
 def test_sections_of_other_networks_are_refused(sections, tmp_path, capsys):
@@ -195,20 +345,62 @@ def damage(path: Path, kind: str) -> None:
         with reference.safetensors.safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["histex"]) | {"sections": 3}
         save_file(load_file(path), path, {"histex": json.dumps(about)})
-    elif kind == "nan":
-        with reference.safetensors.safe_open(path, "pt") as file:
-            about = file.metadata()
-        save_file(load_file(path) | {"rates": torch.full((9,), torch.nan)}, path, about)
     elif kind == "gone":
         path.unlink()
 
 
-@pytest.mark.parametrize("kind", ["cut", "other", "facts", "nan", "gone"])
+@pytest.mark.parametrize("kind", ["cut", "other", "facts", "gone"])
 def test_a_damaged_reference_is_refused(finished, learned, tmp_path, capsys, kind):
     path = Path(shutil.copy(learned, tmp_path / "bad.safetensors"))
     damage(path, kind)
     assert run("HISTEX.py", finished, "--reference", str(path), "--force") == 2
     assert "Give a file that reference/learn.py wrote" in capsys.readouterr().err
+
+
+def name_of(genes: list[str], name: str) -> dict:
+    return {"genes": [name, *genes[1:]]}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts"),
+    [
+        ({"rates": torch.full((9,), torch.nan)}, {}),
+        ({"rates": torch.zeros(9)}, {}),  # then no depth can be told
+        ({"rates": torch.full((9,), -1.0)}, {}),
+        ({"rates": torch.full((9,), 1e30)}, {}),
+        ({"expected_r_32um": torch.full((9,), 5.0)}, {}),  # no later script would read these
+        ({"expected_r_8um": torch.zeros(8)}, {}),
+        ({"head.weight": torch.full((9, FEATURES), 3e38)}, {}),  # maps would not be finite
+        ({"head.bias": torch.full((9,), torch.nan)}, {}),
+        ({"body.1.weight": torch.zeros(256, 0)}, {}),
+        ({}, {"genes": ["A"] * 9}),
+        ({}, {"genes": "ABCDEFGHI"}),
+        ({}, name_of([*GENES, NEW], "")),
+        ({}, name_of([*GENES, NEW], " A")),
+        ({}, name_of([*GENES, NEW], "A\nB")),
+        ({}, name_of([*GENES, NEW], "\ud800")),
+        ({}, {"features": 3}),
+    ],
+)
+def test_a_reference_with_odd_values_is_refused(learned, tmp_path, tensors, facts):
+    path = tmp_path / "odd.safetensors"
+    with reference.safetensors.safe_open(learned, "pt") as file:
+        about = json.loads(file.metadata()["histex"]) | facts
+    save_file(load_file(learned) | tensors, path, {"histex": json.dumps(about)})
+    with pytest.raises(utils.StageError, match="damaged or no reference"):
+        reference.read_reference(path, backbone(learned))
+
+
+def test_numbers_of_other_formats_are_read(learned, tmp_path):
+    path = tmp_path / "other.safetensors"
+    with reference.safetensors.safe_open(learned, "pt") as file:
+        about = file.metadata()
+    kept = load_file(learned)
+    kept |= {"rates": kept["rates"].bfloat16(), "head.bias": kept["head.bias"].double()}
+    save_file(kept, path, about)
+    rates = reference.read_reference(path, backbone(learned)).rates
+    assert rates.dtype == np.float32
+    np.testing.assert_allclose(rates, load_file(learned)["rates"], rtol=0.01)
 
 
 def test_a_reference_of_another_network_is_refused(finished, learned, capsys):
@@ -315,6 +507,17 @@ def test_a_reference_that_knows_the_truth_of_a_section_is_told_apart(sections, l
 
     assert evaluate.run(["--directory", str(sections[0]), "--no-plot"]) == 0
     assert "their scores say nothing" in capsys.readouterr().out
+
+
+def test_a_section_is_known_by_its_image_too(finished, learned, capsys):
+    """Other tokens of it, as of another graphics card, hide nothing."""
+    stage, _, _ = section_of(finished)
+    found = reference.read_reference(learned, backbone(learned))
+    stage.inputs["Histology_feature_map.npy"]["sha256"] = "0" * 64
+    assert found.about(stage, learned)["knows_this_section"] is True
+    assert "held-out spots, say nothing" in capsys.readouterr().out
+    stage.inputs["he.jpg"]["sha256"] = "0" * 64
+    assert found.about(stage, learned)["knows_this_section"] is False
 
 
 def test_the_truth_of_a_section_cannot_reach_its_maps_by_a_reference_of_others(
@@ -426,7 +629,7 @@ def test_the_wings_go_on_with_maps_from_the_picture(slide, learned, capsys):
     assert best in page
     assert "predicted from histology alone" in page
     assert segment.run(["--directory", str(slide), "--no-plot"]) == 2
-    assert "came with --no-spots; analysis/segment.py needs" in capsys.readouterr().err
+    assert "goes without spots; analysis/segment.py needs" in capsys.readouterr().err
     markers = slide / "own-markers.csv"
     markers.write_text(f"label,gene\nA,{GENES[0]}\nB,{GENES[1]}\n")
     options = ["--directory", str(slide), "--markers", str(markers), "--no-plot"]
@@ -435,6 +638,43 @@ def test_the_wings_go_on_with_maps_from_the_picture(slide, learned, capsys):
     assert export.run(options) == 0
     table = pd.read_csv(slide / "histex.csv.gz")
     assert best in table
+
+
+def test_nobody_is_led_in_a_circle(slide, learned, capsys):
+    """What lacks spots says which scripts go on without; HISTEX.py and the wings alike."""
+    from analysis import patterns, segment
+
+    def check(code: int, script: str) -> None:
+        error = capsys.readouterr().err
+        assert code == 2
+        assert f"The section goes without spots; {script} needs them" in error
+        assert "masking_non_tissue.py with it, too, then reference/predict.py" in error
+
+    place = ["--directory", str(slide)]
+    for script in ("HISTEX.py", "get_HR.py", "masking_non_tissue.py"):
+        check(run(script, slide), script)
+    assert predict.run([*place, "--reference", str(learned)]) == 0
+    check(patterns.run(place), "analysis/patterns.py")  # which asks for held-out-r.csv
+    check(segment.run(place), "analysis/segment.py")
+    (slide / "he.jpg").unlink()
+    assert run("masking_non_tissue.py", slide) == 2
+    assert remedy(capsys) == ["python", "image_calibration.py", *place, "--no-spots"]
+
+
+def test_maps_of_spots_that_are_gone_can_be_replaced(finished, learned, capsys):
+    """Nobody is sent to HISTEX.py --reference, which would ask for the spots."""
+    assert run("image_calibration.py", finished, "--no-spots") == 0
+    options = ["--directory", str(finished), "--reference", str(learned)]
+    assert predict.run([*options, "--allow-stale"]) == 2
+    error = capsys.readouterr().err
+    assert "beside the spots" not in error
+    assert error.strip().endswith("--force")
+
+
+def test_a_depth_beyond_reason_is_refused(slide, learned, capsys):
+    options = ["--directory", str(slide), "--reference", str(learned), "--depth", "1e300"]
+    assert predict.run(options) == 2
+    assert "--depth 1e+300 is no number of counts" in capsys.readouterr().err
 
 
 def test_a_stale_reference_names_the_script_that_used_it(slide, learned, tmp_path, capsys):
@@ -506,6 +746,14 @@ def test_shuffled_truth_keeps_the_counts_of_a_section_but_not_their_places(secti
         order = np.lexsort(part.counts[tissue].T)
         part.counts[tissue] = part.counts[tissue][order]
     np.testing.assert_array_equal(plain.counts, shuffled.counts)
+
+
+def test_a_section_is_not_scored_by_a_reference_of_its_own(sections, tmp_path):
+    from benchmarks import references
+
+    references.check_apart(sections[:1], sections[1:])
+    with pytest.raises(utils.StageError, match="Name it once"):
+        references.check_apart(sections, [sections[0] / ".." / sections[0].name])
 
 
 def test_scores_are_by_the_genes_that_a_reference_knows(sections):
