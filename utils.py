@@ -583,7 +583,7 @@ class Stage:
             path = self.directory / name
             if known != disk.ABSENT:
                 for file in disk.lost_from(path, known) or disk.changed_in(path, known):
-                    if self.script not in STAGES:
+                    if self.script not in (*STAGES, LEARNING):
                         raise self.disturbed(file)
                     self.warn(f"{file.name} changed or went while {self.script} ran: run it again")
 
