@@ -25,6 +25,7 @@ from utils import (
 )
 
 Image.MAX_IMAGE_PIXELS = MAX_HE_PIXELS  # Pillow's own limit is below the size of a slide
+JPEG_BLACK = 127  # beside white, black comes back from a JPEG as values of up to 80 or more
 BLOCK_PX = TILE_PX  # whole rows of blocks of a JPEG, which libvips does not decode twice
 
 
@@ -127,15 +128,22 @@ def grid_shape(stage: Stage) -> tuple[int, int]:
 def read_mask(stage: Stage, shape: tuple[int, int]) -> np.ndarray:
     """Tissue (h, w) bool from mask.png: superpixels of which at least half is painted.
 
-    Painted is whatever is not black or transparent, in any image mode. The picture may have the
-    size of he-raw, or a pixel a superpixel, or a whole multiple of that, as he.jpg has.
+    Painted is whatever is not black or transparent, in any image mode; a JPEG keeps black only
+    nearly. The picture may have the size of he-raw, or a pixel a superpixel, or a whole multiple of
+    that, as he.jpg has.
     """
     path = stage.path(MASK)
     try:
         image = pyvips.Image.new_from_file(str(path), access="random", fail_on="truncated")
         rows, columns = mask_edges(stage, (image.height, image.width), shape)
         colours = image[: image.bands - 1] if image.hasalpha() else image
-        painted = (colours > 0).bandor()
+        black = 0
+        if image.get("vips-loader").startswith("jpeg"):
+            black = JPEG_BLACK
+            stage.warn(
+                f"{path.name} is a JPEG, whose black is not all black: up to {black} is no tissue"
+            )
+        painted = (colours > black).bandor()
         if image.hasalpha():
             painted &= image[image.bands - 1] > 0
         share = np.stack(list(shares(painted, rows, columns)))

@@ -335,6 +335,10 @@ BAD = [
      ["cnts.csv", "no counts for 1 of", "22", "spot007"], f"run: python {HR}"),
     ("12 other ids", table("cnts.csv", lambda t: t.set_axis(range(len(t)))), HR, (),
      ["no counts for 22 of", "spot000", "0, 1, 2"], HR),
+    ("12 ids that a spreadsheet made numbers", many(
+        table("locs.csv", lambda t: t.set_axis(range(len(t)))),
+        table("cnts.csv", lambda t: t.set_axis([f"{i}.0" for i in range(len(t))]))), HR, (),
+     ["no counts for 22 of", "0, 1, 2", "its own ids look like 0.0, 1.0, 2.0"], HR),
     ("13 one column", text("cnts.csv", "gene\n1\n2\n"), HR, (), ["one column only", "comma"], HR),
     ("13 empty", text("cnts.csv", ""), HR, (), ["cnts.csv", "one column only"], HR),
     ("13 only a header", text("cnts.csv", "id,A,B\n"), HR, (), ["no spot"], HR),
@@ -359,7 +363,11 @@ BAD = [
      ["cnts.csv", "GENE2", "data row 23"], HR),
     ("15 one gene twice", table("cnts.csv", lambda t: t.rename(columns={"GENE1": "GENE2"})), HR, (),
      ["cnts.csv", "GENE2", "more than once"], HR),
+    ("15 a zero byte in a name", text("cnts.csv", b"id,A\0B\nspot000,1\n"), HR, (),
+     ["cnts.csv", "zero bytes"], HR),
     # gene-names
+    ("17 a zero byte in a name", text("gene-names.txt", b"GENE1\nGE\0NE3\n"), HR, (),
+     ["gene-names.txt", "zero bytes"], HR),
     ("17 missing", gone("gene-names.txt"), MODEL, (), ["gene-names.txt is missing"],
      f"Run: python {HR}"),
     ("17 blank", text("gene-names.txt", "\n \r\n"), HR, (), ["gene-names.txt", "holds no gene"],
@@ -687,6 +695,14 @@ HARD_NAMES = [
 ]  # fmt: skip
 
 
+def test_14_fractions_are_a_warning_in_the_record(finished):
+    cell("cnts.csv", 3, "GENE2", "1.5")(finished)
+    assert run_stage(HR, finished) == 0
+    record = utils.json.loads((finished / utils.record_name(HR)).read_text())
+    (warning,) = record["warnings"]
+    assert warning.startswith("cnts.csv holds fractions; raw counts are expected")
+
+
 def test_15_38_hard_gene_names(finished):
     """Every gene finds its map again, in the folder, also where upper and lower case are one."""
     rng = np.random.default_rng(0)
@@ -815,6 +831,13 @@ def test_26_cuda_where_there_is_none(finished, capfd, script):
     assert contents(finished) == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
+def test_26_auto_says_what_it_takes(finished, capfd):
+    assert run_stage(MODEL, finished, "--force", "--device", "auto") == 0
+    assert re.search(r"states: 1, on cpu\n", capfd.readouterr().out)
+
+
 def test_28_a_loss_that_is_not_finite_stops_at_once(finished, monkeypatch, capfd):
     epochs = []
     honest = HISTEX.DefaultNetwork.loss
@@ -925,6 +948,36 @@ def test_29_an_unfinished_stage_is_named_and_mended(
     assert run_stage(MODEL, finished) == 0
     for name in ("he.jpg", "HRcnts.npy", "Histology_feature_map.npy", "mask.png", "held-out-r.csv"):
         assert (finished / name).read_bytes() == (finished_sample / name).read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits no size of files")
+def test_43_a_checkpoint_that_the_disk_does_not_take(finished, capfd):
+    """The system refuses to let a file grow; torch's own writer would hide what it said."""
+    import resource
+
+    shutil.rmtree(finished / "states")
+    before = contents(finished)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        code = run_stage(MODEL, finished)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = capfd.readouterr().err
+    assert code == 2, message
+    assert re.match(r"error: .*checkpoint.*: File too large\.\n", message)
+    assert contents(finished) == before
+
+
+def test_43_states_and_checkpoints_are_counted_before_the_work(finished, monkeypatch, capfd):
+    """There is room for maps and latent maps (2 MB), but not for a state and its checkpoints."""
+    usage = shutil.disk_usage(finished)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20 * 10**6))
+    before = contents(finished)
+    assert run_stage(MODEL, finished, "--force") == 2
+    message = capfd.readouterr().err
+    assert re.search(r"the maps and states: about 2\d MB are needed in .*, but only 20 MB", message)
+    assert contents(finished) == before
 
 
 @pytest.mark.parametrize("script", [CALIBRATION, HR, EXTRACTOR, MODEL])

@@ -638,6 +638,21 @@ def test_a_mask_is_whatever_is_neither_black_nor_transparent(stage):
     assert found.tolist() == [[False, True, True], [False, False, True]]
 
 
+@pytest.mark.parametrize("quality", [50, 75, 95])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_noise_of_a_jpeg_is_no_tissue(stage, mode, quality):
+    """With a pixel per superpixel, the black around the tissue is not all black any more."""
+    row, column = np.mgrid[:112, :168]
+    tissue = ((row - 56) / 40) ** 2 + ((column - 84) / 60) ** 2 < 1
+    path = stage.directory / "mask.png"
+    Image.fromarray(tissue).convert(mode).save(path, "JPEG", quality=quality)
+    assert ((np.asarray(Image.open(path).convert("L")) > 0) != tissue).sum() > 300
+    np.testing.assert_array_equal(images.read_mask(stage, tissue.shape), tissue)
+    assert stage.notes == [
+        "mask.png is a JPEG, whose black is not all black: up to 127 is no tissue"
+    ]
+
+
 def test_a_mask_in_whole_multiples_goes_by_the_half_of_a_superpixel(stage):
     save_mask(stage, np.kron([[0, 255], [255, 0]], np.ones((3, 3))))
     assert images.read_mask(stage, (2, 2)).tolist() == [[False, True], [True, False]]
