@@ -74,7 +74,9 @@ def of_raw(stem: str, source: str, *options: str, stage: str = "") -> Script:
     return of_sample(f"prepare/{stem}.py", source, *options, stage=stage)
 
 
-TRAINING = ("--epochs", "2", "--n-states", "1", "--n-plots", "1", "--device", "cpu")
+QUICK = ("--epochs", "2", "--device", "cpu")
+REFERENCE = f"{{}}/{SECTION}/tiny.safetensors"
+TRAINING = (*QUICK, "--n-states", "1", "--n-plots", "1")
 CHAIN = (  # each goes on where the one before has ended
     of_sample(utils.CALIBRATION, "0"),
     of_sample(utils.HIGH_RESOLUTION, "1", "--n-genes", "6"),
@@ -82,9 +84,13 @@ CHAIN = (  # each goes on where the one before has ended
     of_sample(utils.MASKING, "3"),
     of_sample(utils.HISTEX, "4", *TRAINING),
     of_sample("analysis/segment.py", "5", "--n-regions", "3"),
-)
+    Script(
+        utils.LEARNING, "6", ("--sections", f"{{}}/{SECTION}", "--output", REFERENCE, *QUICK)
+    ),
+)  # fmt: skip
 SCRIPTS = (
     *CHAIN,
+    of_sample(utils.PREDICTION, "7", "--reference", REFERENCE, "--force", "--device", "cpu"),
     of_sample("analysis/annotate.py", "5", "--markers", "{}/raw/markers.csv"),
     of_sample("analysis/patterns.py", "5", "--permutations", "19"),
     of_sample("analysis/enrich.py", "6", "--gene-sets", "{}/raw/sets.gmt", "--min-size", "1"),

@@ -981,6 +981,7 @@ def test_the_truth_that_is_read_is_an_input(tmp_path, published):
     inputs.note_truth(stage)
     there = {name: known != disk.ABSENT for name, known in stage.inputs.items()}
     expected = {inputs.TRUTH: False, inputs.PUBLISHED_TRUTH: True}
+    expected |= {"gene-names.txt": False, "mask.png": False}  # which tell its genes and tissue
     assert there == (expected if published else {inputs.TRUTH: True})
 
 
