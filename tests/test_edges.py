@@ -782,6 +782,7 @@ def test_only_the_usual_ctrl_c_ends_at_once_while_modules_are_imported(monkeypat
 
 # ----- long work ----------------------------------------------------------------------------------
 def test_a_bar_shows_what_it_is_told(monkeypatch):
+    monkeypatch.setattr(progress, "_bars", [])  # without those that other tests broke off
     shown = {}
     bar = progress.Bar((), "epochs", total=5)
     monkeypatch.setattr(bar.shown, "set_postfix", shown.update)
@@ -797,6 +798,7 @@ def test_a_bar_shows_what_it_is_told(monkeypatch):
 
 
 def test_minutes_are_counted_and_nothing_is_said_behind_the_end(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_bars", [])
     clock = iter([0.0, *[90.0] * 100])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(progress, "SPEAK_SECONDS", 0.02)
