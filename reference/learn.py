@@ -82,7 +82,6 @@ if __name__ == "__main__":
 import argparse
 import copy
 import math
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -334,7 +333,7 @@ def described(lesson: Lesson) -> dict[str, Any]:
 
 
 def main(stage: utils.Stage) -> None:
-    args, started = stage.args, time.monotonic()
+    args = stage.args
     if args.output.suffix != ENDING:
         raise utils.StageError(
             f"--output {args.output} does not end in {ENDING}.", f"Name it FILE{ENDING}."
@@ -370,7 +369,7 @@ def main(stage: utils.Stage) -> None:
     learned = Reference(encoder, genes, rates_of(sections, genes), expected, facts)
     with stage.writing(artifact) as partial:
         reference.write_reference(partial, learned)
-    stage.finish(**facts, genes=len(genes), seconds_learning=round(time.monotonic() - started, 2))
+    stage.finish(**facts, genes=len(genes))
 
 
 def run(argv: list[str] | None = None) -> int:
