@@ -142,7 +142,7 @@ def write_reference(path: Path, reference: Reference) -> None:
     tensors |= {"rates": torch.from_numpy(reference.rates)}
     tensors |= {name: torch.from_numpy(r) for name, r in reference.expected_r.items()}
     about = json.dumps({"format": FORMAT, "genes": reference.genes, **reference.facts})
-    safetensors.torch.save_file(tensors, path, {"histex": about})
+    path.write_bytes(safetensors.torch.save(tensors, {"histex": about}))  # errors of the disk as such
 
 
 def read_reference(path: Path, backbone: dict[str, str]) -> Reference:

@@ -767,3 +767,11 @@ def test_scores_are_by_the_genes_that_a_reference_knows(sections):
     assert found.keys() == {"known", "other"}
     assert found["known"] == pytest.approx([1, 1])
     assert abs(found["other"][0]) < 0.1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_an_error_of_the_system(learned):
+    """By safetensors' own writing, it would be an error of a kind that nobody expects."""
+    found = reference.read_reference(learned, backbone(learned))
+    with pytest.raises(OSError, match="No space left"):
+        reference.write_reference(Path("/dev/full"), found)
