@@ -142,7 +142,8 @@ def write_reference(path: Path, reference: Reference) -> None:
     tensors |= {"rates": torch.from_numpy(reference.rates)}
     tensors |= {name: torch.from_numpy(r) for name, r in reference.expected_r.items()}
     about = json.dumps({"format": FORMAT, "genes": reference.genes, **reference.facts})
-    path.write_bytes(safetensors.torch.save(tensors, {"histex": about}))  # errors of the disk as such
+    # Not by save_file, which hides the errors of a disk in one of its own kind
+    path.write_bytes(safetensors.torch.save(tensors, {"histex": about}))
 
 
 def read_reference(path: Path, backbone: dict[str, str]) -> Reference:
