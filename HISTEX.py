@@ -59,7 +59,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import pickle
 import tempfile
 import time
 from collections.abc import Callable
@@ -629,10 +628,7 @@ def predict_and_write(
     decisive = [key.hash, utils.code_hash(SCRIPT), asdict(files)]
     decisive += [args.n_states, args.keep_background]
     work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
-    folders = {}
-    for artifact in files.folders:
-        with stage.writing(artifact) as folders[artifact]:
-            pass  # write_genes makes it
+    folders = maps.new_folders(stage, files)
     with tempfile.TemporaryFile(dir=stage.directory) as file:  # it has no name, and ends with us
         embedding = prediction.embed_section(
             passes, section, shown, training.preset.overlap, args.seed, file, device
@@ -643,8 +639,7 @@ def predict_and_write(
     stage.retire(utils.EXPECTED)  # of maps by reference/predict.py
     if not args.uncertainty:
         stage.retire(utils.SPREAD)
-    with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
-        pickle.dump({"cls": embedding}, file, protocol=5)
+    maps.write_embedding(stage, embedding)
     with stage.writing(utils.HELD_OUT) as partial:
         table = pd.DataFrame({"gene": genes, "held_out_r": facts["r"]})
         table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")

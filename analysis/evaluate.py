@@ -295,8 +295,8 @@ def main(stage: utils.Stage) -> None:
     else:
         inputs.note_truth(stage)
         inputs.note_inputs(stage, utils.MAPS, utils.SPREAD, utils.LOCS, utils.RADIUS, utils.CNTS)
-        record = utils.read_record(stage, utils.HISTEX) or {}
-        if (record.get("reference") or {}).get("knows_this_section"):
+        used = stage.fact(utils.HISTEX, "reference")
+        if isinstance(used, dict) and used.get("knows_this_section"):
             stage.warn("a reference that knows this truth made the maps: their scores say nothing")
         truth = inputs.read_truth(args.directory)
         table, facts = evaluate(args.directory, truth)

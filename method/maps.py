@@ -125,6 +125,21 @@ def draw_map(values: np.ndarray, title: str) -> np.ndarray:
     return canvas[..., ::-1]  # cv2 draws in BGR
 
 
+def new_folders(stage: utils.Stage, files: MapFiles) -> dict[utils.Artifact, Path]:
+    """Where the maps go until the stage finishes; ``write_genes`` makes them."""
+    folders = {}
+    for artifact in files.folders:
+        with stage.writing(artifact) as folders[artifact]:
+            pass
+    return folders
+
+
+def write_embedding(stage: utils.Stage, embedding: np.ndarray) -> None:
+    """Latent maps (D, h, w), as the tools of this family read them."""
+    with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
+        pickle.dump({"cls": embedding}, file, protocol=5)
+
+
 def write_genes(
     folders: dict[utils.Artifact, Path],
     work: Path,

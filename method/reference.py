@@ -126,8 +126,7 @@ class Reference:
 # ------------------------------------------------------------------------------------------------
 def backbone_of(stage: utils.Stage, tokens: np.ndarray) -> dict[str, str]:
     """Which network made the tokens (h, w, F) of a sample, by the record, and F."""
-    record = utils.read_record(stage, utils.EXTRACTOR) or {}
-    known = {key: record.get(key) for key in ("backbone", "weights_sha256")}
+    known = {key: stage.fact(utils.EXTRACTOR, key) for key in ("backbone", "weights_sha256")}
     if not all(isinstance(value, str) for value in known.values()):
         raise stage.error(
             stage.directory / utils.record_name(utils.EXTRACTOR),

@@ -61,7 +61,6 @@ if __name__ == "__main__":
     cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import math
-import pickle
 import shlex
 from dataclasses import asdict
 
@@ -135,17 +134,13 @@ def write_maps(
     utils.check_disk(stage.directory, need, "the maps")
     decisive = [utils.code_hash(SCRIPT), stage.inputs, asdict(files), depth]
     work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
-    folders = {}
-    for artifact in files.folders:
-        with stage.writing(artifact) as folders[artifact]:
-            pass  # write_genes makes it
+    folders = maps.new_folders(stage, files)
     genes, r = table["gene"].tolist(), table[COARSE].to_numpy()
     predictor = Predictor(found, table.index.to_numpy(copy=True), features, tissue, depth)
     maps.write_genes(folders, work, genes, predictor, r, np.ones(len(genes)), files)
     embedding = np.full((reference.FEATURES, *tissue.shape), np.nan, np.float32)
     embedding[:, tissue] = features.T
-    with stage.writing(utils.EMBEDDINGS) as partial, partial.open("wb") as file:
-        pickle.dump({"cls": embedding}, file, protocol=5)
+    maps.write_embedding(stage, embedding)
 
 
 def main(stage: utils.Stage) -> None:

@@ -775,3 +775,16 @@ def test_a_full_disk_is_an_error_of_the_system(learned):
     found = reference.read_reference(learned, backbone(learned))
     with pytest.raises(OSError, match="No space left"):
         reference.write_reference(Path("/dev/full"), found)
+
+
+@pytest.mark.parametrize("odd", ["text", [1], None])
+def test_an_odd_fact_about_a_reference_ends_no_evaluation(sections, odd):
+    from analysis import evaluate
+
+    path = sections[1] / "HISTEX.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"reference": odd}))
+    try:
+        assert evaluate.run(["--directory", str(sections[1]), "--no-plot", "--force"]) == 0
+    finally:
+        path.write_text(before)
