@@ -33,7 +33,8 @@ comparison; ``default`` departs from it:
 * The loss compares square roots, whose counting noise is the same for rich and poor genes.
 * Against overfitting to a few hundred spots, tokens and context are hidden in part (dropout),
   weights decay, and what is kept is the moving average of the weights over the last steps.
-* Discs are weighted by area and tissue. Training stops when held-out spots stop improving.
+* Discs are weighted by area and tissue, and training sees their superpixels only. The step size
+  falls to zero within a few epochs; training stops before when held-out spots stop improving.
 * Patches overlap and are blended in prediction, so that no seam shows. Afterwards the maps are
   anchored: scaled so that the discs of the spots sum to about what was measured.
 
@@ -324,11 +325,12 @@ class Preset:
     anchor_prior: float | None = 5.0  # counts; None: maps are not anchored to the spots
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     weight_decay: float = 1.0
-    learning_rate: float = 1e-3
-    batch_size: int = 16  # spots a training step, at most
+    learning_rate: float = 2e-3
+    batch_size: int = 8  # spots a training step, at most
     min_steps: int = 1  # of an epoch: batches of few spots are smaller
     averaging: float | None = 0.99  # a step, decay of the moving average of weights; None: none
-    patience: int = 12  # epochs without gain on held-out spots after which training stops
+    annealing: int | None = 14  # epochs over which the step size falls to 0; None: it stays
+    patience: int = 5  # epochs without gain on held-out spots after which training stops
 
 
 PRESETS = {
@@ -346,6 +348,7 @@ PRESETS = {
         batch_size=32,
         min_steps=16,
         averaging=None,
+        annealing=None,
     ),
 }
 
@@ -354,6 +357,7 @@ PRESETS = {
 # training a state
 # ------------------------------------------------------------------------------------------------
 CHECKPOINT_SECONDS = 30.0
+FEWEST_STEPS = 200  # over which the step size falls, also where an epoch has a few steps only
 QUICK = 10.0  # step size of a network's quick parameters, in those of the others
 SCORED_AT_ONCE = 16  # held-out spots
 
@@ -368,20 +372,21 @@ class Training:
     batch_size: int | None = None  # None: the preset's
     learning_rate: float | None = None  # None: the preset's
 
-    def start(self, network: Network) -> Progress:
+    def start(self, network: Network, n_steps: int) -> Progress:
         preset, rate = self.preset, self.learning_rate or self.preset.learning_rate
         slow: dict[str, Any] = {"params": [], "weight_decay": preset.weight_decay, "lr": rate}
         quick: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr": QUICK * rate}
         for name, parameter in network.named_parameters():
             (quick if name in network.quick else slow)["params"].append(parameter)
-        optimizer = preset.optimizer([slow, quick] if quick["params"] else [slow])
-        return Progress(network, optimizer, preset.averaging)
+        optimizer = preset.optimizer([slow, quick] if quick["params"] else [slow], fused=True)
+        return Progress(network, optimizer, preset.averaging, n_steps if preset.annealing else None)
 
-    def batches(self, order: np.ndarray) -> list[np.ndarray]:
-        """The spots of an epoch in batches of about equal size."""
-        most = min(self.preset.batch_size, len(order) // self.preset.min_steps)
-        size = self.batch_size or max(1, most)
-        return np.array_split(order, max(1, round(len(order) / size)))
+    def length(self, n_spots: int) -> tuple[int, int]:
+        """Epochs at most, and the steps of each."""
+        most = min(self.preset.batch_size, n_spots // self.preset.min_steps)
+        n_steps = max(1, round(n_spots / (self.batch_size or max(1, most))))
+        wanted = max(self.preset.annealing or self.epochs, math.ceil(FEWEST_STEPS / n_steps))
+        return min(self.epochs, wanted), n_steps
 
 
 def train_epoch(
@@ -392,17 +397,18 @@ def train_epoch(
     device: torch.device,
 ) -> float:
     """One pass over batches of training spots; returns the mean loss."""
-    network, total = progress.network, 0.0
+    network, total = progress.network, torch.zeros((), device=device)
     network.train()
     for batch in batches:
         loss = network.loss(*run_batch(network, section, split, batch, device)).mean()
         progress.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         progress.optimizer.step()
+        progress.schedule.step()
         if progress.average is not None:
             progress.average.update_parameters(network)
-        total += float(loss.detach()) * len(batch)
-    return total / sum(map(len, batches))
+        total += loss.detach() * len(batch)  # read once an epoch: the CPU need not wait for a card
+    return float(total) / sum(map(len, batches))
 
 
 def score_held_out(
@@ -433,13 +439,13 @@ def one_epoch(
     seed_torch(training.seed + index, epoch)
     order = np.random.default_rng([training.seed + index, epoch]).permutation(split.train)
     rate = progress.optimizer.param_groups[0]["lr"]
-    loss = train_epoch(progress, section, split, training.batches(order), device)
+    batches = np.array_split(order, training.length(len(order))[1])  # of about equal size
+    loss = train_epoch(progress, section, split, batches, device)
     row = {"epoch": epoch, "train_loss": loss, "learning_rate": rate}
     if len(split.held_out):
         losses, predicted = score_held_out(progress.kept, section, split, device)
         row["held_out_loss"] = float(losses.mean())
         progress.selection.consider(epoch, losses, predicted, progress.kept)
-        progress.schedule.step(row["held_out_loss"])
     weights = nn.utils.parameters_to_vector(progress.kept.parameters())
     if not all(map(math.isfinite, (*row.values(), weights.sum().item()))):
         raise utils.StageError(
@@ -473,7 +479,8 @@ def train_state(
         checkpoint.remove()  # of a run that was cut off just before it did
         return states.State(network, split, predicted)
 
-    progress = training.start(network)
+    n_epochs, n_steps = training.length(len(split.train))
+    progress = training.start(network, n_epochs * n_steps)
     if (saved := checkpoint.read()) is not None:
         progress.restore(saved)
         print(f"state {index}: goes on after epoch {len(progress.history)}")
@@ -481,8 +488,8 @@ def train_state(
         print(f"state {index}: trained anew, since {changed}")
 
     saved_at, n_done = 0.0, len(progress.history)
-    bar: Bar[None] = Bar((), f"epochs of state {index}", training.epochs, n_done)
-    while n_done < training.epochs and not (
+    bar: Bar[None] = Bar((), f"epochs of state {index}", n_epochs, n_done)
+    while n_done < n_epochs and not (
         len(split.held_out) and n_done - progress.selection.epoch >= training.preset.patience
     ):
         try:
@@ -575,8 +582,7 @@ def check_space(
     written = (1 + args.uncertainty) * n_genes * h * w * np.dtype(args.dtype).itemsize
     embedding = 4 * network.embedding_size * h * w
     shown = h * w if args.keep_background else int(section.tissue.sum())
-    n_passes = args.n_states * (1 + prediction.DROPOUT_PASSES * args.uncertainty)
-    latent = 4 * shown * n_passes * network.latent_size
+    latent = 4 * shown * args.n_states * network.latent_size
     kept = states.bytes_of(network(section, np.arange(len(section.counts))), args.n_states)
     print(
         f"to be written: {utils.size(written)} of maps ({n_genes} genes, {h} x {w}, {args.dtype}), "
@@ -615,27 +621,30 @@ def predict_and_write(
     device: torch.device,
 ) -> dict[str, Any]:
     """Everything that is as large as the map, and how well held-out spots are predicted."""
-    args, factors = stage.args, np.ones(len(genes), np.float32)
+    args, errors = stage.args, None
     files = maps.MapFiles(args.map_format, args.dtype, args.n_plots, args.uncertainty)
     held_out, predicted = states.held_out(trained)
     measured = section.counts[held_out]
     facts: dict[str, Any] = {"held_out": held_out, "r": states.correlations(predicted, measured)}
-    if args.uncertainty:
-        spread = uncertainty.held_out_spread(trained, section, held_out, args.seed, device)
-        factors, facts["coverage"] = uncertainty.calibrate_spread(measured, predicted, spread)
     shown = np.ones_like(section.tissue) if args.keep_background else section.tissue
-    passes = prediction.passes_of([state.network for state in trained], args.uncertainty)
+    if args.uncertainty:
+        variance = uncertainty.held_out_variance(trained, section, held_out, device)
+        disc = math.pi * section.radius**2
+        factors, facts["coverage"] = uncertainty.calibrate(measured, predicted, variance, disc)
+        spots, places = section.spots[section.usable], np.argwhere(shown) + 0.5
+        errors = uncertainty.Errors(factors, uncertainty.growth(places, spots, section.radius))
+    networks = [state.network for state in trained]
     decisive = [key.hash, utils.code_hash(SCRIPT), asdict(files)]
     decisive += [args.n_states, args.keep_background]
     work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
     folders = maps.new_folders(stage, files)
     with tempfile.TemporaryFile(dir=stage.directory) as file:  # it has no name, and ends with us
         embedding = prediction.embed_section(
-            passes, section, shown, training.preset.overlap, args.seed, file, device
+            networks, section, shown, training.preset.overlap, file, device
         )
         prior = training.preset.anchor_prior
-        decoder = prediction.Decoder(passes, section, shown, prior, file, device)
-        maps.write_genes(folders, work, genes, decoder, facts["r"], factors, files)
+        decoder = prediction.Decoder(networks, section, shown, prior, file, device)
+        maps.write_genes(folders, work, genes, decoder, facts["r"], files, errors)
     stage.retire(utils.EXPECTED)  # of maps by reference/predict.py
     if not args.uncertainty:
         stage.retire(utils.SPREAD)

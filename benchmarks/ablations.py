@@ -194,13 +194,13 @@ def run_variant(
             for i in range(n_states)
         ]
         seconds = time.perf_counter() - start
-    passes = prediction.passes_of([state.network for state in trained], with_dropout=False)
+    networks = [state.network for state in trained]
     maps = np.full((len(genes), *section.tissue.shape), np.nan, np.float32)
     with tempfile.TemporaryFile() as file:
-        prediction.embed_section(passes, section, section.tissue, row.overlap, seed, file, CPU)
-        decoder = prediction.Decoder(passes, section, section.tissue, row.anchor_prior, file, CPU)
+        prediction.embed_section(networks, section, section.tissue, row.overlap, file, CPU)
+        decoder = prediction.Decoder(networks, section, section.tissue, row.anchor_prior, file, CPU)
         for chosen in decoder.blocks():
-            maps[chosen, section.tissue] = decoder.maps(chosen)[0]
+            maps[chosen, section.tissue] = decoder.maps(chosen)
     held_out, predicted = states.held_out(trained)
     r = states.correlations(predicted, section.counts[held_out])
     h, w = truth.tissue.shape

@@ -17,6 +17,7 @@ from PIL import Image
 
 import utils
 from method import resume
+from method.uncertainty import Errors
 from writing.progress import Bar
 
 PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90
@@ -48,8 +49,8 @@ class Source(Protocol):
     def blocks(self) -> list[slice]:
         """All genes in parts."""
 
-    def maps(self, genes: slice) -> tuple[np.ndarray, np.ndarray | None]:
-        """Counts (G', M) of a part, and their relative spread, if it is known."""
+    def maps(self, genes: slice) -> np.ndarray:
+        """Counts (G', M) of a part."""
 
 
 def file_names(genes: list[str], suffix: str) -> dict[str, str]:
@@ -146,14 +147,14 @@ def write_genes(
     genes: list[str],
     source: Source,
     r: np.ndarray,
-    factors: np.ndarray,
     files: MapFiles,
+    errors: Errors | None = None,
 ) -> None:
     """Write the maps, their standard deviations and pictures, some genes at a time.
 
-    By ``r`` (G,), the held-out correlation or another score, genes are chosen for pictures;
-    ``factors`` (G,) turn relative spread into relative standard deviation. What is finished also
-    gets a name in the folder ``work``, from which a run that was cut off goes on.
+    By ``r`` (G,), the held-out correlation or another score, genes are chosen for pictures. Without
+    ``errors`` there are no standard deviations. What is finished also gets a name in the folder
+    ``work``, from which a run that was cut off goes on.
     """
     names = file_names(genes, f".{files.format}")
     best = np.argsort(-np.nan_to_num(r, nan=-2), kind="stable")[: files.n_plots].tolist()
@@ -167,11 +168,12 @@ def write_genes(
             finished += [(artifact, names[genes[i]]) for i in numbers]
         if resume.take_finished(work, folders, finished):
             continue
-        maps, spread = source.maps(block)
+        maps = source.maps(block)
+        spread = None if errors is None else errors.sd(maps, block)
         for row, i in enumerate(numbers):
             values = np.full(source.shown.shape, np.nan, np.float32)
             if spread is not None:
-                values[source.shown] = maps[row] * spread[row] * factors[i]
+                values[source.shown] = spread[row]
                 write_map(folders[utils.SPREAD] / names[genes[i]], values, files.dtype)
             values[source.shown] = maps[row]
             write_map(folders[utils.MAPS] / names[genes[i]], values, files.dtype)

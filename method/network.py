@@ -6,7 +6,6 @@ G genes, F token features, L latent values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -82,14 +81,20 @@ class Network(nn.Module):
         """Outputs (..., G) to counts per superpixel (..., G)."""
         return output
 
-    def forward(self, tokens: Tensor, expression: Tensor, offsets: Tensor) -> Tensor:
-        """Output (B, T, G) of patches.
+    def forward(
+        self, tokens: Tensor, expression: Tensor, offsets: Tensor, chosen: Tensor | None = None
+    ) -> Tensor:
+        """Output (B, T, G) of patches or, of the superpixels ``chosen`` (B, C) in them, (B, C, G).
 
         From tokens (B, rows, columns, F) with the halo, counts of HR points (B, K, G), and offsets
-        (B, T, K, 2) from HR points to superpixels.
+        (B, T, K, 2) from HR points to superpixels. What is not chosen is not seen, either.
         """
-        histology = self.embed_histology(self.views(tokens)).flatten(1, 2)
-        latent = self.fuse(histology, self.embed_expression(expression), offsets.mean(dim=1))
+        views, to_middle = self.views(tokens).flatten(1, 2), offsets.mean(dim=1)
+        if chosen is not None:
+            patch = torch.arange(len(chosen), device=chosen.device)[:, None]
+            views, offsets = views[patch, chosen], offsets[patch, chosen]
+        histology = self.embed_histology(views)
+        latent = self.fuse(histology, self.embed_expression(expression), to_middle)
         interpolated = torch.empty(0)
         if self.interpolates:
             interpolated = self.interpolation(offsets.square().sum(dim=-1)) @ expression
@@ -104,28 +109,16 @@ def disc_sums(maps: Tensor, areas: Tensor) -> Tensor:
 def run_batch(
     network: Network, section: Section, split: Split, batch: np.ndarray, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, T, G), areas (B, T) and counts (B, G) of a batch of spots, given by index."""
+    """Output (B, C, G), areas (B, C) and counts (B, G) of a batch of spots, given by index.
+
+    Of the C superpixels of a patch that the section has chosen, those of the disc.
+    """
     centres = np.floor(section.spots[batch]).astype(int)
-    output = network(*section.inputs(centres, split.near[batch], network.halo, device))
-    areas = to_device(section.areas[batch], device)
-    counts = to_device(section.counts[batch], device)
-    return output, areas, counts
+    chosen = to_device(section.chosen[batch], device)
+    inputs = section.inputs(centres, split.near[batch], network.halo, device)
+    areas = to_device(section.areas[batch], device).gather(1, chosen)
+    return network(*inputs, chosen), areas, to_device(section.counts[batch], device)
 
 
 def seed_torch(*numbers: int) -> None:
     torch.manual_seed(int(np.random.default_rng(numbers).integers(2**63)))
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass of a network over the section: as it is or, from 1 on, with random dropout."""
-
-    network: Network
-    dropout: int = 0
-
-    def start(self, *seed: int) -> Network:
-        """The network in the mode of this pass; numbers decide which features are hidden."""
-        self.network.train(self.dropout > 0)
-        if self.dropout:
-            seed_torch(self.dropout, *seed)
-        return self.network

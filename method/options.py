@@ -55,8 +55,7 @@ def parser(doc: str) -> cli.Parser:
     option(
         "--uncertainty",
         action="store_true",
-        help="Also write the standard deviation of every map, over states and dropouts, calibrated "
-        "on held-out spots. Prediction then takes about five times as long.",
+        help="Also write the standard deviation of every map, calibrated on held-out spots.",
     )
     option("--keep-background", action="store_true", help="Predict outside the tissue as well.")
     add_maps(parser)

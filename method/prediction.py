@@ -1,7 +1,7 @@
 """Prediction: trained networks go over the section, and maps of genes are decoded.
 
 Letters in shapes: B patches, T superpixels of a patch, D width, G genes, K HR points, L latent
-values, M superpixels that are shown, P HR points, R passes.
+values, M superpixels that are shown, P HR points, S states.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from method.anchoring import (
     nearest_points,
     weighted_sums,
 )
-from method.network import Network, Pass
+from method.network import Network
 from method.section import Section, nearest, on_map, to_device
-from method.uncertainty import Spread
 from reading import arrays
 from writing.progress import Bar
 
@@ -37,7 +36,6 @@ PREDICT_BATCH = 64  # patches
 STRIP = 64  # columns embedded at a time; small enough for memory that is free already
 POINTS_BYTES = 16_384_000  # of HR points embedded at a time: 4096 of 1,000 genes
 NOTHING = torch.empty(0)
-DROPOUT_PASSES = 4  # of each state, for the uncertainty of the maps
 
 
 def blending(side: int, overlap: bool) -> tuple[int, np.ndarray]:
@@ -90,7 +88,7 @@ class Batches:
 
 
 class HistologyRows:
-    """Histology of the rows that a row of patches covers, embedded by each of R passes.
+    """Histology of the rows that a row of patches covers, embedded by each of S networks.
 
     Rows that the next row of patches covers too are kept, so that each is embedded once. On the
     left and on the right is a margin, as wide as a patch may reach out of the map; there, the
@@ -98,30 +96,30 @@ class HistologyRows:
     """
 
     def __init__(
-        self, passes: list[Pass], section: Section, centres: np.ndarray, device: torch.device
+        self, networks: list[Network], section: Section, centres: np.ndarray, device: torch.device
     ) -> None:
-        self.passes, self.section, self.device = passes, section, device
+        self.networks, self.section, self.device = networks, section, device
         self.margin = margin = 2 * section.half
-        self.top, self.rows = -2 * margin - 2, [torch.empty(0)] * len(passes)  # none yet
+        self.top, self.rows = -2 * margin - 2, [torch.empty(0)] * len(networks)  # none yet
         self.reached = np.pad(np.zeros_like(section.tissue), margin)  # by any patch
         for row, col in zip(*(x.T for x in section.patches(centres)), strict=True):
             self.reached[row + margin, col + margin] = True
 
-    def at(self, top: int, seed: int) -> list[Tensor]:
-        """The rows from ``top`` on, (2 half + 1, w + 2 margins, D) of each pass."""
+    def at(self, top: int) -> list[Tensor]:
+        """The rows from ``top`` on, (2 half + 1, w + 2 margins, D) of each network."""
         side = 2 * self.section.half + 1
         kept = max(self.top + side - top, 0)
-        fresh = zip(*self.strips(top + kept, top + side, seed), strict=True)
+        fresh = zip(*self.strips(top + kept, top + side), strict=True)
         for number, strips in enumerate(fresh):
             rows = torch.cat(strips, dim=1)
             self.rows[number] = torch.cat([self.rows[number][-kept:], rows]) if kept else rows
         self.top = top
         return self.rows
 
-    def strips(self, top: int, bottom: int, seed: int) -> Iterator[list[Tensor]]:
-        """The rows top..bottom from left to right in strips, (rows, columns, D) of each pass."""
+    def strips(self, top: int, bottom: int) -> Iterator[list[Tensor]]:
+        """The rows top..bottom from left to right in strips, (rows, columns, D) of each network."""
         h, w = self.section.tissue.shape
-        network, margin = self.passes[0].network, self.margin
+        network, margin = self.networks[0], self.margin
         halo, width = network.halo, w + 2 * margin
         inside = to_device(self.reached[top + margin : bottom + margin], self.device)
         rows = np.arange(top - halo, bottom + halo).clip(0, h - 1)
@@ -132,35 +130,29 @@ class HistologyRows:
             tokens = block[np.ix_(rows - rows[0], columns.clip(0, w - 1))]
             # All networks see alike, for tokens are standardised by the section
             views = network.views(to_device(tokens, self.device).float()[None])[0]
-            yield self.embed(views, inside[:, left:right], seed)
+            yield self.embed(views, inside[:, left:right])
 
-    def embed(self, views: Tensor, inside: Tensor, seed: int) -> list[Tensor]:
+    def embed(self, views: Tensor, inside: Tensor) -> list[Tensor]:
         """Embed the views (rows, columns, 3 F) that are inside; 0 elsewhere."""
         if inside.all():
-            return [
-                one.start(seed, n).embed_histology(views[None])[0]
-                for n, one in enumerate(self.passes)
-            ]
+            return [network.embed_histology(views[None])[0] for network in self.networks]
         views, strips = views[inside][None], []
-        for number, one in enumerate(self.passes):
-            embedded = one.start(seed, number).embed_histology(views)[0]
+        for network in self.networks:
+            embedded = network.embed_histology(views)[0]
             strip = embedded.new_zeros(*inside.shape, embedded.shape[-1])
             strip[inside] = embedded
             strips.append(strip)
         return strips
 
 
-def embed_points(
-    passes: list[Pass], section: Section, seed: int, device: torch.device
-) -> list[Tensor]:
-    """The embedded expression of all HR points, (P, D), by each pass."""
-    contexts: list[list[Tensor]] = [[] for _ in passes]
+def embed_points(networks: list[Network], section: Section, device: torch.device) -> list[Tensor]:
+    """The embedded expression of all HR points, (P, D), by each network."""
+    contexts: list[list[Tensor]] = [[] for _ in networks]
     step = max(1, POINTS_BYTES // section.expression[:1].nbytes)
     for start in range(0, len(section.points), step):
         expression = to_device(section.expression[start : start + step], device)
-        for number, one in enumerate(passes):
-            embedded = one.start(seed, number, start).embed_expression(expression)
-            contexts[number].append(embedded)
+        for context, network in zip(contexts, networks, strict=True):
+            context.append(network.embed_expression(expression))
     return [torch.cat(parts) for parts in contexts]
 
 
@@ -180,7 +172,7 @@ class OpenRows:
         return (top + self.steps) % self.side
 
     def add(self, top: int, left: Tensor, fused: list[Tensor]) -> None:
-        """Add latent values (B, T, L) of each pass, of patches that begin at ``top``, ``left``."""
+        """Add latent values (B, T, L), by each network, of patches from ``top``, ``left`` on."""
         columns = left[:, None, None] + self.steps
         where = (self.lines(top)[:, None] * self.width + columns).flatten()
         self.weight.view(-1, 1).index_add_(0, where, self.hill.repeat(len(left), 1))
@@ -189,7 +181,7 @@ class OpenRows:
             rows.index_add_(0, where, (values * self.hill).flatten(0, 1))
 
     def close(self, top: int, stop: int, done: slice, columns: slice) -> Tensor:
-        """Weighted means (R, rows, columns, L) of the rows ``done``; top..stop are free again."""
+        """Weighted means (S, rows, columns, L) of the rows ``done``; top..stop are free again."""
         lines = self.lines(top)
         part = lines[max(done.start - top, 0) : max(done.stop - top, 0)]
         means = self.total[:, part, columns] / self.weight[part, columns]
@@ -199,14 +191,13 @@ class OpenRows:
 
 
 def latent_rows(
-    passes: list[Pass],
+    networks: list[Network],
     section: Section,
     shown: np.ndarray,
     overlap: bool,
-    seed: int,
     device: torch.device,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Go down the map and yield (rows, latent values (R, rows, w, L)) of R passes.
+    """Go down the map and yield (rows, latent values (S, rows, w, L)) of S networks.
 
     Patches overlap and are blended by their weights. What no patch reaches is NaN.
     """
@@ -215,32 +206,31 @@ def latent_rows(
     stride, hill = blending(side, overlap)
     centres = patch_centres(section, stride, shown)
     near = nearest(section.points, centres + 0.5, min(section.context, len(section.points)))
-    strips = HistologyRows(passes, section, centres, device)
-    expression = embed_points(passes, section, seed, device)
+    strips = HistologyRows(networks, section, centres, device)
+    expression = embed_points(networks, section, device)
     margin = strips.margin
-    size = passes[0].network.latent_size
-    blended = OpenRows(len(passes), hill, w + 2 * margin, size, device)
+    size = networks[0].latent_size
+    blended = OpenRows(len(networks), hill, w + 2 * margin, size, device)
 
-    def fuse(patches: np.ndarray, row: int, rows: list[Tensor], part: slice) -> list[Tensor]:
-        """Latent values (B, T, L) of a part of a row's patches (indices), by each pass."""
+    def fuse(patches: np.ndarray, rows: list[Tensor], part: slice) -> list[Tensor]:
+        """Latent values (B, T, L) of a part of a row's patches (indices), by each network."""
         centre, points = centres[patches[part]], near[patches[part]]
         offsets = (centre[:, None] + 0.5 - section.points[points]).astype(np.float32)
         offsets_there, points_there = to_device(offsets, device), to_device(points, device)
         left = to_device(centre[:, 1] - half + margin, device)
         fused = []
-        for number, one in enumerate(passes):
-            histology = rows[number].unfold(1, side, 1)[:, left]  # (side, B, D, side)
+        for network, embedded, context in zip(networks, rows, expression, strict=True):
+            histology = embedded.unfold(1, side, 1)[:, left]  # (side, B, D, side)
             histology = histology.permute(1, 0, 3, 2).flatten(1, 2)
-            network = one.start(seed, number, row, part.start)
-            fused.append(network.fuse(histology, expression[number][points_there], offsets_there))
+            fused.append(network.fuse(histology, context[points_there], offsets_there))
         return fused
 
     batches = Batches(PREDICT_BATCH)
     middles = patch_middles(half, stride, h)
     for row in Bar(middles, "histology"):
         here, top = np.flatnonzero(centres[:, 0] == row), row - half
-        rows = strips.at(top, seed) if len(here) else []
-        for part, fused in batches.over(len(here), partial(fuse, here, row, rows)):
+        rows = strips.at(top) if len(here) else []
+        for part, fused in batches.over(len(here), partial(fuse, here, rows)):
             left = to_device(centres[here[part], 1] - half + margin, device)
             blended.add(top, left, fused)
         stop = top + stride if row != middles[-1] else h
@@ -250,30 +240,25 @@ def latent_rows(
             yield done, means
 
 
-def passes_of(networks: list[Network], with_dropout: bool) -> list[Pass]:
-    """All passes over the section: each network as it is, then each with several dropouts."""
-    numbers = range(1 + DROPOUT_PASSES * with_dropout)
-    return [Pass(network, dropout) for dropout in numbers for network in networks]
-
-
 def embed_section(
-    passes: list[Pass],
+    networks: list[Network],
     section: Section,
     shown: np.ndarray,
     overlap: bool,
-    seed: int,
     file: BufferedRandom,
     device: torch.device,
 ) -> np.ndarray:
-    """Write the latent values of the M superpixels that are shown, float32 (M, R, L), to a file.
+    """Write the latent values of the M superpixels that are shown, float32 (M, S, L), to a file.
 
-    ``shown`` is (h, w) bool. Returns the embedding (D, h, w) of the first pass, NaN where nothing
-    is shown.
+    ``shown`` is (h, w) bool. Returns the embedding (D, h, w) of the first network, NaN
+    where nothing is shown.
     """
-    size = passes[0].network.embedding_size
+    size = networks[0].embedding_size
     embedding = np.full((size, *shown.shape), np.nan, np.float32)
+    for network in networks:
+        network.eval()
     with torch.inference_mode():
-        for rows, latent in latent_rows(passes, section, shown, overlap, seed, device):
+        for rows, latent in latent_rows(networks, section, shown, overlap, device):
             values = latent.cpu()[:, torch.from_numpy(shown[rows])]
             embedding[:, rows][:, shown[rows]] = values[0, :, :size].T
             file.write(values.transpose(0, 1).contiguous().numpy().data)
@@ -289,81 +274,66 @@ class Decoder:
 
     def __init__(
         self,
-        passes: list[Pass],
+        networks: list[Network],
         section: Section,
         shown: np.ndarray,
         anchor_prior: float | None,
         file: BufferedRandom,
         device: torch.device,
     ) -> None:
-        self.passes, self.section, self.file, self.device = passes, section, file, device
+        self.networks, self.section, self.file, self.device = networks, section, file, device
         self.shown, self.places = shown, np.argwhere(shown)
-        self.size = passes[0].network.latent_size
-        if passes[0].network.interpolates:
+        self.size = networks[0].latent_size
+        if networks[0].interpolates:
             self.near, self.distance2 = nearest_points(section.points, self.places, section.context)
         self.prior = anchor_prior
         self.anchors = None if anchor_prior is None else find_anchors(section, self.places)
-        # Maps and then spread, as decoded and turned: to get it anew for each part takes long
+        # As decoded and turned: to get it anew for each part takes long
         n_genes = max(part.stop - part.start for part in self.blocks())
-        n_arrays = 4 if passes[-1].dropout else 2
-        self.memory = np.empty((n_arrays, n_genes * len(self.places)), np.float32)
+        self.memory = np.empty((2, n_genes * len(self.places)), np.float32)
 
     def blocks(self) -> list[slice]:
         """The genes in parts whose maps fit the memory, all about equal."""
         n_genes = self.section.counts.shape[1]
-        bytes_a_gene = 4 * len(self.places) * (2 if self.passes[-1].dropout else 1)
-        n_blocks = -(-n_genes // max(1, GENES_BYTES // bytes_a_gene))
+        n_blocks = -(-n_genes // max(1, GENES_BYTES // (4 * len(self.places))))
         edges = np.linspace(0, n_genes, n_blocks + 1).astype(int).tolist()
         return [slice(*pair) for pair in itertools.pairwise(edges)]
 
-    def maps(self, genes: slice) -> tuple[np.ndarray, np.ndarray | None]:
-        """Median of the networks, anchored, (G', M), and its relative spread (G', M) or None.
+    def maps(self, genes: slice) -> np.ndarray:
+        """Median of the networks, anchored, (G', M).
 
-        They are there until the next call, which uses their memory again.
+        It is there until the next call, which uses its memory again.
         """
         n, n_genes = len(self.places), genes.stop - genes.start
-        memory = [row[: n * n_genes] for row in self.memory]
-        maps = memory[0].reshape(n, n_genes)
-        spread = memory[2].reshape(n, n_genes) if len(memory) > 2 else None
+        maps, turned = (row[: n * n_genes] for row in self.memory)
+        maps, turned = maps.reshape(n, n_genes), turned.reshape(n_genes, n)
         columns = np.ascontiguousarray(self.section.expression[:, genes])
         expression = to_device(columns, self.device)
         batches = Batches(max(1, COUNTS_AT_ONCE // n_genes))
         with torch.inference_mode():
-            for part, (medians, shares) in batches.over(
-                n, lambda part: self.decode(part, genes, expression)
-            ):
+            for part, medians in batches.over(n, lambda part: self.decode(part, genes, expression)):
                 maps[part] = medians.cpu()
-                if spread is not None and shares is not None:
-                    spread[part] = shares.cpu()
         if self.anchors is not None and self.prior is not None:
             measured = self.section.counts[self.section.usable, genes]
             anchor_to_spots(maps, measured, self.anchors, self.prior)
-        turned = cv2.transpose(maps, memory[1].reshape(n_genes, n))
-        if spread is None:
-            return turned, None
-        return turned, cv2.transpose(spread, memory[3].reshape(n_genes, n))
+        return cv2.transpose(maps, turned)
 
-    def decode(self, part: slice, genes: slice, expression: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Median (M', G') and relative spread of some superpixels and genes."""
-        shape = (part.stop - part.start, len(self.passes), self.size)
+    def decode(self, part: slice, genes: slice, expression: Tensor) -> Tensor:
+        """Median (M', G') of some superpixels and genes."""
+        shape = (part.stop - part.start, len(self.networks), self.size)
         values = np.empty(shape, np.float32)
         self.file.seek(part.start * values[:1].nbytes)
         self.file.readinto(values.data)
-        latent = to_device(values, self.device)
-        maps, spread, interpolated = [], Spread(), dict[Network, Tensor]()
-        for number, one in enumerate(self.passes):
-            network = one.network
-            if network.interpolates and network not in interpolated:
+        latent, maps = to_device(values, self.device), []
+        for number, network in enumerate(self.networks):
+            interpolated = NOTHING
+            if network.interpolates:
                 near = to_device(self.near[part], self.device)
                 shares = network.interpolation(to_device(self.distance2[part], self.device))
-                interpolated[network] = weighted_sums(near, shares, expression)
-            counts = network.decode(latent[:, number], interpolated.get(network, NOTHING), genes)
-            counts = network.to_counts(counts, genes)
-            if one.dropout:
-                spread.add(counts)
-            else:
-                maps.append(counts)
-        return median_of(maps), spread.relative() if spread.n else None
+                interpolated = weighted_sums(near, shares, expression)
+            output = network.decode(latent[:, number], interpolated, genes)
+            maps.append(network.to_counts(output, genes))
+        return median_of(maps)
 
 
 def median_of(maps: list[Tensor]) -> Tensor:

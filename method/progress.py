@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 from method.network import Network
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
-PLATEAU_EPOCHS, PLATEAU_FACTOR = 6, 0.5  # learning rate: halved after so many epochs without gain
 
 
 class Selection:
@@ -67,14 +66,21 @@ class Progress:
     """What a training has come to; a checkpoint holds all of it."""
 
     def __init__(
-        self, network: Network, optimizer: torch.optim.Optimizer, averaging: float | None
+        self,
+        network: Network,
+        optimizer: torch.optim.Optimizer,
+        averaging: float | None,
+        n_steps: int | None,
     ) -> None:
+        """``n_steps``: the step size falls to 0 over so many, as a cosine; None: it stays."""
+
+        def size(step: int) -> float:
+            return 1.0 if n_steps is None else (1 + math.cos(math.pi * step / n_steps)) / 2
+
         self.network = network
         self.optimizer = optimizer
         self.average = None if averaging is None else averaged(network, averaging)
-        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_EPOCHS
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, size)
         self.selection = Selection()
         self.history: list[dict[str, float]] = []
 

@@ -62,6 +62,7 @@ class Section:
             )
             share = self.areas.sum(axis=1) / (math.pi * self.radius**2)
             self.usable = share >= MIN_TISSUE_SHARE
+            self.chosen = largest(self.areas)
             keep = self.usable[self.parents].all(axis=1)
             self.points, self.parents = self.points[keep], self.parents[keep]
             share = share.clip(max=1)[self.parents].mean(axis=1, keepdims=True)
@@ -71,6 +72,7 @@ class Section:
             steps = np.arange(-self.half, self.half + 1)
             disc = steps[:, None] ** 2 + steps**2 <= self.radius**2  # 37 superpixels on Visium
             self.areas = np.tile(disc.ravel().astype(np.float32), (len(row), 1))
+            self.chosen = np.tile(np.arange(self.areas.shape[1]), (len(row), 1))
             self.usable = np.ones(len(row), bool)
             self.expression = np.array(self.expression)  # also of a memory map
 
@@ -157,6 +159,15 @@ def split_spots(section: Section, holds_out: bool, seed: int, index: int) -> Spl
     held_out = usable[fold == index % n_folds]
     near = section.context_of_spots(held_out, leave_out=True)
     return Split(np.setdiff1d(usable, held_out), held_out, near)
+
+
+def largest(areas: np.ndarray) -> np.ndarray:
+    """Indices (N, C), ascending, of all superpixels of a patch that have an area (N, T).
+
+    C is that of the spot with most of them; the others get some without area in addition.
+    """
+    n_chosen = (areas > 0).sum(axis=1).max()
+    return np.sort(np.argsort(-areas, axis=1, kind="stable")[:, :n_chosen], axis=1)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

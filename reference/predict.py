@@ -93,8 +93,8 @@ class Predictor:
         n = len(self.order)
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
-    def maps(self, genes: slice) -> tuple[np.ndarray, None]:
-        """Counts (G', M) of some genes, and that nothing is known of their spread."""
+    def maps(self, genes: slice) -> np.ndarray:
+        """Counts (G', M) of some genes."""
         chosen = torch.from_numpy(self.order[genes])
         step = max(1, GENES_BYTES // (40 * len(chosen)))
         values = np.empty((len(chosen), len(self.features)), np.float32)
@@ -104,7 +104,7 @@ class Predictor:
                 part = torch.from_numpy(self.features[start : start + step]).float()
                 log_ratio = self.reference.encoder.decode(part, chosen)
                 values[:, start : start + step] = (log_ratio.exp() * rates).T.numpy()
-        return values, None
+        return values
 
 
 def check_maps_of_spots(stage: utils.Stage) -> None:
@@ -137,7 +137,7 @@ def write_maps(
     folders = maps.new_folders(stage, files)
     genes, r = table["gene"].tolist(), table[COARSE].to_numpy()
     predictor = Predictor(found, table.index.to_numpy(copy=True), features, tissue, depth)
-    maps.write_genes(folders, work, genes, predictor, r, np.ones(len(genes)), files)
+    maps.write_genes(folders, work, genes, predictor, r, files)
     embedding = np.full((reference.FEATURES, *tissue.shape), np.nan, np.float32)
     embedding[:, tissue] = features.T
     maps.write_embedding(stage, embedding)

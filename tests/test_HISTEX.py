@@ -37,10 +37,9 @@ from method import (
     prediction,
     progress,
     states,
-    uncertainty,
 )
 from method import section as sections
-from method.network import Network, Pass, run_batch
+from method.network import Network, run_batch
 from method.section import Section
 from reading import arrays, images, pickles
 from writing import disk
@@ -76,21 +75,17 @@ def make_section(by_area: bool = True, seed: int = 0, shape=SHAPE, **changes) ->
 CPU = torch.device("cpu")
 
 
-def predict(networks, section, device=CPU, preset="default", uncertainty=False, background=False):
-    """Maps (G, h, w), the embedding (D, h, w), and the maps' relative spread (or None)."""
+def predict(networks, section, device=CPU, preset="default", background=False):
+    """Maps (G, h, w) and the embedding (D, h, w)."""
     row = HISTEX.PRESETS[preset]
     shown = np.ones_like(section.tissue) if background else section.tissue
-    passes = prediction.passes_of(networks, uncertainty)
     with tempfile.TemporaryFile() as file:
-        embedding = prediction.embed_section(passes, section, shown, row.overlap, 0, file, device)
-        decoder = prediction.Decoder(passes, section, shown, row.anchor_prior, file, device)
-        maps, spread = (np.full((G, *section.tissue.shape), np.nan, np.float32) for _ in range(2))
+        embedding = prediction.embed_section(networks, section, shown, row.overlap, file, device)
+        decoder = prediction.Decoder(networks, section, shown, row.anchor_prior, file, device)
+        maps = np.full((G, *section.tissue.shape), np.nan, np.float32)
         for genes in decoder.blocks():
-            values, share = decoder.maps(genes)
-            maps[genes, shown] = values
-            if share is not None:
-                spread[genes, shown] = share
-    return maps, embedding, None if share is None else spread
+            maps[genes, shown] = decoder.maps(genes)
+    return maps, embedding
 
 
 def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -233,7 +228,9 @@ def test_a_gene_without_a_count_in_training_has_finite_maps():
 
 def test_quick_parameters_learn_faster_and_do_not_decay():
     network = HISTEX.DefaultNetwork(make_section(), np.arange(16))
-    slow, quick = HISTEX.Training(HISTEX.PRESETS["default"]).start(network).optimizer.param_groups
+    slow, quick = (
+        HISTEX.Training(HISTEX.PRESETS["default"]).start(network, 9).optimizer.param_groups
+    )
     assert [id(p) for p in quick["params"]] == [id(network.trust)]
     assert (quick["lr"], quick["weight_decay"]) == (10 * slow["lr"], 0)
     assert slow["weight_decay"] > 0
@@ -454,6 +451,36 @@ def test_training_stops_at_a_plateau_and_keeps_the_best_epoch(tmp_path, monkeypa
     assert losses.mean() == pytest.approx(history["held_out_loss"][best], rel=1e-5)
 
 
+@pytest.mark.parametrize(("n_spots", "epochs", "wanted"), [
+    (160, 500, (14, 20)), (80, 500, (20, 10)), (7, 500, (200, 1)), (160, 5, (5, 20)),
+])  # fmt: skip
+def test_a_training_is_as_long_as_its_steps_need(n_spots, epochs, wanted):
+    row = replace(HISTEX.PRESETS["default"], batch_size=8)
+    assert HISTEX.Training(row, epochs).length(n_spots) == wanted
+    steady = replace(row, annealing=None)
+    assert HISTEX.Training(steady, epochs).length(n_spots) == (epochs, wanted[1])
+
+
+def test_training_sees_the_superpixels_of_the_disc_only():
+    section = make_section()
+    assert section.chosen.shape[1] < section.areas.shape[1]
+    for areas, chosen in zip(section.areas, section.chosen, strict=True):
+        assert set(np.flatnonzero(areas)) <= set(chosen)
+    network = randomise(HISTEX.DefaultNetwork(section, np.arange(16)).eval())
+    split, some = sections.split_spots(section, True, 0, 0), np.array([3, 7])
+    output, areas, _ = run_batch(network, section, split, some, CPU)
+    assert output.shape[1] == areas.shape[1] == section.chosen.shape[1]
+    np.testing.assert_array_equal(areas.sum(dim=1), section.areas[some].sum(axis=1))
+    centres = np.floor(section.spots[some]).astype(int)
+    inputs = section.inputs(centres, split.near[some], network.halo, CPU)
+    every = torch.arange(section.areas.shape[1]).repeat(2, 1)
+    torch.testing.assert_close(network(*inputs, every), network(*inputs))
+    last = every[:, -20:].flip(1)  # in the order in which they are chosen
+    alone = network(*inputs, last)
+    torch.testing.assert_close(network(*inputs, last.flip(1)), alone.flip(1))
+    assert not torch.allclose(alone, network(*inputs)[:, -20:].flip(1))  # fewer tokens are seen
+
+
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(HISTEX, "train_epoch", lambda *args: float("nan"))
     with pytest.raises(utils.StageError, match="state 0 diverges: in epoch 1"):
@@ -512,6 +539,7 @@ def test_every_field_of_a_training_and_every_source_file_is_in_its_key():
             {"by_area": False}, {"holds_out": False}, {"overlap": False}, {"anchor_prior": None},
             {"optimizer": torch.optim.SGD}, {"weight_decay": 0.5}, {"learning_rate": 1.0},
             {"batch_size": 3}, {"min_steps": 9}, {"averaging": 0.5}, {"patience": 1},
+            {"annealing": 5},
         )
     ]  # fmt: skip
     assert len(rows) == len(fields(HISTEX.Preset))
@@ -620,7 +648,7 @@ def test_a_change_of_the_code_trains_anew_and_is_said(finished, tmp_path):
     assert "the code has changed (HISTEX.py)" in said
     said = rerun("method/section.py", "MIN_TISSUE_SHARE = 0.25", "MIN_TISSUE_SHARE = 0.3")
     assert "the code has changed (section.py)" in said
-    said = rerun("method/progress.py", "PLATEAU_FACTOR = 6, 0.5", "PLATEAU_FACTOR = 6, 0.4")
+    said = rerun("method/progress.py", "float((1 + steps)", "float((2 + steps)")
     assert "the code has changed (progress.py)" in said
     said = rerun("method/maps.py", "PLOT_PX, PLOT_MARGIN_PX", "PLOT_PX , PLOT_MARGIN_PX")
     assert "nothing it was trained on has changed" in said
@@ -649,14 +677,14 @@ def test_patches_cover_all_tissue_and_their_weights_cancel(preset, shape, monkey
     rng = np.random.default_rng(0)
     tissue = rng.random(shape) < 0.5
     section = make_section(by_area=preset == "default", shape=shape, tissue=tissue)
-    maps, embedding, _ = predict([Numbered()], section, preset=preset)
+    maps, embedding = predict([Numbered()], section, preset=preset)
     assert (np.isnan(maps) == ~tissue).all()
     for gene in range(G):
         np.testing.assert_allclose(maps[gene, tissue], gene + 1, rtol=1e-5)
     assert embedding.shape == (HISTEX.WIDTH, *shape)
     assert (np.isnan(embedding) == ~tissue).all()
     np.testing.assert_allclose(embedding[:, tissue], 1, rtol=1e-5)
-    maps, _, _ = predict([Numbered()], section, preset=preset, background=True)
+    maps, _ = predict([Numbered()], section, preset=preset, background=True)
     np.testing.assert_allclose(maps[2], 3, rtol=1e-5)
 
 
@@ -694,7 +722,7 @@ def test_maps_are_blended_patches_decoded_superpixel_by_superpixel(monkeypatch):
     monkeypatch.setattr(prediction, "find_anchors", lambda *_: None)
     section = make_section(shape=(23, 31))
     network = default_network(section)
-    maps, _, _ = predict([network], section)
+    maps, _ = predict([network], section)
     np.testing.assert_allclose(maps, unanchored(network, section, monkeypatch), rtol=1e-3)
 
 
@@ -753,7 +781,7 @@ def test_maps_are_the_median_of_the_states(monkeypatch):
     section = make_section()
     networks = [default_network(section, seed) for seed in (1, 2, 3, 4)]
     single = [predict([network], section)[0] for network in networks]
-    together, embedding, _ = predict(networks, section)
+    together, embedding = predict(networks, section)
     np.testing.assert_allclose(together, np.median(single, axis=0), rtol=1e-4)
     np.testing.assert_allclose(embedding, predict(networks[:1], section)[1], rtol=1e-4, atol=1e-5)
 
@@ -762,7 +790,7 @@ def test_published_blocks_are_predicted_whole_and_once():
     """Every 7 x 7 block by itself, with the five HR points nearest to its centre."""
     section = make_section(by_area=False, shape=(21, 28))
     network = randomise(HISTEX.PublishedNetwork(section, np.arange(16)))
-    out, _, _ = predict([network], section, preset="published")
+    out, _ = predict([network], section, preset="published")
     for r, c in itertools.product(range(0, 21, 7), range(0, 28, 7)):
         distance = np.linalg.norm(section.points - (r + 3.5, c + 3.5), axis=1)
         near = np.argsort(distance, kind="stable")[:5]
@@ -779,7 +807,7 @@ def test_published_blocks_are_predicted_whole_and_once():
 def test_memory_running_out_halves_the_batch(monkeypatch):
     section = make_section()
     network = default_network(section)
-    wanted, _, _ = predict([network], section)
+    wanted, _ = predict([network], section)
     fuse, decode, sizes = HISTEX.DefaultNetwork.fuse, HISTEX.DefaultNetwork.decode, []
 
     def fuse_few(self, histology, *others):
@@ -796,7 +824,7 @@ def test_memory_running_out_halves_the_batch(monkeypatch):
     monkeypatch.setattr(HISTEX.DefaultNetwork, "fuse", fuse_few)
     monkeypatch.setattr(HISTEX.DefaultNetwork, "decode", decode_few)
     monkeypatch.setattr(prediction, "PREDICT_BATCH", 10)
-    got, _, _ = predict([network], section)
+    got, _ = predict([network], section)
     assert sizes[:4] == [10, 5, 2, 2]
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
     monkeypatch.setattr(prediction, "PREDICT_BATCH", 1)
@@ -1018,85 +1046,6 @@ def test_the_state_that_is_kept_has_the_averaged_weights(tmp_path):
 
 
 # ----- uncertainty -----
-def test_the_spread_of_samples_is_that_of_numpy():
-    samples = np.random.default_rng(0).uniform(0, 5, (6, 4, 3)).astype(np.float32)
-    samples[:, 0, 0] = 0
-    spread = uncertainty.Spread()
-    for sample in samples:
-        spread.add(torch.from_numpy(sample))
-    with np.errstate(invalid="ignore"):
-        wanted = np.nan_to_num(samples.std(axis=0, ddof=1) / samples.mean(axis=0))
-    np.testing.assert_allclose(spread.relative().numpy(), wanted, rtol=1e-5)
-
-
-def test_the_spread_is_over_networks_and_dropouts(monkeypatch):
-    """As many maps of single dropouts, their standard deviation over their mean."""
-    monkeypatch.setattr(prediction, "find_anchors", lambda *_: None)
-    section = make_section()
-    networks = [default_network(section, seed) for seed in (1, 2)]
-    alone, _, _ = predict(networks, section)
-    maps, _, spread = predict(networks, section, uncertainty=True)
-    np.testing.assert_allclose(maps, alone, rtol=1e-5)
-    samples, start = [], Pass.start
-    for number in range(2 * prediction.DROPOUT_PASSES):
-        one = Pass(networks[number % 2], 1 + number // 2)
-        monkeypatch.setattr(  # the number of the run among all of them decides the random numbers
-            Pass,
-            "start",
-            lambda _, seed, n, *others, one=one, k=2 + number: start(one, seed, k, *others),
-        )
-        samples.append(predict([networks[number % 2]], section)[0])
-    wanted = np.std(samples, axis=0, ddof=1) / np.mean(samples, axis=0)
-    assert wanted.min() > 0
-    np.testing.assert_allclose(spread, wanted, rtol=1e-3)
-
-
-def test_without_dropout_one_network_has_no_spread(monkeypatch):
-    monkeypatch.setattr(HISTEX.DefaultNetwork, "dropout", 0.0)
-    monkeypatch.setattr(HISTEX.DefaultNetwork, "context_dropout", 0.0)
-    section = make_section()
-    network = default_network(section)
-    assert predict([network], section, uncertainty=True)[2].max() < 1e-5
-
-
-def test_a_count_far_off_needs_a_wide_interval():
-    predicted = np.array([100 - 0.375] * 3)
-    measured = np.array([100 - 0.375, 100, 144 - 0.375])
-    # root 12 against root 10 misses by 4 standard deviations of counting noise, which are 1.645
-    # if the expectation's own variance is (4^2 / 1.645^2 - 1) times the count
-    wanted = np.sqrt(((4 / 1.645) ** 2 - 1) * 100) / 5
-    np.testing.assert_allclose(uncertainty.needed_scale(measured, predicted, 5.0), [0, 0, wanted])
-
-
-def test_calibrated_intervals_hold_nine_tenths_of_the_counts():
-    rng = np.random.default_rng(0)
-    expected = rng.uniform(5, 60, (400, 8))
-    spread = rng.uniform(0.05, 0.15, expected.shape)
-    factors = np.array([1, 1, 2, 2, 3, 3, 4, 4.0])
-    truth = expected * (1 + factors * spread * rng.normal(size=expected.shape)).clip(0.01)
-    measured = rng.poisson(truth).astype(np.float32)
-    fitted, covered = uncertainty.calibrate_spread(measured, expected, spread)
-    np.testing.assert_allclose(fitted, factors, rtol=0.2)
-    assert covered == pytest.approx(0.9, abs=0.03)
-
-
-def test_poor_counts_do_not_make_the_maps_certain():
-    """Around one expected count, its noise alone covers more than nine tenths of the counts."""
-    rng = np.random.default_rng(0)
-    expected = rng.uniform(1, 1.5, (300, 8))
-    measured = rng.poisson(expected * np.exp(0.3 * rng.normal(size=expected.shape) - 0.045))
-    fitted, covered = uncertainty.calibrate_spread(measured, expected, np.full(expected.shape, 0.1))
-    assert (fitted > 0).all()
-    assert (fitted != 1).all()  # counts of which 1 to 2 are expected teach something
-    assert 0.9 < covered <= 1
-
-
-def test_without_counts_to_calibrate_by_the_spread_stays():
-    fitted, covered = uncertainty.calibrate_spread(*np.zeros((3, 10, 4)))
-    assert (fitted == 1).all()
-    assert covered is None
-
-
 def test_uncertainty_on_request(finished_sample, finished, capsys):
     """Maps stay as they are; their standard deviation comes, and goes with the next run without."""
     before = disk.sha256(finished / "cnts-super" / "index.csv")
@@ -1269,16 +1218,6 @@ def test_a_process_that_is_not_the_first_leaves_the_maps_to_it(finished, monkeyp
         assert ("state 0" in out) == ("wrote cnts-super" in out) == (rank == 0)
         assert ((finished / "HISTEX.json").read_bytes() == before) == (rank == 1)
         assert (finished / "states" / "01" / "model.safetensors").is_file()
-
-
-def test_intervals_that_no_count_could_calibrate_are_a_warning(tmp_path, capsys):
-    stage = utils.Stage(utils.HISTEX, argparse.Namespace(directory=tmp_path))
-    assert uncertainty.report_coverage(stage, None) is None
-    assert "cnts-super-sd is not calibrated" in capsys.readouterr().out
-    assert any("is not calibrated" in note for note in stage.notes)
-    assert uncertainty.report_coverage(stage, 0.9) == 0.9
-    assert "intervals 90% of held-out counts" in capsys.readouterr().out
-    assert len(stage.notes) == 1
 
 
 def test_two_processes_share_the_states(finished_sample, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 import HISTEX
 import utils
-from method import anchoring, grid, network, prediction, progress, states, tiling, uncertainty
+from method import anchoring, grid, network, prediction, progress, states, tiling
 from method import section as sections
 from writing import disk
 
@@ -331,30 +331,13 @@ def test_sums_over_discs_and_the_batch_of_spots():
     batch = np.array([5, 2])
     output, areas, counts = network.run_batch(Plain(), section, split, batch, CPU)
     np.testing.assert_array_equal(counts.numpy(), section.counts[batch])
-    np.testing.assert_array_equal(areas.numpy(), section.areas[batch])
+    chosen = section.chosen[batch]
+    np.testing.assert_array_equal(areas, np.take_along_axis(section.areas[batch], chosen, axis=1))
     row, col = section.patches(np.floor(section.spots[batch]).astype(int))
+    row, col = (np.take_along_axis(x, chosen, axis=1) for x in (row, col))
     context = section.expression[split.near[batch]].mean(axis=(1, 2))
     wanted = section.tokens[row, col].astype(np.float32).sum(axis=2) + 0.1 * context[:, None]
     np.testing.assert_allclose(output[..., 0].numpy(), wanted, rtol=1e-4)
-
-
-def test_a_pass_hides_features_by_its_numbers_only():
-    one = Plain()
-    assert not network.Pass(one).start(1).training
-    state = torch.get_rng_state()
-    network.Pass(one).start(1)
-    assert torch.equal(torch.get_rng_state(), state)
-
-    def drawn(dropout: int, *seed: int) -> torch.Tensor:
-        assert network.Pass(one, dropout).start(*seed).training
-        return one.hide(torch.ones(64))
-
-    assert torch.equal(drawn(1, 2, 3), drawn(1, 2, 3))
-    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
-        assert not torch.equal(drawn(1, 2, 3), drawn(*other))
-    numbers = prediction.passes_of([one, Plain()], True)
-    assert [each.dropout for each in numbers] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert [each.dropout for each in prediction.passes_of([one], False)] == [0]
 
 
 # ----- progress -----------------------------------------------------------------------------------
@@ -380,7 +363,7 @@ def test_a_checkpoint_holds_all_that_a_training_has_come_to(averaging):
     def made() -> progress.Progress:
         torch.manual_seed(0)
         one = nn.Linear(2, 1)
-        return progress.Progress(one, torch.optim.Adam(one.parameters(), 0.1), averaging)
+        return progress.Progress(one, torch.optim.Adam(one.parameters(), 0.1), averaging, 8)
 
     first, second = made(), made()
     assert (first.kept is first.network) == (averaging is None)
@@ -388,7 +371,7 @@ def test_a_checkpoint_holds_all_that_a_training_has_come_to(averaging):
     first.optimizer.step()
     if first.average is not None:
         first.average.update_parameters(first.network)
-    first.schedule.step(0.5)
+    first.schedule.step()
     first.selection.consider(3, np.array([0.5, 1]), np.ones((2, 1), "f4"), first.network)
     first.history.append({"loss": 0.5})
     second.restore(first.content())
@@ -400,14 +383,18 @@ def test_a_checkpoint_holds_all_that_a_training_has_come_to(averaging):
     assert second.selection.half_loss == [0.5, 1]
 
 
-def test_the_rate_is_halved_after_seven_epochs_without_gain():
+@pytest.mark.parametrize(("n_steps", "wanted"), [
+    (4, [0.8, 0.4 + 0.4 * 0.5**0.5, 0.4, 0.4 - 0.4 * 0.5**0.5, 0]), (None, [0.8] * 5),
+])  # fmt: skip
+def test_the_step_size_falls_as_a_cosine(n_steps, wanted):
     one = nn.Linear(1, 1)
-    run = progress.Progress(one, torch.optim.SGD(one.parameters(), 0.8), None)
-    rates = []
-    for loss in [1.0] + [2.0] * 14:
-        run.schedule.step(loss)
+    run = progress.Progress(one, torch.optim.SGD(one.parameters(), 0.8), None, n_steps)
+    rates = [run.optimizer.param_groups[0]["lr"]]
+    for _ in range(4):
+        run.optimizer.step()
+        run.schedule.step()
         rates.append(run.optimizer.param_groups[0]["lr"])
-    assert rates == [0.8] * 7 + [0.4] * 7 + [0.2]
+    np.testing.assert_allclose(rates, wanted, atol=1e-12)
 
 
 # ----- prediction ---------------------------------------------------------------------------------
@@ -452,15 +439,12 @@ def test_batches_are_halved_and_stay_so():
     assert list(batches.over(0, compute)) == []
 
 
-@pytest.mark.parametrize("spread", [False, True])
-def test_blocks_of_genes_fit_the_memory_and_are_about_equal(spread, monkeypatch):
+def test_blocks_of_genes_fit_the_memory_and_are_about_equal(monkeypatch):
     section = make_section()
     decoder = prediction.Decoder.__new__(prediction.Decoder)
     decoder.section, decoder.places = section, np.zeros((10, 2))
-    decoder.passes = prediction.passes_of([Plain()], spread)
-    bytes_a_gene = 4 * 10 * (1 + spread)
     for room, wanted in ((5, [5]), (3, [2, 3]), (2, [1, 2, 2]), (1, [1] * 5), (0.5, [1] * 5)):
-        monkeypatch.setattr(prediction, "GENES_BYTES", int(room * bytes_a_gene))
+        monkeypatch.setattr(prediction, "GENES_BYTES", int(room * 4 * 10))
         blocks = decoder.blocks()
         assert [part.stop - part.start for part in blocks] == wanted
         assert [blocks[0].start, blocks[-1].stop] == [0, G]
@@ -517,69 +501,6 @@ def test_weighted_sums_by_hand():
     rows, weights = torch.tensor([[0, 1]]), torch.tensor([[0.25, 2.0]])
     table = torch.tensor([[4.0, 8.0], [1.0, 3.0]])
     assert anchoring.weighted_sums(rows, weights, table).tolist() == [[3.0, 8.0]]
-
-
-# ----- uncertainty --------------------------------------------------------------------------------
-COUNT = 100 - 0.375  # its root, with 3/8 added, is 10
-
-
-def of_root(root: float) -> float:
-    return root**2 - 0.375
-
-
-@pytest.mark.parametrize(("n", "known"), [(49, False), (50, True)])
-def test_a_spread_is_scaled_to_the_errors_of_fifty_counts(n, known):
-    """Root 12 against root 10: 4 deviations of counting noise, where 1.645 hold nine tenths."""
-    predicted, spread = np.full((n, 1), COUNT), np.full((n, 1), 0.05)
-    found = uncertainty.fit_spread(np.full((n, 1), of_root(12)), predicted, spread)
-    wanted = np.sqrt((4 / 1.645) ** 2 - 1) * 10 / (0.05 * COUNT) if known else 1
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, [wanted], rtol=1e-6)
-
-
-def test_a_gene_is_scaled_within_three_times_the_median_and_without_errors_by_it():
-    roots = np.array([12, 12, np.sqrt(1 + 4 * 3.75 * 100) / 2 + 10, 10])  # the third: ten times
-    assert 4 * (roots[2] - 10) ** 2 - 1 == pytest.approx(100 * (4 * 2**2 - 1))
-    measured = np.tile(of_root(roots), (60, 1))
-    predicted = np.full(measured.shape, COUNT)
-    found = uncertainty.fit_spread(measured, predicted, np.full(measured.shape, 0.05))
-    np.testing.assert_allclose(found / found[0], [1, 1, 3, 1], rtol=1e-6)
-    needed = np.sqrt((2 * (roots[2] - 10) / 1.645) ** 2 - 1) * 10  # of the third, by nine tenths
-    np.testing.assert_allclose(found[2] * 0.05 * COUNT, needed, rtol=1e-6)
-
-
-def test_counts_below_one_teach_nothing_and_one_does():
-    spread = np.full((60, 1), 0.5)
-    for predicted, known in ((0.99, False), (1.0, True)):
-        measured = np.full((60, 1), of_root(np.sqrt(predicted + 0.375) + 2))
-        found = uncertainty.fit_spread(measured, np.full((60, 1), predicted), spread)
-        assert (found[0] != 1) == known
-
-
-def test_noise_alone_divides_by_three_at_most():
-    """0.6 off on roots: 1.2 deviations of noise, more than one and less than 1.645."""
-    measured, predicted = np.full((60, 1), of_root(10.6)), np.full((60, 1), COUNT)
-    found = uncertainty.fit_spread(measured, predicted, np.full((60, 1), 0.05))
-    factor = np.sqrt((4 * 0.6**2 - 1) * 100) / (0.05 * COUNT)
-    np.testing.assert_allclose(found, [factor / 3], rtol=1e-6)
-
-
-def test_each_half_is_judged_by_the_other():
-    predicted, spread = np.full((120, 1), COUNT), np.full((120, 1), 0.05)
-    measured = np.full((120, 1), of_root(10.6))
-    assert uncertainty.calibrate_spread(measured, predicted, spread)[1] == 1
-    measured[1::2] = of_root(14)
-    fitted, covered = uncertainty.calibrate_spread(measured, predicted, spread)
-    assert covered == 0.5
-    np.testing.assert_array_equal(fitted, uncertainty.fit_spread(measured, predicted, spread))
-
-
-def test_one_sample_has_no_spread():
-    spread = uncertainty.Spread()
-    spread.add(torch.tensor([0.0, 2.0]))
-    assert spread.relative().tolist() == [0, 0]
-    spread.add(torch.tensor([0.0, 4.0]))
-    assert spread.relative().tolist() == pytest.approx([0, np.sqrt(2) / 3])
 
 
 # ----- states -------------------------------------------------------------------------------------
