@@ -75,6 +75,7 @@ from torch import Tensor, nn
 
 from method import devices, maps, prediction, reference, resume, states, uncertainty
 from method.attention import HEADS, WIDTH, BidirectionalAttention
+from method.errors import Errors, growth
 from method.layers import FeatureDropout, neighbourhoods
 from method.network import ALL, Network, disc_sums, run_batch, seed_torch
 from method.progress import Progress
@@ -632,7 +633,7 @@ def predict_and_write(
         disc = math.pi * section.radius**2
         factors, facts["coverage"] = uncertainty.calibrate(measured, predicted, variance, disc)
         spots, places = section.spots[section.usable], np.argwhere(shown) + 0.5
-        errors = uncertainty.Errors(factors, uncertainty.growth(places, spots, section.radius))
+        errors = Errors(factors, growth(places, spots, section.radius))
     networks = [state.network for state in trained]
     decisive = [key.hash, utils.code_hash(SCRIPT), asdict(files)]
     decisive += [args.n_states, args.keep_background]

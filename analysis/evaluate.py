@@ -40,7 +40,9 @@ Published protocol, for comparison with published figures only: RMSE and SSIM of
 its background, truth and map each scaled to 0..1 by its own extremes. Background alone lifts it.
 
 Uncertainty, if there is a cnts-super-sd/: the share of true counts within the central 90 % interval
-that map and standard deviation give, counting noise included; see uncertainty.py.
+that map and standard deviation (sd) give, counting noise included; the sd of the errors over the
+sd that is said; and, among blocks of about the same map, how the sd ranks the errors. See
+uncertainty.py.
 
 Left-out spots: see holdout.py. The ceiling is by halves of the spots' counts.
 
@@ -112,6 +114,8 @@ COVERAGES = {
     "coverage": "map and standard deviation",
     "coverage_poisson": "map and counting noise alone",
 }
+RATIO = {"sd_ratio": "shown by the errors, over said"}
+RANKS = {"sd": "standard deviation", "map": "the map itself", "ideal": "if errors were as it says"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,7 +155,8 @@ def evaluate(directory: Path, truth: inputs.Truth) -> tuple[pd.DataFrame, dict[s
     nearest, linear = spots.interpolation_weights(centres, spots.superpixel_centres(shape))
     if spots.triangulate(centres) is None:
         print("note: the spots lie on a line: linear interpolation is that of the nearest spot")
-    grids, rows, gradients, blank = scores.make_blocks(tissue), [], [], tissue.copy()
+    grids, wide = scores.make_blocks(tissue), uncertainty.make_grids(tissue)
+    rows, gradients, blank = [], [], tissue.copy()
     for i, gene in enumerate(genes):
         image = inputs.read_map(files[gene])
         if image.shape != first.shape:
@@ -170,7 +175,7 @@ def evaluate(directory: Path, truth: inputs.Truth) -> tuple[pd.DataFrame, dict[s
         if gene in spreads:
             true = truth.counts[..., truth.genes.index(gene)]
             sd = inputs.read_map(spreads[gene], shape)
-            row |= uncertainty.score_coverage(true, inside, sd, grids, truth.capture)
+            row |= uncertainty.score_uncertainty(true, inside, sd, wide, truth.capture)
         rows.append(row)
         gradients.append(seams.line_gradients(image[..., None]))
         blank &= np.isnan(inside)
@@ -208,9 +213,12 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
     }
     facts["spot totals"] = {"median r": middle["totals_r"], "median ratio": middle["totals_ratio"]}
     if "coverage_1x" in middle:
-        facts["median coverage"] = {
-            name: {f"{size}x": middle[f"{name}_{size}x"] for size in BINS} for name in COVERAGES
-        }
+        sizes = uncertainty.SIZES
+        for title, names in (("median coverage", COVERAGES), ("median sd", RATIO)):
+            facts[title] = {
+                name: {f"{size}x": middle[f"{name}_{size}x"] for size in sizes} for name in names
+            }
+        facts["median rank"] = {name: middle[f"rank_{name}"] for name in RANKS}
     return facts
 
 
@@ -241,6 +249,10 @@ def summary_text(facts: dict[str, Any]) -> str:
     if "median coverage" in facts:
         what = f"counts in their 90 % interval {over}"
         parts.append(by_size(what, facts["median coverage"], COVERAGES))
+        parts.append(by_size(f"standard deviation {over}", facts["median sd"], RATIO))
+        lines = [f"{'ranks of errors in blocks of 32 um':40}{'Spearman':>10}"]
+        lines += [f"{RANKS[name]:40}{number(r):>10}" for name, r in facts["median rank"].items()]
+        parts.append("\n".join(lines))
     lines = [f"{'published protocol (see evaluate.py)':40}{'RMSE':>10}{'SSIM':>10}"]
     for name, values in facts["published protocol"].items():
         lines.append(f"{METHODS[name]:40}{number(values['rmse']):>10}{number(values['ssim']):>10}")

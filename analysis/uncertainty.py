@@ -1,67 +1,90 @@
-"""How often the truth lies where the maps' standard deviations say: for analysis/evaluate.py.
+"""How well the maps' standard deviations tell their errors: for analysis/evaluate.py.
 
 The truth is a count, the map an expectation which itself is uncertain, and cnts-super-sd/ its
-standard deviation. The count is then taken for negative binomial: counting noise around an
-expectation that is gamma distributed with this mean and standard deviation.
+standard deviation (sd). Blocks are sums of superpixels, whose sd follows from the correlation of
+their errors (method/errors.py).
 """
 
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import nbinom
+from scipy.stats import rankdata
 
-from analysis.scores import Blocks, whole_counts
+from analysis.scores import Blocks, pearson, whole_counts
+from method.errors import correlation, coverage
 
-COVERAGE = 0.9  # share of the counts that the central interval should hold
-MIN_SHARE = 1e-3  # of the mean that is its sd: with less, the counts are those of Poisson anyway
+SIZES = (1, 2, 4, 8)  # superpixels per side of a block: 8, 16, 32 and 64 um
+RANKED = 4  # size of the blocks whose errors are ranked
+FEWEST = 3.0  # counts in the mean such block; poorer genes rank by whether there is a count
+TENTHS = 10
 
 
-def coverage(counts: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> float:
-    """Share of whole counts (N,) inside the central 90 % interval of mean and sd (N,).
+def make_grids(tissue: np.ndarray) -> list[Blocks]:
+    return [Blocks(tissue, size) for size in SIZES]
 
-    Counts at the ends of the interval count in part, as much of their probability as lies inside:
-    an exact model has a coverage of 0.9 also where most counts are 0. Where the mean is 0 nothing
-    but 0 is expected.
-    """
-    if not len(counts):
-        return np.nan
-    below, upto = np.zeros((2, len(counts)))
-    some = mean > 0
-    shape = 1 / np.maximum(sd[some] / mean[some], MIN_SHARE) ** 2
-    chance = shape / (shape + mean[some])
-    upto[some] = nbinom.cdf(counts[some], shape, chance)
-    several = counts[some] > 0  # most are 0, below which there is nothing
-    below[np.flatnonzero(some)[several]] = nbinom.cdf(
-        counts[some][several] - 1, shape[several], chance[several]
+
+def sd_of_blocks(sd: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """Of the sums (R, C) over the tissue of each block, from the sd (rows, columns)."""
+    size, (rows, cols) = blocks.size, (blocks.rows, blocks.cols)
+    image = sd[: rows * size, : cols * size]
+    image = np.where(blocks.tissue & np.isfinite(image), image, 0).astype(np.float64)
+    each = image.reshape(rows, size, cols, size).swapaxes(1, 2).reshape(rows, cols, size * size)
+    places = np.argwhere(np.ones((size, size)))
+    apart = np.square(places[:, None] - places[None]).sum(axis=-1)
+    return np.sqrt((each @ correlation(apart) * each).sum(axis=-1))
+
+
+def rank_in_tenths(errors: np.ndarray, guess: np.ndarray, tenths: np.ndarray) -> float:
+    """Mean over the tenths of Spearman's r between errors and a guess at their size, (N,)."""
+    parts = [np.flatnonzero(tenths == tenth) for tenth in range(TENTHS)]
+    return float(
+        np.mean([pearson(rankdata(guess[part]), rankdata(errors[part])) for part in parts])
     )
-    upto[~some], below[~some] = 1, counts[~some] > 0
-    tail = (1 - COVERAGE) / 2
-    inside = np.minimum(upto, 1 - tail) - np.maximum(below, tail)
-    share = np.clip(inside, 0, None) / np.maximum(upto - below, 1e-12)
-    return float(share.mean())
 
 
-def score_coverage(
+def score_ranks(counts: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> dict[str, float]:
+    """How well the sd ranks the errors of counts (N,) among blocks of about the same mean.
+
+    Beside what the mean itself ranks, and what the sd would if errors were drawn from it.
+    """
+    names = [f"rank_{name}" for name in ("sd", "map", "ideal")]
+    if len(counts) < TENTHS**2 or mean.mean() < FEWEST:
+        return dict.fromkeys(names, np.nan)
+    tenths = (rankdata(mean, method="ordinal") - 1) * TENTHS // len(mean)
+    rng, shape = np.random.default_rng(0), np.square(mean / np.maximum(sd, 1e-3 * mean))
+    drawn = rng.poisson(rng.gamma(shape) * mean / shape)
+    total = np.sqrt(mean + np.square(sd))
+    pairs = ((abs(counts - mean), total), (abs(counts - mean), mean), (abs(drawn - mean), total))
+    found = (rank_in_tenths(errors, guess, tenths) for errors, guess in pairs)
+    return dict(zip(names, found, strict=True))
+
+
+def score_uncertainty(
     counts: np.ndarray, image: np.ndarray, sd: np.ndarray, grids: list[Blocks], capture: float = 1.0
 ) -> dict[str, float]:
-    """Coverage in blocks of a gene's counts (rows, columns), by its map and sd; NaN if unknown.
+    """Scores of a gene's map and sd (rows, columns) by its true counts; NaN if unknown.
 
-    Columns coverage_1x, ... and, as if the map were certain, coverage_poisson_1x, ... What lies
-    outside of the map is left out. The errors in a block are taken for fully correlated: the sd of
-    its sum is the sum of the sd. If they were independent, it would be the root of the summed
-    squares, so the intervals of 2x and 4x are rather too wide.
+    For blocks of 2 x 2, by names such as coverage_2x: the share of counts in their 90 % interval;
+    coverage_poisson_2x, as if the map were certain; and sd_ratio_2x, the sd that the errors show
+    beyond counting noise over the one that is said. Then ``score_ranks``. What lies outside of the
+    map is left out.
     """
     known = np.isfinite(image) & np.isfinite(sd)
     scores: dict[str, float] = {}
     molecules = whole_counts(counts)
     for blocks in grids:
-        names = [f"coverage{kind}_{blocks.size}x" for kind in ("", "_poisson")]
+        names = [f"{name}_{blocks.size}x" for name in ("coverage", "coverage_poisson", "sd_ratio")]
         if blocks.size == 1 and molecules is not counts:
             scores |= dict.fromkeys(names, np.nan)
             continue
         chosen = blocks.scored & (blocks.total(known) > 0)
         true = blocks.total(np.where(known, molecules, 0))[chosen]
-        mean, spread = (blocks.total(x)[chosen] / capture for x in (image, sd))
-        for name, width in zip(names, (spread, 0 * spread), strict=True):
-            scores[name] = coverage(true, mean, width)
+        mean = blocks.total(image)[chosen] / capture
+        spread = sd_of_blocks(np.where(known, sd, 0), blocks)[chosen] / capture
+        excess, said = (np.square(true - mean) - mean).sum(), np.square(spread).sum()
+        ratio = float(np.sqrt(max(excess, 0) / said)) if said > 0 else np.nan
+        covered = [coverage(true, mean, width) for width in (spread, 0 * spread)]
+        scores |= dict(zip(names, (*covered, ratio), strict=True))
+        if blocks.size == RANKED:
+            scores |= score_ranks(true, mean, spread)
     return scores

@@ -17,7 +17,7 @@ from PIL import Image
 
 import utils
 from method import resume
-from method.uncertainty import Errors
+from method.errors import Errors
 from writing.progress import Bar
 
 PLOT_PX, PLOT_MARGIN_PX, COLOUR_BAR_PX = 900, 36, 90

@@ -12,6 +12,7 @@ import pytest
 from conftest import make_stage, run, run_alone
 from PIL import Image
 from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
+from scipy.ndimage import gaussian_filter
 from scipy.stats import pearsonr, spearmanr
 from skimage.metrics import structural_similarity
 
@@ -311,58 +312,69 @@ def truth_around(mean, share, side, rng):
 
 
 @pytest.mark.parametrize("level", [0.05, 1.0, 30.0])
-def test_coverage_of_an_exact_model_is_that_of_its_interval(level):
-    rng = np.random.default_rng(0)
+def test_a_map_without_errors_is_covered_at_every_size(level):
     mean = level * smooth_fields((160, 160), 1)[..., 0]
-    tissue, share = np.ones((160, 160), bool), 0.5
-    grids = scores.make_blocks(tissue)
-    sure = truth_around(mean, 1e-4, 1, rng)
-    got = uncertainty.score_coverage(sure, mean, 0 * mean, grids)
-    assert list(got.values()) == pytest.approx([0.9] * 6, abs=0.03)  # 1600 blocks: sd 0.008
-    # errors that are the same in a block: exact at its size
-    for size in scores.BINS:
-        counts = truth_around(mean, share, size, rng)
-        got = uncertainty.score_coverage(counts, mean, share * mean, grids)
-        assert got[f"coverage_{size}x"] == pytest.approx(0.9, abs=0.03)
-        if level >= 1:
-            assert got[f"coverage_poisson_{size}x"] < 0.87
-    # independent errors average out in a block, so that its interval is too wide
-    counts = truth_around(mean, share, 1, rng)
-    got = uncertainty.score_coverage(counts, mean, share * mean, grids)
-    assert got["coverage_1x"] == pytest.approx(0.9, abs=0.02)
-    assert got["coverage_4x"] > (0.9 if level < 1 else 0.97)
+    grids = uncertainty.make_grids(np.ones((160, 160), bool))
+    sure = truth_around(mean, 1e-4, 1, np.random.default_rng(0))
+    got = uncertainty.score_uncertainty(sure, mean, 0 * mean, grids)
+    for size in uncertainty.SIZES:
+        for name in ("coverage", "coverage_poisson"):
+            assert got[f"{name}_{size}x"] == pytest.approx(0.9, abs=0.04)  # 400 blocks: sd 0.015
+        assert np.isnan(got[f"sd_ratio_{size}x"])
 
 
-def test_coverage_by_hand():
-    # Poisson of mean 1: 0.368 of 0, 0.368 of 1, 0.184 of 2, 0.0613 of 3, 0.0153 of 4
-    def cover(count, mean=1.0, sd=0.0):
-        return uncertainty.coverage(*(np.array([x], float) for x in (count, mean, sd)))
+def correlated_errors(shape, rng):
+    """Fields with a variance of 1 and the correlation of method/errors.py."""
+    total = np.sqrt(0.5) * rng.normal(size=shape)
+    for share, width in ((0.45, 1.0), (0.05, 4.0)):
+        # a field smoothed by a Gaussian is correlated as one that is wider by the root of two
+        field = gaussian_filter(rng.normal(size=shape), width / np.sqrt(2), mode="wrap")
+        total += np.sqrt(share) * field / field.std()
+    return total
 
-    assert cover(0) == pytest.approx((0.36788 - 0.05) / 0.36788, abs=1e-3)
-    assert cover(1) == pytest.approx(1)
-    assert cover(3) == pytest.approx((0.95 - 0.91970) / 0.06131, abs=1e-2)
-    assert cover(4) == 0
-    # an expectation of mean 1 and sd 1 is exponential: counts are geometric, 2^-(n + 1)
-    assert cover(0, sd=1) == pytest.approx(0.9, abs=1e-3)
-    assert cover(4, sd=1) == pytest.approx((0.95 - 0.9375) / 2**-5, abs=1e-3)
-    assert cover(5, sd=1) == 0
-    assert cover(0, mean=0) == pytest.approx(0.9)
-    assert cover(1, mean=0) == 0
+
+def test_sums_have_the_sd_that_the_rule_says():
+    rng = np.random.default_rng(0)
+    mean, sd = np.full((400, 400), 40.0), np.full((400, 400), 12.0)
+    counts = rng.poisson((mean + sd * correlated_errors(mean.shape, rng)).clip(0))
+    grids = uncertainty.make_grids(np.ones((400, 400), bool))
+    got = uncertainty.score_uncertainty(counts, mean, sd, grids)
+    for size in uncertainty.SIZES:
+        assert got[f"sd_ratio_{size}x"] == pytest.approx(1, abs=0.06)
+        assert got[f"coverage_{size}x"] == pytest.approx(0.9, abs=0.02)
+        assert got[f"coverage_poisson_{size}x"] < 0.75
+    half = uncertainty.score_uncertainty(counts, mean, sd / 2, grids)
+    for size in uncertainty.SIZES:
+        assert half[f"sd_ratio_{size}x"] == pytest.approx(2 * got[f"sd_ratio_{size}x"])
+
+
+def test_a_right_sd_ranks_errors_that_the_map_does_not():
+    rng = np.random.default_rng(0)
+    mean = np.full((240, 240), 4.0)
+    sd = 4 * np.repeat(np.repeat(rng.uniform(0.05, 1, (60, 60)), 4, axis=0), 4, axis=1)
+    counts = rng.poisson((mean + sd * correlated_errors(mean.shape, rng)).clip(0))
+    grids = uncertainty.make_grids(np.ones(mean.shape, bool))
+    got = uncertainty.score_uncertainty(counts, mean + rng.normal(0, 1e-3, mean.shape), sd, grids)
+    assert got["rank_sd"] > 0.2
+    assert abs(got["rank_map"]) < 0.05
+    assert got["rank_ideal"] == pytest.approx(got["rank_sd"], abs=0.06)
+    poor = uncertainty.score_uncertainty(counts, mean / 100, sd / 100, grids)
+    assert np.isnan(poor["rank_sd"])
 
 
 def test_coverage_is_on_the_scale_of_the_molecules_and_of_what_the_map_covers():
     rng = np.random.default_rng(0)
     mean, tissue = np.full((80, 80), 5.0), np.ones((80, 80), bool)
-    counts, grids = truth_around(mean, 0.3, 1, rng), scores.make_blocks(tissue)
-    got = uncertainty.score_coverage(counts, 0.2 * mean, 0.2 * 0.3 * mean, grids, capture=0.2)
+    counts, grids = truth_around(mean, 0.3, 1, rng), uncertainty.make_grids(tissue)
+    got = uncertainty.score_uncertainty(counts, 0.2 * mean, 0.2 * 0.3 * mean, grids, capture=0.2)
     assert got["coverage_1x"] == pytest.approx(0.9, abs=0.02)
     image = mean.copy()
     image[:, 37:] = np.nan
     counts[:, 37:] = 1000
-    got = uncertainty.score_coverage(counts, image, 0.3 * image, grids)
+    got = uncertainty.score_uncertainty(counts, image, 0.3 * image, grids)
     assert got["coverage_1x"] == pytest.approx(0.9, abs=0.02)
-    assert got["coverage_4x"] > 0.95
-    got = uncertainty.score_coverage(counts / 3, image, 0.3 * image, grids)
+    assert got["coverage_4x"] > 0.9
+    got = uncertainty.score_uncertainty(counts / 3, image, 0.3 * image, grids)
     assert np.isnan(got["coverage_1x"])
     assert np.isfinite(got["coverage_2x"])
 

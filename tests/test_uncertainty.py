@@ -1,4 +1,4 @@
-"""method/uncertainty.py: the shape of the errors, sums of superpixels, held-out spots."""
+"""method/errors.py and method/uncertainty.py: errors, sums of superpixels, held-out spots."""
 
 import argparse
 
@@ -11,8 +11,8 @@ from scipy.stats import nbinom
 from test_HISTEX import CPU, G, default_network, make_section
 
 import utils
+from method import errors, states, uncertainty
 from method import section as sections
-from method import states, uncertainty
 from method.network import Network
 
 
@@ -20,14 +20,14 @@ from method.network import Network
 def test_the_variance_grows_with_the_distance_from_the_nearest_spot():
     spots = np.array([[0.0, 0.0], [0.0, 40.0]])
     places = np.array([[0.0, 0.0], [0.0, 2.0], [0.0, 37.0], [0.0, 12.0], [0.0, 20.0]])
-    grown = uncertainty.growth(places, spots, radius=4.0)
+    grown = errors.growth(places, spots, radius=4.0)
     np.testing.assert_allclose(grown, [1, 1.5, 1.75, 4, 4])
     assert grown.dtype == np.float32
 
 
 def test_the_standard_deviation_is_that_of_counts_times_a_factor():
-    errors = uncertainty.Errors(np.array([9.0, 0.25, 1.0]), np.array([1.0, 4.0]))
-    found = errors.sd(np.array([[1.0, 1.0], [4.0, 0.0]]), slice(1, 3))
+    ours = errors.Errors(np.array([9.0, 0.25, 1.0]), np.array([1.0, 4.0]))
+    found = ours.sd(np.array([[1.0, 1.0], [4.0, 0.0]]), slice(1, 3))
     np.testing.assert_allclose(found, [[0.5, 1.0], [2.0, 0.0]])
 
 
@@ -37,12 +37,12 @@ def correlation_by_hand(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_errors_of_neighbours_go_together():
-    assert uncertainty.correlation(np.array([0.0])) == pytest.approx(1)
-    values = uncertainty.correlation(np.arange(0, 200.0))
+    assert errors.correlation(np.array([0.0])) == pytest.approx(1)
+    values = errors.correlation(np.arange(0, 200.0))
     assert (np.diff(values) < 0).all()
     for apart in (1, 5, 25):
         by_hand = correlation_by_hand(np.zeros(2), np.array([np.sqrt(apart), 0]))
-        assert uncertainty.correlation(np.array([float(apart)]))[0] == pytest.approx(by_hand)
+        assert errors.correlation(np.array([float(apart)]))[0] == pytest.approx(by_hand)
 
 
 # ----- sums of superpixels ------------------------------------------------------------------------
@@ -56,9 +56,9 @@ def test_the_sd_of_one_sum_is_that_of_all_pairs():
     sd = rng.uniform(0, 2, (9, 14)) * (rng.random((9, 14)) < 0.6)
     places = np.argwhere(sd > 0)
     wanted = brute_force(places, sd[sd > 0])
-    assert uncertainty.sd_of_sum(np.pad(sd, 12)) == pytest.approx(wanted, rel=1e-3)
-    assert uncertainty.sd_of_sum(sd) == pytest.approx(wanted, rel=1e-3)  # at the map's edge, too
-    assert uncertainty.sd_of_sum(np.zeros((3, 3))) == 0
+    assert errors.sd_of_sum(np.pad(sd, 12)) == pytest.approx(wanted, rel=1e-3)
+    assert errors.sd_of_sum(sd) == pytest.approx(wanted, rel=1e-3)  # at the map's edge, too
+    assert errors.sd_of_sum(np.zeros((3, 3))) == 0
 
 
 @given(st.integers(1, 4), st.integers(0, 2**32 - 1))
@@ -67,18 +67,18 @@ def test_the_sd_of_many_sums_is_that_of_each(n, seed):
     places = np.argwhere(rng.random((8, 30)) < 0.3)
     group = rng.integers(0, n, len(places))
     sd = rng.uniform(0, 2, (len(places), 2))
-    near = uncertainty.pairs(places, group)
-    found = uncertainty.sd_of_sums(sd, near, group, n)
+    near = errors.pairs(places, group)
+    found = errors.sd_of_sums(sd, near, group, n)
     assert found.shape == (n, 2)
     for k in range(n):
         wanted = brute_force(places[group == k], sd[group == k, 1])
         assert found[k, 1] == pytest.approx(wanted, rel=2e-2, abs=1e-9)  # beyond REACH is nothing
-    np.testing.assert_allclose(uncertainty.sd_of_sums(sd[:, 0], near, group, n), found[:, 0])
+    np.testing.assert_allclose(errors.sd_of_sums(sd[:, 0], near, group, n), found[:, 0])
 
 
 def test_a_sum_is_less_certain_than_if_errors_were_its_own_and_more_than_if_all_were_one():
     sd = np.ones((4, 4))
-    assert 4 < uncertainty.sd_of_sum(sd) < 16
+    assert 4 < errors.sd_of_sum(sd) < 16
 
 
 # ----- held-out spots -----------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_the_coverage_of_an_exact_model_is_nine_tenths():
     counts = drawn(20000, mean, sd**2)
     for i in range(3):
         n = len(counts)
-        covered = uncertainty.coverage(counts[:, i], np.full(n, mean[i]), np.full(n, sd[i]))
+        covered = errors.coverage(counts[:, i], np.full(n, mean[i]), np.full(n, sd[i]))
         assert covered == pytest.approx(0.9, abs=0.01)
 
 
@@ -181,14 +181,31 @@ def test_coverage_by_hand():
     mean, sd = np.array([4.0]), np.array([2.0])
     chance = [nbinom.cdf(k, 4, 0.5) for k in range(40)]
     inside = next(k for k in range(40) if chance[k] > 0.5)
-    assert uncertainty.coverage(np.array([inside]), mean, sd) == 1
-    assert uncertainty.coverage(np.array([39]), mean, sd) == 0
+    assert errors.coverage(np.array([inside]), mean, sd) == 1
+    assert errors.coverage(np.array([39]), mean, sd) == 0
     last = next(k for k in range(40) if chance[k] > 0.95)  # a part of its probability is inside
     part = (0.95 - chance[last - 1]) / (chance[last] - chance[last - 1])
-    assert uncertainty.coverage(np.array([last]), mean, sd) == pytest.approx(part)
+    assert errors.coverage(np.array([last]), mean, sd) == pytest.approx(part)
     zero = np.zeros(2)
-    assert uncertainty.coverage(np.array([0, 1]), zero, zero) == pytest.approx(0.45)
-    assert np.isnan(uncertainty.coverage(np.array([]), np.array([]), np.array([])))
+    assert errors.coverage(np.array([0, 1]), zero, zero) == pytest.approx(0.45)
+    assert np.isnan(errors.coverage(np.array([]), np.array([]), np.array([])))
+
+
+def test_coverage_of_single_counts_by_hand():
+    # Poisson of mean 1: 0.368 of 0, 0.368 of 1, 0.184 of 2, 0.0613 of 3, 0.0153 of 4
+    def cover(count, mean=1.0, sd=0.0):
+        return errors.coverage(*(np.array([x], float) for x in (count, mean, sd)))
+
+    assert cover(0) == pytest.approx((0.36788 - 0.05) / 0.36788, abs=1e-3)
+    assert cover(1) == pytest.approx(1)
+    assert cover(3) == pytest.approx((0.95 - 0.91970) / 0.06131, abs=1e-2)
+    assert cover(4) == 0
+    # an expectation of mean 1 and sd 1 is exponential: counts are geometric, 2^-(n + 1)
+    assert cover(0, sd=1) == pytest.approx(0.9, abs=1e-3)
+    assert cover(4, sd=1) == pytest.approx((0.95 - 0.9375) / 2**-5, abs=1e-3)
+    assert cover(5, sd=1) == 0
+    assert cover(0, mean=0) == pytest.approx(0.9)
+    assert cover(1, mean=0) == 0
 
 
 def test_intervals_that_no_count_could_calibrate_are_a_warning(tmp_path, capsys):
