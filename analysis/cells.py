@@ -33,10 +33,13 @@ A row of cells.csv.gz is a cell: cell (its label; of outlines, what the file cal
 the like, else by id, else by its number), x and y (centroid in pixels of he-raw), area_um2,
 share_on_tissue, class (of outlines, classification), then the counts of every gene, with four
 digits. Outside the tissue no gene is known: a cell gets what its part on the tissue tells, and
-nothing is added for the rest; a cell without such a part has empty counts.
+nothing is added for the rest; a cell without such a part has empty counts. If the maps have a
+standard deviation (HISTEX.py --uncertainty), cells-sd.csv.gz has that of every count, in the same
+rows and columns: errors of superpixels that lie together go together (method/errors.py).
 
-Reads   cnts-super/, image_calibration.json, and mask.png if it is there; --masks.
-Writes  cells.csv.gz and its record, cells.json.
+Reads   cnts-super/, image_calibration.json, and mask.png and cnts-super-sd/ if they are there;
+        --masks.
+Writes  cells.csv.gz, cells-sd.csv.gz and their record, cells.json.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ if __name__ == "__main__":
     cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +97,7 @@ from analysis.outlines import Outline
 from analysis.regions import tissue_of
 from analysis.scores import rounded
 from analysis.sheets import warn_of_formulas
-from method import grid
+from method import errors, grid
 
 TINY = 1e-9  # of a superpixel's area: what rounding leaves
 MOST_FAR = 0.01  # of the cells, which may lie far off the image and are left out
@@ -310,15 +313,11 @@ def share_out(inside: csr_array) -> csr_array:
     return csr_array(inside.multiply(1 / np.where(taken > 0, taken, 1)))
 
 
-def sum_genes(
-    stage: utils.Stage, files: dict[str, Path], weights: csr_array, tissue: np.ndarray
-) -> tuple[np.ndarray, float]:
-    """Counts float32 (genes, cells), a map in memory at a time; the share of all counts in cells.
-
-    A column of ``weights`` (cells, superpixels of the tissue) is the cells' shares of it.
-    """
-    counts, total = np.empty((len(files), weights.shape[0]), np.float32), 0.0
-    for i, path in enumerate(files.values()):
+def each_map(
+    stage: utils.Stage, files: dict[str, Path], tissue: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The superpixels of the tissue (P,) in the map of each gene, one in memory at a time."""
+    for path in files.values():
         image = read_map(path)
         if image.shape != tissue.shape or not np.isfinite(image[tissue]).all():
             raise stage.error(
@@ -327,14 +326,45 @@ def sum_genes(
                 f"the tissue.",
                 f"Run: {stage.command(utils.HISTEX)}",
             )
-        inside = image[tissue].astype(np.float64)
-        counts[i] = weights @ inside
+        yield image[tissue].astype(np.float64)
+
+
+def sum_genes(maps: Iterable[np.ndarray], n: int, weights: csr_array) -> tuple[np.ndarray, float]:
+    """Counts float32 (genes, cells) of n maps (P,); the share of all counts that is in cells.
+
+    A column of ``weights`` (cells, superpixels of the tissue) is the cells' shares of it.
+    """
+    counts, total = np.empty((n, weights.shape[0]), np.float32), 0.0
+    for row, inside in zip(counts, maps, strict=True):
+        row[:] = weights @ inside
         total += inside.sum()
     return counts, float(counts.sum(dtype=np.float64) / total) if total else np.nan
 
 
+def sd_of_genes(
+    maps: Iterable[np.ndarray], n: int, weights: csr_array, tissue: np.ndarray
+) -> np.ndarray:
+    """Standard deviation float32 (genes, cells) of the counts, by that of n maps (P,)."""
+    sums = errors.Sums(weights, np.argwhere(tissue))
+    found = np.empty((n, weights.shape[0]), np.float32)
+    for row, inside in zip(found, maps, strict=True):
+        row[:] = sums.sd(inside)
+    return found
+
+
+def read_spreads(stage: utils.Stage, genes: list[str]) -> dict[str, Path]:
+    """The files of cnts-super-sd/, in the order of the genes."""
+    found = map_files(stage.directory, utils.SPREAD)
+    if missing := [gene for gene in genes if gene not in found]:
+        raise stage.error(
+            stage.path(utils.SPREAD),
+            f"lacks {len(missing)} of {len(genes)} genes, such as {missing[0]}.",
+            f"Run: {stage.command(utils.HISTEX)} --uncertainty --force",
+        )
+    return {gene: found[gene] for gene in genes}
+
+
 def write_cells(
-    stage: utils.Stage,
     path: Path,
     cells: CellAreas,
     xy: np.ndarray,
@@ -342,7 +372,7 @@ def write_cells(
     genes: list[str],
     counts: np.ndarray,
 ) -> None:
-    """cells.csv.gz; the same cells always give the same bytes. ``counts`` are (genes, cells)."""
+    """A table of cells; the same always give the same bytes. ``counts`` are (genes, cells)."""
     area_um2 = cells.area * utils.PIXEL_SIZE_UM**2
     facts = {"cell": np.array(cells.ids, object)}
     for name, values, form in (
@@ -351,8 +381,6 @@ def write_cells(
     ):  # fmt: skip
         facts[name] = np.char.mod(form, values)
     table = pd.DataFrame({**facts, "class": cells.classes})
-    for names in (cells.ids, cells.classes, genes):
-        warn_of_formulas(stage, names)
     counts[:, share == 0] = np.nan
     with path.open("wb") as file, gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
         for top in range(0, len(table), ROWS_AT_ONCE):
@@ -369,7 +397,8 @@ def main(stage: utils.Stage) -> None:
     if not args.masks.is_file():
         raise wrong(args.masks, "is missing.", "Give the file of cells by --masks.")
     stage.require(utils.MAPS)
-    stage.guard(files.CELLS)
+    stage.guard(files.CELLS, files.CELLS_SD)
+    with_sd = stage.optional(utils.SPREAD) is not None
     maps = map_files(stage.directory)
     first, shape = read_first_map(stage, maps)
     tissue = tissue_of(stage, np.isfinite(first))
@@ -389,7 +418,7 @@ def main(stage: utils.Stage) -> None:
         stage.warn(f"{off} of {len(share)} cells are not on the tissue: their counts are empty")
     weights = on_tissue if args.share == "area" else share_out(on_tissue)
     print(f"{len(share):,} cells, {len(maps)} genes, pixels of {frame.name}")
-    counts, caught = sum_genes(stage, maps, weights, tissue)
+    counts, caught = sum_genes(each_map(stage, maps, tissue), len(maps), weights)
     facts = {
         "cells": len(share),
         "cells on tissue": len(share) - off,
@@ -406,8 +435,17 @@ def main(stage: utils.Stage) -> None:
         f"{facts['tissue within cells']:.1%} of the tissue and {caught:.1%} of the counts"
     )
     xy = cells.centroids / read_frames(stage)[RAW].scale[::-1]
+    for names in (cells.ids, cells.classes, maps):
+        warn_of_formulas(stage, names)
     with stage.writing(files.CELLS) as partial:
-        write_cells(stage, partial, cells, xy, share, list(maps), counts)
+        write_cells(partial, cells, xy, share, list(maps), counts)
+    if with_sd:
+        spreads = read_spreads(stage, list(maps))
+        sd = sd_of_genes(each_map(stage, spreads, tissue), len(maps), weights, tissue)
+        with stage.writing(files.CELLS_SD) as partial:
+            write_cells(partial, cells, xy, share, list(maps), sd)
+    else:
+        stage.retire(files.CELLS_SD)
     stage.finish(**facts)
 
 

@@ -26,7 +26,8 @@ CORRELATION = (  # of two errors: share, and width in superpixels of a Gaussian 
     (0.05, 4.0),
 )
 OWN = 1 - sum(share for share, _ in CORRELATION)  # share of the variance
-REACH = 12.0  # superpixels, beyond which there is no correlation: three widths
+REACH = 12  # superpixels, beyond which there is no correlation: three widths
+MANY = 100  # superpixels of a sum, above which a filter is faster than all pairs
 FARTHEST = 3.0  # radii of a spot, beyond which the variance grows no more
 COVERAGE = 0.9  # share of the counts that a central interval should hold
 MIN_SHARE = 1e-3  # of the mean that is its sd: with less, the counts are those of Poisson anyway
@@ -67,30 +68,44 @@ def sd_of_sum(sd: np.ndarray) -> float:
     variance = OWN * np.square(sd, dtype=np.float64).sum()
     for share, width in CORRELATION:
         # scipy's Gaussian has a sum of 1; ours is 1 in the middle
-        near = gaussian_filter(sd.astype(np.float64), width, mode="constant", radius=int(REACH))
+        near = gaussian_filter(sd.astype(np.float64), width, mode="constant", radius=REACH)
         variance += share * 2 * np.pi * width**2 * (sd * near).sum()
     return float(np.sqrt(variance))
 
 
-def pairs(places: np.ndarray, group: np.ndarray) -> csr_array:
-    """Correlations (P, P) of the errors of superpixels (P, 2) that are in the same sum (P,)."""
-    found = cKDTree(places).query_pairs(REACH, output_type="ndarray")
-    one, other = found[group[found[:, 0]] == group[found[:, 1]]].T
-    distance2 = np.square(places[one] - places[other], dtype=np.float64).sum(axis=1)
-    shared, own = correlation(distance2), np.arange(len(places))
-    values = np.concatenate([shared, shared, np.ones(len(places))])
-    where = np.concatenate([one, other, own]), np.concatenate([other, one, own])
-    return csr_array((values, where), shape=(len(places),) * 2)
+class Sums:
+    """Sums of superpixels, such as cells and regions, by the shares (S, P) that each takes of them.
 
-
-def sd_of_sums(sd: np.ndarray, correlations: csr_array, group: np.ndarray, n: int) -> np.ndarray:
-    """Of sums 0..n - 1, (n,) or (n, G), by the sd (P,) or (P, G) of superpixels.
-
-    ``group`` (P,) tells the sum that each belongs to, and ``correlations`` are its ``pairs``.
+    ``places`` (P, 2) are rows and columns. Few superpixels are taken pair by pair, many are
+    filtered.
     """
-    parts = sd * (correlations @ sd)
-    member = csr_array((np.ones(len(group)), (group, np.arange(len(group)))), shape=(n, len(group)))
-    return np.sqrt(member @ parts)
+
+    def __init__(self, shares: csr_array, places: np.ndarray) -> None:
+        self.shares, self.places = csr_array(shares), places
+        n = np.diff(self.shares.indptr)
+        self.large = np.flatnonzero(n > MANY)
+        small = np.flatnonzero(n <= MANY)
+        n_pairs = n[small] ** 2
+        self.sum = np.repeat(small, n_pairs)
+        rank = np.arange(n_pairs.sum()) - np.repeat(np.cumsum(n_pairs) - n_pairs, n_pairs)
+        start, each = self.shares.indptr[self.sum], n[self.sum]
+        one, other = start + rank // np.maximum(each, 1), start + rank % np.maximum(each, 1)
+        self.one, self.other = self.shares.indices[one], self.shares.indices[other]
+        apart = np.square(places[self.one] - places[self.other], dtype=np.float64).sum(axis=1)
+        self.weight = self.shares.data[one] * self.shares.data[other] * correlation(apart)
+
+    def sd(self, sd: np.ndarray) -> np.ndarray:
+        """Of all sums (S,), from the sd of superpixels (P,)."""
+        parts = self.weight * sd[self.one] * sd[self.other]
+        found = np.sqrt(np.bincount(self.sum, parts, self.shares.shape[0]))
+        for number in self.large:
+            part = slice(*self.shares.indptr[number : number + 2])
+            where = self.shares.indices[part]
+            row, col = (self.places[where] - self.places[where].min(axis=0)).T
+            image = np.zeros((row.max() + 1, col.max() + 1))
+            image[row, col] = self.shares.data[part] * sd[where]
+            found[number] = sd_of_sum(image)
+        return found
 
 
 # --------------------------------------------------------------------------------------------------

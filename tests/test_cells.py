@@ -25,6 +25,7 @@ import utils
 from analysis import cells, mending, outlines
 from analysis.cells import PixelFrame
 from analysis.outlines import Outline
+from method import errors
 from writing import disk
 
 RAW, SCALED, SIZE = (150, 300), (208, 416), (224, 448)  # he-raw, he.jpg without and with padding
@@ -942,3 +943,36 @@ def test_odd_label_tiffs(section, tmp_path, capsys):
     ):
         assert run_cells(section, path)[0] == 2
         assert words in capsys.readouterr().err
+
+
+def test_counts_have_a_standard_deviation_if_the_maps_have_one(section, capsys):
+    """By all pairs of superpixels, each in two cells by other shares; it goes with that of maps."""
+    sd = np.random.default_rng(1).uniform(0, 2, (*GRID, len(GENES)))
+    sd[:, :3] = np.nan
+    both, record = ["cnts-super", "cnts-super-sd"], (section, utils.HISTEX, ["he.jpg"])
+    write_maps(section, sd, GENES, "cnts-super-sd")
+    write_record(*record, both)
+    labels = np.zeros(SIZE, np.int32)
+    labels[30:78, 70:150], labels[90:100, 8:40] = 5, 9  # the second is beside the tissue
+    labels[100:200, 100:400] = 7
+    Image.fromarray(labels).save(section / HERE)
+    assert run_cells(section, section / HERE)[0] == 0
+    table = pd.read_csv(section / "cells-sd.csv.gz", index_col="cell")
+    assert list(table.columns) == list(pd.read_csv(section / "cells.csv.gz", index_col=0).columns)
+    assert table.loc[9, GENES].isna().all()
+    for cell in (5, 7):
+        shares = (labels == cell).reshape(GRID[0], 16, GRID[1], 16).mean(axis=(1, 3))
+        places = np.argwhere(shares > 0)
+        apart = ((places[:, None] - places[None]) ** 2).sum(axis=-1)
+        for i, gene in enumerate(GENES):
+            one = (shares * np.nan_to_num(sd[..., i]))[shares > 0]
+            wanted = np.sqrt(one @ errors.correlation(apart) @ one)
+            assert table.loc[cell, gene] == pytest.approx(wanted, rel=2e-3)
+    shutil.rmtree(section / "cnts-super-sd")
+    write_record(*record, both[:1])
+    assert run_cells(section, section / HERE)[0] == 0
+    assert not (section / "cells-sd.csv.gz").exists()
+    write_maps(section, sd[..., :2], GENES[:2], "cnts-super-sd")
+    write_record(*record, both)
+    assert run_cells(section, section / HERE)[0] == 2
+    assert "lacks 1 of 3 genes, such as NA" in capsys.readouterr().err
