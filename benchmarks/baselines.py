@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from scipy.ndimage import uniform_filter
 from scipy.sparse import csr_array
+from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 import utils
@@ -29,6 +30,7 @@ from analysis.inputs import read_mask, read_radius, read_spots
 from analysis.spots import MIN_DISC_TISSUE, disc_weights, interpolate_spots
 
 SCALES = (3, 9)  # superpixels: token neighbourhoods of 24 and 72 um, as wide as a spot
+WIDTHS = np.array([0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0])  # of a residual's mean, in pitches
 PENALTIES = 10.0 ** np.arange(0, 6.1, 0.25)  # of the ridge, in units of standardised features
 
 # The MLP: of the sizes, rates, losses and penalties tried, the best on a simulated section (cords):
@@ -149,27 +151,57 @@ def fit_ridge(x: np.ndarray, y: np.ndarray, penalties: np.ndarray = PENALTIES) -
     return Ridge(x_mean, y_mean, weights, penalty, errors)
 
 
-def ridge_on_spots(section: SpotSection, add_residual: bool) -> np.ndarray:
+def interpolated(centres: np.ndarray, residual: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The residual (N', G) of spots, linear between them: (h, w, G)."""
+    return interpolate_spots(centres, residual, shape)[1]
+
+
+def smoothed(centres: np.ndarray, residual: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The residual (N', G) of spots as a Gaussian mean of them, in part: (h, w, G).
+
+    Each gene has the width and the share of least leave-one-out error.
+    """
+    apart = cdist(centres, centres)
+    pitch = np.median(np.sort(apart, axis=1)[:, 1])
+    places = np.argwhere(np.ones(shape, bool)) + 0.5
+    best, out = np.full(residual.shape[1], np.inf), np.zeros((len(places), residual.shape[1]))
+    for width in WIDTHS * pitch:
+        near = np.exp(-(apart**2) / (2 * width**2)) * (apart > 0)
+        told = near @ residual / near.sum(axis=1, keepdims=True)
+        share = ((told * residual).sum(0) / np.maximum((told**2).sum(0), 1e-12)).clip(0, 1)
+        error = ((residual - share * told) ** 2).sum(axis=0)
+        better = error < best
+        best[better] = error[better]
+        weights = np.exp(-cdist(places, centres, "sqeuclidean") / (2 * width**2))
+        mean = weights @ residual[:, better] / (weights.sum(axis=1, keepdims=True) + 1e-300)
+        out[:, better] = share[better] * mean
+    return out.reshape(*shape, -1)
+
+
+def ridge_on_spots(section: SpotSection, spread: Callable[..., np.ndarray] | None) -> np.ndarray:
     """Ridge of square-root counts, whose noise is the same for rich and poor genes.
 
-    The residual at the spots is interpolated linearly between them, on the same scale.
+    The residual at the spots is spread over the section, on the same scale.
     """
     x, y = disc_means(section), np.sqrt(full_disc_counts(section))
     ridge = fit_ridge(x, y)
     maps = ridge.predict(section.tokens)
-    if add_residual:
-        centres = section.centres[section.usable]
-        _, residual = interpolate_spots(centres, y - ridge.predict(x), section.tissue.shape)
-        maps += residual
+    if spread is not None:
+        residual = y - ridge.predict(x)
+        maps += spread(section.centres[section.usable], residual, section.tissue.shape)
     return maps.clip(0) ** 2 / section.disc_area
 
 
 def ridge(section: SpotSection, seed: int) -> np.ndarray:
-    return ridge_on_spots(section, add_residual=False)
+    return ridge_on_spots(section, None)
 
 
 def ridge_residual(section: SpotSection, seed: int) -> np.ndarray:
-    return ridge_on_spots(section, add_residual=True)
+    return ridge_on_spots(section, interpolated)
+
+
+def ridge_smoothed(section: SpotSection, seed: int) -> np.ndarray:
+    return ridge_on_spots(section, smoothed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,6 +292,7 @@ PREDICTORS: dict[str, Callable[[SpotSection, int], np.ndarray]] = {
     "linear": linear_interpolation,
     "ridge": ridge,
     "ridge+residual": ridge_residual,
+    "ridge+smoothed": ridge_smoothed,
     "mlp": mlp,
 }
 SEEDED = ("mlp",)  # the others give one and the same map

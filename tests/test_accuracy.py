@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -524,8 +525,11 @@ def test_report_names_machine_commit_and_command(source, scripts, tmp_path):
     work = tmp_path / "bench"
     assert benchmark(source, work) == 0
     text = (work / "R.md").read_text()
-    for row in ("nearest spot", "ridge + interpolated residual", "**HISTEX, default preset**"):
-        assert text.count(f"| {row} | ") == 2  # r, then SSIM and RMSE
+    default = "**HISTEX, default preset**"
+    for row, n in (("nearest spot", 3), ("ridge + interpolated residual", 3), (default, 2)):
+        assert text.count(f"| {row} | ") == n  # r, SSIM and RMSE, what the default is ahead by
+    ahead = [line for line in text.splitlines() if line.startswith("| HISTEX, published")][-1]
+    assert re.findall(r"[+-]\d\.\d{3}", ahead)[:3] == ["+0.000"] * 3  # the stub's maps are alike
     assert "MLP" not in text
     assert "* command: `python benchmarks/accuracy.py --directory " in text
     assert measure.commit() in text
