@@ -4,7 +4,9 @@ import argparse
 import importlib
 import json
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +119,25 @@ def run_process(
     """Run a stage as its user does, from the shell."""
     command = [sys.executable, str(ROOT / script), "--directory", str(directory), *options]
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def run_as_main(script: str, *options: object) -> int:
+    """Run a script as its user does, but in this process, where it is imported already.
+
+    Only a process of its own shows what a signal, an import or a console does: see run_process.
+    """
+    path = ROOT / script
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, options)])
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            with pytest.raises(SystemExit) as done:
+                runpy.run_path(str(path), run_name="__main__")
+        finally:
+            signal.signal(signal.SIGINT, before)
+    assert isinstance(done.value.code, int)
+    return done.value.code
 
 
 def run_alone(script: str, directory: Path, *options: str) -> None:
