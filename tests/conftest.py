@@ -1,6 +1,7 @@
 """A complete tiny sample that every test may copy, and the two ways in which tests run a stage."""
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -34,6 +35,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("histex")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector of garbage what the imports made, which stays until the end."""
+    gc.collect()
+    gc.freeze()
+
 
 IMAGE_SHAPE = (
     440,
