@@ -1,10 +1,13 @@
 """A complete tiny sample that every test may copy, and the two ways in which tests run a stage."""
 
 import argparse
+import gc
 import importlib
 import json
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +35,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("histex")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector of garbage what the imports made, which stays until the end."""
+    gc.collect()
+    gc.freeze()
+
 
 IMAGE_SHAPE = (
     440,
@@ -117,6 +127,25 @@ def run_process(
     """Run a stage as its user does, from the shell."""
     command = [sys.executable, str(ROOT / script), "--directory", str(directory), *options]
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def run_as_main(script: str, *options: object) -> int:
+    """Run a script as its user does, but in this process, where it is imported already.
+
+    Only a process of its own shows what a signal, an import or a console does: see run_process.
+    """
+    path = ROOT / script
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, options)])
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            with pytest.raises(SystemExit) as done:
+                runpy.run_path(str(path), run_name="__main__")
+        finally:
+            signal.signal(signal.SIGINT, before)
+    assert isinstance(done.value.code, int)
+    return done.value.code
 
 
 def run_alone(script: str, directory: Path, *options: str) -> None:

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Check everything: style (ruff), types (mypy), then all tests (pytest) with the coverage of the scripts.
+# Check everything: style (ruff), types (mypy), then all tests (pytest).
 #
 #   bash tests/run.sh [pytest options]      for example: bash tests/run.sh -k HISTEX
+#   bash tests/run.sh --cov --cov-report=term     with the coverage of the scripts, as .ci/run does;
+#                                                 pure Python then takes up to twice as long
 #
 # Without an active virtual or conda environment it makes .venv in the repository. Packages come from
 # tests/requirements.lock; REQUIREMENTS=tests/requirements.txt takes the newest that the ranges allow
@@ -19,4 +21,5 @@ export OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=1
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest -n auto --maxprocesses 4 --cov --cov-report=term "$@"
+# A process takes tests that follow each other, and with them what the tests of a file share.
+exec "$python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PIPELINE, ROOT, run, run_process
+from conftest import PIPELINE, ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -620,38 +620,51 @@ def test_an_unknown_preset_is_named_with_those_that_there_are(finished, capsys):
     assert "Choose one of default, published" in capsys.readouterr().err
 
 
+EDITED = """
+import contextlib, io, json, pathlib, sys
+import HISTEX
+edits, *options = sys.argv[1:]
+for file, old, new in json.loads(edits):
+    text = pathlib.Path(file).read_text(encoding="utf-8")
+    assert text.count(old) == 1 or not old
+    pathlib.Path(file).write_text(text.replace(old, new) if old else text, encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert HISTEX.run(options) == 0
+    record = json.loads(pathlib.Path(options[1], "HISTEX.json").read_text(encoding="utf-8"))
+    print(json.dumps([said.getvalue(), record["code"]["sha256"]]))
+"""
+
+
 def test_a_change_of_the_code_trains_anew_and_is_said(finished, tmp_path):
-    """A copy of the scripts whose source is edited; files that do not train leave states alone."""
+    """A copy of the scripts whose source is edited; files that do not train leave states alone.
+
+    The files are read for every run, so that one process will do, which imports them once.
+    """
     code = tmp_path / "code"
     code.mkdir()
     for name in ("method", "reading", "writing"):
         shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("HISTEX.py", "utils.py"):
         shutil.copy(ROOT / name, code / name)
-
-    def rerun(file: str = "HISTEX.py", old: str = "", new: str = "") -> str:
-        text = (code / file).read_text(encoding="utf-8")
-        assert not old or text.count(old) == 1
-        (code / file).write_text(text.replace(old, new) if old else text, encoding="utf-8")
-        command = [sys.executable, str(code / "HISTEX.py"), "--directory", str(finished)]
-        command += trained_options(finished)
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "up to date, nothing to do" in rerun()  # the copy has the same code
-    before = json.loads((finished / "HISTEX.json").read_text())["code"]["sha256"]
-    said = rerun("HISTEX.py", "dropout = 0.5 ", "dropout = 0.1 ")
-    assert "state 0: trained anew, since the code has changed (HISTEX.py)" in said
-    assert json.loads((finished / "HISTEX.json").read_text())["code"]["sha256"] != before
-    said = rerun("HISTEX.py", "weight_decay: float = 1.0", "weight_decay: float = 0.0")
-    assert "the code has changed (HISTEX.py)" in said
-    said = rerun("method/section.py", "MIN_TISSUE_SHARE = 0.25", "MIN_TISSUE_SHARE = 0.3")
-    assert "the code has changed (section.py)" in said
-    said = rerun("method/progress.py", "float((1 + steps)", "float((2 + steps)")
-    assert "the code has changed (progress.py)" in said
-    said = rerun("method/maps.py", "PLOT_PX, PLOT_MARGIN_PX", "PLOT_PX , PLOT_MARGIN_PX")
-    assert "nothing it was trained on has changed" in said
+    edits = [
+        ("HISTEX.py", "", ""),  # the copy has the same code
+        ("HISTEX.py", "dropout = 0.5 ", "dropout = 0.1 "),
+        ("HISTEX.py", "weight_decay: float = 1.0", "weight_decay: float = 0.0"),
+        ("method/section.py", "MIN_TISSUE_SHARE = 0.25", "MIN_TISSUE_SHARE = 0.3"),
+        ("method/progress.py", "float((1 + steps)", "float((2 + steps)"),
+        ("method/maps.py", "PLOT_PX, PLOT_MARGIN_PX", "PLOT_PX , PLOT_MARGIN_PX"),
+    ]
+    command = [sys.executable, "-c", EDITED, json.dumps(edits), "--directory", str(finished)]
+    command += trained_options(finished)
+    done = subprocess.run(command, cwd=code, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, hashes = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
+    assert "up to date, nothing to do" in said[0]
+    assert "state 0: trained anew, since the code has changed (HISTEX.py)" in said[1]
+    assert hashes[0] != hashes[1]
+    for text, changed in zip(said[2:5], ("HISTEX.py", "section.py", "progress.py"), strict=True):
+        assert f"the code has changed ({changed})" in text
+    assert "nothing it was trained on has changed" in said[5]
 
 
 # ----- prediction -----
@@ -1226,9 +1239,11 @@ def test_two_processes_share_the_states(finished_sample, tmp_path):
     one, two = (Path(shutil.copytree(finished_sample, tmp_path / name)) for name in ("one", "two"))
     for directory in (one, two):
         shutil.rmtree(directory / "states")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert run(utils.HISTEX, one, *options) == 0
+    torch.set_num_threads(threads)
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    alone = run_process(utils.HISTEX, one, *options, env=environment)
-    assert alone.returncode == 0, alone.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / utils.HISTEX), "--directory", str(two), *options]
     together = subprocess.run(command, capture_output=True, text=True, env=environment)

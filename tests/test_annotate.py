@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REAL_DATA, run_process, write_record
+from conftest import REAL_DATA, run_as_main, write_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -386,15 +386,15 @@ def test_the_old_name_of_an_option_works(section):
     assert record(section)["options"][-2:] == ["--chance-share", "1.0"]
 
 
-def test_from_the_shell(section):
+def test_as_a_user(section, capsys):
     markers = write_markers(section / "markers.csv")
-    done = run_process("analysis/annotate.py", section, "--markers", str(markers), "--truth")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "truth:\n  maps: n 792, ARI" in done.stdout
-    done = run_process("analysis/annotate.py", section, "--markers", "nowhere.csv")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: nowhere.csv cannot be read as text")
+    options = ("--directory", section, "--markers")
+    assert run_as_main("analysis/annotate.py", *options, markers, "--truth") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "truth:\n  maps: n 792, ARI" in said.out
+    assert run_as_main("analysis/annotate.py", *options, "nowhere.csv") == 2
+    assert capsys.readouterr().err.startswith("error: nowhere.csv cannot be read as text")
 
 
 # ----- tables of markers -----

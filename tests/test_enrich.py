@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_process, write_record
+from conftest import run_as_main, write_record
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from matplotlib.patches import Circle
@@ -396,14 +396,12 @@ def test_the_same_run_gives_the_same_bytes_and_an_error_changes_nothing(section)
     assert not list(section.glob(".*partial*"))
 
 
-def test_from_the_shell(section):
-    gmt = section / "sets.gmt"
-    done = run_process("analysis/enrich.py", section, "--gene-sets", str(gmt))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    done = run_process("analysis/enrich.py", section, "--gene-sets", "nowhere.gmt")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: nowhere.gmt cannot be read as text")
+def test_as_a_user(section, capsys):
+    options = ("--directory", section, "--gene-sets")
+    assert run_as_main("analysis/enrich.py", *options, section / "sets.gmt") == 0
+    assert capsys.readouterr().err == ""
+    assert run_as_main("analysis/enrich.py", *options, "nowhere.gmt") == 2
+    assert capsys.readouterr().err.startswith("error: nowhere.gmt cannot be read as text")
 
 
 def test_nothing_found_is_no_error(section, capsys):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GENES, REAL_DATA, run, run_process, write_record
+from conftest import GENES, REAL_DATA, run, run_as_main, write_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import Delaunay
@@ -294,12 +294,12 @@ def test_more_points_than_one_block(tmp_path, monkeypatch):
     assert (np.load(tmp_path / "counts.npy")[:, 0] == expected).all()
 
 
-def test_sample_from_the_shell(ready):
-    done = run_process(SCRIPT, ready, "--n-genes", "5")
-    assert done.returncode == 0, done.stderr
-    assert "lattice: hexagonal, pitch 50.0 um, turned by 0.0 degrees" in done.stdout
-    assert "pixel-size-raw.txt is wrong" in done.stdout  # half of Visium's pitch
-    assert not done.stderr
+def test_a_sample_as_a_user(ready, capsys):
+    assert run_as_main(SCRIPT, "--directory", ready, "--n-genes", "5") == 0
+    said = capsys.readouterr()
+    assert "lattice: hexagonal, pitch 50.0 um, turned by 0.0 degrees" in said.out
+    assert "pixel-size-raw.txt is wrong" in said.out  # half of Visium's pitch
+    assert not said.err
     points, counts, genes = results(ready)
     locs = pd.read_csv(ready / "locs.csv", index_col=0)
     table = pd.read_csv(ready / "cnts.csv", index_col=0)

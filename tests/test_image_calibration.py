@@ -22,7 +22,7 @@ from conftest import (
     draw_section,
     hexagonal_spots,
     run,
-    run_process,
+    run_as_main,
     write_record,
 )
 from hypothesis import given, settings
@@ -296,14 +296,14 @@ def test_two_runs_give_the_same_bytes(sample):
     assert {name: (sample / name).read_bytes() for name in OUTPUTS} == first
 
 
-def test_from_the_shell(sample):
-    done = run_process("image_calibration.py", sample)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_as_a_user(sample, capfd):
+    assert run_as_main("image_calibration.py", "--directory", sample) == 0
+    assert capfd.readouterr().err == ""
     (sample / "he-raw.png").write_bytes((sample / "he-raw.png").read_bytes()[:9000])
-    done = run_process("image_calibration.py", sample)
-    assert done.returncode == 2
-    assert "truncated" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert run_as_main("image_calibration.py", "--directory", sample) == 2
+    said = capfd.readouterr().err
+    assert "truncated" in said
+    assert "Traceback" not in said
 
 
 def test_png_takes_over_from_jpeg_and_back(sample, monkeypatch):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_process
+from conftest import run_as_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -563,8 +563,8 @@ def test_results_of_before_are_refused_with_commands_that_work(labelled, capsys)
 
 def test_as_a_user(labelled):
     (labelled / "embeddings-gene.pickle").unlink()  # not needed
-    done = run_process("analysis/patterns.py", labelled, "--permutations", "9")
-    assert done.returncode == 0, done.stderr
+    options = ("--directory", labelled, "--permutations", 9)
+    assert run_as_main("analysis/patterns.py", *options) == 0
     assert sorted(p.name for p in labelled.glob("patterns*")) == OUTPUTS
 
 

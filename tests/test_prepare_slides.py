@@ -3,14 +3,12 @@
 import errno
 import functools
 import struct
-import subprocess
-import sys
 import zlib
 
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT
+from conftest import run_as_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -526,20 +524,14 @@ def test_a_tile_that_is_damaged_or_cut_off_is_an_error_never_grey(picture, tmp_p
 
 
 # ---------------------------------------------------------------------------------------- command
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "prepare" / "slides.py"), *map(str, arguments)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-
-
-def test_the_command_cuts_a_region_at_half_a_micrometre(picture, tmp_path):
+def test_the_command_cuts_a_region_at_half_a_micrometre(picture, tmp_path, capsys):
     options = {"resolution": (1e4 / 0.25, 1e4 / 0.25), "resolutionunit": "CENTIMETER"}
     path = write_pyramid(tmp_path / "slide.tif", picture, factors=(1,), **options)
     target = tmp_path / "section A"
-    done = command("--image", path, "--directory", target, "--region", 100, 40, 1203, 901)
-    assert done.returncode == 0, done.stderr
-    assert "(x - 100) / 2, (y - 40) / 2" in done.stdout
+    region = ("--region", 100, 40, 1203, 901)
+    words = ("--image", path, "--directory", target, *region)
+    assert run_as_main("prepare/slides.py", *words) == 0
+    assert "(x - 100) / 2, (y - 40) / 2" in capsys.readouterr().out
     assert float((target / "pixel-size-raw.txt").read_text()) == pytest.approx(0.5)
     found = tifffile.imread(target / "he-raw.tif").astype(int)
     assert np.abs(found - shrink(picture[40:941, 100:1303], 2)).max() <= 1

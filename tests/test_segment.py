@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_process
+from conftest import run_as_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -522,11 +522,10 @@ def test_the_record_names_what_was_read(labelled):
         assert known["sha256"] == disk.sha256(labelled / name)
 
 
-def test_as_a_user(labelled):
+def test_as_a_user(labelled, capsys):
     shutil.rmtree(labelled / "cnts-super")  # not needed, and no longer whole
-    done = run_process("analysis/segment.py", labelled, "--n-regions", "3")
-    assert done.returncode == 0, done.stderr
-    assert "edited since HISTEX.py" not in done.stdout
+    assert run_as_main("analysis/segment.py", "--directory", labelled, "--n-regions", 3) == 0
+    assert "edited since HISTEX.py" not in capsys.readouterr().out
     assert sorted(p.name for p in labelled.glob("*seg*")) == OUTPUTS
 
 
