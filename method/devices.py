@@ -18,6 +18,12 @@ from utils import StageError
 
 def resolve_device(name: str) -> torch.device:
     """torch.device of ``--device``; auto is CUDA, else MPS, else CPU; a named one must work."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and name.startswith("cuda:"):
+        raise StageError(
+            f"--device {name} puts all {world} processes of torchrun on one card.",
+            "Say --device cuda: each process then takes a card of its own.",
+        )
     wanted = ["cuda", "mps", "cpu"] if name == "auto" else [name]
     reason: Exception | None = None
     for candidate in wanted:

@@ -385,6 +385,13 @@ def test_positive():
             cli.positive(text)
 
 
+def test_processes_of_torchrun_do_not_share_a_card(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(utils.StageError, match="cuda:0 puts all 2 processes of torchrun on one"):
+        devices.resolve_device("cuda:0")
+    assert devices.resolve_device("cpu").type == "cpu"
+
+
 def test_resolve_device():
     assert devices.resolve_device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
