@@ -7,8 +7,9 @@ Reads   samples with a truth.npz, of --teachers to learn from and of --directory
 Writes  a table in Markdown to stdout; samples and maps in --keep, by which a later run goes on
 
 Rows: linear interpolation of the section's own spots; HISTEX.py without a reference, with it, and
-with one whose truth was shuffled among the superpixels of the tissue, which must do no harm; maps
-from the H&E alone by reference/predict.py. Columns: the genes that the reference knows, those that
+with one whose truth was shuffled among the superpixels of the tissue, which must do no harm; both
+again on the same section in another stain (--stain); maps from the H&E alone by
+reference/predict.py. Columns: the genes that the reference knows, those that
 it does not, and all: median over genes of Pearson's r with the truth at 8 and at 32 um. Teachers
 and the scored section must be different regions: the truth of --directory is used for the score
 only.
@@ -42,6 +43,14 @@ def build_parser() -> cli.Parser:
         )
     option("--n-states", type=cli.positive, default=5, help="Networks of a map.")
     option("--n-seeds", type=cli.positive, default=1, help="Maps of HISTEX.py a row, averaged.")
+    option(
+        "--stain",
+        type=cli.above_0,
+        nargs=2,
+        default=(0.75, 1.4),
+        metavar=("HAEMATOXYLIN", "EOSIN"),
+        help="Strength of the two stains in the section of another stain, as shares of the real.",
+    )
     measure.add_keep(parser)
     return parser
 
@@ -54,6 +63,8 @@ import shutil
 
 import numpy as np
 import safetensors
+from PIL import Image
+from skimage.color import hed2rgb, rgb2hed
 
 from analysis import inputs, spots
 from benchmarks import accuracy
@@ -109,6 +120,26 @@ def maps_of(
     return accuracy.read_stack(folder, genes, shape)
 
 
+def restain(image: np.ndarray, strength: tuple[float, float]) -> np.ndarray:
+    """An H&E image uint8 (rows, columns, 3) with more or less of its two stains."""
+    shares = rgb2hed(image)
+    shares[..., :2] *= strength
+    return (hed2rgb(shares) * 255).round().astype(np.uint8)
+
+
+def other_stain(source: Path, work: Path, strength: tuple[float, float]) -> Path:
+    """A folder with the files of a sample, whose image is in another stain."""
+    folder = work / "restained-{:g}-{:g}".format(*strength)
+    if not folder.exists():
+        with disk.atomic(folder) as partial:
+            measure.copy_user_files(source, partial)
+            (path,) = partial.glob("he-raw.*")
+            with Image.open(path) as image:
+                changed = Image.fromarray(restain(np.asarray(image.convert("RGB")), strength))
+            changed.save(path, quality=95)
+    return folder
+
+
 def score(truth: inputs.Truth, maps: np.ndarray, parts: dict[str, list[str]]) -> dict[str, list]:
     """r at both sizes of the genes of every part that the maps have."""
     scores = {}
@@ -136,18 +167,29 @@ def rows_of(
     places, counts = inputs.read_spots(sample, truth.genes)
     linear = spots.interpolate_spots(places, counts, shape)[1]
     rows = {"linear interpolation of its spots": score(truth, linear, parts)}
-    for row, file in {"HISTEX without a reference": None, **files}.items():
+    stained = other_stain(source, work, tuple(args.stain))
+    (work / "restained").mkdir(exist_ok=True)
+    restained, _ = accuracy.prepare_section(code, stained, work / "restained")
+    known_by = files["with the reference"]
+    runs_of_rows: dict[str, tuple[Path, Path | None]] = {
+        "HISTEX without a reference": (sample, None),
+        **{row: (sample, file) for row, file in files.items()},
+        "in another stain, without": (restained, None),
+        "in another stain, with the reference": (restained, known_by),
+    }
+    for row, (start, file) in runs_of_rows.items():
         runs = []
         for seed in range(args.n_seeds):
             options = ["--n-states", str(args.n_states), "--seed", str(seed * args.n_states)]
             options += [] if file is None else ["--reference", str(file)]
             name = f"{'none' if file is None else file.stem}-{seed}"
-            maps = maps_of(sample, work, name, utils.HISTEX, options, truth.genes, shape)
+            name += "-restained" if start == restained else ""
+            maps = maps_of(start, work, name, utils.HISTEX, options, truth.genes, shape)
             runs.append(score(truth, maps, parts))
         rows[row] = {part: np.mean([run[part] for run in runs], axis=0) for part in runs[0]}
     alone = parts["genes of the reference"]
     if alone:
-        options = ["--reference", str(files["with the reference"]), "--force"]
+        options = ["--reference", str(known_by), "--force"]
         maps = maps_of(sample, work, "alone", utils.PREDICTION, options, alone, shape)
         told = inputs.select_genes(truth, alone)
         rows["from the H&E alone"] = score(told, maps, {"genes of the reference": alone})

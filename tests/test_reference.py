@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import GENES, run
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from skimage.color import rgb2hed
 
 import HISTEX
 import utils
@@ -767,6 +769,22 @@ def test_scores_are_by_the_genes_that_a_reference_knows(sections):
     assert found.keys() == {"known", "other"}
     assert found["known"] == pytest.approx([1, 1])
     assert abs(found["other"][0]) < 0.1
+
+
+def test_another_stain_is_that_much_stronger(sections, tmp_path):
+    from benchmarks import references
+
+    image = np.full((4, 5, 3), (200, 150, 190), np.uint8)
+    assert abs(references.restain(image, (1, 1)).astype(int) - image).max() <= 1
+    before, after = (rgb2hed(x)[0, 0] for x in (image, references.restain(image, (0.5, 2))))
+    np.testing.assert_allclose(after[:2] / before[:2], [0.5, 2], rtol=0.1)
+    folder = references.other_stain(sections[0], tmp_path, (0.5, 2.0))
+    assert not (folder / "truth.npz").exists()
+    (path,) = folder.glob("he-raw.*")
+    both = [np.asarray(Image.open(each)).astype(int) for each in (sections[0] / path.name, path)]
+    assert both[0].shape == both[1].shape
+    assert abs(both[0] - both[1]).mean() > 3
+    assert (folder / "cnts.csv").read_bytes() == (sections[0] / "cnts.csv").read_bytes()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
