@@ -24,6 +24,7 @@ ROOMS = {  # a room and those below it, from which it may import
     "analysis": FLOOR,
     "reference": FLOOR | {"analysis"},
     "demo": FLOOR | {"analysis"},
+    "workflow": FLOOR,
     "benchmarks": FLOOR | {"stages", "prepare", "analysis", "demo"},
 }
 WINGS = ("prepare", "analysis", "reference")  # whose scripts stand alone

@@ -62,6 +62,15 @@ def steps_with(formats: list[str]) -> tuple[Step, ...]:
     )
 
 
+def marker(output: Path, sample: str, step: str) -> Path:
+    """What Snakemake takes for the result of a step: an empty file. Its time says when it ended."""
+    return output / ".markers" / sample / step
+
+
+def log(output: Path, sample: str, step: str) -> Path:
+    return output / "logs" / sample / f"{step}.log"
+
+
 def script_of(sample: Sample, step: Step) -> str | None:
     """The script of a step; None if this sample goes without it."""
     if step.name == "prepare":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import itertools
 import re
 import shlex
 import subprocess
@@ -180,7 +181,7 @@ def check_paths(paths: list[str], prepared_by: str | None, cell: Cell) -> None:
 
 def check_truth(sample: Sample, platform: str, cell: Cell) -> None:
     prepares = sample.options.get(sample.prepared_by or "", [])
-    none = any(a == "--truth-genes" and b == "0" for a, b in zip(prepares, prepares[1:]))
+    none = any(a == "--truth-genes" and b == "0" for a, b in itertools.pairwise(prepares))
     has_truth = (platform in MEASURE_ALL and not none) or (sample.directory / TRUTH).exists()
     if sample.teaches and not has_truth:
         raise cell.error(
