@@ -4,8 +4,9 @@
 #   apt-get install slurm-wlm slurmdbd munge mariadb-server
 #   bash benchmarks/slurm.sh snakemake --profile workflow/profiles/slurm --config samples=samples.tsv
 #
-# Needs root, no systemd and no running Slurm: everything lives in a temporary folder and listens on
-# 127.0.0.1 only. GPUS=1 lets the node say that it has a card, which is /dev/zero: for the scheduler only.
+# Needs root, no systemd and no Slurm of the machine's own: all that it does lives in a temporary
+# folder and listens on 127.0.0.1 only; its settings are in /etc/slurm while it runs. GPUS=1 lets the
+# node say that it has a card, which is /dev/zero: for the scheduler only.
 set -euo pipefail
 
 for program in munged mariadbd slurmdbd slurmctld slurmd sacct; do
@@ -15,14 +16,20 @@ for program in munged mariadbd slurmdbd slurmctld slurmd sacct; do
     }
 done
 
+conf=/etc/slurm
+if [ -e "$conf/slurm.conf" ]; then
+    printf 'error: %s/slurm.conf is there: this machine has a Slurm of its own.\nRun the command in that one.\n' "$conf" >&2
+    exit 2
+fi
 work="$(mktemp -d)"
 chmod 755 "$work"
+mkdir -p "$conf"
 host="$(hostname -s)"
 pids=()
 stop() {
     for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
     wait "${pids[@]}" 2>/dev/null || true
-    rm -rf "$work"
+    rm -rf "$work" "$conf"/{slurm,slurmdbd,gres}.conf
 }
 trap stop EXIT
 
@@ -58,7 +65,7 @@ sql=(mariadb --no-defaults --user=root --socket="$work/db.socket" --execute)
 until_ok mariadb "${sql[@]}" 'select 1'
 "${sql[@]}" "create user slurm@127.0.0.1; grant all on slurm.* to slurm@127.0.0.1;"
 
-cat >"$work/slurmdbd.conf" <<END
+cat >"$conf/slurmdbd.conf" <<END
 AuthType=auth/munge
 AuthInfo=socket=$socket
 DbdHost=localhost
@@ -70,9 +77,9 @@ StoragePort=33306
 StorageUser=slurm
 StorageLoc=slurm
 END
-chmod 600 "$work/slurmdbd.conf"
+chmod 600 "$conf/slurmdbd.conf"
 memory="$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)"
-cat >"$work/slurm.conf" <<END
+cat >"$conf/slurm.conf" <<END
 ClusterName=one
 SlurmctldHost=$host(127.0.0.1)
 AuthType=auth/munge
@@ -97,8 +104,7 @@ GresTypes=gpu
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory ${GPUS:+Gres=gpu:$GPUS}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
-[ "${GPUS:-0}" = 0 ] || echo "NodeName=$host Name=gpu File=/dev/zero" >"$work/gres.conf"
-export SLURM_CONF="$work/slurm.conf"
+[ "${GPUS:-0}" = 0 ] || echo "NodeName=$host Name=gpu File=/dev/zero" >"$conf/gres.conf"
 until_ok munged munge --socket="$socket" --no-input
 start slurmdbd slurmdbd -D
 until_ok slurmdbd sacctmgr --immediate show cluster
