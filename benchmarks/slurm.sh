@@ -5,8 +5,8 @@
 #   bash benchmarks/slurm.sh snakemake --profile workflow/profiles/slurm --config samples=samples.tsv
 #
 # Needs root, no systemd and no Slurm of the machine's own: all that it does lives in a temporary
-# folder and listens on 127.0.0.1 only; its settings are in /etc/slurm while it runs. GPUS=1 lets the
-# node say that it has a card, which is /dev/zero: for the scheduler only.
+# folder and listens on 127.0.0.1 only; its settings are in /etc/slurm while it runs. CARD=1 lets the
+# node say that it has a graphics card, which is /dev/zero: for the scheduler only.
 set -euo pipefail
 
 for program in munged mariadbd slurmdbd slurmctld slurmd sacct; do
@@ -101,10 +101,10 @@ AccountingStorageHost=localhost
 AccountingStoragePass=$socket
 AccountingStorageTRES=gres/gpu
 GresTypes=gpu
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory ${GPUS:+Gres=gpu:$GPUS}
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory ${CARD:+Gres=gpu:1}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
-[ "${GPUS:-0}" = 0 ] || echo "NodeName=$host Name=gpu File=/dev/zero" >"$conf/gres.conf"
+[ -z "${CARD:-}" ] || echo "NodeName=$host Name=gpu File=/dev/zero" >"$conf/gres.conf"
 until_ok munged munge --socket="$socket" --no-input
 start slurmdbd slurmdbd -D
 until_ok slurmdbd sacctmgr --immediate show cluster

@@ -222,7 +222,7 @@ def test_the_memory_of_a_step_covers_what_was_measured(folder):
         spots = number if unit == "spots" else 10
         record = {"size": [side, side], "spots": spots}
         (folder / "a" / "image_calibration.json").write_text(json.dumps(record))
-        needed = steps.memory_mb(sample, by_name[name], lite) / 1000
+        needed = steps.memory_mb(sample, by_name[name], lite) / 1000 - steps.ENGINE_GB
         assert float(peak) <= needed <= 2.5 * float(peak) + 0.5, (stage, size, peak, needed)
         seen.add(stage)
     assert seen == {*MEASURED}
@@ -234,7 +234,7 @@ def test_until_its_size_is_known_a_sample_needs_what_a_large_slide_does(folder):
     unknown = steps.memory_mb(sample, maps, {})
     assert unknown > 4000
     (folder / "a" / "image_calibration.json").write_text('{"size": [4000, 4000], "spots": 100}')
-    assert steps.memory_mb(sample, maps, {}) < unknown / 2
+    assert steps.memory_mb(sample, maps, {}) < 0.6 * unknown
     extract = next(step for step in steps.STEPS if step.name == "extract")
     lite = {utils.EXTRACTOR: ["--backbone", steps.EMBEDDED]}
     more = steps.memory_mb(sample, extract, {}) - steps.memory_mb(sample, extract, lite)

@@ -144,6 +144,7 @@ def files_read(sample: Sample, step: Step) -> list[str]:
 # memory
 # ------------------------------------------------------------------------------------------------
 LARGEST = 22_400, 10_000  # side of he.jpg in px and number of spots of a slide of 11 mm
+ENGINE_GB = 0.5  # on a cluster, two processes of Snakemake stand around each script
 MARGIN = 1.3  # for what the benchmark does not have: more genes, other libraries
 EMBEDDED = "efficientnet_lite0"  # the backbone that the benchmark measures
 LEARNING_MB = 4000
@@ -174,4 +175,4 @@ def memory_mb(sample: Sample, step: Step, shared: Options) -> int:
         "maps": max(1.1 + 0.31 * spots / 1000, 0.8 + 0.125 * thousands),
         "report": 0.5 + 0.015 * thousands,
     }.get(step.name, 0.6 + 0.04 * thousands)
-    return math.ceil(1000 * MARGIN * gb)
+    return math.ceil(1000 * (MARGIN * gb + ENGINE_GB))
