@@ -387,12 +387,11 @@ print(torch.get_num_threads(), cv2.getNumThreads(), pyvips.concurrency_get())
 """
 
 
-@pytest.mark.parametrize("n", ["1", "2"])
-def test_threads_are_those_of_every_library(n, tmp_path):
+def test_threads_are_those_of_every_library(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in cli.THREAD_VARIABLES}
-    command = [sys.executable, "-c", POOLS, "--directory", str(tmp_path), "--threads", n]
+    command = [sys.executable, "-c", POOLS, "--directory", str(tmp_path), "--threads", "1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [n] * 3, done.stderr
+    assert done.stdout.split() == ["1"] * 3, done.stderr
 
 
 def test_threads_decide_no_result(sample, capsys):
