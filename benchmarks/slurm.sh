@@ -100,6 +100,7 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=localhost
 AccountingStoragePass=$socket
 AccountingStorageTRES=gres/gpu
+AccountingStoreFlags=job_comment
 GresTypes=gpu
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory ${CARD:+Gres=gpu:1}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
