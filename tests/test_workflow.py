@@ -297,6 +297,18 @@ def test_a_sample_that_failed_is_shown_with_its_error(folder, capsys):
     assert "2 samples: 0 done, 1 failed, 1 unfinished" in capsys.readouterr().out
 
 
+def test_a_reference_that_could_not_be_learned_is_told_of_where_it_is_missed(folder):
+    read("a\tsample\ta\t\tkidney", "b\tsample\tb\t\t\tkidney")
+    for step in ("calibrate", "densify", "extract", "mask"):
+        marker = steps.marker(Path("results"), "b", step)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    assert "maps: not begun" in page()
+    write_log("references", "kidney", "error: a has no tissue.\n")
+    assert "learn, the reference kidney: error: a has no tissue." in page()
+    assert states() == {"a": "unfinished", "b": "failed"}
+
+
 @pytest.mark.parametrize(
     ("log", "says"),
     [

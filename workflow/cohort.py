@@ -103,6 +103,12 @@ def state_of(sample: Sample, step: Step, output: Path, record: Record) -> tuple[
     if marker.is_file() or (record and not log.is_file()):
         return DONE, ""
     if not log.is_file():
+        lesson, learned = (
+            f(output, "references", sample.reference) for f in (steps.log, steps.marker)
+        )
+        waits = step.name == "maps" and lesson.is_file() and not learned.is_file()
+        if waits and (error := error_of(lesson)):
+            return FAILED, f"learn, the reference {sample.reference}: {error}"
         return UNFINISHED, f"{step.name}: not begun"
     if error := error_of(log):
         return FAILED, f"{step.name}: {error}"
@@ -119,6 +125,8 @@ def number(value: object, digits: int = 0) -> str:
 def row_of(sample: Sample, output: Path, stage: utils.Stage) -> Row:
     """A sample on the page; all that is read is noted in ``stage``."""
     state, says, records = DONE, "", {}
+    for place in (steps.log, steps.marker):
+        stage.use(place(output, "references", sample.reference or "none"))
     for step in steps.STEPS:
         script = steps.script_of(sample, step)
         if script is None:
