@@ -51,7 +51,7 @@ EXTRACTOR = "Histology_Extractor.py"
 MASKING = "masking_non_tissue.py"
 HISTEX = "HISTEX.py"
 PREDICTION = "reference/predict.py"  # writes what HISTEX.py does, without spots
-LEARNING = "reference/learn.py"  # has --sections in place of --directory
+LEARNING, COHORT = "reference/learn.py", "workflow/cohort.py"  # have no --directory
 STAGES = (CALIBRATION, HIGH_RESOLUTION, EXTRACTOR, MASKING, HISTEX)
 ARTIFACTS: dict[str, Artifact] = {}  # file name -> artifact, of every one that is defined
 
@@ -233,7 +233,7 @@ class Stage:
                 options = [*map(str, found["options"])] if type(found["options"]) is list else []
                 if script == HISTEX and found["script"] == PREDICTION:
                     script = PREDICTION
-        place = [] if script == LEARNING else ["--directory", str(self.directory)]
+        place = [] if script in (LEARNING, COHORT) else ["--directory", str(self.directory)]
         words = ["python", script, *place, *options]
         return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 

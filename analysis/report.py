@@ -70,7 +70,7 @@ def build_parser() -> cli.Parser:
         metavar="FILE",
         help=f"The page, a file (default: {files.REPORT.name} in the folder of the sample).",
     )
-    cli.add_force(parser)
+    cli.add_shared(parser)
     parser.set_defaults(allow_stale=False)  # a stale sample is shown, with a warning in the page
     return parser
 

@@ -35,7 +35,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--directory", type=cli.sample_directory, required=True, help=help_directory
     )
-    cli.add_force(parser)
+    cli.add_shared(parser)
     parser.set_defaults(allow_stale=False)
     return parser
 

@@ -50,7 +50,7 @@ def build_parser() -> cli.Parser:
     size = cli.number(float, lambda um: um >= 160 and not um % step, "a multiple of 8 um from 160")
     option("--size-um", type=size, default=SIZE_UM, help="Side of the image in um.")
     option("--seed", type=int, default=1, help="Another seed is another section.")
-    cli.add_force(parser)
+    cli.add_shared(parser)
     return parser
 
 

@@ -25,7 +25,7 @@ def prepare_parser(doc: str) -> cli.Parser:
     option("--genes", type=cli.names_or_file,
            help=f"Genes to predict: {genes.HELP}. They become gene-names.txt (default: get_HR.py "
                 "chooses the genes).")  # fmt: skip
-    cli.add_force(parser)
+    cli.add_shared(parser)
     return parser
 
 

@@ -42,7 +42,7 @@ def build_parser() -> cli.Parser:
         help="Rectangle in pixels of full resolution (default: the whole slide).",
     )
     options.add_pixel_size(parser, "what the metadata say")
-    cli.add_force(parser)
+    cli.add_shared(parser)
     return parser
 
 

@@ -75,11 +75,19 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def add_force(parser: Parser) -> None:
+def add_shared(parser: Parser) -> None:
+    """Options of every script that keeps a record. Neither decides what the results are."""
     parser.add_argument(
         "--force",
         action="store_true",
         help="Replace the outputs of this script even if they were edited by hand.",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="Number of threads to compute with, such as 1 where several samples run side by side "
+        "(default: as many as there are cores).",
     )
 
 
@@ -92,7 +100,7 @@ def stage_parser(doc: str) -> Parser:
         required=True,
         help="Folder of the sample; all files live there.",
     )
-    add_force(parser)
+    add_shared(parser)
     parser.add_argument(
         "--allow-stale",
         action="store_true",
@@ -157,6 +165,11 @@ REMEDIES = {
     errno.ENOENT: "Something removed it while the script ran: bring it back",
     errno.EMFILE: "Allow more open files (ulimit -n)",
 }
+NOT_DECISIVE = ("directory", "force", "allow_stale", "threads")  # options that no result is of
+THREAD_VARIABLES = (  # read by torch, numpy, OpenCV, libvips and others when they are imported
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
+    "OPENCV_FOR_THREADS_NUM", "VIPS_CONCURRENCY", "RAYON_NUM_THREADS",
+)  # fmt: skip
 CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # by numpy, whose errors lack the number
 IO_REMEDY = "See that the disk or network drive works"
 
@@ -175,6 +188,8 @@ def start(parser: argparse.ArgumentParser, script: str = "") -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
     args = parser.parse_args()
+    if getattr(args, "threads", None):
+        os.environ |= dict.fromkeys(THREAD_VARIABLES, str(args.threads))
     if not script:
         return
     args.options = given_options(parser, args)
@@ -193,7 +208,7 @@ def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     options = []
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
-        if action.dest in ("directory", "force", "allow_stale") or value == action.default:
+        if action.dest in NOT_DECISIVE or value == action.default:
             continue
         options.append(action.option_strings[-1])
         if action.nargs != 0:

@@ -71,7 +71,7 @@ def build_parser() -> cli.Parser:
         help="Learn from tokens and masks even if the stage that made them is out of date.",
     )
     cli.add_device(parser)
-    cli.add_force(parser)
+    cli.add_shared(parser)
     parser.set_defaults(directory=Path())
     return parser
 

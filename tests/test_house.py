@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import utils
 from reading import cli
 
 STAGES = {"image_calibration", "get_HR", "Histology_Extractor", "masking_non_tissue", "HISTEX"}
@@ -24,6 +25,7 @@ ROOMS = {  # a room and those below it, from which it may import
     "analysis": FLOOR,
     "reference": FLOOR | {"analysis"},
     "demo": FLOOR | {"analysis"},
+    "workflow": FLOOR,
     "benchmarks": FLOOR | {"stages", "prepare", "analysis", "demo"},
 }
 WINGS = ("prepare", "analysis", "reference")  # whose scripts stand alone
@@ -135,6 +137,7 @@ NEEDS = {  # options that a script has no default for, beside --directory
     "prepare/xenium.py": ["--outs", "absent", "--image", "absent.tif", "--aligned"],
     "reference/learn.py": ["--sections", "absent", "--output", "absent.safetensors"],
     "reference/predict.py": ["--reference", "absent.safetensors"],
+    "workflow/cohort.py": ["--samples", "absent.tsv"],
 }  # fmt: skip
 
 
@@ -147,7 +150,7 @@ def test_the_shell_is_told_that_a_script_found_no_input(script, tmp_path, monkey
     directory = tmp_path / ("a file" if script == "demo/simulate.py" else "sample")
     if script == "demo/simulate.py":  # needs nothing but a folder
         directory.write_text("")
-    given = [] if script == "reference/learn.py" else ["--directory", str(directory)]
+    given = [] if script in (utils.LEARNING, utils.COHORT) else ["--directory", str(directory)]
     monkeypatch.setattr(sys, "argv", [script, *given, *named])
     monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
