@@ -243,6 +243,7 @@ def describe_page(
         "score": None if content.held_out is None else content.held_out.name,
         "r": [page.r_of(content, gene) for gene in genes],
         "ranks": page.ranks_of(content, genes),
+        "ranked": 0 if content.held_out is None else int(content.held_out.notna().sum()),
         "markers": markers,
         "alone": report_layers.by_reference(content, genes),
         "palettes": report_maps.palettes(),

@@ -34,14 +34,18 @@ function valueAt(field, share, [low, high]) { // the value that stands there
 const levelOf = (field, value) => Math.round(255 * shareOf(field, value));
 const alphaOf = (level) => (look.fade ? Math.min(255, Math.round(level / FULL_AT)) : 255);
 
-function wordOf(level, channel = null) { // the bytes red, green, blue, alpha, lowest first
-  if (channel !== null) return mixedWord(...MIX.map((_, i) => (i === channel ? level : 0)));
+// The bytes red, green, blue and alpha of a colour, the lowest first. It is solid in spots, and
+// where nothing fades.
+function wordOf(level, channel = null, solid = !look.fade) {
+  if (channel !== null) return mixedWord(...MIX.map((_, i) => (i === channel ? level : 0)), solid);
   const at = 3 * level, [red, green, blue] = [look.palette[at], look.palette[at + 1], look.palette[at + 2]];
-  return ((alphaOf(level) << 24) | (blue << 16) | (green << 8) | red) >>> 0;
+  return (((solid ? 255 : alphaOf(level)) << 24) | (blue << 16) | (green << 8) | red) >>> 0;
 }
 
-function mixedWord(red, green, blue) { // up to three genes: one colour each, added
-  return ((alphaOf(Math.max(red, green, blue)) << 24) | (blue << 16) | (green << 8) | red) >>> 0;
+function mixedWord(red, green, blue, solid = !look.fade) { // up to three genes: one colour each, added
+  if (solid) return ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
+  const most = Math.max(red, green, blue), times = most ? 255 / most : 0; // the lower, the clearer, not darker
+  return ((alphaOf(most) << 24) | ((blue * times) << 16) | ((green * times) << 8) | (red * times)) >>> 0;
 }
 
 const bytesOf = (word) => [word & 255, (word >> 8) & 255, (word >> 16) & 255, word >>> 24];
@@ -123,9 +127,8 @@ function ticksBetween(low, high) {
 function rampOf(field, channel) { // two rows: the colours as they are, and as they look over tissue
   const image = new ImageData(256, 2);
   for (let level = 0; level < 256; level++) {
-    const word = wordOf(level, channel);
-    image.data.set([...bytesOf(word).slice(0, 3), 255], 4 * level);
-    image.data.set([...overTissue(word), 255], 4 * (256 + level));
+    image.data.set(bytesOf(wordOf(level, channel, true)), 4 * level);
+    image.data.set([...overTissue(wordOf(level, channel)), 255], 4 * (256 + level));
   }
   const ramp = document.createElement("canvas");
   [ramp.width, ramp.height] = [256, 2];

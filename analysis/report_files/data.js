@@ -92,8 +92,8 @@ function inSteps(field, value) { // with as many decimals as the map was stored 
 }
 
 function rankOf(index) {
-  const rank = data.ranks[index], known = data.ranks.filter((one) => one !== null).length;
+  const rank = data.ranks[index];
   const r = data.r[index] === null ? "" : `, ${data.score} ${data.r[index].toFixed(2)}`;
   if (rank === null) return data.score ? `no ${data.score} is known` : "";
-  return `rank ${rank} of ${Math.max(known, ...data.ranks)}${r}`;
+  return `rank ${rank} of ${data.ranked.toLocaleString("en")}${r}`;
 }

@@ -2,6 +2,7 @@
 const layers = { map: makeLayer(), uncertainty: makeLayer(), regions: makeLayer(), annotation: makeLayer() };
 const labels = {}; // codes of regions and annotation, by name
 let cells = null, layer = "map";
+const NO_CLASS = "#30343a"; // of cells
 
 const discArea = () => Math.PI * data.radius ** 2; // superpixels under a spot
 const inkOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -80,7 +81,7 @@ const spotFields = () => (look.mixed ? trio : [gene]).filter((field) => field &&
 
 function spotWord(i) { // its counts divided by the superpixels under it, in the colours of the map
   const level = (field) => (field && field.spots ? levelOf(field, field.spots.measured[i] / discArea()) : 0);
-  return look.mixed ? mixedWord(...trio.map(level)) : wordOf(level(gene));
+  return look.mixed ? mixedWord(...trio.map(level), true) : wordOf(level(gene), null, true);
 }
 
 async function unpackCells({ places, radii, classes }) {
@@ -103,13 +104,32 @@ function drawCells(to, px) { // circles of the cells' areas, in the colours of t
       path.arc(column, row, radius, 0, 2 * Math.PI);
     }
   }
-  to.lineWidth = 0.8 * px;
-  to.strokeStyle = "rgba(255, 255, 255, .7)";
+  to.lineWidth = 2 * px;
   paths.forEach((path, i) => {
-    to.fillStyle = i ? data.cells.colours[i - 1] : "#30343a";
+    to.fillStyle = to.strokeStyle = i ? data.cells.colours[i - 1] : NO_CLASS;
+    to.globalAlpha = view.scale > 6 ? 0.35 : 1; // near by, what lies under them is to be seen
     to.fill(path);
+    to.globalAlpha = 1;
     if (view.scale > 6) to.stroke(path);
   });
+}
+
+function keyItems() { // colour and name of all that has a colour of its own: labels and classes of cells
+  const items = [];
+  if (kinds[0] !== "overlay") return items;
+  if (labels[layer]) data[layer].colours.forEach((colour, i) => items.push({ colour, text: labelName(layer, i + 1) }));
+  if (!cells || !byId("cells").checked) return items;
+  data.cells.names.forEach((name, i) => items.push({ colour: data.cells.colours[i], text: `cells: ${name}` }));
+  return [...items, { colour: NO_CLASS, text: data.cells.names.length ? "cells without a class" : "cells" }];
+}
+
+function drawKey() {
+  byId("key").replaceChildren(...keyItems().map(({ colour, text }) => {
+    const item = document.createElement("li"), box = svg("svg", { viewBox: "0 0 12 12", "aria-hidden": "true" });
+    box.append(svg("rect", { width: 12, height: 12, rx: 2, fill: colour }));
+    item.append(box, text);
+    return item;
+  }));
 }
 
 function drawMark(to, px) { // a box around the superpixel, black and white to be seen on anything

@@ -1,16 +1,26 @@
 // Which gene is shown, or which three; the list of genes and the search in it.
 const MOST_FOUND = 200; // genes of the folder in the list at once
 const trio = [null, null, null]; // genes in red, green and blue
-const asked = [0, 0, 0]; // how often a gene was asked for each of them: only the last is shown
+const asked = [null, null, null]; // what was asked for last for each of them: only that is shown
 let gene = null, slot = 0; // the gene that is read out; its place in the trio
+let replaces = false; // the next gene goes to the slot that was chosen, even if it has one
 
 async function chooseGene(index) {
-  const into = look.mixed ? slot : 0, mine = ++asked[into];
+  const into = look.mixed ? nextSlot() : 0, mine = { index };
+  asked[into] = mine;
   const next = await loadGene(index);
   if (asked[into] !== mine) return; // another one was chosen meanwhile
+  asked[into] = null;
   if (look.mixed) trio[into] = next;
   gene = next;
+  slot = into;
   showGene();
+}
+
+function nextSlot() { // the one that was chosen, else the first that has no gene, else the last one
+  const free = trio.findIndex((one, i) => !one && !asked[i]), into = replaces || free < 0 ? slot : free;
+  replaces = false;
+  return into;
 }
 
 function shownNames() {
@@ -31,6 +41,7 @@ function paintLayers() {
   else paintField(layers.map, gene);
   if (gene.sd) paintField(layers.uncertainty, gene.sd);
   byId("bars").replaceChildren(...legend().map(drawBar));
+  drawKey();
   redraw();
 }
 
@@ -62,23 +73,25 @@ function showSlots() {
 
 function setMode(mixed) {
   look.mixed = mixed;
+  asked.fill(null);
   if (mixed && !trio.includes(gene)) trio[slot] = gene;
-  if (mixed && trio.filter(Boolean).length < 3) slot = trio.indexOf(null); // the next gene goes there
+  if (mixed) slot = trio.indexOf(gene);
   document.querySelector(`[name="mode"][value="${mixed ? "three" : "one"}"]`).checked = true;
   showGene();
 }
 
 function chooseSlot(number) {
   slot = number;
+  replaces = true;
   if (trio[slot]) gene = trio[slot];
   showGene();
 }
 
 function clearSlot(number) {
-  asked[number]++;
+  asked[number] = null;
   trio[number] = null;
   if (!trio.includes(gene)) gene = trio.find(Boolean);
-  slot = number;
+  slot = trio.indexOf(gene);
   showGene();
 }
 

@@ -43,7 +43,7 @@ function saveOutlines() {
 }
 
 // ----- the picture -----
-const MARGIN = 12, TITLE = 34, BAR_HEIGHT = 64; // CSS px
+const MARGIN = 12, TITLE = 34, BAR_HEIGHT = 64, KEY_HEIGHT = 20; // CSS px
 
 function drawLegend(to, bars, left, top, width) { // colour bars below the picture
   bars.forEach(({ field, channel }, i) => {
@@ -64,12 +64,27 @@ function drawLegend(to, bars, left, top, width) { // colour bars below the pictu
   });
 }
 
+function drawKeyLine(to, left, top) { // names of labels and classes; returns its height
+  let [x, y] = [left, top];
+  to.font = "12px system-ui, sans-serif";
+  for (const { colour, text } of keyItems()) {
+    const wide = to.measureText(text).width + 34;
+    if (x > left && x + wide > left + canvas.clientWidth) [x, y] = [left, y + KEY_HEIGHT];
+    to.fillStyle = colour;
+    to.fillRect(x, y, 12, 12);
+    to.fillStyle = "#1d1f21";
+    to.fillText(text, x + 17, y + 11);
+    x += wide;
+  }
+  return keyItems().length ? y + KEY_HEIGHT - top : 0;
+}
+
 function pictureOf(sharp) { // the view with its scale bar, colour bars and names, as a canvas
   const [width, height] = [canvas.clientWidth, canvas.clientHeight], bars = legend(), sheet = document.createElement("canvas");
   const all = frames().map((frame) => ({ ...frame, x: frame.x + MARGIN, y: frame.y + MARGIN + TITLE }));
   sheet.width = (width + 2 * MARGIN) * sharp;
-  sheet.height = (height + 2 * MARGIN + TITLE + bars.length * BAR_HEIGHT + MARGIN) * sharp;
-  const to = sheet.getContext("2d");
+  const to = sheet.getContext("2d"), keyHeight = drawKeyLine(to, MARGIN, 0); // which it then loses
+  sheet.height = (height + 3 * MARGIN + TITLE + bars.length * BAR_HEIGHT + keyHeight) * sharp;
   to.fillStyle = "#ffffff";
   to.fillRect(0, 0, sheet.width, sheet.height);
   drawScene(to, all, sharp, false);
@@ -87,6 +102,7 @@ function pictureOf(sharp) { // the view with its scale bar, colour bars and name
   to.fillText(text, MARGIN + 18 + length / 2, bottom - 24);
   to.textAlign = "left";
   drawLegend(to, bars, MARGIN, bottom + MARGIN, width);
+  drawKeyLine(to, MARGIN, bottom + MARGIN + bars.length * BAR_HEIGHT);
   return sheet;
 }
 
