@@ -3,21 +3,31 @@
     python analysis/report.py --directory data/section
     python analysis/report.py --directory data/section --genes KRT8,CD3E --output figures/krt8.html
 
-The page shows the H&E with zoom and pan; over it the map of any of its genes, with an opacity
-slider, or the regions of a segmentation; the spots on the scale of the map, and both against each
-other; the held-out correlation of all genes; the training curves; the records of the five scripts;
-and what there is to warn of. It asks for nothing over the network, and forbids itself to.
+The page shows the H&E with zoom and pan; over it the map of a gene, clear where little is
+expressed, or of three genes in red, green and blue; the uncertainty of the map, the regions of
+segment.py, the labels of annotate.py, the cells of cells.py and the spots, over each other or side
+by side. A layer that is not there names the command that makes it. Areas are drawn by rectangle or
+lasso, or a region is clicked: the page adds up the counts in it, saves them as CSV, and the
+outlines as GeoJSON for QuPath and cells.py. Below stand the spots against the map, the held-out
+correlation of all genes, the training curves, the records of the five scripts, and what there is
+to warn of. The page asks for nothing over the network, and forbids itself to.
+
+The genes with the highest held-out r are in report.html. The others are in the folder
+report-genes/, from which the page loads them when they are chosen: keep the two together. With
+--one-file there is no such folder.
 
 A map is stored in 255 even steps from its lowest to its highest value, and 0 where it has none:
-what the page shows in numbers is the map to half a step, 1/508 of its range. Its colours go from 0
-to the 99.5th percentile of the map. All are counts per superpixel of 8 um. Spots are coloured by
-their counts divided by the superpixels that their disc covers.
+what the page shows in numbers is the map to half a step, 1/508 of its range. Maps in report.html
+that would take more than 165 kB so are stored in 127 or 63 steps; those in the folder never are.
+Colours go from 0 to the 99.5th percentile of the map at first. All are counts per superpixel of
+8 um. Spots are coloured by their counts divided by the superpixels that their disc covers.
 
-Reads   cnts-super/ and he.jpg; where they are there, locs.csv, radius.txt and cnts.csv,
-        held-out-r.csv, states/*/history.csv, the records, and segments.npy (whole numbers (rows,
-        columns): number of the region, 0 for none) with segments.csv. What is missing, the page
-        says.
-Writes  report.html, and report.json, the record of all pages in its folder.
+Reads   cnts-super/ and he.jpg; where they are there, cnts-super-sd/, locs.csv, radius.txt and
+        cnts.csv, held-out-r.csv, states/*/history.csv, the records, cells.csv.gz, and segments.npy
+        and annotation.npy (whole numbers (rows, columns): number of the label, 0 for none) with
+        segments.csv and annotation.csv. What is missing, the page says.
+Writes  report.html, report-genes/, and report.json, the record of all pages in its folder. With
+        --output NAME.html, they are NAME.html and NAME-genes/.
 """
 
 from __future__ import annotations

@@ -15,11 +15,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_alone
+from conftest import run_alone, write_record
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from skimage.color import rgb2lab
 
 import utils
 from analysis import charts, inputs, report, report_maps
@@ -85,6 +86,27 @@ def write_section(directory):
         )
     np.save(directory / "segments.npy", make_regions())
     return directory
+
+
+def write_layers(directory):
+    """A standard deviation of a quarter of each map, an annotation, and three cells."""
+    (directory / "cnts-super-sd").mkdir()
+    shutil.copy(directory / "cnts-super" / "index.csv", directory / "cnts-super-sd")
+    for i, image in enumerate(np.moveaxis(make_maps(), 2, 0)):
+        np.save(directory / "cnts-super-sd" / f"{i}.npy", image / 4)
+    annotation = np.full(SHAPE, 2, np.uint8)
+    annotation[:, :10] = 1
+    np.save(directory / "annotation.npy", annotation)
+    (directory / "annotation.csv").write_text(
+        "label,name,colour\n1,tumour,#ff0000\n2,stroma <b>,#0000ff\n3,unclassified,#bdbdbd\n"
+    )
+    size = [SHAPE[0] * 16, SHAPE[1] * 16]
+    sizes = {"raw_size": [side * 2 for side in size], "scaled_size": size, "size": size}
+    write_record(directory, utils.CALIBRATION, [], ["he.jpg", "locs.csv", "radius.txt"], **sizes)
+    rows = [(40.5, 5.5, 300, "tumour"), (8, 8, 64, "tumour"), (20, 20, 64, "")]  # superpixels
+    table = [(i, x * 32, y * 32, area, 1, kind, 0) for i, (x, y, area, kind) in enumerate(rows)]
+    columns = ["cell", "x", "y", "area_um2", "share_on_tissue", "class", "KRT8"]
+    pd.DataFrame(table, columns=columns).to_csv(directory / "cells.csv.gz", index=False)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +197,37 @@ def test_genes_are_those_asked_for_or_the_best_held_out_ones():
         inputs.choose_genes([], r, None, 2)
 
 
+@given(arrays(np.uint8, (3, 4)))
+def test_bytes_are_found_again_from_their_differences(codes):
+    found = np.zeros((4, 5), int)
+    for (row, column), step in np.ndenumerate(report_maps.differences(codes)):
+        mean = (found[row + 1, column] + found[row, column + 1]) // 2
+        found[row + 1, column + 1] = (int(step) + mean) % 256
+    np.testing.assert_array_equal(found[1:, 1:], codes)
+
+
+def test_a_map_that_is_too_large_is_stored_in_fewer_steps():
+    noise = np.random.default_rng(0).random((60, 60), np.float32)
+    sizes = [
+        len(report_maps.encode(report_maps.differences(report_maps.quantise(noise, levels)[0])))
+        for levels in (255, 127, 63)
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    budgets = {None: 255, sizes[0]: 255, sizes[1]: 127, sizes[1] - 1: 63, 10: 63}
+    assert {n: report_maps.pack(noise, n)["levels"] for n in budgets} == budgets
+
+
+def test_palettes_are_even_in_lightness_and_the_printed_one_begins_white():
+    for name, text in report_maps.palettes().items():
+        rgb = np.frombuffer(bytes.fromhex(text), np.uint8).reshape(1, 256, 3)
+        lightness = rgb2lab(rgb)[0, :, 0]
+        steps = np.diff(lightness) * (-1 if name == "ink" else 1)
+        assert steps.min() > -0.7, name  # 8 bits a channel round by about a quarter
+        assert np.convolve(steps, np.ones(16) / 16, "valid").std() < 0.1, name
+        assert np.ptp(lightness) > 65, name
+    assert (rgb[0, 0] > 240).all()
+
+
 @given(st.floats(-1e4, 1e4), st.floats(1e-4, 1e4))
 def test_ticks_are_round_numbers_within_the_axis(low, width):
     ticks = charts.nice_ticks(low, low + width)
@@ -249,6 +302,89 @@ def test_the_policy_allows_the_pages_own_script_and_style_and_no_network(section
         assert len(own) == 1
         digest = base64.b64encode(hashlib.sha256(own[0].encode()).digest()).decode()
         assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
+
+
+def facts_of(text: str, script: str = "data") -> dict:
+    return json.loads(Page(text).scripts[script])
+
+
+def test_genes_that_are_not_in_the_page_lie_beside_it(section):
+    text = write_page(section, "--n-genes", "2")
+    facts = facts_of(text)
+    assert (facts["genes"], facts["here"]) == (GENES, 2)
+    assert facts["ranks"] == [1, 2, 3, None]
+    assert sorted(f.name for f in (section / "report-genes").iterdir()) == ["2.js", "3.js"]
+    script = (section / "report-genes" / "2.js").read_text(encoding="utf-8")
+    gene = json.loads(re.fullmatch(r"takeGene\(2, (.*)\);\n", script)[1])
+    image = make_maps()[..., 2]
+    assert gene["name"] == HOSTILE
+    assert "<" not in script
+    np.testing.assert_allclose(map_in(gene), image, atol=np.ptp(image[image > 0]) / 508 * 1.001)
+    assert "spots" in gene
+    meta = next(a for tag, a in Page(text).tags if a.get("http-equiv"))
+    assert re.search(r"script-src 'sha256-[^']+' 'self' file:;", meta["content"])
+    record = json.loads((section / "report.json").read_text())
+    assert set(record["outputs"]) == {"report.html", "report-genes"}
+    assert facts_of(write_page(section, "--n-genes", "2", "--one-file"))["genes"] == GENES[:2]
+    assert not (section / "report-genes").exists()  # it belonged to the page before
+
+
+def test_a_folder_of_yours_is_not_replaced(section, capsys):
+    (section / "report-genes").mkdir()
+    (section / "report-genes" / "notes.txt").write_text("mine")
+    assert report.run(["--directory", str(section), "--n-genes", "1"]) == 2
+    assert "report-genes was not written by analysis/report.py" in capsys.readouterr().err
+    assert (section / "report-genes" / "notes.txt").read_text() == "mine"
+
+
+def test_layers_are_in_the_page_and_missing_ones_name_their_command(section):
+    missing = Page(write_page(section)).text
+    assert "python HISTEX.py --directory 'section \"A\" <b>&' --uncertainty" in missing
+    assert "analysis/annotate.py --directory" in missing
+    assert "analysis/segment.py --directory" not in missing
+    write_layers(section)
+    page = Page(write_page(section))
+    facts = json.loads(page.scripts["data"])
+    assert facts["annotation"]["texts"] == ["tumour", "stroma <b>"]
+    assert facts["annotation"]["colours"] == ["#ff0000", "#0000ff"]
+    assert facts["frame"] == {"name": "he-raw", "px": [32, 32]}
+    cells = facts["cells"]
+    places = np.frombuffer(zlib.decompress(base64.b64decode(cells["places"])), "<u2")
+    x, y = places.reshape(2, 3) / 65_535 * np.array(SHAPE[::-1])[:, None]
+    np.testing.assert_allclose(x, [40.5, 8, 20], atol=0.001)
+    np.testing.assert_allclose(y, [5.5, 8, 20], atol=0.001)
+    radii = np.frombuffer(zlib.decompress(base64.b64decode(cells["radii"])), np.uint8) / 32
+    np.testing.assert_allclose(np.pi * radii**2 * 64, [300, 64, 64], rtol=0.1)
+    assert cells["names"] == ["tumour"]
+    sd = json.loads(page.scripts["gene-0"])["sd"]
+    image = make_maps()[..., 0] / 4
+    np.testing.assert_allclose(map_in(sd), image, atol=float(np.nanmax(image)) / 508 * 1.001)
+
+
+def test_cells_that_cannot_be_read_are_left_out_with_a_warning(section):
+    write_layers(section)
+    (section / "cells.csv.gz").write_bytes(b"\x1f\x8b\x08")
+    text = write_page(section)
+    assert "cells.csv.gz is left out" in text
+    assert "cells" not in facts_of(text)
+    (section / "image_calibration.json").unlink()
+    text = write_page(section)
+    assert "does not tell how its places" in text
+    assert facts_of(text)["frame"] == {"name": "he", "px": [16, 16]}
+
+
+def test_maps_by_a_reference_are_marked(section):
+    write_record(section, utils.HISTEX, [], ["cnts-super"], predicted_from="histology alone")
+    text = write_page(section)
+    assert facts_of(text)["alone"] == [0, 1, 2, 3]
+    assert "These maps are predicted from the H&amp;E alone" in text
+    assert "maps from the H&amp;E alone have none" in text  # no uncertainty, and no command
+    counts = pd.read_csv(section / "cnts.csv", index_col=0, dtype={0: str})
+    counts.drop(columns="NA").to_csv(section / "cnts.csv")
+    write_record(section, utils.HISTEX, [], ["cnts-super"], reference={"name": "kidney"})
+    text = write_page(section)
+    assert facts_of(text)["alone"] == [1]
+    assert "1 of the 4 maps are of genes without measured counts" in text
 
 
 def test_spots_are_compared_with_the_sums_of_the_map(section):
