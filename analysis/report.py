@@ -18,7 +18,7 @@ report-genes/, from which the page loads them when they are chosen: keep the two
 
 A map is stored in 255 even steps from its lowest to its highest value, and 0 where it has none:
 what the page shows in numbers is the map to half a step, 1/508 of its range. Maps in report.html
-that would take more than 165 kB so are stored in 127 or 63 steps; those in the folder never are.
+that would take more than 155 kB so are stored in 127 or 63 steps; those in the folder never are.
 Colours go from 0 to the 99.5th percentile of the map at first. All are counts per superpixel of
 8 um. Spots are coloured by their counts divided by the superpixels that their disc covers.
 

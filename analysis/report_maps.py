@@ -23,11 +23,12 @@ from analysis.spots import on_tissue, score_totals, sum_discs
 
 LEVELS = 255  # values that a byte holds beside 0, which is no tissue
 FEWER_LEVELS = (127, 63)  # in the page, of maps that are large and noisy
-MAP_BYTES = 165_000  # of a map in the page, so that 50 maps and the image are about 12 MB
+MAP_BYTES = 155_000  # of a map in the page: 50 of them and the image are 12 MB at most
 SPREAD_BYTES = 60_000
 FAST, SMALL = 1, 6  # zlib's levels: of the many files beside the page, and of the page
 SATURATED = 99.5  # percentile at which the colours end, as in cnts-super-plots/
-JPEG_QUALITY = 80
+JPEG_QUALITIES = (80, 70, 60)  # the first at which the image is small enough
+IMAGE_BYTES, IMAGE_PX = 2_900_000, 4000  # of an image with sides of that many pixels
 BLANK = 220  # a superpixel is taken for bare slide if its colours are brighter
 COLOUR_MAPS = {
     "viridis": cv2.COLORMAP_VIRIDIS, "cividis": cv2.COLORMAP_CIVIDIS,
@@ -128,7 +129,11 @@ def shrink(stage: utils.Stage, longest_px: int) -> tuple[bytes, list[int]]:
             fail_on="error",
         ).copy_memory()
         small = image.resize(min(1, 200 / max(image.width, image.height))).numpy()
-        packed = image.jpegsave_buffer(Q=JPEG_QUALITY, keep="none")
+        most_bytes = IMAGE_BYTES * max(1, longest_px / IMAGE_PX) ** 2
+        for quality in JPEG_QUALITIES:
+            packed = image.jpegsave_buffer(Q=quality, keep="none", optimize_coding=True)
+            if len(packed) <= most_bytes:
+                break
     except pyvips.Error as error:
         raise stage.error(path, f"is not a whole image: {error}") from error
     pixels = small.reshape(small.shape[0] * small.shape[1], -1)[:, :3].astype(np.float64)

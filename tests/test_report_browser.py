@@ -559,7 +559,7 @@ def test_what_is_low_is_clear_and_the_bar_shows_how_it_looks(opened):
         below = np.array(PINK if column < SHAPE[1] / 2 else BLUE)
         expected = share * colours[level] + (1 - share) * below
         np.testing.assert_allclose(picture(*view.at(row, column)), expected, atol=6)
-    bar = pixels_of(opened, "document.querySelector('.bar canvas')")
+    bar = pixels_of(opened, "document.querySelector('.colour-bar canvas')")
     assert bar.shape == (2, 256, 4)
     tissue = np.array(PINK) / 2 + np.array(BLUE) / 2
     share = 0.6 * np.minimum(1, np.arange(256) / 127.5)[:, None]
@@ -582,18 +582,22 @@ def test_three_genes_are_mixed_from_red_green_and_blue(opened):
             for i in range(3)
         ]
         np.testing.assert_allclose(picture(*view.at(row, column)), expected, atol=6)
-    legend = opened.run("[...document.querySelectorAll('.bar strong')].map(e => e.textContent)")
+    legend = opened.run(
+        "[...document.querySelectorAll('.colour-bar strong')].map(e => e.textContent)"
+    )
     assert legend == ["KRT8 in red", "NA in green", f"{HOSTILE} in blue"]
     opened.mouse("Moved", *view.at(10, 9))
     assert f"NA {maps[10, 9, 1]:.3f}" in readout(opened)
     opened.click("#clear-0")
-    legend = opened.run("[...document.querySelectorAll('.bar strong')].map(e => e.textContent)")
+    legend = opened.run(
+        "[...document.querySelectorAll('.colour-bar strong')].map(e => e.textContent)"
+    )
     assert legend == ["NA in green", f"{HOSTILE} in blue"]
     opened.click("[name=slot][value='1']")  # then the next gene takes the place of NA
     opened.click("#genes label:nth-child(4) input")
     opened.wait("trio[1] && trio[1].name === 'FLAT'")
     opened.click("[name=mode][value=one]")
-    assert len(opened.run("[...document.querySelectorAll('.bar')]")) == 1
+    assert len(opened.run("[...document.querySelectorAll('.colour-bar')]")) == 1
 
 
 # ----- genes in the folder -----
@@ -879,7 +883,9 @@ def test_layers_are_drawn_and_read_out(browser, full_page):
         browser.click(f"[name=layer][value={name}]")
         off(browser)
         np.testing.assert_allclose(browser.picture()(*view.at(20, 27)), expected, atol=6)
-    bars = browser.run("[...document.querySelectorAll('.bar strong')].map(e => e.textContent)")
+    bars = browser.run(
+        "[...document.querySelectorAll('.colour-bar strong')].map(e => e.textContent)"
+    )
     assert bars == ["uncertainty of KRT8"]
     browser.click("#cells")
     browser.mouse("Moved", *view.at(5, 40))
@@ -952,7 +958,7 @@ def test_on_paper_there_are_no_controls_and_no_dark(browser, page):
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     seen = "e => document.querySelector(e).getClientRects().length > 0"
     assert browser.run(f"['.controls', '.tools', '.save-chart'].some({seen})") is False
-    assert browser.run(f"['#view', '.bar', '#scatter svg', 'h1'].every({seen})")
+    assert browser.run(f"['#view', '.colour-bar', '#scatter svg', 'h1'].every({seen})")
     browser.ask("Emulation.setEmulatedMedia", media="", features=[])
 
 
