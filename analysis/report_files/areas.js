@@ -118,24 +118,35 @@ function spansAt(points, y) { // stretches of a line inside an outline, also one
 }
 
 function coverage(points) { // share of each superpixel that lies inside: exact along rows
-  const weight = new Map(), rows = points.map(([, row]) => row);
+  const weight = new Float64Array(ROWS * COLUMNS), rows = points.map(([, row]) => row);
   const first = Math.max(0, Math.floor(Math.min(...rows))), last = Math.min(ROWS - 1, Math.floor(Math.max(...rows)));
   for (let line = first * SUB_ROWS; line < (last + 1) * SUB_ROWS; line++) {
     const row = Math.floor(line / SUB_ROWS);
     for (const [from, to] of spansAt(points, (line + 0.5) / SUB_ROWS)) {
       for (let column = Math.max(0, Math.floor(from)); column < Math.min(COLUMNS, to); column++) {
-        const part = (Math.min(to, column + 1) - Math.max(from, column)) / SUB_ROWS, at = row * COLUMNS + column;
-        if (part > 0) weight.set(at, (weight.get(at) || 0) + part);
+        const part = (Math.min(to, column + 1) - Math.max(from, column)) / SUB_ROWS;
+        if (part > 0) weight[row * COLUMNS + column] += part;
       }
     }
   }
-  return { indices: Uint32Array.from(weight.keys()), weights: Float64Array.from(weight.values()) };
+  return collect((at) => weight[at]);
+}
+
+function collect(weightAt) { // superpixels that have a weight
+  const indices = [], weights = [];
+  for (let at = 0; at < ROWS * COLUMNS; at++) {
+    const weight = weightAt(at);
+    if (!weight) continue;
+    indices.push(at);
+    weights.push(weight);
+  }
+  return { indices, weights };
 }
 
 function superpixelsOf(area) {
   if (area.points) return coverage(area.points);
-  const indices = Uint32Array.from(labels[area.layer].keys()).filter((i) => labels[area.layer][i] === area.number);
-  return { indices, weights: new Float64Array(indices.length).fill(1) };
+  const codes = labels[area.layer];
+  return collect((at) => Number(codes[at] === area.number));
 }
 
 // ----- sums -----
@@ -144,18 +155,17 @@ function superpixelsOf(area) {
 // knows; null where the maps have no standard deviation.
 function sdOfSum(sd, { indices, weights }) {
   if (!sd) return null;
-  let sum = 0;
-  indices.forEach((at, i) => { if (sd.codes[at]) sum += weights[i] * valueOf(sd, sd.codes[at]); });
-  return sum;
+  return sumOf(sd, { indices, weights }).counts;
 }
 
 function sumOf(field, { indices, weights }) {
+  const { codes } = field, values = valuesOf(field); // 0 where there is no value
   let counts = 0, superpixels = 0; // superpixels on the tissue
-  indices.forEach((at, i) => {
-    if (!field.codes[at]) return;
-    counts += weights[i] * valueOf(field, field.codes[at]);
-    superpixels += weights[i];
-  });
+  for (let i = 0; i < indices.length; i++) {
+    const code = codes[indices[i]];
+    counts += weights[i] * values[code];
+    if (code) superpixels += weights[i];
+  }
   return { counts, superpixels };
 }
 

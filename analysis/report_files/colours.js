@@ -69,24 +69,26 @@ function makeLayer() {
   return layer;
 }
 
-function putWords(layer, wordAt) {
+function paintCodes(layer, codes, words) {
   const image = new ImageData(COLUMNS, ROWS), pixels = new Uint32Array(image.data.buffer);
-  for (let i = 0; i < pixels.length; i++) pixels[i] = wordAt(i);
+  for (let i = 0; i < pixels.length; i++) pixels[i] = words[codes[i]];
   layer.getContext("2d").putImageData(image, 0, 0);
 }
 
 function paintField(layer, field) {
-  const words = wordsOf(field, (level) => wordOf(level));
-  putWords(layer, (i) => words[field.codes[i]]);
+  paintCodes(layer, field.codes, wordsOf(field, (level) => wordOf(level)));
 }
 
 function paintMix(layer, fields) { // of three, some of which may be null
   const none = { codes: new Uint8Array(ROWS * COLUMNS), words: new Uint32Array(256) };
   const [red, green, blue] = fields.map((field) =>
     field ? { codes: field.codes, words: wordsOf(field, (level) => level) } : none);
-  const there = fields.find((field) => field) || none;
-  putWords(layer, (i) => there.codes[i]
-    && mixedWord(red.words[red.codes[i]], green.words[green.codes[i]], blue.words[blue.codes[i]]));
+  const there = (fields.find((field) => field) || none).codes;
+  const image = new ImageData(COLUMNS, ROWS), pixels = new Uint32Array(image.data.buffer);
+  for (let i = 0; i < pixels.length; i++) {
+    if (there[i]) pixels[i] = mixedWord(red.words[red.codes[i]], green.words[green.codes[i]], blue.words[blue.codes[i]]);
+  }
+  layer.getContext("2d").putImageData(image, 0, 0);
 }
 
 function paintLabels(layer, codes, colours) {
@@ -95,7 +97,7 @@ function paintLabels(layer, codes, colours) {
     const [red, green, blue] = fromHex(colour.slice(1));
     words[i + 1] = ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
   });
-  putWords(layer, (i) => words[codes[i]]);
+  paintCodes(layer, codes, words);
 }
 
 // ----- colour bars -----

@@ -31,7 +31,7 @@ function setKinds() { // one picture, or those that are ticked side by side
   wholeSection();
 }
 
-function changeLook() { // palette, scale, opacity, fading
+function readLook() { // palette, scale, opacity, fading
   look.palette = fromHex(data.palettes[chosen("palette")]);
   look.scale = chosen("scale");
   look.fade = byId("fade").checked;
@@ -39,7 +39,10 @@ function changeLook() { // palette, scale, opacity, fading
   const text = `${byId("opacity").value} %`;
   byId("opacity-text").textContent = text;
   byId("opacity").setAttribute("aria-valuetext", text);
-  if (!gene) return;
+}
+
+function changeLook() {
+  readLook();
   paintLayers();
   showRange();
   noteAddress();
@@ -123,35 +126,41 @@ function noteAddress() {
 }
 
 async function followAddress() { // the genes first, since the layers depend on them
-  const words = new URLSearchParams(location.hash.slice(1));
-  const indexOf = (name) => data.genes.indexOf(name), names = words.getAll("rgb").slice(0, 3);
+  const words = new URLSearchParams(location.hash.slice(1)), names = words.getAll("rgb").slice(0, 3);
+  await takeGenes(words, names);
+  choose("mode", look.mixed ? "three" : "one");
   choose("palette", words.get("palette") || Object.keys(data.palettes)[0]);
   choose("scale", words.get("scale") || "linear");
   byId("fade").checked = words.get("fade") !== "0";
   byId("opacity").value = words.get("opacity") || byId("opacity").defaultValue;
-  changeLook();
-  if (names.some((name) => indexOf(name) >= 0)) {
-    const found = await Promise.all(names.map((name) => (indexOf(name) < 0 ? null : loadGene(indexOf(name)))));
-    MIX.forEach((_, i) => { trio[i] = found[i] || null; });
-    slot = clamp(Number(words.get("slot")) || 0, 0, 2);
-    gene = trio[slot] || trio.find(Boolean);
-    setMode(true);
-  } else {
-    look.mixed = false;
-    choose("mode", "one");
-    await chooseGene(Math.max(0, indexOf(words.get("gene"))));
-  }
-  for (const name of ["spots", "cells"]) byId(name).checked = words.get(name) === "1" && !byId(name).disabled;
-  choose("layer", words.get("layer") || "map");
+  readLook();
+  for (const name of ["spots", "cells"]) byId(name).checked = words.get(name) === "1";
+  byId("cells").checked &&= Boolean(cells);
   const side = (words.get("side") || "").split(" ").filter(Boolean);
   byId("side").setAttribute("aria-pressed", side.length > 0);
   if (side.length) for (const input of document.querySelectorAll('[name="kind"]')) input.checked = side.includes(input.value);
   setLayers();
-  const range = (words.get("range") || "").split(" ").map(Number), at = (words.get("at") || "").split(" ").map(Number);
+  choose("layer", words.get("layer") || "map");
+  setLayers();
+  const [range, at] = ["range", "at"].map((name) => (words.get(name) || "").split(" ").map(Number));
   if (range.length === 2 && range.every(Number.isFinite) && range[0] < range[1]) rangeField().range = range;
   showGene();
   wholeSection();
   if (at.length === 3 && at.every(Number.isFinite)) lookAt(...at);
+}
+
+async function takeGenes(words, names) {
+  const indexOf = (name) => data.genes.indexOf(name), known = names.filter((name) => indexOf(name) >= 0);
+  if (!known.length) {
+    look.mixed = false;
+    gene = await loadGene(Math.max(0, indexOf(words.get("gene"))));
+    return;
+  }
+  const found = await Promise.all(names.map((name) => (indexOf(name) < 0 ? null : loadGene(indexOf(name)))));
+  MIX.forEach((_, i) => { trio[i] = found[i] || null; });
+  look.mixed = true;
+  gene = trio[clamp(Number(words.get("slot")) || 0, 0, 2)] || trio.find(Boolean);
+  slot = trio.indexOf(gene);
 }
 
 function lookAt(column, row, scale) {

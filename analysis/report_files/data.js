@@ -21,9 +21,10 @@ async function unpack(text) {
 
 function undoDifferences(codes) { // to the mean of the left and the upper neighbour, in place
   for (let row = 0, i = 0; row < ROWS; row++) {
-    for (let column = 0; column < COLUMNS; column++, i++) {
-      const left = column ? codes[i - 1] : 0, upper = row ? codes[i - COLUMNS] : 0;
-      codes[i] += (left + upper) >> 1; // modulo 256
+    for (let column = 0, left = 0; column < COLUMNS; column++, i++) {
+      const upper = row ? codes[i - COLUMNS] : 0;
+      left = (codes[i] + ((left + upper) >> 1)) & 255;
+      codes[i] = left;
     }
   }
   return codes;
@@ -37,6 +38,7 @@ async function unpackField(name, packed) {
 
 const stepOf = (field) => (field.high - field.low) / (field.levels - 1);
 const valueOf = (field, code) => field.low + (code - 1) * stepOf(field);
+const valuesOf = (field) => Float64Array.from({ length: 256 }, (_, code) => (code ? valueOf(field, code) : 0));
 
 // ----- genes -----
 function takeGene(index, facts) { // called by the scripts in the folder beside the page

@@ -71,7 +71,7 @@ function showSlots() {
   document.querySelector(`[name="slot"][value="${slot}"]`).checked = true;
 }
 
-function setMode(mixed) {
+function setMode(mixed) { // one gene or three
   look.mixed = mixed;
   asked.fill(null);
   if (mixed && !trio.includes(gene)) trio[slot] = gene;
