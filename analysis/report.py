@@ -258,7 +258,7 @@ def describe_page(
         "alone": report_layers.by_reference(content, genes),
         "palettes": report_maps.palettes(),
         "frame": {"name": content.frame[0], "px": content.frame[1]},
-        "spread": bool(content.spreads),
+        "correlation": report_maps.CORRELATION,
     }
     if (spots := content.spots) is not None:
         rows, columns = np.round(spots.centres.T, 3).tolist()

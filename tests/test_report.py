@@ -12,6 +12,7 @@ import zlib
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -225,6 +226,9 @@ def test_palettes_are_even_in_lightness_and_the_printed_one_begins_white():
         assert steps.min() > -0.7, name  # 8 bits a channel round by about a quarter
         assert np.convolve(steps, np.ones(16) / 16, "valid").std() < 0.1, name
         assert np.ptp(lightness) > 65, name
+        if name != "ink":
+            known = matplotlib.colormaps[name](range(256))[:, :3] * 255
+            np.testing.assert_allclose(rgb[0], known, atol=1)
     assert (rgb[0, 0] > 240).all()
 
 

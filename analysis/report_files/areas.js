@@ -150,12 +150,53 @@ function superpixelsOf(area) {
 }
 
 // ----- sums -----
-// The standard deviation of a sum of superpixels. Their errors are taken for fully correlated: it
-// is the sum of their standard deviations, which is rather too wide. This is the only place that
-// knows; null where the maps have no standard deviation.
-function sdOfSum(sd, { indices, weights }) {
-  if (!sd) return null;
-  return sumOf(sd, { indices, weights }).counts;
+// The standard deviation of a sum of superpixels; null where the maps have none. Errors of
+// superpixels that lie together go together: data.correlation has shares of the variance and the
+// widths of the Gaussians by which they do; the rest is a superpixel's own. This is the only place
+// in the page that knows.
+function sdOfSum(sd, part) {
+  if (!sd || !part.indices.length) return sd ? 0 : null;
+  const box = boxOf(sd, part), own = 1 - data.correlation.reduce((sum, [share]) => sum + share, 0);
+  let variance = own * product(box.values, box.values);
+  for (const [share, width] of data.correlation) variance += share * product(box.values, blurred(box, width));
+  return Math.sqrt(variance);
+}
+
+function boxOf(sd, { indices, weights }) { // weight times sd of the superpixels, in a rectangle
+  const rows = indices.map((at) => Math.floor(at / COLUMNS)), columns = indices.map((at) => at % COLUMNS);
+  const edge = (places, pick) => places.reduce((one, other) => pick(one, other));
+  const [top, left] = [edge(rows, Math.min), edge(columns, Math.min)];
+  const height = edge(rows, Math.max) - top + 1, wide = edge(columns, Math.max) - left + 1;
+  const values = new Float64Array(height * wide), known = valuesOf(sd);
+  indices.forEach((at, i) => { values[(rows[i] - top) * wide + columns[i] - left] = weights[i] * known[sd.codes[at]]; });
+  return { values, height, wide };
+}
+
+function product(one, other) {
+  let sum = 0;
+  for (let i = 0; i < one.length; i++) sum += one[i] * other[i];
+  return sum;
+}
+
+const REACH = 12; // superpixels, beyond which there is no correlation
+
+function blurred({ values, height, wide }, width) { // by a Gaussian of height 1, along columns, then rows
+  const reach = Math.min(REACH, Math.ceil(4 * width)), steps = Array.from({ length: 2 * reach + 1 }, (_, i) => i - reach);
+  const kernel = steps.map((step) => Math.exp(-(step ** 2) / (2 * width ** 2)));
+  const along = (from, length, stride, other, jump) => {
+    const to = new Float64Array(from.length);
+    for (let line = 0; line < other; line++) {
+      for (let at = 0; at < length; at++) {
+        const value = from[line * jump + at * stride];
+        if (!value) continue;
+        for (let k = Math.max(0, reach - at); k < Math.min(kernel.length, length + reach - at); k++) {
+          to[line * jump + (at + k - reach) * stride] += kernel[k] * value;
+        }
+      }
+    }
+    return to;
+  };
+  return along(along(values, height, wide, wide, 1), wide, 1, height, wide);
 }
 
 function sumOf(field, { indices, weights }) {
