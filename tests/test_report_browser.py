@@ -961,6 +961,10 @@ def test_a_finger_scrolls_the_page_and_two_zoom(browser, page):
     x, y = View(browser).at(20, 28)
     move([(x, y)], [(0, -20)])
     browser.wait("window.scrollY > 100")
+    browser.run(  # until it no longer glides
+        "new Promise(done => { let y = -1; const timer = setInterval(() => { "
+        "if (y === scrollY) done(clearInterval(timer)); y = scrollY; }, 200); })"
+    )
     browser.run("scrollTo(0, 0)")
     scale = browser.run("view.scale")
     move([(x - 20, y), (x + 20, y)], [(-6, 0), (6, 0)])
