@@ -1,5 +1,7 @@
 """What analysis/report.html, the template of the page, is filled with.
 
+Its style and its script are the files in report_files/.
+
 The template escapes every text, for a gene may have any name; what is Markup was escaped here.
 """
 
@@ -8,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,12 @@ from analysis.charts import LINE_STYLES, draw_histogram, draw_lines
 from analysis.inputs import read_map
 from analysis.scores import number_text, rounded
 
+PARTS = Path(__file__).with_name("report_files")  # style and script of the page
+STYLE = "style.css"
+CODE = (  # in this order; later files use what earlier ones define
+    "data.js", "colours.js", "view.js", "draw.js", "charts.js", "areas.js", "save.js", "genes.js",
+    "controls.js", "start.js",
+)  # fmt: skip
 REGION_COLOURS = (  # Okabe and Ito's, which the colour-blind tell apart
     "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999",
 )  # fmt: skip
@@ -60,16 +67,40 @@ class SpotCounts:
 
 
 @dataclass
+class Labels:
+    """A label a superpixel: regions, or an annotation."""
+
+    codes: np.ndarray  # uint8 (rows, columns), 0 for none
+    texts: list[str]  # of each label from 1 on: marker genes of a region, or a name; may be empty
+    colours: list[str]
+
+
+@dataclass
+class Cells:
+    """Cells of cells.csv.gz, or some of them where there are very many."""
+
+    xy: np.ndarray  # (N, 2) in superpixels
+    radius: np.ndarray  # (N,) of a circle of the cell's area, in superpixels
+    classes: np.ndarray  # uint8 (N,), 0 for none
+    names: list[str]  # of the classes from 1 on
+    total: int  # cells in the file
+
+
+@dataclass
 class PageContent:
     """What the page shows: all but the maps, which are read one at a time."""
 
     shape: tuple[int, int]
     files: dict[str, Path]  # of the maps, by gene
+    spreads: dict[str, Path]  # of their standard deviations, if there are any
     genes: list[str]  # in the page
+    others: list[str]  # in the folder beside it
     held_out: pd.Series | None  # r by gene
     spots: SpotCounts | None
-    regions: np.ndarray | None  # uint8 (rows, columns)
-    region_genes: list[str]  # markers of each region; or empty
+    regions: Labels | None
+    annotation: Labels | None
+    cells: Cells | None
+    frame: tuple[str, list[float]]  # image of saved outlines, its pixels (x, y) in a superpixel
     histories: dict[str, pd.DataFrame]  # by state
     records: dict[str, dict[str, Any]]  # by script
 
@@ -91,18 +122,22 @@ def shown_value(value: Any) -> str:
 
 def render(template: Path, stage: utils.Stage, content: PageContent, **more: Any) -> Iterator[str]:
     """The page in pieces; ``more`` is what the template asks for beside the parts made here."""
-    text = template.read_text(encoding="utf-8")
     page = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    ).from_string(text)
+    ).from_string(template.read_text(encoding="utf-8"))
+    style, code = read_parts(STYLE), read_parts(*CODE)
     return page.generate(
-        policy=policy(text),
+        policy=policy(style, code, bool(content.others)),
+        style=style,
+        code=code,
+        here=len(content.genes),
+        n_genes=len(content.files),
         sample=stage.directory.resolve().name,
         facts=facts_of(content),
         warnings=warnings_of(stage, content),
         genes=[(gene, r_of(content, gene)) for gene in content.genes],
         training=describe_training(content.histories),
-        regions=describe_regions(content.regions, content.region_genes),
+        regions=describe_regions(content.regions),
         runs=[describe_run(script, content.records.get(script)) for script in utils.STAGES],
         **more,
     )
@@ -111,7 +146,7 @@ def render(template: Path, stage: utils.Stage, content: PageContent, **more: Any
 def facts_of(content: PageContent) -> list[tuple[str, str]]:
     tissue = int(np.isfinite(read_map(content.files[content.genes[0]])).sum())
     rows, columns = content.shape
-    facts = [("genes here", f"{len(content.genes)} of {len(content.files)}")]
+    facts = [("genes", f"{len(content.files):,}")]
     if content.spots is not None:
         facts.append(("spots", f"{len(content.spots.ids):,}"))
     facts.append(("grid", f"{rows} by {columns} of {utils.SUPERPIXEL_UM:g} µm"))
@@ -138,9 +173,18 @@ def r_of(content: PageContent, gene: str) -> float | None:
     return None if content.held_out is None else rounded(content.held_out.get(gene))
 
 
+def ranks_of(content: PageContent, genes: list[str]) -> list[int | None]:
+    """1 for the gene with the highest held-out r of all genes; None where no r is known."""
+    if content.held_out is None:
+        return [None] * len(genes)
+    ranks = content.held_out.rank(ascending=False, method="min").dropna().astype(int)
+    return [int(ranks[gene]) if gene in ranks else None for gene in genes]
+
+
 def describe_held_out(content: PageContent) -> tuple[dict[str, Any], list[float | None]]:
-    """Histogram and table of r; where in the histogram each gene of the page stands."""
-    unknown: list[float | None] = [None] * len(content.genes)
+    """Histogram and table of r; where in the histogram each gene with a map stands."""
+    genes = [*content.genes, *content.others]
+    unknown: list[float | None] = [None] * len(genes)
     if content.held_out is None:
         return {"lacks": f"{utils.HELD_OUT.name} is missing."}, unknown
     known = content.held_out.dropna()
@@ -155,9 +199,10 @@ def describe_held_out(content: PageContent) -> tuple[dict[str, Any], list[float 
     )  # fmt: skip
     rows = [(gene, number_text(r, ".3f")) for gene, r in known.sort_values(ascending=False).items()]
     rows += [(gene, "unknown") for gene in content.held_out.index[content.held_out.isna()]]
-    places = [rounded(float(axes.x(content.held_out.get(gene, np.nan)))) for gene in content.genes]
+    places = axes.x(content.held_out.reindex(genes))
     drawn = Markup(chart)  # analysis/charts.py escapes the text in it  # nosec B704
-    return {"lacks": "", "text": text, "chart": drawn, "rows": rows}, places
+    shown = [None if np.isnan(x) else round(float(x), 1) for x in places]
+    return {"lacks": "", "text": text, "chart": drawn, "rows": rows}, shown
 
 
 def describe_training(histories: dict[str, pd.DataFrame]) -> dict[str, Any]:
@@ -196,16 +241,15 @@ def region_colours(n: int) -> list[str]:
     return colours
 
 
-def describe_regions(regions: np.ndarray | None, genes: list[str]) -> list[tuple[Any, ...]] | None:
-    """Number, colour, area, share and genes of each region; ``genes`` may be empty."""
+def describe_regions(regions: Labels | None) -> list[tuple[Any, ...]] | None:
+    """Number, colour, area, share and genes of each region."""
     if regions is None:
         return None
-    sizes = np.bincount(regions.ravel())
-    total, colours = max(1, sizes[1:].sum()), region_colours(len(sizes) - 1)
-    named = zip(colours, genes or [""] * len(colours), strict=True)
+    sizes = np.bincount(regions.codes.ravel())
+    total = max(1, sizes[1:].sum())
     return [
-        (i, colour, f"{sizes[i] * SUPERPIXEL_MM2:.3g} mm²", f"{sizes[i] / total:.1%}", name)
-        for i, (colour, name) in enumerate(named, start=1)
+        (i, colour, f"{sizes[i] * SUPERPIXEL_MM2:.3g} mm²", f"{sizes[i] / total:.1%}", text)
+        for i, (colour, text) in enumerate(zip(regions.colours, regions.texts, strict=True), 1)
         if sizes[i]
     ]
 
@@ -238,14 +282,23 @@ def describe_run(script: str, record: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def policy(template: str) -> Markup:
-    """The page may run its own script and style, show pictures it holds, and nothing else."""
+def read_parts(*names: str) -> Markup:
+    """Files of our own, one after the other, as they stand in the page."""
+    texts = [(PARTS / name).read_text(encoding="utf-8") for name in names]
+    return Markup("\n" + "\n".join(texts))  # nothing of a user's is in them  # nosec B704
+
+
+def policy(style: str, code: str, with_folder: bool) -> Markup:
+    """The page may run its own script and style, show pictures it holds, and nothing else.
+
+    With a folder of further maps, it may also run the scripts that lie on the same disk or server.
+    """
     hashes = {}
-    for tag in ("script", "style"):
-        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+    for tag, text in (("script", code), ("style", style)):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         hashes[tag] = f"{tag}-src 'sha256-{digest}'"
-    return Markup(  # hashes of our own template  # nosec B704
-        f"default-src 'none'; img-src data:; {hashes['script']}; {hashes['style']}; "
+    beside = " 'self' file:" if with_folder else ""
+    return Markup(  # hashes of our own files  # nosec B704
+        f"default-src 'none'; img-src data:; {hashes['script']}{beside}; {hashes['style']}; "
         f"base-uri 'none'; form-action 'none'"
     )

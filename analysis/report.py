@@ -3,21 +3,31 @@
     python analysis/report.py --directory data/section
     python analysis/report.py --directory data/section --genes KRT8,CD3E --output figures/krt8.html
 
-The page shows the H&E with zoom and pan; over it the map of any of its genes, with an opacity
-slider, or the regions of a segmentation; the spots on the scale of the map, and both against each
-other; the held-out correlation of all genes; the training curves; the records of the five scripts;
-and what there is to warn of. It asks for nothing over the network, and forbids itself to.
+The page shows the H&E with zoom and pan; over it the map of a gene, clear where little is
+expressed, or of three genes in red, green and blue; the uncertainty of the map, the regions of
+segment.py, the labels of annotate.py, the cells of cells.py and the spots, over each other or side
+by side. A layer that is not there names the command that makes it. Areas are drawn by rectangle or
+lasso, or a region is clicked: the page adds up the counts in it, saves them as CSV, and the
+outlines as GeoJSON for QuPath and cells.py. Below stand the spots against the map, the held-out
+correlation of all genes, the training curves, the records of the five scripts, and what there is
+to warn of. The page asks for nothing over the network, and forbids itself to.
+
+The genes with the highest held-out r are in report.html. The others are in the folder
+report-genes/, from which the page loads them when they are chosen: keep the two together. With
+--one-file there is no such folder.
 
 A map is stored in 255 even steps from its lowest to its highest value, and 0 where it has none:
-what the page shows in numbers is the map to half a step, 1/508 of its range. Its colours go from 0
-to the 99.5th percentile of the map. All are counts per superpixel of 8 um. Spots are coloured by
-their counts divided by the superpixels that their disc covers.
+what the page shows in numbers is the map to half a step, 1/508 of its range. Maps in report.html
+that would take more than 155 kB so are stored in 127 or 63 steps; those in the folder never are.
+Colours go from 0 to the 99.5th percentile of the map at first. All are counts per superpixel of
+8 um. Spots are coloured by their counts divided by the superpixels that their disc covers.
 
-Reads   cnts-super/ and he.jpg; where they are there, locs.csv, radius.txt and cnts.csv,
-        held-out-r.csv, states/*/history.csv, the records, and segments.npy (whole numbers (rows,
-        columns): number of the region, 0 for none) with segments.csv. What is missing, the page
-        says.
-Writes  report.html, and report.json, the record of all pages in its folder.
+Reads   cnts-super/ and he.jpg; where they are there, cnts-super-sd/, locs.csv, radius.txt and
+        cnts.csv, held-out-r.csv, states/*/history.csv, the records, cells.csv.gz, and segments.npy
+        and annotation.npy (whole numbers (rows, columns): number of the label, 0 for none) with
+        segments.csv and annotation.csv. What is missing, the page says.
+Writes  report.html, report-genes/, and report.json, the record of all pages in its folder. With
+        --output NAME.html, they are NAME.html and NAME-genes/.
 """
 
 from __future__ import annotations
@@ -65,6 +75,11 @@ def build_parser() -> cli.Parser:
         help="Longest side of the H&E in the page, in pixels.",
     )
     option(
+        "--one-file",
+        action="store_true",
+        help="Leave out the folder of the other genes; the page then has the best ones only.",
+    )
+    option(
         "--output",
         type=html_file,
         metavar="FILE",
@@ -79,54 +94,68 @@ if __name__ == "__main__":
     cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import base64
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import cv2
 import numpy as np
 import pandas as pd
-import pyvips
 
-from analysis import inputs, page, sheets
+from analysis import inputs, page, report_layers, report_maps, sheets
 from analysis.page import PageContent, SpotCounts
 from analysis.regions import read_measured_spots
-from analysis.scores import rounded
-from analysis.spots import disc_weights, on_tissue, score_totals, sum_discs
+from analysis.spots import disc_weights
 from reading import images
 from writing.progress import Bar
 
 TEMPLATE = Path(__file__).with_name("report.html")
 LARGEST_LOSS = 1e30
-LEVELS = 255  # values that a byte holds beside 0, which is no tissue
-SATURATED = 99.5  # percentile at which the colours end, as in cnts-super-plots/
-COLOUR_MAPS = {"viridis": cv2.COLORMAP_VIRIDIS, "cividis": cv2.COLORMAP_CIVIDIS}
-JPEG_QUALITY = 80
 
 
 # --------------------------------------------------------------------------------------------------
 # reading
 # --------------------------------------------------------------------------------------------------
-def read_content(stage: utils.Stage, given: str | Path | None, n_genes: int) -> PageContent:
+def read_content(stage: utils.Stage, args: argparse.Namespace) -> PageContent:
     for artifact in (utils.HE, utils.MAPS):
         inputs.path_of(stage, artifact)
     shape, files_of_maps = images.grid_shape(stage), inputs.map_files(stage.directory)
     records, held_out = read_records(stage), inputs.read_held_out(stage)
-    inputs.note_inputs(stage, utils.HE, utils.MAPS, utils.LOCS, utils.RADIUS, utils.CNTS)
+    inputs.note_inputs(
+        stage, utils.HE, utils.MAPS, utils.SPREAD, utils.LOCS, utils.RADIUS, utils.CNTS
+    )
     if utils.HISTEX in records:
         warn_of_changes(stage, records[utils.HISTEX])
-    regions = read_regions(stage, shape)
+    mapped = list(files_of_maps)
+    genes = inputs.choose_genes(mapped, held_out, args.genes, args.n_genes)
+    best = [] if args.one_file else inputs.choose_genes(mapped, held_out, None, len(mapped))
+    frame = report_layers.frame_of(stage)
+    regions, annotation = (
+        report_layers.read_labels(stage, shape, *names)
+        for names in (
+            (files.SEGMENTS, files.SEGMENT_TABLE, "genes"),
+            (files.ANNOTATION, files.ANNOTATION_TABLE, "name"),
+        )
+    )
     return PageContent(
         shape=shape,
         files=files_of_maps,
-        genes=inputs.choose_genes(list(files_of_maps), held_out, given, n_genes),
+        spreads=read_spreads(stage),
+        genes=genes,
+        others=[gene for gene in best if gene not in set(genes)],
         held_out=held_out,
         spots=read_spot_counts(stage, shape),
         regions=regions,
-        region_genes=read_region_genes(stage, regions),
+        annotation=annotation,
+        cells=report_layers.read_cells(stage, shape, frame),
+        frame=frame,
         histories=read_histories(stage, records.get(utils.HISTEX)),
         records=records,
     )
+
+
+def read_spreads(stage: utils.Stage) -> dict[str, Path]:
+    """Files of the maps' standard deviations, by gene; there are none without --uncertainty."""
+    there = stage.find(utils.SPREAD) is not None
+    return inputs.map_files(stage.directory, utils.SPREAD) if there else {}
 
 
 def warn_of_changes(stage: utils.Stage, record: dict[str, Any]) -> None:
@@ -154,27 +183,6 @@ def read_spot_counts(stage: utils.Stage, shape: tuple[int, int]) -> SpotCounts |
         counts=counts.tocsc(),
         column={gene: i for i, gene in enumerate(genes)},
     )
-
-
-def read_regions(stage: utils.Stage, shape: tuple[int, int]) -> np.ndarray | None:
-    path = stage.directory / files.SEGMENTS.name
-    inputs.note_inputs(stage, files.SEGMENTS, files.SEGMENT_TABLE)  # also that there are none
-    if not path.is_file():
-        return None
-    try:
-        regions = inputs.load_labels(path, shape, LEVELS)
-    except ValueError as error:
-        raise stage.error(path, f"{error}.", "Make it anew, or move it away.") from error
-    return regions.astype(np.uint8)
-
-
-def read_region_genes(stage: utils.Stage, regions: np.ndarray | None) -> list[str]:
-    """Marker genes of the regions 1, 2, ..., as segment.py names them; empty if it did not."""
-    n = 0 if regions is None else int(regions.max())
-    genes = None
-    if n:
-        genes = inputs.read_label_texts(stage, files.SEGMENT_TABLE, "genes", n, needed=True)
-    return (genes or [])[:n]
 
 
 def read_histories(stage: utils.Stage, record: dict[str, Any] | None) -> dict[str, pd.DataFrame]:
@@ -230,115 +238,78 @@ def read_records(stage: utils.Stage) -> dict[str, dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------
 # what the page's script draws
 # --------------------------------------------------------------------------------------------------
-def shrink(stage: utils.Stage, longest_px: int) -> bytes:
-    """he.jpg as a JPEG with sides of at most ``longest_px``."""
-    path = stage.path(utils.HE)
-    try:
-        # revalidate: he.jpg may have changed since this process read it last
-        image = pyvips.Image.thumbnail(
-            f"{path}[revalidate]",
-            longest_px,
-            height=longest_px,
-            size="down",
-            no_rotate=True,
-            fail_on="error",
-        )
-        return image.jpegsave_buffer(Q=JPEG_QUALITY, keep="none")
-    except pyvips.Error as error:
-        raise stage.error(path, f"is not a whole image: {error}") from error
-
-
-def encode(values: np.ndarray) -> str:
-    """Bytes of an array, deflated, as text."""
-    return base64.b64encode(zlib.compress(values.tobytes())).decode()
-
-
-def quantise(image: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """A map (rows, columns) as uint8, 0 where it has no value; its lowest and highest value."""
-    there = np.isfinite(image)
-    codes = np.zeros(image.shape, np.uint8)
-    if not there.any():
-        return codes, 0.0, 0.0
-    values = image[there].astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    codes[there] = 1 + np.rint((values - low) / (high - low or 1) * (LEVELS - 1))
-    return codes, low, high
-
-
-def describe_gene(content: PageContent, gene: str) -> dict[str, Any]:
-    """What the page needs to show a gene."""
-    image = inputs.read_map(content.files[gene])
-    if image.shape != content.shape:
-        raise utils.StageError(
-            f"{content.files[gene]} is {image.shape}; the image has {content.shape} superpixels.",
-            f"Run the five scripts again, {utils.CALIBRATION} first.",
-        )
-    codes, low, high = quantise(image)
-    shown = image[np.isfinite(image)]
-    top = float(np.percentile(shown, SATURATED)) if len(shown) else 0.0
-    facts = {"codes": encode(codes), "low": low, "high": high, "top": top if top > 0 else 1.0}
-    if content.spots is not None and gene in content.spots.column:
-        facts["spots"] = compare_spots(content.spots, gene, image)
-    return facts
-
-
-def compare_spots(spots: SpotCounts, gene: str, image: np.ndarray) -> dict[str, Any]:
-    """Counts of the spots beside sums of the map over their discs; None off the map's tissue."""
-    measured = spots.counts[:, [spots.column[gene]]].toarray().ravel()
-    summed, usable = sum_discs(spots.discs, image), on_tissue(spots.discs, image, spots.radius)
-    r, ratio = score_totals(summed[usable], measured[usable])
-    return {
-        "measured": [float(f"{value:.6g}") for value in measured],
-        "summed": [float(f"{s:.4g}") if u else None for s, u in zip(summed, usable, strict=True)],
-        "r": rounded(r),
-        "ratio": rounded(ratio),
-    }
-
-
-def describe_page(content: PageContent, markers: list[float | None]) -> dict[str, Any]:
+def describe_page(
+    stage: utils.Stage, content: PageContent, folder: str, markers: list[float | None]
+) -> dict[str, Any]:
     """What the page's script needs at once; a gene's own comes when it is chosen."""
-    ramp = np.arange(256, dtype=np.uint8)[:, None]
-    colours = {
-        name: cv2.applyColorMap(ramp, code)[:, 0, ::-1].tobytes().hex()  # cv2 draws in BGR
-        for name, code in COLOUR_MAPS.items()
-    }
+    genes = [*content.genes, *content.others]
     facts = {
+        "sample": stage.directory.resolve().name,
         "shape": content.shape,
         "um": utils.SUPERPIXEL_UM,
-        "genes": content.genes,
+        "genes": genes,
+        "here": len(content.genes),
+        "folder": folder,
+        "score": None if content.held_out is None else content.held_out.name,
+        "r": [page.r_of(content, gene) for gene in genes],
+        "ranks": page.ranks_of(content, genes),
+        "ranked": 0 if content.held_out is None else int(content.held_out.notna().sum()),
         "markers": markers,
-        "colours": colours,
+        "alone": report_layers.by_reference(content, genes),
+        "palettes": report_maps.palettes(),
+        "frame": {"name": content.frame[0], "px": content.frame[1]},
+        "correlation": report_maps.CORRELATION,
     }
     if (spots := content.spots) is not None:
         rows, columns = np.round(spots.centres.T, 3).tolist()
         facts["spots"] = {"ids": spots.ids, "rows": rows, "columns": columns}
         facts["radius"] = spots.radius
-    if content.regions is not None:
-        names = page.region_colours(int(content.regions.max()))
-        facts["regions"] = {"codes": encode(content.regions), "colours": names}
+    for name, labels in (("regions", content.regions), ("annotation", content.annotation)):
+        if labels is not None:
+            facts[name] = report_layers.describe_labels(labels)
+    if content.cells is not None:
+        facts["cells"] = report_layers.describe_cells(content.cells, content.shape)
     return facts
 
 
 def each_gene(content: PageContent) -> Iterator[str]:
     """A data block for each gene; only one map is in memory at a time."""
     for gene in Bar(content.genes, "maps"):
-        yield page.script_json(describe_gene(content, gene))
+        yield page.script_json(report_maps.describe_gene(content, gene, in_page=True))
+
+
+def write_others(folder: Path, content: PageContent) -> None:
+    """A script for each of the other genes, which hands its map to the page that loads it."""
+    folder.mkdir()
+    for i, gene in enumerate(Bar(content.others, "maps beside the page"), len(content.genes)):
+        facts = page.script_json(report_maps.describe_gene(content, gene, in_page=False))
+        (folder / f"{i}.js").write_text(f"takeGene({i}, {facts});\n", "utf-8", newline="\n")
 
 
 def main(stage: utils.Stage) -> None:
     args, stage.keeps_others = stage.args, True  # the other pages of this folder
     name = args.output.name if args.output else files.REPORT.name
     artifact = utils.Artifact((name,), SCRIPT, files.REPORT.what, user_may_bring=True)
-    stage.guard(artifact)
-    content = read_content(stage, args.genes, args.n_genes)
+    beside = f"{Path(name).stem}-genes"
+    folder = utils.Artifact((beside,), SCRIPT, "maps that the page loads", user_may_bring=True)
+    stage.guard(artifact, folder)
+    content = read_content(stage, args)
     held_out, markers = page.describe_held_out(content)
+    image, tissue_colour = report_maps.shrink(stage, args.image_px)
+    facts = describe_page(stage, content, beside, markers)
     pieces = page.render(
         TEMPLATE,
         stage,
         content,
         held_out=held_out,
-        data=page.script_json(describe_page(content, markers)),
-        image=base64.b64encode(shrink(stage, args.image_px)).decode(),
+        missing=report_layers.missing_layers(stage, content),
+        score=facts["score"] or "",
+        palettes=facts["palettes"],
+        frame=content.frame[0],
+        folder=beside,
+        alone=report_layers.alone_text(content, facts["alone"]),
+        data=page.script_json(facts | {"tissue": tissue_colour}),
+        image=base64.b64encode(image).decode(),
         maps=each_gene(content),
     )
     with (
@@ -346,7 +317,12 @@ def main(stage: utils.Stage) -> None:
         partial.open("w", encoding="utf-8", newline="\n") as file,
     ):
         file.writelines(pieces)
-    stage.finish(genes=len(content.genes))
+    if content.others:
+        with stage.writing(folder) as partial:
+            write_others(partial, content)
+    else:
+        stage.retire(folder)
+    stage.finish(genes=len(content.genes), genes_beside=len(content.others))
 
 
 def run(argv: list[str] | None = None) -> int:
