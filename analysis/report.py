@@ -104,6 +104,7 @@ from analysis import inputs, page, report_layers, report_maps, sheets
 from analysis.page import PageContent, SpotCounts
 from analysis.regions import read_measured_spots
 from analysis.spots import disc_weights
+from method.errors import CORRELATION
 from reading import images
 from writing.progress import Bar
 
@@ -258,7 +259,7 @@ def describe_page(
         "alone": report_layers.by_reference(content, genes),
         "palettes": report_maps.palettes(),
         "frame": {"name": content.frame[0], "px": content.frame[1]},
-        "correlation": report_maps.CORRELATION,
+        "correlation": CORRELATION,
     }
     if (spots := content.spots) is not None:
         rows, columns = np.round(spots.centres.T, 3).tolist()

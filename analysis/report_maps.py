@@ -30,10 +30,6 @@ SATURATED = 99.5  # percentile at which the colours end, as in cnts-super-plots/
 JPEG_QUALITIES = (80, 70, 60)  # the first at which the image is small enough
 IMAGE_BYTES, IMAGE_PX = 2_900_000, 4000  # of an image with sides of that many pixels
 BLANK = 220  # a superpixel is taken for bare slide if its colours are brighter
-CORRELATION = (  # of two errors: share, and width in superpixels of a Gaussian of their distance
-    (0.45, 1.0),
-    (0.05, 4.0),
-)
 COLOUR_MAPS = {
     "viridis": cv2.COLORMAP_VIRIDIS, "cividis": cv2.COLORMAP_CIVIDIS,
     "magma": cv2.COLORMAP_MAGMA, "inferno": cv2.COLORMAP_INFERNO,
