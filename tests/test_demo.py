@@ -253,6 +253,22 @@ def test_without_kinds_of_genes_the_most_abundant_are_drawn():
     assert list(figure.choose_genes(known, pd.DataFrame())) == ["E", "C", "F", "A"]
 
 
+def test_the_picture_of_the_readme_shows_the_r_of_the_maps(section, truth, tmp_path):
+    figure = pytest.importorskip("docs.figure")
+    copy = shutil.copytree(section, tmp_path / "copy")
+    write_maps(copy, truth["counts"].astype(np.float32), truth["genes"])
+    r = figure.score(copy, inputs.read_truth(copy))
+    assert r.to_numpy() == pytest.approx(1)
+    assert list(r.columns) == [1, 2, 4]
+    drawn = figure.draw(copy)
+    labels = [ax.get_ylabel() for ax in drawn.axes]
+    assert sum("r = 1.00 at 8 µm, 1.00 at 32 µm" in label for label in labels) == 3
+    assert figure.run(["--directory", str(copy), "--output", str(tmp_path / "p.jpg")]) == 0
+    with Image.open(tmp_path / "p.jpg") as picture:
+        assert picture.format == "JPEG"
+        assert np.asarray(picture).std() > 20
+
+
 # ----- run.sh -----
 def test_run_sh_is_valid_bash_and_refuses_an_old_python(tmp_path):
     script = ROOT / "demo" / "run.sh"
