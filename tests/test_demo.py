@@ -253,6 +253,24 @@ def test_without_kinds_of_genes_the_most_abundant_are_drawn():
     assert list(figure.choose_genes(known, pd.DataFrame())) == ["E", "C", "F", "A"]
 
 
+def test_the_picture_of_the_readme_shows_the_r_of_the_maps(section, truth, tmp_path):
+    figure = pytest.importorskip("docs.figure")
+    copy = shutil.copytree(section, tmp_path / "copy")
+    write_maps(copy, truth["mean"], truth["genes"])
+    r = figure.score(copy, inputs.read_truth(copy))
+    covered, gene = truth["tissue"], truth["genes"][3]
+    expected = pearsonr(truth["mean"][covered][:, 3], truth["counts"][covered][:, 3]).statistic
+    assert r.loc[gene, 1] == pytest.approx(expected, abs=1e-3)
+    labels = [ax.get_ylabel() for ax in figure.draw(copy).axes]
+    for gene, text in figure.choose_genes(r[1]).items():
+        told = f"r = {r.loc[gene, 1]:.2f} at 8 µm, {r.loc[gene, 4]:.2f} at 32 µm"
+        assert f"{gene}, {text}\n{told}" in labels
+    assert figure.run(["--directory", str(copy), "--output", str(tmp_path / "p.jpg")]) == 0
+    with Image.open(tmp_path / "p.jpg") as picture:
+        assert picture.format == "JPEG"
+        assert np.asarray(picture).std() > 20
+
+
 # ----- run.sh -----
 def test_run_sh_is_valid_bash_and_refuses_an_old_python(tmp_path):
     script = ROOT / "demo" / "run.sh"

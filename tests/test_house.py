@@ -13,6 +13,11 @@ from conftest import ROOT
 import utils
 from reading import cli
 
+TOP = {  # what stands at the top level beside folders and hidden files
+    "image_calibration.py", "get_HR.py", "Histology_Extractor.py", "masking_non_tissue.py",
+    "HISTEX.py", "utils.py", "README.md", "requirements.txt", "pyproject.toml", "LICENSE",
+    "CITATION.cff", "CHANGELOG.md",
+}  # fmt: skip
 STAGES = {"image_calibration", "get_HR", "Histology_Extractor", "masking_non_tissue", "HISTEX"}
 FLOOR = {"writing", "utils", "reading", "method"}  # all stand on these
 ROOMS = {  # a room and those below it, from which it may import
@@ -26,6 +31,7 @@ ROOMS = {  # a room and those below it, from which it may import
     "reference": FLOOR | {"analysis"},
     "demo": FLOOR | {"analysis"},
     "workflow": FLOOR,
+    "docs": FLOOR | {"analysis", "demo"},
     "benchmarks": FLOOR | {"stages", "prepare", "analysis", "demo"},
 }
 WINGS = ("prepare", "analysis", "reference")  # whose scripts stand alone
@@ -68,6 +74,14 @@ def imported_by(file: Path) -> set[Path]:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         found |= {Path(*name.split(".")).with_suffix(".py") for name in names}
     return found & set(FILES)
+
+
+def test_nothing_else_stands_at_the_top_level():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a checkout of git")
+    files = {name for name in tracked.stdout.splitlines() if "/" not in name}
+    assert {name for name in files if not name.startswith(".")} == TOP
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
