@@ -2,8 +2,8 @@
 # Check everything: style (ruff), types (mypy), then all tests (pytest).
 #
 #   bash tests/run.sh [pytest options]      for example: bash tests/run.sh -k HISTEX
-#   bash tests/run.sh --cov --cov-report=term     with the coverage of the scripts, as .ci/run does;
-#                                                 pure Python then takes up to twice as long
+#   bash tests/run.sh --cov --cov-report=term     with the coverage of the scripts; pure Python then
+#                                                 takes up to twice as long
 #
 # Without an active virtual or conda environment it makes .venv in the repository. Packages come from
 # tests/requirements.lock; REQUIREMENTS=tests/requirements.txt takes the newest that the ranges allow
