@@ -91,7 +91,7 @@ import pandas as pd
 from scipy.sparse import csr_array
 
 from analysis import outlines as outline_files
-from analysis.inputs import map_files, read_first_map, read_map, read_sizes
+from analysis.inputs import map_files, note_inputs, read_first_map, read_map, read_sizes
 from analysis.labels import BAND_ROWS, LARGEST_LABEL, open_labels, wrong  # noqa: F401
 from analysis.outlines import Outline
 from analysis.regions import tissue_of
@@ -398,7 +398,8 @@ def main(stage: utils.Stage) -> None:
         raise wrong(args.masks, "is missing.", "Give the file of cells by --masks.")
     stage.require(utils.MAPS)
     stage.guard(files.CELLS, files.CELLS_SD)
-    with_sd = stage.optional(utils.SPREAD) is not None
+    note_inputs(stage, utils.SPREAD)
+    with_sd = stage.find(utils.SPREAD) is not None
     maps = map_files(stage.directory)
     first, shape = read_first_map(stage, maps)
     tissue = tissue_of(stage, np.isfinite(first))
