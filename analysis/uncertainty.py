@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from analysis.scores import Blocks, pearson, whole_counts
-from method.errors import correlation, coverage
+from method.errors import correlations, coverage
 
 SIZES = (1, 2, 4, 8)  # superpixels per side of a block: 8, 16, 32 and 64 um
 RANKED = 4  # size of the blocks whose errors are ranked
@@ -30,8 +30,7 @@ def sd_of_blocks(sd: np.ndarray, blocks: Blocks) -> np.ndarray:
     image = np.where(blocks.tissue & np.isfinite(image), image, 0).astype(np.float64)
     each = image.reshape(rows, size, cols, size).swapaxes(1, 2).reshape(rows, cols, size * size)
     places = np.argwhere(np.ones((size, size)))
-    apart = np.square(places[:, None] - places[None]).sum(axis=-1)
-    return np.sqrt((each @ correlation(apart) * each).sum(axis=-1))
+    return np.sqrt((each @ correlations(places) * each).sum(axis=-1))
 
 
 def rank_in_tenths(errors: np.ndarray, guess: np.ndarray, tenths: np.ndarray) -> float:

@@ -48,6 +48,11 @@ def correlation(distance2: np.ndarray) -> np.ndarray:
     return OWN * (distance2 == 0) + sum(shared)
 
 
+def correlations(places: np.ndarray) -> np.ndarray:
+    """Of the errors of all pairs of superpixels (P, 2), row and column: (P, P)."""
+    return correlation(np.square(places[:, None] - places[None]).sum(axis=-1))
+
+
 @dataclass(frozen=True)
 class Errors:
     """What the standard deviation of a map follows from."""

@@ -87,7 +87,7 @@ class Network(nn.Module):
         """Output (B, T, G) of patches or, of the superpixels ``chosen`` (B, C) in them, (B, C, G).
 
         From tokens (B, rows, columns, F) with the halo, counts of HR points (B, K, G), and offsets
-        (B, T, K, 2) from HR points to superpixels. What is not chosen is not seen, either.
+        (B, T, K, 2) from HR points to superpixels. Attention has those that are chosen only.
         """
         views, to_middle = self.views(tokens).flatten(1, 2), offsets.mean(dim=1)
         if chosen is not None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import utils
-from method.errors import correlation, coverage, growth
+from method.errors import correlations, coverage, growth
 from method.network import Network, run_batch
 from method.section import Section, Split
 from method.states import State
@@ -34,10 +34,9 @@ def of_disc(
     places = np.stack([np.take_along_axis(x, chosen, axis=1) for x in (row, col)], axis=-1)
     out = np.empty((len(batch), maps.shape[-1]), np.float32)
     for i, (place, area) in enumerate(zip(places, areas.cpu().numpy(), strict=True)):
-        apart = np.square(place[:, None] - place[None]).sum(axis=-1)
         grown = growth(place + 0.5, section.spots[split.train], section.radius)
         sd = area[:, None] * np.sqrt(grown[:, None] * maps[i])
-        out[i] = (sd * (correlation(apart) @ sd)).sum(axis=0)
+        out[i] = (sd * (correlations(place) @ sd)).sum(axis=0)
     return out
 
 

@@ -38,7 +38,6 @@ def build_parser() -> cli.Parser:
 if __name__ == "__main__":
     cli.start(build_parser())  # what needs none of the slow imports below
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from typing import Any
 import jinja2
 
 from workflow import steps, table
-from workflow.steps import Step
+from workflow.steps import Record, Step
 from workflow.table import Sample
 
 TEMPLATE = Path(__file__).with_name("cohort.html")
@@ -55,7 +54,6 @@ ERROR = re.compile(r"^(?:[\w./]+: )?error: ", re.MULTILINE)  # as scripts and th
 NOTHING = "-"
 TAIL = 4000  # characters of a log in which its error stands
 DONE, FAILED, UNFINISHED = "done", "failed", "unfinished"
-Record = dict[str, Any]
 
 
 @dataclass
@@ -73,15 +71,6 @@ class Row:
 HEADS = (
     "spots", "genes", "tissue (%)", "held-out r", "reference", "seconds", "commit",
 )  # fmt: skip
-
-
-def read_record(path: Path) -> Record:
-    """A record that is finished, or nothing."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) and record.get("finished") is True else {}
 
 
 def error_of(log: Path) -> str:
@@ -134,7 +123,8 @@ def row_of(sample: Sample, output: Path, stage: utils.Stage) -> Row:
         path = sample.directory / utils.record_name(script)
         for file in (path, *(f(output, sample.name, step.name) for f in (steps.log, steps.marker))):
             stage.use(file)
-        records[step.name] = record = read_record(path)
+        record = steps.read_record(path)
+        records[step.name] = record = record if record.get("finished") is True else {}
         if state == DONE:
             state, says = state_of(sample, step, output, record)
 

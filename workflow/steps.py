@@ -8,12 +8,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from workflow import table
 from workflow.table import Options, Sample
 
+Record = dict[str, Any]
 FORMATS = ("h5ad", "spatialdata", "ometiff", "istar", "csv", "spots")  # of analysis/export.py
 
 
@@ -117,6 +119,15 @@ def learning(samples: Iterable[Sample], reference: str, file: Path, shared: Opti
 # ------------------------------------------------------------------------------------------------
 # what a step reads
 # ------------------------------------------------------------------------------------------------
+def read_record(path: Path) -> Record:
+    """The record at a path, or nothing: what it is needed for then goes without."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 EDITED = (*utils.MASK.names, *utils.GENE_NAMES.names)
 
 
@@ -130,11 +141,11 @@ def files_read(sample: Sample, step: Step) -> list[str]:
     script = script_of(sample, step)
     if script is None:
         return []
+    record = read_record(sample.directory / utils.record_name(script))
     try:
-        record = json.loads((sample.directory / utils.record_name(script)).read_text("utf-8"))
         names = [*record["inputs"]]
         mine = [name for name in record["outputs"] if name in EDITED]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return []
     paths = [sample.directory / name for name in [*names, *mine] if not name.endswith(".json")]
     return [str(path) for path in paths if path.is_file()]
@@ -153,11 +164,10 @@ VIT_GB = 4.0  # weights of UNI, twice while they are read, and a batch of tiles
 
 def extent(sample: Sample) -> tuple[int, int]:
     """Side of he.jpg in px, and number of spots; those of a slide of 11 mm until they are known."""
+    record = read_record(sample.directory / utils.record_name(utils.CALIBRATION))
     try:
-        name = sample.directory / utils.record_name(utils.CALIBRATION)
-        record = json.loads(name.read_text("utf-8"))
         return math.ceil(math.sqrt(math.prod(record["size"]))), int(record["spots"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return LARGEST
 
 
