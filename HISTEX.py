@@ -189,8 +189,9 @@ class DefaultNetwork(Network):
         factor = nnf.linear(latent, self.log_factor.weight[genes], self.log_factor.bias[genes])
         factor = factor.clamp(-self.max_log_factor, self.max_log_factor)
         mean, trust = self.mean[genes], self.trust[genes].sigmoid()
-        relative = (interpolated / mean + self.floor) / (1 + self.floor)
-        return mean * (trust * relative.log() + factor).exp()
+        log_mean = (mean * (1 + self.floor)).log()  # of what is at the mean, floor and all
+        log_base = (interpolated + self.floor * mean).log()
+        return torch.addcmul(factor + (mean.log() - trust * log_mean), trust, log_base).exp()
 
     def loss(self, output: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
         """Squared error of the square roots of the disc's sum and the counts, (B, G)."""

@@ -19,17 +19,18 @@ Gradients = list[tuple[np.ndarray, np.ndarray]]
 TILINGS = {"ViT tiles of 14": (14, 1, False), "CNN tiles": (128, 10, True)}
 TILE_PERIOD = 14  # tokens of 224 px
 CONTROL_PERIODS = (8, 16)  # of which nothing is known that could leave a seam
+PATCHES_SHARE = 2  # superpixels, of the default preset (method/prediction.py)
 MOST_OFFSETS = 32  # beyond that far from a line, the tissue is another
 
 
 def known_periods(radius: float) -> dict[int, str]:
     """Grids of whole superpixels from the map's corner, whose lines are looked at."""
-    periods = dict.fromkeys(CONTROL_PERIODS, "control")
-    periods |= {
-        TILE_PERIOD: "tiles of 224 px",
-        math.ceil(radius) + 1: "patches of the default preset",
-        2 * math.floor(radius) + 1: "published blocks",
-    }
+    half = math.ceil(radius)
+    periods = dict.fromkeys(CONTROL_PERIODS, "control") | {TILE_PERIOD: "tiles of 224 px"}
+    periods[2 * half + 1 - min(PATCHES_SHARE, half)] = default = "patches of the default preset"
+    blocks = 2 * math.floor(radius) + 1
+    also = f"{default}, " if periods.get(blocks) == default else ""
+    periods[blocks] = f"{also}published blocks"
     return dict(sorted(periods.items()))
 
 

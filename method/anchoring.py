@@ -19,6 +19,7 @@ from method.section import Section
 ROUNDS = 2  # a third would fit the spots more closely and the truth less (ABLATIONS.md)
 ANCHORS = 8  # spots around a superpixel that its map is anchored to
 COUNTS_AT_ONCE = 500_000  # superpixels times genes; they stay in a CPU's cache
+GENES_AT_ONCE = 16
 PLACES_AT_ONCE = 200_000  # superpixels looked up
 
 
@@ -47,6 +48,14 @@ class Anchors:
     near: Tensor  # int32 (M, K), spots around a superpixel
     shares: Tensor  # float32 (M, K), by inverse squared distance
 
+    def predicted(self, maps: np.ndarray) -> np.ndarray:
+        """Sums (N, G) of maps (G, M) over the discs."""
+        out = np.empty((self.discs.shape[0], len(maps)), np.float32)
+        for start in range(0, len(maps), GENES_AT_ONCE):  # scipy copies what it multiplies
+            genes = slice(start, start + GENES_AT_ONCE)
+            out[:, genes] = self.discs @ maps[genes].T
+        return out
+
 
 def find_anchors(section: Section, places: np.ndarray) -> Anchors:
     """How the superpixels (M, 2), row and column, hang together with the spots on tissue."""
@@ -64,7 +73,7 @@ def find_anchors(section: Section, places: np.ndarray) -> Anchors:
 
 
 def anchor_to_spots(maps: np.ndarray, measured: np.ndarray, anchors: Anchors, prior: float) -> None:
-    """Scale maps (M, G) in place, so that discs sum to what the spots measured, (N, G).
+    """Scale maps (G, M) in place, so that discs sum to what the spots measured, (N, G).
 
     At every spot the logarithm of measured over predicted counts tells what the network missed; it
     is interpolated between the spots by inverse squared distance. The prior, in counts, keeps the
@@ -73,12 +82,12 @@ def anchor_to_spots(maps: np.ndarray, measured: np.ndarray, anchors: Anchors, pr
     to the total of the spots: what is fitted on square roots comes out some percent too low on
     average.
     """
-    values, step = torch.from_numpy(maps), max(1, COUNTS_AT_ONCE // maps.shape[1])
     for _ in range(ROUNDS):
-        missed = np.log((measured + prior) / (anchors.discs @ maps + prior))
-        ratios = torch.from_numpy(missed)
-        for start in range(0, len(maps), step):
+        missed = np.log((measured + prior) / (anchors.predicted(maps) + prior))
+        ratios, step = torch.from_numpy(missed), max(1, COUNTS_AT_ONCE // len(maps))
+        for start in range(0, maps.shape[1], step):
             part = slice(start, start + step)
-            values[part] *= weighted_sums(anchors.near[part], anchors.shares[part], ratios).exp_()
-    total, wanted = ((anchors.discs @ maps).sum(axis=0), measured.sum(axis=0))
-    maps *= np.divide(wanted, total, out=np.ones_like(wanted), where=total > 0)
+            factors = weighted_sums(anchors.near[part], anchors.shares[part], ratios).exp_()
+            maps[:, part] *= factors.numpy().T
+    total, wanted = anchors.predicted(maps).sum(axis=0), measured.sum(axis=0)
+    maps *= np.divide(wanted, total, out=np.ones_like(wanted), where=total > 0)[:, None]

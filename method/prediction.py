@@ -31,7 +31,8 @@ from method.section import Section, nearest, on_map, to_device
 from reading import arrays
 from writing.progress import Bar
 
-GENES_BYTES = 400_000_000  # memory for the maps of the genes that are decoded at a time
+GENES_BYTES = 1_600_000_000  # memory for the maps of the genes that are decoded at a time
+OVERLAP = 2  # superpixels that neighbouring patches share; more changes no score (ABLATIONS.md)
 PREDICT_BATCH = 64  # patches
 STRIP = 64  # columns embedded at a time; small enough for memory that is free already
 POINTS_BYTES = 16_384_000  # of HR points embedded at a time: 4096 of 1,000 genes
@@ -41,12 +42,12 @@ NOTHING = torch.empty(0)
 def blending(side: int, overlap: bool) -> tuple[int, np.ndarray]:
     """Stride of the patches, and weights (T,) of the superpixels in a patch of ``side``.
 
-    Side by side, or with ``overlap`` half a patch apart, each weighted by a smooth hill.
+    Side by side, or with ``overlap`` such that a patch fades where the next one begins.
     """
-    if not overlap:
-        return side, np.ones(side * side, np.float32)
-    hill = np.hanning(side + 2)[1:-1]
-    return (side + 1) // 2, np.outer(hill, hill).ravel().astype(np.float32)
+    shared = min(OVERLAP, (side - 1) // 2) if overlap else 0
+    place = np.arange(1, side + 1)
+    fade = np.minimum(np.minimum(place, place[::-1]), shared + 1).astype(np.float32)
+    return side - shared, np.outer(fade, fade).ravel()
 
 
 def patch_middles(half: int, stride: int, extent: int) -> np.ndarray:
@@ -288,9 +289,8 @@ class Decoder:
             self.near, self.distance2 = nearest_points(section.points, self.places, section.context)
         self.prior = anchor_prior
         self.anchors = None if anchor_prior is None else find_anchors(section, self.places)
-        # As decoded and turned: to get it anew for each part takes long
         n_genes = max(part.stop - part.start for part in self.blocks())
-        self.memory = np.empty((2, n_genes * len(self.places)), np.float32)
+        self.memory = np.empty((n_genes, len(self.places)), np.float32)  # anew takes long
 
     def blocks(self) -> list[slice]:
         """The genes in parts whose maps fit the memory, all about equal."""
@@ -305,18 +305,17 @@ class Decoder:
         It is there until the next call, which uses its memory again.
         """
         n, n_genes = len(self.places), genes.stop - genes.start
-        maps, turned = (row[: n * n_genes] for row in self.memory)
-        maps, turned = maps.reshape(n, n_genes), turned.reshape(n_genes, n)
+        maps = self.memory[:n_genes]
         columns = np.ascontiguousarray(self.section.expression[:, genes])
         expression = to_device(columns, self.device)
         batches = Batches(max(1, COUNTS_AT_ONCE // n_genes))
         with torch.inference_mode():
             for part, medians in batches.over(n, lambda part: self.decode(part, genes, expression)):
-                maps[part] = medians.cpu()
+                maps[:, part] = cv2.transpose(medians.cpu().numpy()).reshape(n_genes, -1)
         if self.anchors is not None and self.prior is not None:
             measured = self.section.counts[self.section.usable, genes]
             anchor_to_spots(maps, measured, self.anchors, self.prior)
-        return cv2.transpose(maps, turned)
+        return maps
 
     def decode(self, part: slice, genes: slice, expression: Tensor) -> Tensor:
         """Median (M', G') of some superpixels and genes."""

@@ -69,6 +69,7 @@ import pandas as pd
 import torch
 
 from method import devices, maps, reference, resume
+from method.anchoring import COUNTS_AT_ONCE
 from method.prediction import GENES_BYTES
 from method.reference import Reference
 from reading import arrays, images
@@ -89,14 +90,14 @@ class Predictor:
         self.rates = found.rates * np.float32(depth)
 
     def blocks(self) -> list[slice]:
-        step = max(1, GENES_BYTES // (8 * len(self.features)))
+        step = max(1, GENES_BYTES // (4 * len(self.features)))
         n = len(self.order)
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def maps(self, genes: slice) -> np.ndarray:
         """Counts (G', M) of some genes."""
         chosen = torch.from_numpy(self.order[genes])
-        step = max(1, GENES_BYTES // (40 * len(chosen)))
+        step = max(1, COUNTS_AT_ONCE // len(chosen))
         values = np.empty((len(chosen), len(self.features)), np.float32)
         rates = torch.from_numpy(self.rates)[chosen]
         with torch.inference_mode():

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import io
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -706,7 +708,7 @@ def unanchored(network, section: Section, monkeypatch) -> np.ndarray:
     h, w = section.tissue.shape
     stride, hill = prediction.blending(2 * section.half + 1, True)
     latent, weight = np.zeros((h, w, network.latent_size)), np.zeros((h, w, 1))
-    middles = (range(0, extent + stride - 1, stride) for extent in (h, w))
+    middles = (range(section.half, extent + stride - 1, stride) for extent in (h, w))
     for r, c in itertools.product(*middles):
         distance = np.linalg.norm(section.points - (r + 0.5, c + 0.5), axis=1)
         near = np.argsort(distance, kind="stable")[None, : section.context]
@@ -757,6 +759,35 @@ def test_prediction_does_not_depend_on_blocks_and_batches(monkeypatch):
     np.testing.assert_allclose(maps[2], maps[0], rtol=1e-4)
 
 
+def test_latent_values_are_read_once_for_a_block_of_genes(monkeypatch):
+    section = make_section()
+    networks = [default_network(section, seed) for seed in (1, 2)]
+    places, read = int(section.tissue.sum()), []
+
+    class Counted(io.BytesIO):
+        def readinto(self, buffer):
+            read.append(super().readinto(buffer))
+            return read[-1]
+
+    file = Counted()
+    prediction.embed_section(networks, section, section.tissue, True, file, CPU)
+    assert len(file.getvalue()) == 4 * places * 2 * networks[0].latent_size
+    for room in (G, 2):  # genes
+        monkeypatch.setattr(prediction, "GENES_BYTES", room * 4 * places)
+        decoder = prediction.Decoder(networks, section, section.tissue, PRIOR, file, CPU)
+        for genes in decoder.blocks():
+            decoder.maps(genes)
+        assert sum(read) == -(-G // room) * len(file.getvalue())
+        read.clear()
+
+
+def test_a_slide_of_11_mm_is_decoded_in_a_few_blocks():
+    decoder = prediction.Decoder.__new__(prediction.Decoder)
+    decoder.places = np.empty((1_300_000, 0))
+    decoder.section = types.SimpleNamespace(counts=np.empty((0, 1_000)))
+    assert len(decoder.blocks()) == 4
+
+
 @pytest.mark.parametrize("n_states", [1, 2, 3, 4, 5, 8])
 def test_the_median_of_the_states_is_the_median_of_numpy(n_states):
     maps = np.random.default_rng(0).normal(size=(n_states, 3, 4, 5)).astype(np.float32)
@@ -764,7 +795,7 @@ def test_the_median_of_the_states_is_the_median_of_numpy(n_states):
     np.testing.assert_allclose(got, np.median(maps, axis=0), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("first", "middles"), [(12, (10, 30)), (26, (25, 40))])
+@pytest.mark.parametrize(("first", "middles"), [(10, (11, 32)), (24, (25, 39))])
 def test_rows_without_tissue_are_not_computed(first, middles, monkeypatch):
     tissue = np.zeros(SHAPE, bool)
     tissue[first : middles[1]] = True
@@ -782,9 +813,9 @@ def test_rows_without_tissue_are_not_computed(first, middles, monkeypatch):
         arrays, "some_rows", lambda x, a, b: read.extend(range(a, b)) or some_rows(x, a, b)
     )
     predict([network], section)
-    # patches are 9 x 9, 5 apart, with middles at 0, 5, ...: these rows of patches reach the tissue
+    # patches are 9 x 9, 7 apart, with middles at 4, 11, ...: these rows of patches reach the tissue
     top, bottom = middles[0] - 4, middles[1] + 4
-    assert sum(embedded) == (bottom - top + 1) * (45 + 4 + 1 + 4)
+    assert sum(embedded) == (bottom - top + 1) * (46 + 4 + 1)
     assert min(read) == max(top - network.halo, 0)
     assert max(read) == min(bottom + network.halo, SHAPE[0] - 1)
 
@@ -838,7 +869,7 @@ def test_memory_running_out_halves_the_batch(monkeypatch):
     monkeypatch.setattr(HISTEX.DefaultNetwork, "decode", decode_few)
     monkeypatch.setattr(prediction, "PREDICT_BATCH", 10)
     got, _ = predict([network], section)
-    assert sizes[:4] == [10, 5, 2, 2]
+    assert sizes[:4] == [7, 5, 2, 2]  # there are 7 patches in a row
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
     monkeypatch.setattr(prediction, "PREDICT_BATCH", 1)
 
@@ -943,11 +974,11 @@ def test_the_picture_of_a_map_shows_its_values():
 def anchor(maps: np.ndarray, section: Section) -> np.ndarray:
     """Maps (G, h, w), NaN where there is nothing to anchor, anchored."""
     shown = ~np.isnan(maps[0])
-    values = np.ascontiguousarray(maps[:, shown].T)
+    values = maps[:, shown]
     anchors = anchoring.find_anchors(section, np.argwhere(shown))
     anchoring.anchor_to_spots(values, section.counts[section.usable], anchors, PRIOR)
     anchored = maps.copy()
-    anchored[:, shown] = values.T
+    anchored[:, shown] = values
     return anchored
 
 

@@ -398,14 +398,15 @@ def test_the_step_size_falls_as_a_cosine(n_steps, wanted):
 
 
 # ----- prediction ---------------------------------------------------------------------------------
-def test_patches_overlap_by_half_and_fade_to_their_edges():
-    stride, hill = prediction.blending(3, True)
-    assert stride == 2
-    np.testing.assert_allclose(hill.reshape(3, 3)[1], [0.5, 1, 0.5], atol=1e-7)
-    np.testing.assert_allclose(hill.reshape(3, 3)[0], [0.25, 0.5, 0.25], atol=1e-7)
-    stride, hill = prediction.blending(3, False)
-    assert (stride, hill.tolist()) == (3, [1] * 9)
-    assert prediction.blending(9, True)[0] == 5
+def test_patches_share_two_superpixels_and_fade_there():
+    stride, fade = prediction.blending(9, True)
+    line = [1, 2, 3, 3, 3, 3, 3, 2, 1]
+    assert stride == 7
+    assert fade.reshape(9, 9).tolist() == np.outer(line, line).tolist()
+    assert line[7] + line[0] == line[8] + line[1] == 3  # of two neighbours, wherever both are
+    assert prediction.blending(3, True)[0] == 2
+    stride, fade = prediction.blending(3, False)
+    assert (stride, fade.tolist()) == (3, [1] * 9)
     assert prediction.patch_middles(4, 5, 11).tolist() == [0, 5, 10]
     assert prediction.patch_middles(4, 5, 12).tolist() == [0, 5, 10, 15]
     assert prediction.patch_middles(3, 7, 14).tolist() == [3, 10, 17]
