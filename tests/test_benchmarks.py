@@ -105,6 +105,20 @@ def test_the_plain_training_takes_all_steps_or_says_how_many(finished, monkeypat
     assert limits.training_loop(finished, 0, stage)["sample"] == f"1 of {n_steps} steps"
 
 
+def test_attention_is_no_plain_product(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "matmul_speed", lambda: 2e9)
+    monkeypatch.setattr(limits, "write_speed", lambda folder: 1e9)
+    counted = {"of_superpixel": 1e6, "states": 1, "products": 0.31, "attention": 0.35}
+    facts = limits.prediction_products(tmp_path, 1_372, counted)
+    assert facts["seconds"] == pytest.approx(1372**2 / 2000)
+    assert "31% are in plain products and 35% in attention" in facts["speed"]
+    row = {**result(5000, 3, size=1_372), "name": "HISTEX-predict", "limit": facts}
+    assert "plain products (5 states): 0.31, **missed**" in scaling.verdict(row)
+    names = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_attention_math")
+    assert [bool(limits.PRODUCTS.search(name)) for name in names] == [True, True, True, False]
+    assert [bool(limits.ATTENTION.search(name)) for name in names] == [False, False, False, True]
+
+
 def test_the_bare_network_has_the_memory_settings_of_the_script(monkeypatch):
     import Histology_Extractor as extractor
 
