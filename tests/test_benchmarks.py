@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,19 @@ def test_a_stage_is_measured_and_kept(name, tmp_path, capsys):
     path.write_text(json.dumps({**found, "start_up": 1234.0}), encoding="utf-8")
     assert scaling.run(command) == 0  # taken as it was kept
     assert "| 1234.0 |" in (tmp_path / "S.md").read_text(encoding="utf-8")
+
+
+def test_every_table_says_by_which_code_where_and_how_it_was_made():
+    pages = {path.name: path for path in (ROOT / "benchmarks").glob("*.md")}
+    del pages["ABLATIONS.md"]  # a history of trials, each with what it was made by
+    for name, page in pages.items():
+        text = page.read_text(encoding="utf-8")
+        for what in ("commit", "machine"):
+            assert f"\n* {what}" in text, f"{name} does not tell the {what}"
+        assert re.search(r"`?(python|bash) (benchmarks|analysis)/\w+|snakemake --profile", text), (
+            name
+        )
+        assert re.search(r"\b[0-9a-f]{7}\b", text), f"{name} names no commit"
 
 
 # ----- before and after -----
