@@ -34,6 +34,10 @@ spool="$work/spool"
 # steps: whether some step of a job has not ended; each has a socket of its own here
 steps() { compgen -G "$spool/${host}_*" >/dev/null; }
 
+# left: processes of the command and its jobs, which have its environment; Slurm without control groups
+# may lose some that do not end when told to
+left() { grep -lszxF "ONE_NODE_SLURM=$work" /proc/[0-9]*/environ | cut -d/ -f3; }
+
 # ended PID: wait for it, for at most 10 seconds, and kill it then
 ended() {
     for _ in $(seq 100); do
@@ -55,11 +59,8 @@ stop() {
             steps || break
             sleep 0.1
         done
-        # what the daemon says still runs
-        for pid in $(timeout 10 scontrol listpids 2>/dev/null | awk 'NR > 1 && $1 > 1 {print $1}'); do
-            kill -KILL "$pid" 2>/dev/null || true
-        done
     fi
+    for pid in $(left); do kill -KILL "$pid" 2>/dev/null || true; done
     for pid in "${pids[@]}"; do
         kill "$pid" 2>/dev/null || true
         ended "$pid"
@@ -154,7 +155,7 @@ until_ok slurmd srun --immediate=30 --mem=100 true
 
 # In the background, so that a signal is answered at once; the command is then told to end first.
 code=0
-"$@" &
+env "ONE_NODE_SLURM=$work" "$@" &
 command=$!
 wait "$command" || code=$?
 command=""
