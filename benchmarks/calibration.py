@@ -1,15 +1,15 @@
-"""Time and memory of image_calibration.py on large images, beside another commit and bare libvips.
+"""Time and memory of image_calibration.py on large images, beside another commit and plain ways.
 
     python benchmarks/calibration.py --before ../before > benchmarks/CALIBRATION.md
 
-Reads   another checkout of this project (--before), and the command line of libvips for the limit
-        (apt-get install libvips-tools); without them, their columns stay empty
+Reads   another checkout of this project (--before); without it, its columns are left out
 Writes  a table in Markdown to the console: wall seconds, CPU seconds and peak memory per image
 
 An image of each size and format is drawn, calibrated from 0.2737 to 0.5 um per pixel by each
 program in turn, and removed. A process of its own draws it: what this one has held would count as
-memory of the programs that it starts. The limit is ``vips resize``: the same decoding, the same
-kernel and the same encoding, without spots, padding, checks or a record.
+memory of the programs that it starts. The plain ways are a few lines of libvips, with the same
+kernel, and of OpenCV, which holds the whole image, and averages areas: decoded, resized and encoded
+as a JPEG of the same quality, without spots, padding, checks or a record.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
@@ -25,12 +26,18 @@ from reading import cli
 
 SCRIPT = "benchmarks/calibration.py"
 SIDES = (5_000, 12_000, 20_000)
+FORMATS: dict[str, dict[str, Any]] = {
+    "jpg": {"Q": 90},
+    "png": {"compression": 1, "filter": "sub"},
+    "tif": {"tile": True, "compression": "jpeg", "Q": 90, "tile_width": 256, "tile_height": 256},
+}
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     option = parser.add_argument
     option("--before", type=Path, help="Checkout to compare with (default: no comparison).")
+    option("--formats", choices=FORMATS, nargs="+", default=[*FORMATS], help="Of the images.")
     option("--sides", type=cli.positive, nargs="+", default=SIDES, help="Sides of the images, px.")
     return parser
 
@@ -39,19 +46,27 @@ if __name__ == "__main__":
     cli.start(build_parser())  # what needs none of the slow imports below
 
 import multiprocessing
-import shutil
-import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
+import cv2
 import numpy as np
 import pyvips
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "jpg": {"Q": 90},
-    "png": {"compression": 1, "filter": "sub"},
-    "tif": {"tile": True, "compression": "jpeg", "Q": 90, "tile_width": 256, "tile_height": 256},
+PLAIN = {  # programs, called with the image, its scale and the JPEG to write
+    "libvips": """
+import sys, pyvips
+source, scale, target = sys.argv[1:]
+image = pyvips.Image.new_from_file(source, access="sequential").resize(float(scale), kernel="cubic")
+image.jpegsave(target, Q=95, subsample_mode="off", keep="none")
+""",
+    "OpenCV": """
+import sys, cv2
+source, scale, target = sys.argv[1:]
+image = cv2.resize(cv2.imread(source), None, None, float(scale), float(scale), cv2.INTER_AREA)
+full = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+cv2.imwrite(target, image, [cv2.IMWRITE_JPEG_QUALITY, 95, *full])
+""",
 }
 PIXEL_SIZE_UM = 0.2737  # of a common scanner at 40x: no whole factor of 0.5
 PATCH_PX = 2_500  # drawn once and repeated
@@ -93,36 +108,37 @@ def cells(command: list[str], log: Path) -> list[str]:
     return [f"{facts[name]:.{digits}f}" for name, digits in (("seconds", 1), ("cpu", 1), ("gb", 2))]
 
 
+def measure_image(side: int, kind: str, programs: dict[str, Path]) -> list[str]:
+    """A row: what each of our ``programs``, by their checkouts, and each plain way takes."""
+    with tempfile.TemporaryDirectory(prefix="calibration-") as work:
+        folder, log = Path(work) / "sample", Path(work) / "log"
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as drawing:
+            drawing.submit(write_sample, folder, kind, side).result()
+        row = [f"{side:,} px {kind}"]
+        for root in programs.values():
+            row += cells(calibration(root, folder), log)
+        words = [str(folder / f"he-raw.{kind}"), str(PIXEL_SIZE_UM / utils.PIXEL_SIZE_UM)]
+        for name, program in PLAIN.items():
+            target = str(Path(work) / f"{name}.jpg")
+            row += cells([sys.executable, "-c", program, *words, target], log)
+    return row
+
+
 def main(args: argparse.Namespace) -> None:
-    programs = {"now": measure.ROOT}
-    if args.before:
-        programs = {"before": args.before, **programs}
-    vips = shutil.which("vips")
-    names = [*programs, "vips" if vips else "vips (not installed)"]
+    programs = {"before": args.before} if args.before else {}
+    programs["now"] = measure.ROOT
     rows = []
     for side in args.sides:
-        for kind in FORMATS:
-            with tempfile.TemporaryDirectory(prefix="calibration-") as work:
-                folder, log = Path(work) / "sample", Path(work) / "log"
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as drawing:
-                    drawing.submit(write_sample, folder, kind, side).result()
-                row = [f"{side:,} px {kind}"]
-                for root in programs.values():
-                    row += cells(calibration(root, folder), log)
-                if vips:
-                    target = Path(work) / "he.jpg[Q=95,subsample_mode=off,strip]"
-                    scale = str(PIXEL_SIZE_UM / utils.PIXEL_SIZE_UM)
-                    source = folder / f"he-raw.{kind}"
-                    command = [vips, "resize", str(source), str(target), scale, "--kernel", "cubic"]
-                    row += cells(command, log)
-                rows.append(row if vips else [*row, "", "", ""])
-                print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+        for kind in args.formats:
+            rows.append(measure_image(side, kind, programs))
+            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    names = (*programs, *PLAIN)
     heads = ["image", *(f"{name}: {what}" for name in names for what in ("wall s", "CPU s", "GB"))]
-    said = [vips, "--version"] if vips else ["echo", "no vips on the command line"]
-    version = subprocess.run(said, capture_output=True, text=True, check=True).stdout.strip()
     print("# image_calibration.py on large images\n")
-    print("\n".join([*measure.table(heads, rows), "", *measure.origin(args.command)]))
-    print(f"* libvips {'.'.join(str(pyvips.version(i)) for i in range(3))} in Python; {version}")
+    print("\n".join([*measure.table(heads, rows), "", *measure.origin(args.command, args.before)]))
+    print(
+        f"* libvips {'.'.join(str(pyvips.version(i)) for i in range(3))}, OpenCV {cv2.__version__}"
+    )
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,31 @@ def start_up(script: str, log: Path) -> float:
     return float(run_measured([sys.executable, "-c", words], log)["seconds"])
 
 
+def read_record(folder: Path, script: str) -> Facts:
+    record: Facts = json.loads((folder / utils.record_name(script)).read_text(encoding="utf-8"))
+    return record
+
+
+# --------------------------------------------------------------------------------------------------
+# figures of several runs or sizes
+# --------------------------------------------------------------------------------------------------
+def middle(runs: list[Facts]) -> Facts:
+    """Of every number the median over runs, of everything else the first."""
+    return {
+        key: statistics.median(run[key] for run in runs) if isinstance(value, float) else value
+        for key, value in runs[0].items()
+    }
+
+
+def exponent(amounts: Sequence[float], measured: Sequence[float]) -> float:
+    """Slope of the line through log(measured) against log(amounts); nan if there is none."""
+    known = [(a, m) for a, m in zip(amounts, measured, strict=True) if m > 0]
+    if len({a for a, _ in known}) < 2:
+        return math.nan
+    x, y = ([math.log(value) for value in column] for column in zip(*known, strict=True))
+    return statistics.linear_regression(x, y).slope
+
+
 # --------------------------------------------------------------------------------------------------
 # results, tables, and what a table says about its origin
 # --------------------------------------------------------------------------------------------------
@@ -163,12 +190,12 @@ def machine() -> str:
     )
 
 
-def commit() -> str:
-    """Commit of the checkout, and whether the files differ from it."""
+def commit(root: Path = ROOT) -> str:
+    """Commit of a checkout, and whether its files differ from it."""
 
     def git(*words: str) -> str:
         command = ["git", *words]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
         return run.stdout.strip()
 
     try:
@@ -178,11 +205,15 @@ def commit() -> str:
         return "unknown (not a git checkout)"
 
 
-def origin(command: str) -> list[str]:
-    """The lines below every table: when, by which code, where and how it was made."""
+def origin(command: str, before: Path | None = None) -> list[str]:
+    """The lines below every table: when, by which code, where and how it was made.
+
+    ``before`` is another checkout, which the table compares with.
+    """
+    other = f"; before: {commit(before)}" if before else ""
     return [
         f"* date: {time.strftime('%Y-%m-%d')}",
-        f"* commit: {commit()}",
+        f"* commit: {commit()}{other}",
         f"* machine: {machine()}",
         f"* command: `{command}`",
     ]

@@ -5,8 +5,10 @@
 #   bash benchmarks/slurm.sh snakemake --profile workflow/profiles/slurm --config samples=samples.tsv
 #
 # Needs root, no systemd and no Slurm of the machine's own: all that it does lives in a temporary
-# folder and listens on 127.0.0.1 only; its settings are in /etc/slurm while it runs. CARD=1 lets the
-# node say that it has a graphics card, which is /dev/zero: for the scheduler only.
+# folder and listens on 127.0.0.1 only; its settings are in /etc/slurm while it runs. However it ends,
+# by Ctrl-C too, it cancels the jobs that are left and stops its daemons. CARD=1 lets the node say
+# that it has a graphics card, which is /dev/zero: for the scheduler only. CPUS=1 (default: all) is
+# the number of its cores.
 set -euo pipefail
 
 for program in munged mariadbd slurmdbd slurmctld slurmd sacct; do
@@ -25,13 +27,49 @@ work="$(mktemp -d)"
 chmod 755 "$work"
 mkdir -p "$conf"
 host="$(hostname -s)"
-pids=()
+command=""
+pids=() # of the daemons, the last started first
+spool="$work/spool"
+
+# steps: whether some step of a job has not ended; each has a socket of its own here
+steps() { compgen -G "$spool/${host}_*" >/dev/null; }
+
+# left: processes of the command and its jobs, which have its environment; Slurm without control groups
+# may lose some that do not end when told to
+left() { grep -lszxF "ONE_NODE_SLURM=$work" /proc/[0-9]*/environ | cut -d/ -f3; }
+
+# ended PID: wait for it, for at most 10 seconds, and kill it then
+ended() {
+    for _ in $(seq 100); do
+        kill -0 "$1" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    kill -KILL "$1" 2>/dev/null || true
+}
+
 stop() {
-    for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
-    wait "${pids[@]}" 2>/dev/null || true
+    trap '' INT TERM HUP # once is enough
+    if [ -n "$command" ]; then
+        kill "$command" 2>/dev/null || true
+        ended "$command"
+    fi
+    if steps; then
+        timeout 10 scancel --quiet --user="$(id -un)" || true
+        for _ in $(seq 150); do # KillWait is over then
+            steps || break
+            sleep 0.1
+        done
+    fi
+    for pid in $(left); do kill -KILL "$pid" 2>/dev/null || true; done
+    for pid in "${pids[@]}"; do
+        kill "$pid" 2>/dev/null || true
+        ended "$pid"
+    done
     rm -rf "$work" "$conf"/{slurm,slurmdbd,gres}.conf
 }
 trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
 
 # start NAME COMMAND...: in the background, its output in $work/NAME.log
 start() {
@@ -50,7 +88,7 @@ until_ok() {
     exit 1
 }
 
-mkdir -m 700 "$work/munge" "$work/state" "$work/spool" "$work/db"
+mkdir -m 700 "$work/munge" "$work/state" "$spool" "$work/db"
 dd if=/dev/urandom of="$work/munge/key" bs=1024 count=1 status=none
 chmod 400 "$work/munge/key"
 socket="$work/munge.socket"
@@ -88,8 +126,9 @@ SlurmUser=root
 SlurmctldPidFile=$work/slurmctld.pid
 SlurmdPidFile=$work/slurmd.pid
 StateSaveLocation=$work/state
-SlurmdSpoolDir=$work/spool
+SlurmdSpoolDir=$spool
 ProctrackType=proctrack/linuxproc
+KillWait=5
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
@@ -102,7 +141,7 @@ AccountingStoragePass=$socket
 AccountingStorageTRES=gres/gpu
 AccountingStoreFlags=job_comment
 GresTypes=gpu
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory ${CARD:+Gres=gpu:1}
+NodeName=$host NodeAddr=127.0.0.1 CPUs=${CPUS:-$(nproc)} RealMemory=$memory ${CARD:+Gres=gpu:1}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
 [ -z "${CARD:-}" ] || echo "NodeName=$host Name=gpu File=/dev/zero" >"$conf/gres.conf"
@@ -114,8 +153,12 @@ start slurmctld slurmctld -D
 start slurmd slurmd -D
 until_ok slurmd srun --immediate=30 --mem=100 true
 
+# In the background, so that a signal is answered at once; the command is then told to end first.
 code=0
-"$@" || code=$?
+env "ONE_NODE_SLURM=$work" "$@" &
+command=$!
+wait "$command" || code=$?
+command=""
 sleep 3 # until the last job is accounted for
 printf '\nThe jobs of this Slurm:\n'
 sacct --allocations --units=M \

@@ -126,7 +126,9 @@ def main(args: argparse.Namespace) -> None:
     heads = ["table", "spots x genes", "MB", *readers]
     print("# Reading cnts.csv\n\nSeconds of the processor and peak memory; in brackets, times the")
     print("seconds of this reader.\n")
-    print("\n".join([*measuring.table(heads, rows), "", *measuring.origin(args.command)]))
+    print(
+        "\n".join([*measuring.table(heads, rows), "", *measuring.origin(args.command, args.before)])
+    )
 
 
 def run(argv: list[str] | None = None) -> int:
