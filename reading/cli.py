@@ -180,10 +180,15 @@ def output_folder(args: argparse.Namespace) -> Path | None:
     return getattr(args, "folder", None) or (output and output.parent)
 
 
-def start(parser: argparse.ArgumentParser, script: str = "") -> None:
+def start(
+    parser: argparse.ArgumentParser,
+    script: str = "",
+    check: Callable[[utils.Stage], None] | None = None,
+) -> None:
     """What needs no slow import: --help, a misspelt option, and a ``script`` with nothing to do.
 
-    Ctrl-C during the imports that follow ends the process at once: nothing has been written yet.
+    And a ``check`` that may end the script with a StageError. Ctrl-C during the imports that follow
+    ends the process at once: nothing has been written yet.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
@@ -194,8 +199,14 @@ def start(parser: argparse.ArgumentParser, script: str = "") -> None:
         return
     args.options = given_options(parser, args)
     with contextlib.suppress(utils.StageError, OSError):  # main says what is wrong
-        if utils.Stage(script, args, output_folder(args)).up_to_date():
+        stage = utils.Stage(script, args, output_folder(args))
+        if stage.up_to_date():
             sys.exit(0)
+        if check is not None:
+            try:
+                check(stage)
+            except utils.StageError as error:
+                sys.exit(_say(f"error: {error}", 2))
 
 
 def _end_at_once(*_: object) -> NoReturn:
