@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import utils
-from reading import plain
-from writing import late, progress
+from reading import guide, plain
+from writing import late, origin, progress
 
 
 def sample_directory(text: str) -> Path:
@@ -54,6 +54,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=first, epilog="\n\n".join(shown), formatter_class=Help, allow_abbrev=False
         )
+        told = f"HISTEX {origin.VERSION}"
+        self.add_argument("--version", action="version", version=told, help="Print the version.")
 
     def alias(self, old: str, new: str) -> None:
         """Let an earlier spelling of an option go on; --help does not show it."""
@@ -201,6 +203,7 @@ def start(
     with contextlib.suppress(utils.StageError, OSError):  # main says what is wrong
         stage = utils.Stage(script, args, output_folder(args))
         if stage.up_to_date():
+            guide.say_next(stage)
             sys.exit(0)
         if check is not None:
             try:
@@ -259,6 +262,7 @@ def run_stage(
                 for path in files_of_options(args):
                     stage.use(path)
                 main(stage)
+            guide.say_next(stage)
         finally:
             stage.discard()
 
