@@ -26,7 +26,7 @@ NEXT = {
     utils.PREDICTION: Step("expected-r.csv", REPORT),
     utils.LEARNING: Step("", utils.PREDICTION, FILE),
     "analysis/annotate.py": Step("annotation.png annotation.csv", REPORT),
-    "analysis/cells.py": Step("cells.geojson cells.csv.gz", REPORT),
+    "analysis/cells.py": Step("cells-counts.geojson cells.csv.gz", REPORT),
     "analysis/enrich.py": Step("enrichment.png enrichment.csv", REPORT),
     "analysis/evaluate.py": Step("evaluation.png evaluation.csv", REPORT),
     "analysis/export.py": Step(""),
