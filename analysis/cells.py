@@ -5,9 +5,9 @@
     python analysis/cells.py --directory data/section            # nuclei that it finds in the H&E
 
 Without --masks, nuclei are found in he.jpg by a simple method: the haematoxylin of every pixel by
-colour deconvolution, a threshold (Otsu's, and the surroundings), and a watershed that divides nuclei
-that touch (analysis/nuclei.py). Their class is "nucleus found in the H&E". Look at them in QuPath before
-you use them: cell masks of a trained network (StarDist, Cellpose, QuPath) are better.
+colour deconvolution, a threshold (Otsu's, and the surroundings), and a watershed that divides
+nuclei that touch (analysis/nuclei.py). Their class is "nucleus found in the H&E". Look at them in
+QuPath before you use them: masks by a trained network (StarDist, Cellpose) are better.
 
 --masks is one of two, in pixels of he-raw (the full-resolution image) or, with --frame he, of
 he.jpg; pixel sizes and the padding of he.jpg are taken into account:

@@ -137,6 +137,6 @@ def find(image: images.ImageRows, tissue: np.ndarray, threshold: float) -> Itera
             place = waiting[start - first :, columns]
             place[(place == 0) & (labels > 0)] = (labels + total)[(place == 0) & (labels > 0)]
             total += int(labels.max(initial=0))
-        done = bottom - HALO - first if bottom < len(image) else len(waiting)
+        done = max(0, bottom - HALO - first) if bottom < len(image) else len(waiting)
         yield waiting[:done]
         waiting, first = waiting[done:], first + done
