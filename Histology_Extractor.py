@@ -77,14 +77,14 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--overlap",
         type=int,
-        help="Tokens of 16 px that neighbouring tiles share; more of them cost time and make "
-        "borders of tiles less visible (default: 1 of 14 for a ViT, 10 of 128 for a CNN).",
+        help="How many tokens of 16 px neighbouring tiles share. A larger overlap takes longer and "
+        "hides the borders of tiles better (default: 1 of 14 for a ViT, 10 of 128 for a CNN).",
     )
     parser.add_argument(
         "--amp",
         action="store_true",
-        help="Compute in bfloat16 where it is safe: faster on a GPU, and on a CPU that has matrix "
-        "units for it (such as AMX); slower for a ViT on others.",
+        help="Compute with 16-bit numbers (bfloat16) where that is safe. It is faster on a GPU and "
+        "on a CPU with matrix units, such as AMX. On other CPUs, a ViT is slower with it.",
     )
     return parser
 

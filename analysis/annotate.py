@@ -72,20 +72,25 @@ def build_parser() -> cli.Parser:
     parser = cli.stage_parser(__doc__)
     files.add_output(parser)
     option = parser.add_argument
-    markers_help = "Table with the columns gene and label, and perhaps weight."
+    markers_help = "Table with the columns gene and label, and optionally weight."
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("--markers", type=Path, help=markers_help)
-    tissue_help = "Take the markers of this tissue that HISTEX brings."
+    tissue_help = (
+        "Use the marker genes of this tissue that come with HISTEX, in place of --markers."
+    )
     either.add_argument("--tissue", choices=builtin.tissues(), help=tissue_help)
     share_help = (
-        "Share of the tissue that markers without meaning may label; 1 leaves nothing unclassified."
+        "Share of the tissue that random genes in place of markers may label. A smaller share "
+        "leaves more of the tissue unclassified; 1 leaves nothing unclassified."
     )
     share = cli.number(float, lambda x: 0 < x <= 1, "a number above 0, and 1 at most")
     option("--chance-share", type=share, default=CHANCE_SHARE, help=share_help)
     parser.alias("--level", "--chance-share")
     um_help = "Sigma in um of the Gaussian that smooths the maps; 0 does not smooth."
     option("--smoothing-um", type=cli.from_0, default=0.0, help=um_help)
-    spots_help = "Table of labels of spots to compare with (default: no comparison)."
+    spots_help = (
+        "Table of spots and their labels, to compare the result with (default: no comparison)."
+    )
     option("--spot-labels", type=Path, help=spots_help)
     option("--truth", action="store_true", help="Compare with the true regions in truth.npz.")
     return parser

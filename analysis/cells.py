@@ -76,15 +76,17 @@ def build_parser() -> cli.Parser:
     option(
         "--frame",
         choices=[RAW, CALIBRATED],
-        help="Image whose pixels --masks means (default: he-raw for outlines, and for a label "
-        "image the one of its size).",
+        help="The image in whose pixels --masks is given (default: he-raw for outlines; for a "
+        "label image, the image that is as large).",
     )
-    option("--nuclei", action="store_true", help="Sum over the nuclei that GeoJSON gives of cells.")
+    nuclei_help = "Sum over the nucleus of each cell, not the whole cell, where GeoJSON has both."
+    option("--nuclei", action="store_true", help=nuclei_help)
     option(
         "--share",
         choices=["area", "cells"],
         default="area",
-        help="By area, or all counts to the cells in a superpixel.",
+        help="How to share out the counts of a superpixel. area: each cell gets the share that is "
+        "its share of the area. cells: the cells in the superpixel get all of them.",
     )
     option(
         "--geojson-genes",

@@ -69,16 +69,18 @@ def build_parser() -> cli.Parser:
         "folder of the sample)."
     )
     option("--tables", metavar="FOLDER", type=Path, help=tables_help)
-    q_help = "A gene or gene set is found if its q is below this."
+    q_help = "A gene or gene set counts as found if its q (false discovery rate) is below this."
     option("--max-q", type=cli.from_0, default=MAX_Q, help=q_help)
     parser.alias("--level", "--max-q")
-    fold_help = "Log2 fold change that the genes of a region must exceed."
+    fold_help = "Genes of a region must have a log2 fold change above this."
     option("--log2-fold", type=cli.from_0, default=LOG2_FOLD, help=fold_help)
-    background_help = "Background of the genes with a pattern: those with a map, or with a count."
+    background_help = (
+        "What genes with a pattern are compared with: all genes with a map, or all with a count."
+    )
     option("--background", choices=["maps", "measured"], default="maps", help=background_help)
-    sizes = (("--min-size", "Smallest", MIN_SIZE), ("--max-size", "Largest", MAX_SIZE))
+    sizes = (("--min-size", "fewer", MIN_SIZE), ("--max-size", "more", MAX_SIZE))
     for name, word, size in sizes:
-        size_help = f"{word} set that is tested: its number of genes in the background."
+        size_help = f"Do not test sets with {word} genes in the background than this."
         option(name, type=cli.positive, default=size, help=size_help)
     return parser
 

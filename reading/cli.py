@@ -82,13 +82,13 @@ def add_shared(parser: Parser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="Replace the outputs of this script even if they were edited by hand.",
+        help="Run again, and replace the outputs of this script, even those that you edited.",
     )
     parser.add_argument(
         "--threads",
         type=positive,
         metavar="N",
-        help="Number of threads to compute with, such as 1 where several samples run side by side "
+        help="How many threads to compute with. Say 1 if several samples run side by side "
         "(default: as many as there are cores).",
     )
 
@@ -100,13 +100,14 @@ def stage_parser(doc: str) -> Parser:
         "--directory",
         type=sample_directory,
         required=True,
-        help="Folder of the sample; all files live there.",
+        help="The sample folder: files are read from it and written to it.",
     )
     add_shared(parser)
     parser.add_argument(
         "--allow-stale",
         action="store_true",
-        help="Use inputs even if the stage that made them is out of date.",
+        help="Use an input file even if the script that wrote it should run again, since something "
+        "that it read has changed.",
     )
     return parser
 
