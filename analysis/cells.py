@@ -514,7 +514,8 @@ def check_inputs(stage: utils.Stage) -> None:
 
 
 def main(stage: utils.Stage) -> None:
-    args, facts = stage.args, {}
+    args = stage.args
+    facts: dict[str, Any] = {}
     check_inputs(stage)
     note_inputs(stage, utils.SPREAD)
     with_sd = stage.find(utils.SPREAD) is not None

@@ -68,11 +68,12 @@ def check_others() -> None:
     from huggingface_hub import constants, errors
 
     global unreachable
+    transport: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         ask(None)
     except errors.HfHubHTTPError:
         return  # it answers
-    except (OSError, errors.HfHubHTTPError.__bases__[0]):
+    except (OSError, transport):
         unreachable = not constants.HF_HUB_OFFLINE
         constants.HF_HUB_OFFLINE = True
 
