@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -42,11 +41,11 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from reading import cli
+from reading import cli, hub
+from reading.hub import LITE
 from writing import disk
 
-UNI, UNI_HUB, UNI_FILE = "uni", "MahmoodLab/UNI", "pytorch_model.bin"
-LITE = "efficientnet_lite0"
+UNI = "uni"
 
 
 def build_parser() -> cli.Parser:
@@ -78,20 +77,34 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--overlap",
         type=int,
-        help="Tokens of 16 px that neighbouring tiles share; more of them cost time and make "
-        "borders of tiles less visible (default: 1 of 14 for a ViT, 10 of 128 for a CNN).",
+        help="How many tokens of 16 px neighbouring tiles share. A larger overlap takes longer and "
+        "hides the borders of tiles better (default: 1 of 14 for a ViT, 10 of 128 for a CNN).",
     )
     parser.add_argument(
         "--amp",
         action="store_true",
-        help="Compute in bfloat16 where it is safe: faster on a GPU, and on a CPU that has matrix "
-        "units for it (such as AMX); slower for a ViT on others.",
+        help="Compute with 16-bit numbers (bfloat16) where that is safe. It is faster on a GPU and "
+        "on a CPU with matrix units, such as AMX. On other CPUs, a ViT is slower with it.",
     )
     return parser
 
 
+def token_of(args: argparse.Namespace) -> str | None:
+    """That of --login, unless it is empty or the *** of examples."""
+    return args.login if (args.login or "").strip("* ") else None
+
+
+def ask_the_hub(stage: utils.Stage) -> None:
+    """Whether the weights can be had: see reading/hub.py."""
+    args = stage.args
+    if args.weights is None and args.backbone != LITE and stage.find(utils.HE):
+        hub.check_uni(token_of(args)) if args.backbone == UNI else hub.check_others()
+
+
 if __name__ == "__main__":
-    cli.start(build_parser(), utils.EXTRACTOR)  # what needs none of the slow imports below
+    cli.start(
+        build_parser(), utils.EXTRACTOR, ask_the_hub
+    )  # what needs none of the slow imports below
 
 import cv2
 import numpy as np
@@ -134,66 +147,6 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's mal
 # ------------------------------------------------------------------------------------------------
 # weights
 # ------------------------------------------------------------------------------------------------
-def download_uni(login: str | None) -> Path:
-    """UNI's file in the hub's cache, else from the hub by --login, HF_TOKEN or the stored login."""
-    from huggingface_hub import errors, get_token, hf_hub_download
-
-    with contextlib.suppress(errors.LocalEntryNotFoundError):
-        return Path(hf_hub_download(UNI_HUB, UNI_FILE, local_files_only=True))
-    token = login or get_token()
-    with explained(UNI_HUB, token is not None):
-        return Path(hf_hub_download(UNI_HUB, UNI_FILE, token=token))
-
-
-@contextlib.contextmanager
-def explained(repository: str, has_token: bool) -> Iterator[None]:
-    """Turn failures of the hub into a StageError; a full disk is left to the caller."""
-    from huggingface_hub import errors
-
-    # What the hub's own HTTP library raises
-    transport: type[Exception] = errors.HfHubHTTPError.__bases__[0]
-    try:
-        yield
-    except (OSError, errors.EntryNotFoundError, transport) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-            raise
-        raise hub_error(error, repository, has_token) from None
-
-
-def hub_error(error: Exception, repository: str, has_token: bool) -> StageError:
-    """Why the hub gave nothing. The error's own text is left out, for it may quote the request."""
-    from huggingface_hub import constants, errors
-
-    page = f"https://huggingface.co/{repository}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    causes = (error, error.__cause__)
-    if constants.HF_HUB_OFFLINE or any(isinstance(e, errors.OfflineModeIsEnabled) for e in causes):
-        why = "is not in the hub's local cache, and HF_HUB_OFFLINE forbids the download"
-        remedy = "Unset HF_HUB_OFFLINE for one run"
-    elif isinstance(error, errors.GatedRepoError) and has_token:
-        why = "is gated, and the account of your token has no access to it"
-        remedy = f"Ask for access at {page} and wait until it is granted"
-    elif isinstance(error, errors.GatedRepoError):
-        why = "is gated, and no token was given"
-        remedy = f"Ask for access at {page} and set HF_TOKEN to a token of that account"
-    elif status == 401:
-        why = "was refused (401): the token is wrong or has expired"
-        remedy = "Set HF_TOKEN to a new token from https://huggingface.co/settings/tokens"
-    elif isinstance(error, (errors.RepositoryNotFoundError, errors.EntryNotFoundError)) and status:
-        why = "is not on the hub, or holds no weights under the expected name"
-        remedy = "Correct the name given to --backbone"
-    elif status:
-        why, remedy = f"cannot be read now: the hub answered {status}", "Try again later"
-    else:
-        why = "is not in the hub's local cache, and the hub cannot be reached: no network"
-        remedy = "Connect this machine to the network"
-    return StageError(
-        f"{repository} {why}.",
-        f"{remedy}, then run the same command. Or give a copy of the weights: --weights FILE. "
-        f"Or take the embedded network, whose features are others: --backbone {LITE}",
-    )
-
-
 def embedded_weights() -> Path:
     package = importlib.util.find_spec(LITE_PACKAGE)
     found = package.origin if package else None
@@ -233,7 +186,7 @@ def load_backbone(name: str, weights: Path | None, login: str | None) -> Backbon
     import timm
 
     if name == UNI:
-        path = weights or download_uni(login)
+        path = weights or hub.download_uni(login)
         digest = known_sha256(path, UNI_SHA256, own=weights is not None)
         model = timm.create_model(**UNI_ARCHITECTURE)
         load_strictly(model, read_weights(path), path)
@@ -270,7 +223,7 @@ def create_timm(name: str, weights: Path | None, login: str | None) -> Any:
         os.environ["HF_TOKEN"] = login  # of this process only; timm has no argument for it
     options = {"pretrained": True} if weights is None else {"num_classes": 0}
     try:
-        with explained(name.removeprefix("hf-hub:"), get_token() is not None):
+        with hub.explained(name.removeprefix("hf-hub:"), get_token() is not None):
             try:
                 model: Any = timm.create_model(name, dynamic_img_size=True, **options)
             except TypeError:  # not a ViT
@@ -590,15 +543,15 @@ def write_map(
 # command line
 # ------------------------------------------------------------------------------------------------
 def check_arguments(args: argparse.Namespace) -> str | None:
-    """Check the numbers; return the token of --login, unless it is empty or the *** of examples."""
+    """Check the numbers; return the token of --login."""
     if args.overlap is not None and args.overlap < 0:
         raise StageError(
             f"--overlap is {args.overlap}; expected 0 or more tokens.", "Leave it out."
         )
-    if not (args.login or "").strip("* "):
-        return None
-    print("--login can be read by others on this machine; HF_TOKEN is safer", file=sys.stderr)
-    return args.login
+    token = token_of(args)
+    if token is not None:
+        print("--login can be read by others on this machine; HF_TOKEN is safer", file=sys.stderr)
+    return token
 
 
 def keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""Tell tissue from bare slide: tokens and colours to a tissue mask, and a picture to check it by.
+"""Separate tissue from bare slide: write a mask of the tissue, and a picture to check it.
 
     python masking_non_tissue.py --directory data/section
 
@@ -38,7 +38,7 @@ def build_parser() -> cli.Parser:
         "--seed",
         type=cli.not_negative,
         default=0,
-        help="Seed of the random choice among the seeds.",
+        help="Random seed: another one may move the border of the tissue a little.",
     )
     cli.add_no_spots(parser)
     return parser

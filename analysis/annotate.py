@@ -2,10 +2,11 @@
 
     python analysis/annotate.py --directory data/section --markers markers.csv
     python analysis/annotate.py --directory data/section --markers markers.csv --spot-labels lbl.tsv
+    python analysis/annotate.py --directory data/section --tissue breast    # markers that it brings
 
-Reads   the table --markers and the maps in cnts-super/; mask.png and Histology_rgb.npy if they are
-        there; locs.csv and radius.txt with --spot-labels; locs.csv, cnts.csv and truth.npz with
-        --truth.
+Reads   the table --markers, or with --tissue analysis/markers.csv, and the maps in cnts-super/;
+        mask.png and Histology_rgb.npy if they are there; locs.csv and radius.txt with
+        --spot-labels; locs.csv, cnts.csv and truth.npz with --truth.
 
 Writes  annotation.npy             uint8 (rows, columns), 0 outside the tissue, else the number of a
                                    label in the order of the table; the last one is unclassified
@@ -18,6 +19,10 @@ Writes  annotation.npy             uint8 (rows, columns), 0 outside the tissue, 
 --markers is a table with the columns gene and label, one row per marker. A gene may mark several
 labels. A column weight is optional: it says how much a marker counts (1 without it). A gene that a
 label must lack has a weight below 0. Gene names must match exactly.
+
+--tissue takes the markers of a common tissue from analysis/markers.csv, in which every row names
+its source; capitals do not matter. Only genes with a map count: put them into gene-names.txt before
+you run get_HR.py and HISTEX.py. Where your tissue differs, copy the rows and edit them.
 
 * The counts of each map are replaced by their square roots. These are scaled from 0 (the 5 % lowest
   superpixels of the tissue) to 1 (the 5 % highest), so that abundant genes do not outvote rare
@@ -49,12 +54,14 @@ interpolated spots. Two labels are the same if their names differ in capitals at
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import files
+from analysis import markers as builtin
 from reading import cli
 
 SCRIPT = "analysis/annotate.py"
@@ -65,17 +72,25 @@ def build_parser() -> cli.Parser:
     parser = cli.stage_parser(__doc__)
     files.add_output(parser)
     option = parser.add_argument
-    markers_help = "Table with the columns gene and label, and perhaps weight."
-    option("--markers", type=Path, required=True, help=markers_help)
+    markers_help = "Table with the columns gene and label, and optionally weight."
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--markers", type=Path, help=markers_help)
+    tissue_help = (
+        "Use the marker genes of this tissue that come with HISTEX, in place of --markers."
+    )
+    either.add_argument("--tissue", choices=builtin.tissues(), help=tissue_help)
     share_help = (
-        "Share of the tissue that markers without meaning may label; 1 leaves nothing unclassified."
+        "Share of the tissue that random genes in place of markers may label. A smaller share "
+        "leaves more of the tissue unclassified; 1 leaves nothing unclassified."
     )
     share = cli.number(float, lambda x: 0 < x <= 1, "a number above 0, and 1 at most")
     option("--chance-share", type=share, default=CHANCE_SHARE, help=share_help)
     parser.alias("--level", "--chance-share")
     um_help = "Sigma in um of the Gaussian that smooths the maps; 0 does not smooth."
     option("--smoothing-um", type=cli.from_0, default=0.0, help=um_help)
-    spots_help = "Table of labels of spots to compare with (default: no comparison)."
+    spots_help = (
+        "Table of spots and their labels, to compare the result with (default: no comparison)."
+    )
     option("--spot-labels", type=Path, help=spots_help)
     option("--truth", action="store_true", help="Compare with the true regions in truth.npz.")
     return parser
@@ -104,6 +119,9 @@ LOW, HIGH = 0.05, 0.95  # quantiles of a map that become 0 and 1
 LARGEST_WEIGHT = 1e6
 MOST_LABELS = 254  # with unclassified, they are numbered in uint8
 PANELS_ABREAST = 4  # of annotation-scores.png
+MOSTLY = 0.5  # of the tissue
+FEW = 3  # markers of a label, with which it seldom exceeds chance
+SMOOTHER_UM = 16.0  # two superpixels
 BRIGHTEST = 99.5  # percentile of a score at which the colours end
 
 
@@ -166,6 +184,22 @@ def check_markers(path: Path, markers: pd.DataFrame, names: list[str], problem: 
             f"{utils.GENE_NAMES.name}. To have maps of more genes, add them to that file and run "
             f"{utils.HIGH_RESOLUTION} and {utils.HISTEX} again.",
         )
+
+
+def builtin_markers(stage: utils.Stage, genes: list[str]) -> pd.DataFrame:
+    """The markers of --tissue that have a map, as read_markers gives them."""
+    tissue = stage.args.tissue
+    rows, bare = builtin.markers_among(tissue, genes)
+    if not rows:
+        raise utils.StageError(
+            f"{builtin.TABLE.name} has {len(builtin.rows_of(tissue))} markers of {tissue}; none of "
+            f"them is among the {len(genes)} genes with a map, such as {utils.some(genes)}.",
+            f"Add them to {utils.GENE_NAMES.name} and run {utils.HIGH_RESOLUTION} and "
+            f"{utils.HISTEX} again, or give markers of your genes by --markers.",
+        )
+    if bare:
+        stage.warn(f"none of the markers of these labels has a map: {', '.join(bare)}")
+    return pd.DataFrame(rows)[["gene", "label"]].assign(weight=1.0)
 
 
 def with_maps(stage: utils.Stage, markers: pd.DataFrame, genes: list[str]) -> pd.DataFrame:
@@ -533,7 +567,8 @@ def draw_labels(
     text = f"confidence; below {1 - stage.args.chance_share:g}, unclassified"
     rgb, extra = regions.read_colours(stage, labels.shape), (confidence.astype(np.float32), text)
     every = [*names, UNCLASSIFIED]
-    return regions.draw_labels(labels, every, title, rgb, extra, grey=len(every))
+    middle = 1 - stage.args.chance_share
+    return regions.draw_labels(labels, every, title, rgb, extra, grey=len(every), middle=middle)
 
 
 def compare(
@@ -554,12 +589,41 @@ def compare(
     return facts
 
 
+def advise(table: pd.DataFrame, args: argparse.Namespace) -> str:
+    """What to try where most of the tissue is unclassified; empty where it is not."""
+    share = float(table["share_of_tissue"].iloc[-1])
+    if share <= MOSTLY:
+        return ""
+    few = table["name"][:-1][table["markers"][:-1] < FEW].tolist()
+    lines = [f"{share:.0%} of the tissue is unclassified. What to try:"]
+    if few:
+        lines.append(f"  more markers with a map for the labels that have fewer than {FEW}: "
+                     f"{', '.join(few)}")  # fmt: skip
+    lines.append("  labels for all that the tissue holds: what has no label is unclassified")
+    if args.smoothing_um < SMOOTHER_UM:
+        lines.append(f"  --smoothing-um {SMOOTHER_UM:g}: less noise, and less detail")
+    lines.append(
+        f"  --chance-share {min(1.0, 4 * args.chance_share):g}: more labels, of which more are by "
+        f"chance"
+    )
+    lines.append(
+        "  other markers where marker_correlation is no higher than that of all genes: they do not "
+        "mark the same places"
+    )
+    return "\n".join(lines)
+
+
 def make_annotation(stage: utils.Stage) -> None:
     args = stage.args
     check_inputs(stage)
     maps = map_files(stage.directory)
     genes = list(maps)
-    markers = with_maps(stage, read_markers(args.markers), genes)
+    if args.tissue:
+        args.markers = builtin.TABLE  # which messages name
+        stage.use(args.markers)
+        markers = with_maps(stage, builtin_markers(stage, genes), genes)
+    else:
+        markers = with_maps(stage, read_markers(args.markers), genes)
     names = labels_of(markers)
     weights = weight_table(markers, names, genes)
     tissue = regions.tissue_of(stage, np.isfinite(read_first_map(stage, maps)[0]))
@@ -586,8 +650,12 @@ def make_annotation(stage: utils.Stage) -> None:
         "mean correlation of all genes": rounded(overall),
         **compare(stage, labels, names, weights, genes),
     }
+    if args.tissue:
+        facts["sources of markers"] = sorted({r["source"] for r in builtin.rows_of(args.tissue)})
     regions.print_table(table)
     regions.print_facts(facts)
+    if advice := advise(table, args):
+        print(advice)
     scores, confidence = on_grid(found.scores, tissue), on_grid(found.confidence, tissue)
     outputs: dict[utils.Artifact, Any] = {
         files.ANNOTATION: labels,

@@ -2,6 +2,12 @@
 
     python analysis/cells.py --directory data/section --masks cells.tif
     python analysis/cells.py --directory data/section --masks cells.geojson --nuclei
+    python analysis/cells.py --directory data/section            # nuclei that it finds in the H&E
+
+Without --masks, nuclei are found in he.jpg by a simple method: the haematoxylin of every pixel by
+colour deconvolution, a threshold (Otsu's, and the surroundings), and a watershed that divides
+nuclei that touch (analysis/nuclei.py). Their class is "nucleus found in the H&E". Look at them in
+QuPath before you use them: masks by a trained network (StarDist, Cellpose) are better.
 
 --masks is one of two, in pixels of he-raw (the full-resolution image) or, with --frame he, of
 he.jpg; pixel sizes and the padding of he.jpg are taken into account:
@@ -37,9 +43,13 @@ nothing is added for the rest; a cell without such a part has empty counts. If t
 standard deviation (HISTEX.py --uncertainty), cells-sd.csv.gz has that of every count, in the same
 rows and columns: errors of superpixels that lie together go together (method/errors.py).
 
-Reads   cnts-super/, image_calibration.json, and mask.png and cnts-super-sd/ if they are there;
-        --masks.
-Writes  cells.csv.gz, cells-sd.csv.gz and their record, cells.json.
+cells-counts.geojson has the outlines of the cells, in pixels of he-raw, with the counts of
+--geojson-genes genes as measurements: those with the highest held-out r. QuPath opens it: drag it
+onto he-raw.
+
+Reads   cnts-super/, image_calibration.json, and mask.png, held-out-r.csv and cnts-super-sd/ if they
+        are there; --masks, or without it he.jpg.
+Writes  cells.csv.gz, cells-sd.csv.gz, cells-counts.geojson and their record, cells.json.
 """
 
 from __future__ import annotations
@@ -55,24 +65,35 @@ from reading import cli
 
 SCRIPT = "analysis/cells.py"
 RAW, CALIBRATED = "he-raw", "he"  # frames
+GEOJSON_GENES = 50
 
 
 def build_parser() -> cli.Parser:
     parser = cli.stage_parser(__doc__)
     option = parser.add_argument
-    option("--masks", type=Path, required=True, help="Label image or GeoJSON of the cells.")
+    masks_help = "Label image or GeoJSON of the cells (default: nuclei are found in the H&E)."
+    option("--masks", type=Path, help=masks_help)
     option(
         "--frame",
         choices=[RAW, CALIBRATED],
-        help="Image whose pixels --masks means (default: he-raw for outlines, and for a label "
-        "image the one of its size).",
+        help="The image in whose pixels --masks is given (default: he-raw for outlines; for a "
+        "label image, the image that is as large).",
     )
-    option("--nuclei", action="store_true", help="Sum over the nuclei that GeoJSON gives of cells.")
+    nuclei_help = "Sum over the nucleus of each cell, not the whole cell, where GeoJSON has both."
+    option("--nuclei", action="store_true", help=nuclei_help)
     option(
         "--share",
         choices=["area", "cells"],
         default="area",
-        help="By area, or all counts to the cells in a superpixel.",
+        help="How to share out the counts of a superpixel. area: each cell gets the share that is "
+        "its share of the area. cells: the cells in the superpixel get all of them.",
+    )
+    option(
+        "--geojson-genes",
+        type=cli.not_negative,
+        metavar="N",
+        default=GEOJSON_GENES,
+        help="Number of genes in cells-counts.geojson; 0 writes no such file.",
     )
     files.add_output(parser, pictures=False)
     option("--no-plot", action="store_true", help=argparse.SUPPRESS)  # taken before, drew nothing
@@ -90,14 +111,26 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
+from analysis import nuclei, tracing
 from analysis import outlines as outline_files
-from analysis.inputs import map_files, note_inputs, read_first_map, read_map, read_sizes
+from analysis.inputs import (
+    anew,
+    choose_genes,
+    map_files,
+    note_inputs,
+    read_first_map,
+    read_held_out,
+    read_map,
+    read_sizes,
+)
 from analysis.labels import BAND_ROWS, LARGEST_LABEL, open_labels, wrong  # noqa: F401
+from analysis.mending import Ring
 from analysis.outlines import Outline
 from analysis.regions import tissue_of
 from analysis.scores import rounded
 from analysis.sheets import warn_of_formulas
 from method import errors, grid
+from reading import images
 
 TINY = 1e-9  # of a superpixel's area: what rounding leaves
 MOST_FAR = 0.01  # of the cells, which may lie far off the image and are left out
@@ -113,6 +146,7 @@ class CellAreas(NamedTuple):
     area: np.ndarray  # (cells,)
     inside: csr_array  # (cells, superpixels): area in each, as a share of the superpixel's area
     classes: list[str]
+    rings: list[list[Ring]]  # in pixels of their frame; empty if nobody asked for them
 
 
 class PixelFrame(NamedTuple):
@@ -214,7 +248,8 @@ def cells_of_labels(
     size = (len(ids), shape[0] * shape[1])
     inside = csr_array((area / utils.TOKEN_PX**2, (cell, superpixel)), size)
     centroids = np.column_stack([x, y]) / np.maximum(total, TINY)[:, None]
-    return CellAreas(ids.tolist(), centroids, total, inside, [""] * len(ids))
+    none: list[list[Ring]] = [[] for _ in ids]
+    return CellAreas(ids.tolist(), centroids, total, inside, [""] * len(ids), none)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,12 +301,52 @@ def cells_of_outlines(
         area * utils.TOKEN_PX**2,
         csr_array((covered[on_map], where), (len(outlines), shape[0] * shape[1])),
         [outline.of_class for outline in outlines],
+        [outline.rings for outline in outlines],
     )
 
 
 # --------------------------------------------------------------------------------------------------
 # the command
 # --------------------------------------------------------------------------------------------------
+def traced_labels(
+    stage: utils.Stage,
+    bands: Iterator[np.ndarray],
+    frame: PixelFrame,
+    shape: tuple[int, int],
+    path: Path,
+) -> CellAreas:
+    """Cells of a label image, with their outlines if cells-counts.geojson is written."""
+    tracer = tracing.Tracer()
+    if stage.args.geojson_genes:
+        bands = tracer.watch(bands)
+    cells = cells_of_labels(bands, frame, shape, path)
+    return cells._replace(rings=[tracer.rings.get(label, []) for label in cells.ids])
+
+
+def find_nuclei(
+    stage: utils.Stage, tissue: np.ndarray, facts: dict[str, Any]
+) -> tuple[CellAreas, PixelFrame]:
+    """Nuclei of he.jpg on the ``tissue``; ``facts`` are told how they were found."""
+    path, frame = stage.path(utils.HE), read_frames(stage)[CALIBRATED]
+    size = tuple(side * utils.TOKEN_PX for side in tissue.shape)
+    with images.ImageRows(stage, path) as image:
+        if image.shape[:2] != size:
+            found = f"is {image.shape[1]} x {image.shape[0]} px; the maps have {tissue.shape}"
+            raise stage.error(path, f"{found} superpixels.", anew(stage, utils.HISTEX))
+        threshold = nuclei.choose_threshold(image, tissue)
+        bands = nuclei.find(image, tissue, threshold)
+        cells = traced_labels(stage, bands, frame, tissue.shape, path)
+    if not cells.ids:
+        raise wrong(path, "shows no nucleus.", "Give the cells by --masks.")
+    facts["cells are"] = "nuclei found in the H&E by haematoxylin and watershed"
+    facts["threshold of haematoxylin"] = rounded(threshold)
+    stage.warn(
+        "the cells are nuclei found in the H&E by a simple method: see that they fit, or give "
+        "better ones by --masks"
+    )
+    return cells._replace(classes=[nuclei.FOUND] * len(cells.ids)), frame
+
+
 def read_cells(stage: utils.Stage, shape: tuple[int, int]) -> tuple[CellAreas, PixelFrame]:
     path, args, frames = stage.args.masks, stage.args, read_frames(stage)
     again = f"Run: {stage.command()}"
@@ -301,7 +376,7 @@ def read_cells(stage: utils.Stage, shape: tuple[int, int]) -> tuple[CellAreas, P
             "Segment one of these images, without cropping or scaling it.",
         )
     frame = fitting[0]
-    cells = cells_of_labels(bands, frame, shape, path)
+    cells = traced_labels(stage, bands, frame, shape, path)
     if not cells.ids:
         raise wrong(path, "holds no cell: all labels are 0.", again)
     return cells, frame
@@ -391,20 +466,67 @@ def write_cells(
             )
 
 
-def main(stage: utils.Stage) -> None:
+def write_geojson(
+    stage: utils.Stage,
+    cells: CellAreas,
+    frame: PixelFrame,
+    share: np.ndarray,
+    genes: list[str],
+    counts: np.ndarray,
+) -> None:
+    """cells-counts.geojson, with the counts (genes, cells) of the best explained genes."""
+    chosen = choose_genes(genes, read_held_out(stage), None, stage.args.geojson_genes)
+    rows = [genes.index(gene) for gene in chosen]
+    scale = np.array(frame.scale[::-1]) / read_frames(stage)[RAW].scale[::-1]
+    area = cells.area * utils.PIXEL_SIZE_UM**2
+
+    def features() -> Iterator[str]:
+        for i, name in enumerate(cells.ids):
+            told = {"area_um2": round(float(area[i]), 1), "share_on_tissue": round(share[i], 3)}
+            if share[i] > 0:
+                values = counts[rows, i].tolist()
+                told |= {g: float(f"{v:.4g}") for g, v in zip(chosen, values, strict=True)}
+            yield tracing.feature(name, cells.classes[i], cells.rings[i], scale, told)
+
+    with stage.writing(files.CELLS_GEOJSON) as partial:
+        tracing.write_features(partial, features())
+
+
+def check_inputs(stage: utils.Stage) -> None:
+    """Before any work: what is needed is there, what is written is not the user's."""
     args = stage.args
-    args.masks = outline_files.in_folder(args.masks, args.nuclei)
-    if not args.masks.is_file():
-        raise wrong(args.masks, "is missing.", "Give the file of cells by --masks.")
+    if args.masks is None:
+        stage.require(utils.HE)
+        if args.nuclei or args.frame:
+            raise utils.StageError(
+                "--nuclei and --frame are about --masks, which is not given.", "Leave them out."
+            )
+    else:
+        args.masks = outline_files.in_folder(args.masks, args.nuclei)
+        if not args.masks.is_file():
+            raise wrong(args.masks, "is missing.", "Give the file of cells by --masks.")
     stage.require(utils.MAPS)
     stage.guard(files.CELLS, files.CELLS_SD)
+    if args.geojson_genes:
+        stage.guard(files.CELLS_GEOJSON)
+    else:
+        stage.retire(files.CELLS_GEOJSON)
+
+
+def main(stage: utils.Stage) -> None:
+    args = stage.args
+    facts: dict[str, Any] = {}
+    check_inputs(stage)
     note_inputs(stage, utils.SPREAD)
     with_sd = stage.find(utils.SPREAD) is not None
     maps = map_files(stage.directory)
     first, shape = read_first_map(stage, maps)
     tissue = tissue_of(stage, np.isfinite(first))
-    stage.use(args.masks)
-    cells, frame = read_cells(stage, shape)
+    if args.masks is None:
+        cells, frame = find_nuclei(stage, tissue, facts)
+    else:
+        stage.use(args.masks)
+        cells, frame = read_cells(stage, shape)
     on_tissue = cells.inside[:, np.flatnonzero(tissue)]
     share = on_tissue.sum(axis=1) * utils.TOKEN_PX**2 / np.maximum(cells.area, TINY)
     share = share.clip(0, 1)  # but for rounding, it is no larger
@@ -420,7 +542,7 @@ def main(stage: utils.Stage) -> None:
     weights = on_tissue if args.share == "area" else share_out(on_tissue)
     print(f"{len(share):,} cells, {len(maps)} genes, pixels of {frame.name}")
     counts, caught = sum_genes(each_map(stage, maps, tissue), len(maps), weights)
-    facts = {
+    facts |= {
         "cells": len(share),
         "cells on tissue": len(share) - off,
         "genes": len(maps),
@@ -435,19 +557,37 @@ def main(stage: utils.Stage) -> None:
         f"median area {facts['median area um2']} um2; the cells hold "
         f"{facts['tissue within cells']:.1%} of the tissue and {caught:.1%} of the counts"
     )
-    xy = cells.centroids / read_frames(stage)[RAW].scale[::-1]
-    for names in (cells.ids, cells.classes, maps):
-        warn_of_formulas(stage, names)
-    with stage.writing(files.CELLS) as partial:
-        write_cells(partial, cells, xy, share, list(maps), counts)
+    write_outputs(stage, cells, frame, share, list(maps), counts)
     if with_sd:
         spreads = read_spreads(stage, list(maps))
         sd = sd_of_genes(each_map(stage, spreads, tissue), len(maps), weights, tissue)
         with stage.writing(files.CELLS_SD) as partial:
-            write_cells(partial, cells, xy, share, list(maps), sd)
+            write_cells(partial, cells, centres_of(stage, cells), share, list(maps), sd)
     else:
         stage.retire(files.CELLS_SD)
     stage.finish(**facts)
+
+
+def centres_of(stage: utils.Stage, cells: CellAreas) -> np.ndarray:
+    """Centres (cells, 2), x and y, in pixels of he-raw."""
+    return cells.centroids / read_frames(stage)[RAW].scale[::-1]
+
+
+def write_outputs(
+    stage: utils.Stage,
+    cells: CellAreas,
+    frame: PixelFrame,
+    share: np.ndarray,
+    genes: list[str],
+    counts: np.ndarray,
+) -> None:
+    """The table and, if it is asked for, the GeoJSON of counts (genes, cells)."""
+    for names in (cells.ids, cells.classes, genes):
+        warn_of_formulas(stage, names)
+    if stage.args.geojson_genes:
+        write_geojson(stage, cells, frame, share, genes, counts)
+    with stage.writing(files.CELLS) as partial:
+        write_cells(partial, cells, centres_of(stage, cells), share, genes, counts)
 
 
 def run(argv: list[str] | None = None) -> int:

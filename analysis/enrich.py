@@ -69,16 +69,18 @@ def build_parser() -> cli.Parser:
         "folder of the sample)."
     )
     option("--tables", metavar="FOLDER", type=Path, help=tables_help)
-    q_help = "A gene or gene set is found if its q is below this."
+    q_help = "A gene or gene set counts as found if its q (false discovery rate) is below this."
     option("--max-q", type=cli.from_0, default=MAX_Q, help=q_help)
     parser.alias("--level", "--max-q")
-    fold_help = "Log2 fold change that the genes of a region must exceed."
+    fold_help = "Genes of a region must have a log2 fold change above this."
     option("--log2-fold", type=cli.from_0, default=LOG2_FOLD, help=fold_help)
-    background_help = "Background of the genes with a pattern: those with a map, or with a count."
+    background_help = (
+        "What genes with a pattern are compared with: all genes with a map, or all with a count."
+    )
     option("--background", choices=["maps", "measured"], default="maps", help=background_help)
-    sizes = (("--min-size", "Smallest", MIN_SIZE), ("--max-size", "Largest", MAX_SIZE))
+    sizes = (("--min-size", "fewer", MIN_SIZE), ("--max-size", "more", MAX_SIZE))
     for name, word, size in sizes:
-        size_help = f"{word} set that is tested: its number of genes in the background."
+        size_help = f"Do not test sets with {word} genes in the background than this."
         option(name, type=cli.positive, default=size, help=size_help)
     return parser
 
@@ -526,6 +528,27 @@ def count_parts(spots: set[str], maps: set[str]) -> dict[str, int]:
     }
 
 
+def dropped_sets(
+    sets: dict[str, list[str]], lists: list[GeneList], table: pd.DataFrame, limits: tuple[int, int]
+) -> dict[str, list[str]]:
+    """Why sets were tested on no list -> their names; a set is as large as in its largest list."""
+    tested = {*table["set"]}
+    backgrounds = [{*genes.found.index} for genes in lists]
+    reasons: dict[str, list[str]] = {}
+    for name, genes in sets.items():
+        if name in tested:
+            continue
+        size = max(len(background.intersection(genes)) for background in backgrounds)
+        if size == 0:
+            why = "no gene that was measured"
+        elif size < limits[0]:
+            why = f"fewer than {limits[0]} measured genes (--min-size)"
+        else:
+            why = f"more than {limits[1]} measured genes (--max-size)"
+        reasons.setdefault(why, []).append(name)
+    return reasons
+
+
 def check_sets(
     stage: utils.Stage, sets: dict[str, list[str]], lists: list[GeneList], table: pd.DataFrame
 ) -> None:
@@ -562,6 +585,10 @@ def find_enriched(stage: utils.Stage) -> None:
     parts = [examine(genes, sets, args.min_size, args.max_size) for genes in lists]
     table = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
     check_sets(stage, sets, lists, table)
+    dropped = dropped_sets(sets, lists, table, (args.min_size, args.max_size))
+    for why, names in dropped.items():
+        n = f"{len(names)} of {len(sets)}"
+        print(f"{n} gene sets are not tested, since they have {why}: {utils.some(names)}")
     found = summarise(lists, table, args.max_q)
     for name, numbers in found.items():
         if numbers["genes"] == 0 or numbers["sets tested"] == 0:
@@ -581,6 +608,7 @@ def find_enriched(stage: utils.Stage) -> None:
     columns = ["list", "set", "size", "found", "ratio", "q"]
     regions.print_table(best[columns], "no gene set is enriched")
     regions.print_facts(facts)
+    facts["dropped"] = dropped
     outputs: dict[utils.Artifact, Any] = {files.ENRICHMENT_TABLE: table}
     if not args.no_plot:
         outputs[files.ENRICHMENT_PICTURE] = draw_dots(table, [*found], args.max_q)

@@ -185,6 +185,7 @@ def evaluate(directory: Path, truth: inputs.Truth) -> tuple[pd.DataFrame, dict[s
         "genes of the truth": len(truth.genes),
         "tissue without map": rounded(blank.sum() / tissue.sum()),
         "spots": int(usable.sum()),
+        "spots without tissue": int((~usable).sum()),
     }
     return table, {**facts, **summarise(table), "seams": found}
 
@@ -266,8 +267,8 @@ def summary_text(facts: dict[str, Any]) -> str:
     parts.append("\n".join(lines))
     totals = facts["spot totals"]
     parts.append(
-        f"spot totals: median r {number(totals['median r'])} over {facts['spots']} spots; the maps "
-        f"hold {number_text(totals['median ratio'], '.1%')} of the measured counts\n"
+        f"spot totals: median r {number(totals['median r'])} over {of_spots(facts)}; the maps hold "
+        f"{number_text(totals['median ratio'], '.1%')} of the measured counts\n"
         f"{facts['tissue without map']:.1%} of the tissue lies outside the mask and counts as zero"
     )
     if facts["genes"] < facts["genes of the truth"]:
@@ -275,11 +276,17 @@ def summary_text(facts: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def of_spots(facts: dict[str, Any]) -> str:
+    """How many spots are scored: those with tissue, as HISTEX.py counts them, of all."""
+    without = facts["spots without tissue"]
+    return f"{facts['spots']} of {facts['spots'] + without} spots" + " with tissue" * bool(without)
+
+
 def left_out_text(facts: dict[str, Any]) -> str:
     """The printed summary of evaluation-holdout.json."""
     lines = [f"{'median r over ' + str(facts['genes']) + ' genes':40}{'left-out spots':>16}"]
     lines += [f"{holdout.NAMES[name]:40}{number(r):>16}" for name, r in facts["median r"].items()]
-    lines.append(f"{facts['spots']} spots, each predicted by maps made without it")
+    lines.append(f"{of_spots(facts)}, each predicted by maps made without it")
     return "\n".join(lines)
 
 

@@ -77,6 +77,7 @@ VENN = made_by("enrich", "venn.png", "genes and gene sets found by spots and by 
 PATTERN_TABLE = made_by("patterns", "patterns.csv", "how far each gene has a spatial pattern")
 CELLS = made_by("cells", "cells.csv.gz", "a row per cell: place, area, counts of every gene")
 CELLS_SD = made_by("cells", "cells-sd.csv.gz", "the same with the standard deviation of counts")
+CELLS_GEOJSON = made_by("cells", "cells-counts.geojson", "their outlines and counts, for QuPath")
 REPORT = made_by("report", "report.html", "one page to look at the sample")
 EVALUATION = made_by("evaluate", "evaluation.csv", "scores against the truth, a row per gene")
 EVALUATION_FACTS = made_by("evaluate", "evaluation.json", "their medians, by kind of score")

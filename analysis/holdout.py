@@ -128,7 +128,9 @@ def predict_folds(
         around = spots.gaussian_weights(centres[~out], centres[out], neighbour_distance(centres))
         predicted["smooth"][out] = around @ measured[~out]
         seconds = time.time() - start
-        print(f"fold {i + 1}: {out.sum()} spots left out, {seconds:.0f} s", flush=True)
+        print(
+            f"fold {i + 1}: {out.sum()} of {len(out)} spots left out, {seconds:.0f} s", flush=True
+        )
     return predicted, usable
 
 

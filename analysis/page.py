@@ -25,6 +25,7 @@ import utils
 from analysis.charts import LINE_STYLES, draw_histogram, draw_lines
 from analysis.inputs import read_map
 from analysis.scores import number_text, rounded
+from analysis.spots import on_tissue
 
 PARTS = Path(__file__).with_name("report_files")  # style and script of the page
 STYLE = "style.css"
@@ -144,11 +145,12 @@ def render(template: Path, stage: utils.Stage, content: PageContent, **more: Any
 
 
 def facts_of(content: PageContent) -> list[tuple[str, str]]:
-    tissue = int(np.isfinite(read_map(content.files[content.genes[0]])).sum())
+    image = read_map(content.files[content.genes[0]])
+    tissue = int(np.isfinite(image).sum())
     rows, columns = content.shape
     facts = [("genes", f"{len(content.files):,}")]
     if content.spots is not None:
-        facts.append(("spots", f"{len(content.spots.ids):,}"))
+        facts.append(("spots", count_spots(content.spots, image)))
     facts.append(("grid", f"{rows} by {columns} of {utils.SUPERPIXEL_UM:g} µm"))
     facts.append(("tissue", f"{tissue * SUPERPIXEL_MM2:.2f} mm²"))
     if content.held_out is not None:
@@ -156,6 +158,12 @@ def facts_of(content: PageContent) -> list[tuple[str, str]]:
     if utils.HISTEX in content.records:
         facts.append(("maps made", str(content.records[utils.HISTEX].get("ended"))[:10]))
     return facts
+
+
+def count_spots(spots: SpotCounts, image: np.ndarray) -> str:
+    """How many there are; where some lack tissue, which HISTEX.py leaves out, how many it used."""
+    n, used = len(spots.ids), int(on_tissue(spots.discs, image, spots.radius).sum())
+    return f"{n:,}" if used == n else f"{used:,} of {n:,} with tissue"
 
 
 def warnings_of(stage: utils.Stage, content: PageContent) -> list[tuple[str, str]]:

@@ -289,11 +289,14 @@ def draw_labels(
     rgb: np.ndarray | None,
     extra: tuple[np.ndarray, str] | None = None,
     grey: int | None = None,
+    middle: float = 0.0,
 ) -> Figure:
     """The H&E if there is one, the labels with their numbers and legend, and an ``extra`` map.
 
-    ``names`` are those of 1, 2, ...; the label ``grey`` has no colour: it stands for none.
+    ``names`` are those of 1, 2, ...; the label ``grey`` has no colour: it stands for none. The map
+    is of shares; its colours part at ``middle``, if that lies between 0 and 1.
     """
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.patheffects import withStroke
@@ -325,9 +328,15 @@ def draw_labels(
             ax.text(column, row, str(i), ha="center", va="center", path_effects=halo)
     figure.legend(handles=handles, loc="outside right center", ncols=columns, frameon=False)
     if extra is not None:
-        image = axes[0].imshow(extra[0], cmap="cividis", vmin=0, interpolation="nearest")
+        parted = 0 < middle < 1
+        scale: dict[str, Any] = {"cmap": "cividis", "vmin": 0}
+        if parted:
+            scale = {"cmap": "PuOr", "norm": TwoSlopeNorm(middle, 0, 1)}
+        image = axes[0].imshow(extra[0], interpolation="nearest", **scale)
         bare(axes[0], extra[1])
-        figure.colorbar(image, ax=axes[0], shrink=0.6)
+        bar = figure.colorbar(image, ax=axes[0], shrink=0.6)
+        if parted:
+            bar.set_ticks([0, middle / 2, middle, (1 + middle) / 2, 1])
     return figure
 
 

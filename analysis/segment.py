@@ -74,7 +74,7 @@ def build_parser() -> cli.Parser:
     files.add_output(parser)
     option = parser.add_argument
     option("--method", choices=list(METHODS), default="kmeans", help="How to divide the tissue.")
-    n_help = "Number of kinds of region."
+    n_help = "How many kinds of region to find."
     option("--n-regions", type=cli.positive, default=N_REGIONS, help=n_help)
     um_help = "Sigma in um of the Gaussian that smooths the latent maps; 0 does not smooth."
     option("--smoothing-um", type=cli.from_0, default=SMOOTHING_UM, help=um_help)

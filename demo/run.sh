@@ -4,7 +4,8 @@
 #   bash demo/run.sh [FOLDER]        FOLDER: where the section goes; default demo/section
 #
 # Takes a few minutes on two CPU cores; no graphics card, no login. Without an active virtual or conda
-# environment it makes .venv in the repository. PYTHON=/path/to/python3 chooses the interpreter.
+# environment it makes .venv in the repository. PYTHON=/path/to/python3 chooses the interpreter;
+# TORCH=cpu takes the build of PyTorch without CUDA, which is far smaller.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

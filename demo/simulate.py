@@ -49,7 +49,7 @@ def build_parser() -> cli.Parser:
     step = utils.SUPERPIXEL_UM
     size = cli.number(float, lambda um: um >= 160 and not um % step, "a multiple of 8 um from 160")
     option("--size-um", type=size, default=SIZE_UM, help="Side of the image in um.")
-    option("--seed", type=int, default=1, help="Another seed is another section.")
+    option("--seed", type=int, default=1, help="Random seed: each seed gives another section.")
     cli.add_shared(parser)
     return parser
 

@@ -131,8 +131,6 @@ def write_sample(stage: utils.Stage, section: PreparedSection) -> SpotFit:
         **section.facts,
         notes=section.notes,
     )
-    folder = stage.folder
-    print(f"Look at {folder / CHECK.name}, then run: {stage.command(utils.CALIBRATION)}")
     return fit
 
 

@@ -68,7 +68,7 @@ def build_parser() -> cli.Parser:
     parser.alias("--counts", "--counts-of")
     parser.add_argument(
         "--min-quality", type=finite, default=MIN_QUALITY, metavar="Q",
-        help="Least quality of a molecule that counts",
+        help="Ignore molecules with a quality below this",
     )  # fmt: skip
     options.add_truth_genes(parser)
     parser.add_argument(

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import utils
-from reading import plain
-from writing import late, progress
+from reading import guide, plain
+from writing import late, origin, progress
 
 
 def sample_directory(text: str) -> Path:
@@ -54,6 +54,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=first, epilog="\n\n".join(shown), formatter_class=Help, allow_abbrev=False
         )
+        told = f"HISTEX {origin.VERSION}"
+        self.add_argument("--version", action="version", version=told, help="Print the version.")
 
     def alias(self, old: str, new: str) -> None:
         """Let an earlier spelling of an option go on; --help does not show it."""
@@ -80,13 +82,13 @@ def add_shared(parser: Parser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="Replace the outputs of this script even if they were edited by hand.",
+        help="Run again, and replace the outputs of this script, even those that you edited.",
     )
     parser.add_argument(
         "--threads",
         type=positive,
         metavar="N",
-        help="Number of threads to compute with, such as 1 where several samples run side by side "
+        help="How many threads to compute with. Say 1 if several samples run side by side "
         "(default: as many as there are cores).",
     )
 
@@ -98,13 +100,14 @@ def stage_parser(doc: str) -> Parser:
         "--directory",
         type=sample_directory,
         required=True,
-        help="Folder of the sample; all files live there.",
+        help="The sample folder: files are read from it and written to it.",
     )
     add_shared(parser)
     parser.add_argument(
         "--allow-stale",
         action="store_true",
-        help="Use inputs even if the stage that made them is out of date.",
+        help="Use an input file even if the script that wrote it should run again, since something "
+        "that it read has changed.",
     )
     return parser
 
@@ -180,10 +183,15 @@ def output_folder(args: argparse.Namespace) -> Path | None:
     return getattr(args, "folder", None) or (output and output.parent)
 
 
-def start(parser: argparse.ArgumentParser, script: str = "") -> None:
+def start(
+    parser: argparse.ArgumentParser,
+    script: str = "",
+    check: Callable[[utils.Stage], None] | None = None,
+) -> None:
     """What needs no slow import: --help, a misspelt option, and a ``script`` with nothing to do.
 
-    Ctrl-C during the imports that follow ends the process at once: nothing has been written yet.
+    And a ``check`` that may end the script with a StageError. Ctrl-C during the imports that follow
+    ends the process at once: nothing has been written yet.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
@@ -194,8 +202,15 @@ def start(parser: argparse.ArgumentParser, script: str = "") -> None:
         return
     args.options = given_options(parser, args)
     with contextlib.suppress(utils.StageError, OSError):  # main says what is wrong
-        if utils.Stage(script, args, output_folder(args)).up_to_date():
+        stage = utils.Stage(script, args, output_folder(args))
+        if stage.up_to_date():
+            guide.say_next(stage)
             sys.exit(0)
+        if check is not None:
+            try:
+                check(stage)
+            except utils.StageError as error:
+                sys.exit(_say(f"error: {error}", 2))
 
 
 def _end_at_once(*_: object) -> NoReturn:
@@ -248,6 +263,7 @@ def run_stage(
                 for path in files_of_options(args):
                     stage.use(path)
                 main(stage)
+            guide.say_next(stage)
         finally:
             stage.discard()
 

@@ -43,13 +43,13 @@ def build_parser() -> cli.Parser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="What sections of known truth taught: a file of reference/learn.py.",
+        help="The reference: a file that reference/learn.py wrote from sections of known truth.",
     )
     option(
         "--depth",
         type=cli.above_0,
         metavar="N",
-        help="Counts, of all genes of the reference together, in a Visium spot of mean tissue "
+        help="Total counts, over all genes of the reference, that a typical Visium spot would hold "
         "(default: as many as in the sections of the reference).",
     )
     options.add_maps(parser)

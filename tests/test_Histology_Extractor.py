@@ -1,10 +1,12 @@
 """Tokens: right network and order, no seam, the same after a kill, clear words when it fails."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +30,7 @@ from safetensors.torch import save_file
 import Histology_Extractor as extractor
 import utils
 from Histology_Extractor import LITE, Tiling
-from reading import images
+from reading import hub, images
 from writing import disk
 
 SCRIPT = utils.EXTRACTOR
@@ -861,6 +863,74 @@ def test_each_failure_of_the_hub_has_its_own_message(
     assert TOKEN not in shown.out + shown.err
     assert ("HF_TOKEN is safer" in shown.err) == (with_token and way == "login")
     assert sorted(path.name for path in directory.iterdir()) == ["he.png", "image_calibration.json"]
+
+
+@pytest.fixture
+def closed_hub(tmp_path, monkeypatch):
+    """A hub of whose port nobody listens, and an empty cache; yields a socket to listen with."""
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "unreachable", False)
+        yield unheard
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refused", "silent"])
+def test_without_a_network_one_message_comes_soon(silent, closed_hub, monkeypatch):
+    monkeypatch.setattr(hub, "PATIENCE", 0.5)
+    if silent:  # it takes the connection and never answers
+        closed_hub.listen()
+    started = time.monotonic()
+    with pytest.raises(utils.StageError, match="the hub cannot be reached: no network"):
+        hub.check_uni(None)
+    assert time.monotonic() - started < 2  # the hub's own retries take 23 s
+    hub.check_others()
+    assert constants.HF_HUB_OFFLINE
+    told = str(hub.hub_error(errors.OfflineModeIsEnabled("no"), "resnet10t", False))
+    assert "resnet10t is not in the hub's local cache, and the hub cannot be reached" in told
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "no token was given"), (503, None)])
+def test_the_hub_is_asked_before_slow_imports(status, said, closed_hub, monkeypatch):
+    """What waiting may mend is left to the download, which tries again."""
+    kind = errors.GatedRepoError if status == 401 else errors.HfHubHTTPError
+    failure = kind("no", response=response(status))
+    asked = []
+
+    def look(url, token, timeout):
+        asked.append(url)
+        raise failure
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", look)
+    with contextlib.nullcontext() if said is None else pytest.raises(utils.StageError, match=said):
+        hub.check_uni(None)
+    hub.check_others()
+    assert not constants.HF_HUB_OFFLINE
+    assert len(asked) == 2
+    assert asked[0].endswith("/MahmoodLab/UNI/resolve/main/pytorch_model.bin")
+
+
+def test_a_lack_of_network_is_told_before_torch_is_imported(tmp_path):
+    directory = write_he(tmp_path / "s", section(224, 224))
+    code = f"""
+import runpy, sys
+sys.argv = ["{SCRIPT}", "--directory", {str(directory)!r}]
+try:
+    runpy.run_path({str(extractor.__file__)!r}, run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+    hidden = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_TOKEN": ""}
+    command, env = [sys.executable, "-c", code], {**os.environ, **hidden}
+    env.pop("HF_HUB_OFFLINE", None)
+    env.pop("HF_HUB_CACHE", None)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: MahmoodLab/UNI is not in the hub's local cache")
+    assert len(done.stderr.splitlines()) == 2
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "hf-hub:MahmoodLab/UNI2-h"])

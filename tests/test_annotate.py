@@ -18,6 +18,7 @@ from test_regions import snapshot
 
 import utils
 from analysis import annotate, regions
+from analysis import markers as builtin
 
 GRID, OFF = (24, 36), 3  # superpixels; columns off the tissue
 REGIONS = ("", "nest", "Stroma", "fat")
@@ -703,3 +704,72 @@ def test_truth_without_the_same_names(section, capsys):
     table = {"a": ["NEST0", "NEST1"], "b": ["FAT0", "FAT1"]}
     assert run(section, "--no-plot", "--truth", table=table) == 2
     assert "is the name of a true region: Stroma, fat, nest." in capsys.readouterr().err
+
+
+# ----- markers that HISTEX brings, and advice -----
+def test_every_marker_that_comes_along_has_a_source():
+    rows = builtin.rows_of()
+    assert {"breast", "kidney", "pancreas", "brain", "lung", "liver", "colon"} <= {
+        *builtin.tissues()
+    }
+    table = pd.DataFrame(rows)
+    assert (table.map(str.strip) == table).all().all()
+    assert not table.duplicated(["tissue", "label", "gene"]).any()
+    assert table["gene"].str.fullmatch("[A-Z0-9]+").all()
+    assert table["source"].str.contains(r" et al\. 20\d\d, .* \d+:D?\d+$").all()
+    assert table.groupby(["tissue", "label"]).size().min() >= 2
+
+
+def rename_genes(section, names):
+    index = pd.read_csv(section / "cnts-super" / "index.csv")
+    index["gene"] = index["gene"].replace(names)
+    index.to_csv(section / "cnts-super" / "index.csv", index=False)
+
+
+def test_markers_of_a_tissue_are_found_whatever_the_capitals(section, capsys):
+    own = {"NEST0": "Epcam", "NEST1": "Krt8", "NEST2": "KRT18", "NEST3": "KRT19"}
+    own |= {f"STROMA{i}": gene for i, gene in enumerate(("COL1A1", "COL1A2", "DCN", "LUM"))}
+    rename_genes(section, own)
+    options = ["--tissue", "breast", "--chance-share", "1", "--no-plot"]
+    assert annotate.run(["--directory", str(section), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "none of the markers of these labels has a map: basal epithelium, " in shown
+    table = pd.read_csv(section / "annotation.csv")
+    assert table["name"].tolist() == ["luminal epithelium", "fibroblast", "unclassified"]
+    labels, truth = np.load(section / "annotation.npy"), true_regions()
+    assert (labels[truth == 1] == 1).mean() > 0.9
+    assert (labels[truth == 2] == 2).mean() > 0.9
+    record = json.loads((section / "annotate.json").read_text())
+    assert any("Nature Genetics 53:1334" in text for text in record["sources of markers"])
+    assert str(builtin.TABLE) in record["inputs"]
+
+
+def test_a_tissue_without_any_marker_is_refused(section, capsys):
+    assert annotate.run(["--directory", str(section), "--tissue", "kidney"]) == 2
+    assert "none of them is among the 48 genes with a map" in capsys.readouterr().err
+
+
+def test_advice_comes_where_most_is_unclassified(section, tmp_path, capsys):
+    markers = write_markers(tmp_path / "m.csv", {"nest": ["NEST0", "NEST1"], "fat": ["FAT0"]})
+    options = ["--directory", str(section), "--markers", str(markers), "--no-plot"]
+    assert annotate.run([*options, "--chance-share", "0.001"]) == 0
+    shown = capsys.readouterr().out
+    assert " of the tissue is unclassified. What to try:" in shown
+    assert "labels that have fewer than 3: nest, fat" in shown
+    assert "--chance-share 0.004" in shown
+    assert "--smoothing-um 16" in shown
+    assert annotate.run([*options, "--chance-share", "1"]) == 0
+    assert "What to try" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("chance", "centre"), [(0.05, 0.95), (1, None)])
+def test_the_colours_of_confidence_part_at_its_threshold(section, chance, centre):
+    parser = annotate.build_parser()
+    options = ["--directory", str(section), "--markers", "m.csv", "--chance-share", str(chance)]
+    stage = utils.Stage(annotate.SCRIPT, parser.parse_args(options))
+    labels = true_regions()
+    figure = annotate.draw_labels(stage, labels, np.where(labels, 0.5, np.nan), ["a", "b"])
+    (image,) = figure.axes[-2].images
+    assert getattr(image.norm, "vcenter", None) == (None if centre is None else 1 - chance)
+    if centre:
+        assert centre in figure.axes[-1].get_yticks()

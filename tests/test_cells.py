@@ -421,7 +421,8 @@ def test_a_table_of_yours_is_not_replaced(section, tmp_path, capsys):
     other = tmp_path / "other"
     assert cells.run(["--directory", str(section), "--masks", str(tmp_path / "cells.tif"),
                       "--output", str(other)]) == 0  # fmt: skip
-    assert {path.name for path in other.iterdir()} == {"cells.csv.gz", "cells.json"}
+    written = {"cells.csv.gz", "cells-counts.geojson", "cells.json"}
+    assert {path.name for path in other.iterdir()} == written
     assert run_cells(section, tmp_path / "cells.tif", "--force")[0] == 0
     record = json.loads((section / "cells.json").read_text())
     assert {"versions", "code", "seconds", "outputs"} <= record.keys()

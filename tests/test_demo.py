@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import platform
 import shutil
 import subprocess
 
@@ -289,3 +290,58 @@ def test_run_sh_is_valid_bash_and_refuses_an_old_python(tmp_path):
     assert done.returncode == 2
     assert "3.11" in done.stderr
     assert "Python 3.8.1" in done.stderr
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """A Python that has no torch, whose pip says what it is given and takes a second."""
+    script = tmp_path / "python"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        "  *torch*is\\ None*) exit 1;;\n  *purelib*) echo /where/packages/go;;\n"
+        '  *"pip install"*) echo "pip: $*"; sleep 1.3;;\nesac\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+def install(stub, **more):
+    command = f'cd "{ROOT}"; . demo/environment.sh; use_environment -r requirements.txt'
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": str(stub), "VIRTUAL_ENV": "x", **more}
+    command = ["bash", "-euo", "pipefail", "-c", command, "demo/run.sh"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line]
+
+
+def test_what_is_installed_is_told_before_and_while_it_is(stub):
+    lines = install(stub, SPEAK_SECONDS="0.4")
+    assert lines[0].endswith("the other packages in requirements.txt into /where/packages/go")
+    pip = next(i for i, line in enumerate(lines) if line.startswith("pip: "))
+    assert any(" GB of the disk" in line for line in lines[:pip])
+    assert sum(line.startswith("still installing (") for line in lines[pip:]) >= 2
+    if platform.system() == "Linux":
+        assert "TORCH=cpu bash demo/run.sh" in lines[2]
+
+
+def test_the_smaller_torch_is_taken_on_demand(stub):
+    lines = install(stub, TORCH="cpu")
+    first, second = (line for line in lines if line.startswith("pip: "))
+    assert "torch>=" in first
+    assert first.endswith("--index-url https://download.pytorch.org/whl/cpu")
+    assert second.endswith("-r requirements.txt")
+    assert not any("6 GB" in line for line in lines)
+
+
+def test_the_environment_of_windows_is_found(tmp_path):
+    copy = tmp_path / "copy"
+    (copy / "demo").mkdir(parents=True)
+    shutil.copy(ROOT / "demo" / "environment.sh", copy / "demo")
+    (copy / ".venv" / "Scripts").mkdir(parents=True)
+    own = copy / ".venv" / "Scripts" / "python.exe"
+    own.write_text("#!/bin/sh\nexit 0\n")
+    own.chmod(0o755)
+    command = f'cd "{copy}"; . demo/environment.sh; use_environment x; echo "$python"'
+    env = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == str(own)

@@ -19,6 +19,7 @@ import HISTEX
 from analysis import inputs
 from docs import figure
 from reading import cli
+from writing import origin
 
 PAGES = sorted(
     path.relative_to(ROOT)
@@ -36,7 +37,7 @@ SCRIPTS = sorted(
     if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
 )
 OF_OTHERS = {  # options of git, pip, pytest, torchrun and others
-    "--cov", "--cov-report", "--index-url", "--nproc-per-node", "--version",
+    "--cov", "--cov-report", "--index-url", "--nproc-per-node",
 }  # fmt: skip
 
 
@@ -248,6 +249,15 @@ def test_the_paper_is_cited_by_its_title():
     assert title in " ".join(text_of(Path("README.md")).split())
     assert cited["license"] == "MIT"
     assert text_of(Path("LICENSE")).startswith("MIT License")
+
+
+def test_the_version_is_the_same_everywhere():
+    cited = yaml.safe_load(text_of(Path("CITATION.cff")))
+    headings = re.findall(r"^## \[(.*?)\](?: - (.*))?$", text_of(Path("CHANGELOG.md")), flags=re.M)
+    assert headings[0] == ("Unreleased", "")
+    assert headings[1] == (origin.VERSION, str(cited["date-released"]))
+    assert cited["version"] == origin.VERSION
+    assert origin.versions()["histex"] == origin.VERSION
 
 
 def test_hooks_check_with_the_ruff_of_the_tests():

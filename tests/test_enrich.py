@@ -286,6 +286,24 @@ def test_bytes_and_no_file_are_no_gmt(tmp_path):
 
 
 # ----- the command -----
+def test_sets_that_are_not_tested_are_named_with_the_reason(section, capsys):
+    odd = {"UNKNOWN": ["X1", "X2", "X3", "X4", "X5"], "TINY": GENES[:2], "HUGE": GENES}
+    write_gmt(section / "sets.gmt", {**SETS, **odd})
+    assert run(section, "--min-size", "3", "--max-size", "20", "--no-plot") == 0
+    shown = capsys.readouterr().out
+    n = len(SETS) + 3
+    assert (
+        f"1 of {n} gene sets are not tested, since they have no gene that was measured: U" in shown
+    )
+    assert f"2 of {n} gene sets are not tested, since they have fewer than 3 measured gen" in shown
+    assert "since they have more than 20 measured genes (--max-size): ALL, HUGE" in shown
+    dropped = json.loads((section / "enrich.json").read_text())["dropped"]
+    assert sorted(map(tuple, dropped.values())) == [
+        ("ALL", "HUGE"), ("SMALL", "TINY"), ("UNKNOWN",)
+    ]  # fmt: skip
+    assert not {*odd} & {*pd.read_csv(section / "enrichment.csv")["set"]}
+
+
 def test_a_known_section(section, capsys):
     assert run(section) == 0
     table = read(section)

@@ -884,7 +884,10 @@ def test_holdout_predicts_every_spot_from_maps_made_without_it(finished, capsys)
     made = {f"evaluation-holdout.{kind}" for kind in ("csv", "json", "png")} | {"evaluate.json"}
     assert {path.name for path in finished.iterdir()} == names | made
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert "left-out spots" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "left-out spots" in shown
+    assert "fold 2: 11 of 22 spots left out" in shown
+    assert "22 of 22 spots, each predicted by maps made without it" in shown
 
     # nearest spot of the other fold, by brute force; of equally near ones, either will do
     fold = holdout.choose_folds(22, 2, seed=0)
@@ -1025,3 +1028,9 @@ def test_a_mask_of_ones_hand_will_do_for_holdout(finished, tmp_path):
     assert run("get_HR.py", tmp_path / "fold") == 0
     stage = inputs.open_sample(tmp_path / "fold")
     stage.require(utils.HR_LOCS, utils.HR_CNTS, utils.LOCS, utils.FEATURES, utils.MASK)
+
+
+def test_spots_are_told_as_histex_counts_them():
+    facts = {"spots": 14, "spots without tissue": 8}
+    assert evaluate.of_spots(facts) == "14 of 22 spots with tissue"
+    assert evaluate.of_spots({"spots": 22, "spots without tissue": 0}) == "22 of 22 spots"

@@ -1,6 +1,7 @@
 """The house: which room may import which, how long things are, what every --help shows."""
 
 import ast
+import json
 import runpy
 import signal
 import subprocess
@@ -8,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_stage
 
+import analysis.files  # noqa: F401  defines artifacts, as the next one does
+import prepare.sample  # noqa: F401
 import utils
-from reading import cli
+from reading import cli, guide
+from writing import origin
 
 TOP = {  # what stands at the top level beside folders and hidden files
     "image_calibration.py", "get_HR.py", "Histology_Extractor.py", "masking_non_tissue.py",
@@ -201,3 +205,65 @@ finally:
     assert "\nWrites " in done.stdout
     assert "None" not in done.stdout
     assert done.stdout.count("(default: (default") == 0
+
+
+# ----- what every script says of itself -----
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_every_script_tells_the_version(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--version"])
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"HISTEX {origin.VERSION}\n"
+
+
+def test_every_script_says_what_comes_next():
+    """Of those that a user runs one after the other; the files that it names are known."""
+    named = {file.as_posix() for file in SCRIPTS if room_of(file) in ("stages", *WINGS)}
+    assert set(guide.NEXT) == named
+    for step in [*guide.NEXT.values(), *guide.WITHOUT_SPOTS.values()]:
+        assert step.then in named | {""}
+        assert all(name in utils.ARTIFACTS for name in step.look.split())
+
+
+def run_a_stage(directory, script, main=utils.Stage.finish) -> int:
+    parser = cli.stage_parser("A script.")
+    cli.add_no_spots(parser)
+    return cli.run_stage(main, script, parser, ["--directory", str(directory)])
+
+
+def test_the_last_line_says_what_to_look_at_and_what_to_run(tmp_path, capsys):
+    command = f"run: python HISTEX.py --directory {tmp_path}"
+    assert run_a_stage(tmp_path, utils.MASKING) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: {command}"
+    (tmp_path / "mask-overlay.png").write_bytes(b"")
+    assert run_a_stage(tmp_path, utils.MASKING) == 0
+    done, last = capsys.readouterr().out.splitlines()
+    assert "up to date" in done
+    assert last == f"next: look at {tmp_path / 'mask-overlay.png'}, then {command}"
+
+
+def test_a_script_that_fails_says_nothing_of_what_comes_next(tmp_path, capsys):
+    def main(stage):
+        raise utils.StageError("It is wrong.", "Mend it.")
+
+    assert run_a_stage(tmp_path, utils.MASKING, main) == 2
+    shown = capsys.readouterr()
+    assert "next" not in shown.out + shown.err
+
+
+def test_a_section_without_spots_takes_another_way(tmp_path, capsys):
+    record = {"finished": True, "options": ["--no-spots"], "inputs": {}, "outputs": {}}
+    (tmp_path / "image_calibration.json").write_text(json.dumps(record))
+    for script, then in (
+        (utils.CALIBRATION, "Histology_Extractor.py"),
+        (utils.EXTRACTOR, "masking_non_tissue.py"),
+        (utils.MASKING, "reference/predict.py"),
+    ):
+        guide.say_next(make_stage(tmp_path, script))
+        assert f"run: python {then} --directory {tmp_path}" in capsys.readouterr().out

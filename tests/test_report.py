@@ -653,3 +653,13 @@ def test_states_that_are_not_in_the_maps_are_not_shown(finished):
     page = write_page(finished)
     assert "state 00" in page
     assert "state 01" not in page
+
+
+def test_spots_without_tissue_are_told_apart(section):
+    """One of the twelve lies in the corner that is off the tissue."""
+    text = " ".join(Page(write_page(section)).text.split())
+    assert " spots 11 of 12 with tissue grid " in text
+    for file in (section / "cnts-super").glob("*.npy"):
+        np.save(file, np.nan_to_num(np.load(file), nan=1))
+    text = " ".join(Page(write_page(section, "--force")).text.split())
+    assert " spots 12 grid " in text

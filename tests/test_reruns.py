@@ -153,7 +153,7 @@ def test_an_edited_mask_is_used_and_kept(finished_sample, finished, capsys):
     assert run_stage(MASKING, finished, "--force") == 0
     assert (finished / "mask.png").read_bytes() == (finished_sample / "mask.png").read_bytes()
     assert run_stage(MODEL, finished) == 0
-    assert "edited" not in capsys.readouterr().out
+    assert "edited since" not in capsys.readouterr().out
 
 
 def test_a_mask_of_the_users_own_is_never_overwritten(finished, capsys):

@@ -8,6 +8,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+VERSION = "1.0.0"  # of HISTEX; CHANGELOG.md and CITATION.cff tell it, too
+
 
 def commit(root: Path) -> dict[str, str]:
     """Of the code in ``root``, if git knows it."""
@@ -20,12 +22,12 @@ def commit(root: Path) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of the libraries that decide results."""
+    """Of HISTEX, of Python, and of the libraries that decide results."""
     names = (
         "torch", "timm", "numpy", "pandas", "scipy", "scikit-image", "opencv-python", "pillow",
         "pyvips", "pyarrow",
     )  # fmt: skip
-    versions = {"python": platform.python_version()}
+    versions = {"histex": VERSION, "python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

@@ -104,13 +104,18 @@ function drawCells(to, px) { // circles of the cells' areas, in the colours of t
       path.arc(column, row, radius, 0, 2 * Math.PI);
     }
   }
-  to.lineWidth = 2 * px;
+  const near = view.scale > 6;
+  to.lineWidth = near ? 2 * px : 1.2 * px;
+  if (!near) { // a dark rim: a region below may have the colour of the class
+    to.strokeStyle = NO_CLASS;
+    paths.forEach((path) => to.stroke(path));
+  }
   paths.forEach((path, i) => {
     to.fillStyle = to.strokeStyle = i ? data.cells.colours[i - 1] : NO_CLASS;
-    to.globalAlpha = view.scale > 6 ? 0.35 : 1; // near by, what lies under them is to be seen
+    to.globalAlpha = near ? 0.35 : 1; // near by, what lies under them is to be seen
     to.fill(path);
     to.globalAlpha = 1;
-    if (view.scale > 6) to.stroke(path);
+    if (near) to.stroke(path);
   });
 }
 
