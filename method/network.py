@@ -46,7 +46,8 @@ class Network(nn.Module):
     def views(self, tokens: Tensor) -> Tensor:
         """Tokens (B, rows, columns, F) to what is embedded (B, rows - 2 halo, columns - 2 halo, .).
 
-        All states share the views of a map, so that these must not depend on trained weights.
+        All states share the views of a map, and training keeps those of the spots: they must not
+        depend on trained weights, nor on chance.
         """
         return tokens
 
