@@ -276,14 +276,17 @@ def training(
     yield row(f"training, {args.states} states", "step", found, args.states * n_epochs * n_steps)
 
 
-def strip_of_maps(networks: Sequence[Network], section: Section, device: torch.device) -> int:
-    """All genes of a strip of superpixels, as wide as STRIP patches; how many superpixels."""
+def strip_of_maps(networks: Sequence[Network], section: Section, expression: torch.Tensor) -> int:
+    """All genes of a strip of superpixels, as wide as STRIP patches; how many superpixels.
+
+    ``expression`` is that of the HR points (P, G), which is on the device.
+    """
+    device = expression.device
     halo, side = networks[0].halo, 2 * section.half + 1
     stride = (side + 1) // 2
     columns = min(STRIP * stride, section.tokens.shape[1] - 2 * halo) // stride * stride
     block = section.tokens[: stride + 2 * halo, : columns + 2 * halo]
     views = networks[0].views(devices.to_device(np.ascontiguousarray(block), device).float()[None])
-    expression = devices.to_device(section.expression, device)
     n = columns // stride
     near = torch.arange(section.context, device=device).repeat(n, 1) % len(expression)
     offsets = torch.ones(n, near.shape[1], 2, device=device)
@@ -308,8 +311,9 @@ def prediction(
         HISTEX.DefaultNetwork(section, split.train).to(device).eval() for _ in range(args.states)
     ]
     with torch.inference_mode():
-        n = strip_of_maps(networks, section, device)
-        found = timed(lambda: strip_of_maps(networks, section, device), args.seconds, device)
+        expression = devices.to_device(section.expression, device)
+        n = strip_of_maps(networks, section, expression)
+        found = timed(lambda: strip_of_maps(networks, section, expression), args.seconds, device)
     n_shown = int(section.tissue.sum())
     what = f"prediction, networks alone: {n_shown:,} superpixels, {args.states} states"
     return row(what, f"strip of {n} superpixels", found, n_shown / n)
