@@ -26,6 +26,7 @@ Visium's lattice around its middle, and tissue around these. What is timed:
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.machinery
 import itertools
@@ -107,7 +108,7 @@ class Placeholder(types.ModuleType):
 
 
 PLACEHOLDERS = Placeholders()
-sys.meta_path.insert(0, PLACEHOLDERS)  # type: ignore[arg-type]
+sys.meta_path.insert(0, PLACEHOLDERS)
 import HISTEX
 import Histology_Extractor as extractor
 from method import devices
@@ -115,7 +116,7 @@ from method.network import Network, Spots
 from method.section import Section, Split
 from utils import TILE_PX, TOKEN_PX
 
-sys.meta_path.remove(PLACEHOLDERS)  # type: ignore[arg-type]
+sys.meta_path.remove(PLACEHOLDERS)
 
 UM = 8.0  # of a superpixel
 PITCH, RADIUS = 100 / UM, 27.5 / UM  # of Visium's spots, superpixels
@@ -184,7 +185,7 @@ def extraction(args: argparse.Namespace, device: torch.device) -> Iterator[tuple
         options = argparse.Namespace(precision=precision, overlap=None, batch_size=None)
         n = side // TOKEN_PX
         encoder = extractor.Encoder(backbone, device, options, n, n)
-        found = timed(lambda encoder=encoder: encoder.row(pixels), args.seconds, device)
+        found = timed(functools.partial(encoder.row, pixels), args.seconds, device)
         n_rows = len(encoder.tiling.starts(n))
         tiles = len(encoder.starts) / found["seconds"]
         yield row(f"extraction, {precision}: {tiles:.0f} tiles/s", "row of tiles", found, n_rows)
@@ -223,7 +224,7 @@ def make_section(args: argparse.Namespace) -> tuple[Section, Split]:
     parents = np.concatenate([np.arange(len(spots))[:, None].repeat(2, axis=1), pairs])
     n_features = 64 if args.small else 1024
     tokens = rng.normal(size=(1, side, n_features)).astype(np.float16)
-    middles = np.stack(np.mgrid[:side, :side], axis=-1) + 0.5 - side / 2
+    middles = np.stack(np.indices((side, side)), axis=-1) + 0.5 - side / 2
     reach = np.linalg.norm(spots - side / 2, axis=1).max() + PITCH / 2
     preset = HISTEX.PRESETS["default"]
     section = Section(
