@@ -62,7 +62,7 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -77,9 +77,9 @@ from method import devices, maps, prediction, reference, resume, states, uncerta
 from method.attention import HEADS, WIDTH, BidirectionalAttention
 from method.errors import Errors, growth
 from method.layers import FeatureDropout, neighbourhoods
-from method.network import ALL, Network, disc_sums, run_batch, seed_torch
+from method.network import ALL, Inputs, Network, Spots, disc_sums, seed_torch
 from method.progress import Progress
-from method.section import Section, Split, read_section, split_spots
+from method.section import Section, read_section, split_spots
 from writing.progress import Bar
 
 
@@ -391,61 +391,47 @@ class Training:
         return min(self.epochs, wanted), n_steps
 
 
-def train_epoch(
-    progress: Progress,
-    section: Section,
-    split: Split,
-    batches: list[np.ndarray],
-    device: torch.device,
-) -> float:
+def train_epoch(progress: Progress, batches: Iterable[Inputs], device: torch.device) -> float:
     """One pass over batches of training spots; returns the mean loss."""
-    network, total = progress.network, torch.zeros((), device=device)
+    network, total, n_spots = progress.network, torch.zeros((), device=device), 0
     network.train()
-    for batch in batches:
-        loss = network.loss(*run_batch(network, section, split, batch, device)).mean()
+    for inputs in batches:
+        loss = network.loss(network.see(*inputs[:4]), inputs.areas, inputs.counts).mean()
         progress.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         progress.optimizer.step()
         progress.schedule.step()
         if progress.average is not None:
             progress.average.update_parameters(network)
-        total += loss.detach() * len(batch)  # read once an epoch: the CPU need not wait for a card
-    return float(total) / sum(map(len, batches))
+        n_spots += len(inputs.counts)
+        total += loss.detach() * len(inputs.counts)  # read once an epoch: a card need not wait
+    return float(total) / n_spots
 
 
-def score_held_out(
-    network: Network, section: Section, split: Split, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
+def score_held_out(network: Network, spots: Spots) -> tuple[np.ndarray, np.ndarray]:
     """Loss (M,) and predicted counts (M, G) of the held-out spots."""
     network.eval()
-    losses, predicted = [], []
+    losses, predicted, held_out = [], [], spots.split.held_out
     with torch.inference_mode():
-        for batch in np.array_split(split.held_out, -(-len(split.held_out) // SCORED_AT_ONCE)):
-            output, areas, counts = run_batch(network, section, split, batch, device)
-            losses.append(network.loss(output, areas, counts).mean(dim=1))
-            predicted.append(disc_sums(network.to_counts(output), areas))
+        for inputs in spots.batches(held_out, math.ceil(len(held_out) / SCORED_AT_ONCE)):
+            output = network.see(*inputs[:4])
+            losses.append(network.loss(output, inputs.areas, inputs.counts).mean(dim=1))
+            predicted.append(disc_sums(network.to_counts(output), inputs.areas))
     return torch.cat(losses).cpu().numpy(), torch.cat(predicted).cpu().numpy()
 
 
-def one_epoch(
-    progress: Progress,
-    section: Section,
-    split: Split,
-    training: Training,
-    index: int,
-    device: torch.device,
-) -> dict[str, float]:
+def one_epoch(progress: Progress, spots: Spots, training: Training, index: int) -> dict[str, float]:
     """Train and score one epoch of state ``index``; returns its row of the history."""
     epoch = len(progress.history) + 1
     # Seeded by the epoch, not by what came before: a resumed run draws the same numbers.
     seed_torch(training.seed + index, epoch)
-    order = np.random.default_rng([training.seed + index, epoch]).permutation(split.train)
+    order = np.random.default_rng([training.seed + index, epoch]).permutation(spots.split.train)
     rate = progress.optimizer.param_groups[0]["lr"]
-    batches = np.array_split(order, training.length(len(order))[1])  # of about equal size
-    loss = train_epoch(progress, section, split, batches, device)
+    batches = spots.batches(order, training.length(len(order))[1])
+    loss = train_epoch(progress, batches, spots.device)
     row = {"epoch": epoch, "train_loss": loss, "learning_rate": rate}
-    if len(split.held_out):
-        losses, predicted = score_held_out(progress.kept, section, split, device)
+    if len(spots.split.held_out):
+        losses, predicted = score_held_out(progress.kept, spots)
         row["held_out_loss"] = float(losses.mean())
         progress.selection.consider(epoch, losses, predicted, progress.kept)
     weights = nn.utils.parameters_to_vector(progress.kept.parameters())
@@ -482,6 +468,7 @@ def train_state(
         return states.State(network, split, predicted)
 
     n_epochs, n_steps = training.length(len(split.train))
+    spots = Spots(network, section, split, device)
     progress = training.start(network, n_epochs * n_steps)
     if (saved := checkpoint.read()) is not None:
         progress.restore(saved)
@@ -495,7 +482,7 @@ def train_state(
         len(split.held_out) and n_done - progress.selection.epoch >= training.preset.patience
     ):
         try:
-            row = one_epoch(progress, section, split, training, index, device)
+            row = one_epoch(progress, spots, training, index)
         except utils.StageError:
             checkpoint.remove()
             raise

@@ -35,7 +35,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,10 +80,11 @@ def build_parser() -> cli.Parser:
         "hides the borders of tiles better (default: 1 of 14 for a ViT, 10 of 128 for a CNN).",
     )
     parser.add_argument(
-        "--amp",
-        action="store_true",
-        help="Compute with 16-bit numbers (bfloat16) where that is safe. It is faster on a GPU and "
-        "on a CPU with matrix units, such as AMX. On other CPUs, a ViT is slower with it.",
+        "--precision",
+        choices=("auto", "float32", "tf32", "bfloat16"),
+        default="auto",
+        help="Numbers that the network computes with. auto is bfloat16, where that is safe, on a "
+        "CUDA card that has units for it, and float32 elsewhere; tf32 lies between them.",
     )
     return parser
 
@@ -112,7 +112,7 @@ import torch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from method import devices, resume, tiling
-from method.tiling import CNN_TILING, VIT_TILING, Tiling
+from method.tiling import CNN_TILING, VIT_TILING, Tiling, ahead, bands
 from method.weights import UNI_SHA256, known_sha256, load_strictly, read_weights
 from reading import arrays, images
 from utils import TILE_PX, TOKEN_PX, StageError
@@ -331,7 +331,8 @@ class Encoder:
     def __init__(
         self, backbone: Backbone, device: torch.device, args: argparse.Namespace, h: int, w: int
     ) -> None:
-        self.backbone, self.device, self.amp = backbone, device, args.amp
+        self.backbone, self.device = backbone, device
+        self.precision = devices.set_precision(args.precision, device)
         self.batch_size = args.batch_size or backbone.batch_size
         self.tiling = backbone.tiling
         if args.overlap is not None:
@@ -352,7 +353,7 @@ class Encoder:
     def row(self, image: np.ndarray) -> np.ndarray:
         """One row of tiles, uint8 (16 t, W, 3) -> float16 (t, w, F), blended from left to right.
 
-        All on the device, with one transfer each way.
+        All on the device, with one transfer each way; the CPU waits for a card once.
         """
         w, features = self.shape[1], self.blank.shape[-1]
         ends = [*self.starts[1:], w]  # of the columns of tokens that no later tile reaches
@@ -364,22 +365,20 @@ class Encoder:
             part[:, : shared.shape[1]] += shared
             tokens[:, start:end, :features] = part[:, : end - start]
             shared = part[:, end - start :]
-        if not torch.isfinite(tokens[..., :features]).all():
+        is_finite = torch.isfinite(tokens[..., :features]).all()
+        row = tokens.to("cpu", non_blocking=self.device.type == "cuda").numpy()  # pinned, then
+        if not is_finite:  # read after the tokens, which are there when this is
             raise StageError(
                 "The network gave tokens that are not finite.",
-                "Run it without --amp, or with other weights.",
+                "Run it with --precision float32, or with other weights.",
             )
-        row = tokens.cpu().numpy()
         if self.backbone.stains:
             row[..., features:] = stain_statistics(image)
         return row
 
     def encode(self, image: np.ndarray) -> Iterator[torch.Tensor]:
         """Tokens (t, u, F) of every tile of a row; blank ones get those of the white tile."""
-        pixels = torch.from_numpy(image)
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory()
-        pixels = pixels.to(self.device, non_blocking=True)
+        pixels = devices.to_device(image, self.device)
         columns = [
             slice(TOKEN_PX * start, TOKEN_PX * (start + self.side[1])) for start in self.starts
         ]
@@ -404,7 +403,8 @@ class Encoder:
     def forward(self, tiles: list[torch.Tensor]) -> torch.Tensor | None:
         """B tiles, uint8 (16 t, 16 u, 3) -> float32 (B, t, u, F), or None when out of memory."""
         try:
-            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.amp):
+            half = self.precision == "bfloat16"
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, half):
                 lines = torch.stack(tiles).flatten(2).float().mul_(self.scale).sub_(self.shift)
                 x = lines.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
                 return tile_tokens(self.backbone.model, x)
@@ -440,7 +440,7 @@ def rows_folder(stage: utils.Stage, encoder: Encoder) -> Path:
         "image": stage.inputs[stage.path(utils.HE).name]["sha256"],
         "backbone": [stage.args.backbone, encoder.backbone.weights_sha256],
         "tiling": astuple(encoder.tiling),
-        "arithmetic": [encoder.device.type, encoder.batch_size, encoder.amp],
+        "arithmetic": [encoder.device.type, encoder.batch_size, encoder.precision],
         "versions": [importlib.metadata.version(name) for name in ("torch", "timm")],
     }
     return resume.work_folder(stage.directory, Path(utils.FEATURES.name).stem, decisive)
@@ -463,31 +463,6 @@ def save_row(path: Path, row: np.ndarray) -> None:
             np.save(partial, row)
 
 
-def bands(image: images.ImageRows, starts: Sequence[int], height: int) -> Iterator[np.ndarray]:
-    """The pixels of rows of tiles, uint8 (16 t, W, 3); each is read while the last is computed.
-
-    Rows that it shares with the band above are taken from there: the image is decoded once.
-    """
-
-    def read(start: int, above: np.ndarray, above_start: int) -> np.ndarray:
-        first, last = TOKEN_PX * start, TOKEN_PX * (start + height)
-        shared = above[first - TOKEN_PX * above_start :]
-        band = np.empty((last - first, *image.shape[1:]), np.uint8)
-        band[: len(shared)] = shared
-        for top in range(first + len(shared), last, TILE_PX):  # a copy of all would take memory
-            bottom = min(top + TILE_PX, last)
-            band[top - first : bottom - first] = image[top:bottom]
-        return band
-
-    with ThreadPoolExecutor(1) as reader:
-        band, ahead = np.empty((0, *image.shape[1:]), np.uint8), None
-        later: list[int | None] = [*starts[1:], None]
-        for start, following in zip(starts, later, strict=False):  # starts may be empty
-            band = ahead.result() if ahead else read(start, band, 0)
-            ahead = None if following is None else reader.submit(read, following, band, start)
-            yield band
-
-
 def rows_of_tiles(
     image: images.ImageRows,
     encoder: Encoder,
@@ -495,19 +470,29 @@ def rows_of_tiles(
     numbers: Sequence[int],
     quiet: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of tiles: float16 (t, w, F), from the folder, else computed; and colours (t, w, 3)."""
+    """Rows of tiles: float16 (t, w, F), from the folder, else computed; and colours (t, w, 3).
+
+    The next pixels are read meanwhile. A card, moreover, computes while the row before is saved and
+    blended; a CPU has no more to give.
+    """
     h, w, features = encoder.shape
-    height = encoder.side[0]
-    starts = encoder.tiling.starts(h)
-    pixels = bands(image, [starts[number] for number in numbers], height)
-    bar = Bar(numbers, "rows of tiles", quiet=quiet)
-    for number, band in zip(bar, pixels, strict=True):
-        path = folder / f"row_{number:04d}.npy"
-        row = read_row(path, (height, w, features))
-        if row is None:
-            row = encoder.row(band)
+    starts, height = encoder.tiling.starts(h), encoder.side[0]
+    paths = [folder / f"row_{number:04d}.npy" for number in numbers]
+
+    def computed() -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+        pixels = bands(image, [starts[number] for number in numbers], height)
+        pairs = ahead((band, mean_colours(band)) for band in pixels)
+        for path, (band, colours) in zip(paths, pairs, strict=True):
+            row = read_row(path, (height, w, features))
+            is_new = row is None
+            yield encoder.row(band) if row is None else row, colours, is_new
+
+    rows = ahead(computed()) if encoder.device.type == "cuda" else computed()
+    bar = Bar(paths, "rows of tiles", quiet=quiet)
+    for path, (row, colours, is_new) in zip(bar, rows, strict=True):
+        if is_new:
             save_row(path, row)
-        yield row, mean_colours(band)
+        yield row, colours
 
 
 def write_map(
@@ -587,7 +572,7 @@ def announce(stage: utils.Stage, encoder: Encoder, folder: Path) -> None:
     h, w, features = encoder.shape
     row_bytes = 2 * w * features  # of tokens
     print(
-        f"{stage.args.backbone} on {encoder.device}. {utils.FEATURES.name}: "
+        f"{stage.args.backbone} on {encoder.device} in {encoder.precision}. {utils.FEATURES.name}: "
         f"{h} x {w} x {features} float16, {utils.size(h * row_bytes)}"
     )
     there = sum(path.stat().st_size for path in folder.glob("row_*.npy"))
@@ -602,7 +587,7 @@ def facts(args: argparse.Namespace, encoder: Encoder) -> dict[str, Any]:
         "weights_sha256": encoder.backbone.weights_sha256,
         "device": str(encoder.device),
         "batch_size": encoder.batch_size,
-        "amp": encoder.amp,
+        "precision": encoder.precision,
         "overlap_tokens": encoder.tiling.overlap,
         "feature_shape": encoder.shape,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -10,10 +11,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed
 
 from utils import StageError
+
+SPARE_BYTES = 500_000_000  # where memory is not a card's own
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,7 +37,7 @@ def resolve_device(name: str) -> torch.device:
             if (
                 float((probe @ probe).sum()) == 8.0
             ):  # is_available() can be true with a broken driver
-                return device
+                return probe.device  # with its number, which threads would not know
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = error
     detail = str(reason).splitlines()[0] if reason else "a test product came out wrong"
@@ -41,6 +45,44 @@ def resolve_device(name: str) -> torch.device:
         f"--device {name} cannot be used on this machine: {detail}",
         "Leave --device out to take what is there, or say --device cpu.",
     )
+
+
+def set_precision(wanted: str, device: torch.device) -> str:
+    """Have torch compute with these numbers, and return which they are: auto is settled here.
+
+    TF32 is for the products and convolutions that stay in float32; torch uses it in convolutions
+    unless told otherwise. Cards have units for it, as for bfloat16, from compute capability 8 on.
+    """
+    has_units = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    if wanted == "auto":
+        wanted = "bfloat16" if has_units else "float32"
+    if wanted == "tf32" and not has_units:
+        raise StageError(
+            f"--precision tf32 is not for {device}: it needs a CUDA card of compute capability 8 "
+            f"or more.",
+            "Leave --precision out.",
+        )
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if wanted == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = wanted != "float32"
+    return wanted
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array as a tensor there; a graphics card gets it while the CPU goes on."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def spare_bytes(device: torch.device) -> int:
+    """Memory that may be taken to save time: half of a card's free one, for all processes on it."""
+    if device.type != "cuda":
+        return SPARE_BYTES
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / torch.cuda.device_count()
+    return (torch.cuda.mem_get_info(device)[0] + cached) // (2 * math.ceil(processes))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

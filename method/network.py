@@ -6,15 +6,20 @@ G genes, F token features, L latent values.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from method.section import Section, Split, to_device
+from method import devices
+from method.devices import to_device
+from method.section import Section, Split
 
 ALL = slice(None)  # genes
+MADE_AT_ONCE = 16  # spots
 
 
 class Network(nn.Module):
@@ -41,7 +46,8 @@ class Network(nn.Module):
     def views(self, tokens: Tensor) -> Tensor:
         """Tokens (B, rows, columns, F) to what is embedded (B, rows - 2 halo, columns - 2 halo, .).
 
-        All states share the views of a map, so that these must not depend on trained weights.
+        All states share the views of a map, and training keeps those of the spots: they must not
+        depend on trained weights, nor on chance.
         """
         return tokens
 
@@ -93,17 +99,93 @@ class Network(nn.Module):
         if chosen is not None:
             patch = torch.arange(len(chosen), device=chosen.device)[:, None]
             views, offsets = views[patch, chosen], offsets[patch, chosen]
+        return self.see(views, expression, to_middle, offsets.square().sum(dim=-1))
+
+    def see(
+        self, views: Tensor, expression: Tensor, to_middle: Tensor, distance2: Tensor
+    ) -> Tensor:
+        """Output (B, C, G) of some superpixels of patches, from their views (B, C, .).
+
+        Further from counts of HR points (B, K, G), the offsets (B, K, 2) from these to the middle
+        of the patch, and the squared distances (B, C, K) from them to the superpixels.
+        """
         histology = self.embed_histology(views)
         latent = self.fuse(histology, self.embed_expression(expression), to_middle)
         interpolated = torch.empty(0)
         if self.interpolates:
-            interpolated = self.interpolation(offsets.square().sum(dim=-1)) @ expression
+            interpolated = self.interpolation(distance2) @ expression
         return self.decode(latent, interpolated)
 
 
 def disc_sums(maps: Tensor, areas: Tensor) -> Tensor:
     """Sums (B, G) of patches (B, T, G) over discs, by their areas (B, T)."""
     return torch.einsum("btg,bt->bg", maps, areas)
+
+
+class Inputs(NamedTuple):
+    """What ``see`` takes for spots, of the C superpixels that the section has chosen; the truth."""
+
+    views: Tensor  # (B, C, .)
+    expression: Tensor  # (B, K, G)
+    to_middle: Tensor  # (B, K, 2)
+    distance2: Tensor  # (B, C, K)
+    areas: Tensor  # (B, C)
+    counts: Tensor  # (B, G)
+
+
+class Spots:
+    """The inputs of a state's spots, which are given by index; kept on the device where they fit.
+
+    Then steps of training neither read the token map nor wait for a transfer.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        section: Section,
+        split: Split,
+        device: torch.device,
+        keep: bool = True,
+    ) -> None:
+        self.network, self.section, self.split, self.device = network, section, split, device
+        self.kept: Inputs | None = None  # HR points by index, in place of their expression
+        if not keep:
+            return
+        n, one = len(section.spots), self.make(np.arange(1), by_index=True)
+        n_bytes = n * sum(part.nbytes for part in one) + section.expression.nbytes
+        if n_bytes > devices.spare_bytes(device):
+            return
+        kept = Inputs(*(part.new_empty(n, *part.shape[1:]) for part in one))
+        for batch in np.array_split(np.arange(n), math.ceil(n / MADE_AT_ONCE)):
+            for whole, part in zip(kept, self.make(batch, by_index=True), strict=True):
+                whole[batch[0] : batch[-1] + 1] = part
+        self.kept, self.expression = kept, to_device(section.expression, device)
+
+    @torch.no_grad()
+    def make(self, batch: np.ndarray, by_index: bool = False) -> Inputs:
+        """The inputs of a batch of spots, from the section."""
+        section, near = self.section, self.split.near[batch]
+        centres = np.floor(section.spots[batch]).astype(int)
+        tokens, expression, offsets = section.inputs(centres, near, self.network.halo, self.device)
+        chosen = to_device(section.chosen[batch], self.device)
+        patch = torch.arange(len(chosen), device=self.device)[:, None]
+        return Inputs(
+            views=self.network.views(tokens).flatten(1, 2)[patch, chosen],
+            expression=to_device(near, self.device) if by_index else expression,
+            to_middle=offsets.mean(dim=1),
+            distance2=offsets[patch, chosen].square().sum(dim=-1),
+            areas=to_device(section.areas[batch], self.device).gather(1, chosen),
+            counts=to_device(section.counts[batch], self.device),
+        )
+
+    def batches(self, spots: np.ndarray, n: int) -> Iterator[Inputs]:
+        """The inputs of n batches of spots, in this order and about equal in size."""
+        if self.kept is None:
+            yield from map(self.make, np.array_split(spots, n))
+            return
+        for batch in to_device(spots, self.device).tensor_split(n):
+            taken = Inputs(*(part[batch] for part in self.kept))
+            yield taken._replace(expression=self.expression[taken.expression])
 
 
 def run_batch(
@@ -113,11 +195,8 @@ def run_batch(
 
     Of the C superpixels of a patch that the section has chosen, those of the disc.
     """
-    centres = np.floor(section.spots[batch]).astype(int)
-    chosen = to_device(section.chosen[batch], device)
-    inputs = section.inputs(centres, split.near[batch], network.halo, device)
-    areas = to_device(section.areas[batch], device).gather(1, chosen)
-    return network(*inputs, chosen), areas, to_device(section.counts[batch], device)
+    inputs = Spots(network, section, split, device, keep=False).make(batch)
+    return network.see(*inputs[:4]), inputs.areas, inputs.counts
 
 
 def seed_torch(*numbers: int) -> None:

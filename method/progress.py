@@ -9,11 +9,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from method.network import Network
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Selection:
@@ -51,15 +49,22 @@ class Selection:
         return out
 
 
-def averaged(network: Network, decay: float) -> AveragedModel:
-    """The moving average of the weights; over the last tenth of the steps while these are few."""
+class Average(AveragedModel):
+    """The moving average of the weights; over the last tenth of the steps while these are few.
 
-    def blend(averages: Tensors, current: Tensors, steps: Tensor | int) -> None:
-        share = min(decay, float((1 + steps) / (10 + steps)))
-        for average, weights in zip(averages, current, strict=True):
-            average.lerp_(weights, 1 - share)
+    The class of torch counts the steps on the CPU and has a card wait for their number every time.
+    """
 
-    return AveragedModel(network, multi_avg_fn=blend)
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__(network)
+        self.decay = decay
+
+    def update_parameters(self, model: nn.Module) -> None:
+        n = int(self.n_averaged)
+        share = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        averages, weights = list(self.module.parameters()), list(model.parameters())
+        get_ema_multi_avg_fn(share)(averages, weights, n)
+        self.n_averaged += 1
 
 
 class Progress:
@@ -79,7 +84,7 @@ class Progress:
 
         self.network = network
         self.optimizer = optimizer
-        self.average = None if averaging is None else averaged(network, averaging)
+        self.average = None if averaging is None else Average(network, averaging)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, size)
         self.selection = Selection()
         self.history: list[dict[str, float]] = []

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import utils
 from method import grid
+from method.devices import to_device as to_device
 from reading import arrays, images, plain, tables
 from reading.genes import read_gene_names
 
@@ -168,14 +169,6 @@ def largest(areas: np.ndarray) -> np.ndarray:
     """
     n_chosen = (areas > 0).sum(axis=1).max()
     return np.sort(np.argsort(-areas, axis=1, kind="stable")[:, :n_chosen], axis=1)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor there; a graphics card gets it while the CPU goes on."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def on_map(row: np.ndarray, col: np.ndarray, h: int, w: int) -> np.ndarray:

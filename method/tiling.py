@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from utils import TOKENS_PER_TILE
+from reading import images
+from utils import TILE_PX, TOKEN_PX, TOKENS_PER_TILE
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -66,3 +72,30 @@ VIT_TILING = Tiling(TOKENS_PER_TILE, overlap=1, blend=True)
 # 0.7 % of a standard deviation (rms, on two sections), for less than 20 % more tokens on any image.
 # Larger tiles would differ less, but take more time per pixel, and more memory: 128 take 1.2 GB.
 CNN_TILING = Tiling(128, overlap=10, blend=False)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items; each is made, in a thread, while the one before it is used."""
+    with ThreadPoolExecutor(1) as maker:
+        upcoming = maker.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = maker.submit(next, items, None)
+            yield item
+
+
+def bands(image: images.ImageRows, starts: Sequence[int], height: int) -> Iterator[np.ndarray]:
+    """The pixels of rows of tiles, uint8 (16 t, W, 3).
+
+    Rows that it shares with the band above are taken from there: the image is decoded once.
+    """
+    band, above_start = np.empty((0, *image.shape[1:]), np.uint8), 0
+    for start in starts:
+        first, last = TOKEN_PX * start, TOKEN_PX * (start + height)
+        shared = band[first - TOKEN_PX * above_start :]
+        band = np.empty((last - first, *image.shape[1:]), np.uint8)
+        band[: len(shared)] = shared
+        for top in range(first + len(shared), last, TILE_PX):  # a copy of all would take memory
+            bottom = min(top + TILE_PX, last)
+            band[top - first : bottom - first] = image[top:bottom]
+        above_start = start
+        yield band

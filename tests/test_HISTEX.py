@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import uniform_filter
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import HISTEX
 import utils
@@ -41,7 +42,7 @@ from method import (
     states,
 )
 from method import section as sections
-from method.network import Network, run_batch
+from method.network import Network, Spots, run_batch
 from method.section import Section
 from reading import arrays, images, pickles
 from writing import disk
@@ -449,7 +450,8 @@ def test_training_stops_at_a_plateau_and_keeps_the_best_epoch(tmp_path, monkeypa
     assert len(history) < 60
     assert len(history) == best + 1 + 2
     split = sections.split_spots(make_section(), True, 0, 0)
-    losses, _ = HISTEX.score_held_out(network, make_section(), split, CPU)
+    spots = Spots(network, make_section(), split, CPU)
+    losses, _ = HISTEX.score_held_out(network, spots)
     assert losses.mean() == pytest.approx(history["held_out_loss"][best], rel=1e-5)
 
 
@@ -481,6 +483,75 @@ def test_training_sees_the_superpixels_of_the_disc_only():
     alone = network(*inputs, last)
     torch.testing.assert_close(network(*inputs, last.flip(1)), alone.flip(1))
     assert not torch.allclose(alone, network(*inputs)[:, -20:].flip(1))  # fewer tokens are seen
+
+
+class Counted:
+    """A token map that counts how often it is asked for tokens, which must not be for ever."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens, self.shape, self.dtype, self.asked = tokens, tokens.shape, tokens.dtype, 0
+
+    def __getitem__(self, where) -> np.ndarray:
+        self.asked += 1
+        return self.tokens[where]
+
+
+def test_spots_that_fit_the_memory_are_read_once_and_train_the_same(tmp_path, monkeypatch):
+    trained, asked, original = {}, {}, HISTEX.train_epoch
+    for name, spare in (("kept", 10**9), ("not kept", 0)):
+        section, counts = make_section(), []
+        _ = section.token_statistics
+        section.tokens = Counted(section.tokens)
+
+        def counted(*args, counts=counts, tokens=section.tokens):
+            counts.append(tokens.asked)
+            return original(*args)
+
+        monkeypatch.setattr(HISTEX, "train_epoch", counted)
+        monkeypatch.setattr(devices, "spare_bytes", lambda device, spare=spare: spare)
+        trained[name] = train(section, tmp_path / name, epochs=2)
+        asked[name] = [*counts, section.tokens.asked]
+    assert len(set(asked["kept"])) == 1  # nothing is read in the epochs
+    assert len(set(asked["not kept"])) == 3
+    for kept, not_kept in zip(*(weights(network) for network, *_ in trained.values()), strict=True):
+        assert torch.equal(kept, not_kept)
+    np.testing.assert_array_equal(trained["kept"][2], trained["not kept"][2])
+
+
+def test_spots_are_kept_if_they_and_the_hr_points_fit(monkeypatch):
+    section, asked = make_section(), []
+    network, split = default_network(section), sections.split_spots(section, True, 0, 0)
+    monkeypatch.setattr(devices, "spare_bytes", lambda device: asked.append(device) or 10**9)
+    kept = Spots(network, section, split, CPU).kept
+    need = sum(part.nbytes for part in kept) + section.expression.nbytes
+    for spare, fits in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(devices, "spare_bytes", lambda device, spare=spare: spare)
+        assert (Spots(network, section, split, CPU).kept is not None) == fits
+    assert asked == [CPU]
+
+
+def test_a_step_of_training_does_not_ask_the_device_for_values(monkeypatch):
+    """On a card each of these would be a wait; once an epoch is no harm."""
+    section = make_section()
+    split = sections.split_spots(section, True, 0, 0)
+    network = HISTEX.DefaultNetwork(section, split.train)
+    spots = Spots(network, section, split, CPU)
+    training = HISTEX.Training(HISTEX.PRESETS["default"])
+    done = training.start(network, 9)
+    HISTEX.train_epoch(done, spots.batches(split.train, 3), CPU)  # makes what a first step makes
+    batches, asked = list(spots.batches(split.train, 7)), []
+
+    class Asking(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in {"_local_scalar_dense", "is_nonzero", "nonzero", "_to_copy", "equal"}:
+                asked.append(name)
+            return function(*args, **(kwargs or {}))
+
+    with Asking():
+        HISTEX.train_epoch(done, batches, CPU)
+    counting = ["_local_scalar_dense"] * len(batches)  # of the average's steps, on the CPU
+    assert asked == [*counting, "_local_scalar_dense"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, monkeypatch):
@@ -653,7 +724,7 @@ def test_a_change_of_the_code_trains_anew_and_is_said(finished, tmp_path):
         ("HISTEX.py", "dropout = 0.5 ", "dropout = 0.1 "),
         ("HISTEX.py", "weight_decay: float = 1.0", "weight_decay: float = 0.0"),
         ("method/section.py", "MIN_TISSUE_SHARE = 0.25", "MIN_TISSUE_SHARE = 0.3"),
-        ("method/progress.py", "float((1 + steps)", "float((2 + steps)"),
+        ("method/progress.py", "(1 + n) / (10", "(2 + n) / (10"),
         ("method/maps.py", "PLOT_PX, PLOT_MARGIN_PX", "PLOT_PX , PLOT_MARGIN_PX"),
     ]
     command = [sys.executable, "-c", EDITED, json.dumps(edits), "--directory", str(finished)]
@@ -1070,7 +1141,7 @@ def test_a_patch_hides_the_same_features_in_all_its_superpixels():
 
 def test_averaged_weights_are_the_moving_average():
     network = torch.nn.Linear(2, 1)
-    average = progress.averaged(network, 0.3)
+    average = progress.Average(network, 0.3)
     wanted, steps = None, [float(i) for i in (1, 5, -2, 4)]
     for n, value in enumerate(steps):
         torch.nn.init.constant_(network.weight, value)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -9,9 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import ClassVar
 
 import httpx2
 import numpy as np
@@ -20,16 +23,19 @@ import skimage.color
 import skimage.data
 import timm
 import torch
+import torch.nn.functional as nnf
 from conftest import ROOT, draw_section, run, write_record
 from huggingface_hub import constants, errors, get_token
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 import Histology_Extractor as extractor
 import utils
 from Histology_Extractor import LITE, Tiling
+from method import devices, tiling
 from reading import hub, images
 from writing import disk
 
@@ -88,10 +94,10 @@ def tiny_uni(monkeypatch, tmp_path):
     return model, path
 
 
-def encoder(backbone, image, overlap=None, batch_size=None, tiling=None, amp=False):
+def encoder(backbone, image, overlap=None, batch_size=None, tiling=None, precision="float32"):
     if tiling is not None:
         backbone = extractor.replace(backbone, tiling=tiling)
-    args = argparse.Namespace(batch_size=batch_size, overlap=overlap, amp=amp)
+    args = argparse.Namespace(batch_size=batch_size, overlap=overlap, precision=precision)
     h, w = (side // 16 for side in image.shape[:2])
     return extractor.Encoder(backbone, torch.device("cpu"), args, h, w)
 
@@ -1004,6 +1010,7 @@ def test_what_the_hub_gave_must_be_the_published_file(tiny_uni, tmp_path, monkey
         (["--overlap", "-1"], "--overlap is -1"),
         (["--overlap", "128"], "--overlap is 128"),
         (["--weights", "x.pth"], "brings its own weights"),
+        (["--precision", "tf32", "--device", "cpu"], "--precision tf32 is not for cpu"),
         (["--backbone", "no_such_network"], "Unknown model"),
         (
             ["--backbone", "swin_tiny_patch4_window7_224", "--weights", "x"],
@@ -1051,23 +1058,159 @@ def test_tokens_that_are_not_finite_are_refused(tiny_uni, tmp_path, capsys):
     assert sorted(path.name for path in directory.iterdir()) == ["he.png", "image_calibration.json"]
 
 
-def test_amp_stays_close_to_full_precision(tiny_uni, tmp_path):
-    directory = write_he(tmp_path / "s", section(224, 224))
-    maps = []
-    for options in ([], ["--amp"]):
-        assert run(SCRIPT, directory, "--weights", str(tiny_uni[1]), *options) == 0
-        maps.append(outputs(directory)[0].astype(float))
-    assert record(directory)["amp"] is True
-    assert np.corrcoef(maps[0].ravel(), maps[1].ravel())[0, 1] > 0.999
-    assert not np.array_equal(*maps)
+# ----- precision -----
+def as_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to the 10 explicit bits of TF32, the nearest."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def test_amp_of_a_cnn(lite):
+class Tf32Products(TorchFunctionMode):
+    """What a card does with the inputs of products in TF32; sums are of float32 in both."""
+
+    inputs: ClassVar = {torch.conv2d: 2, nnf.linear: 2, nnf.scaled_dot_product_attention: 3}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        n = self.inputs.get(function, 0)
+        args = [as_tf32(x) if i < n else x for i, x in enumerate(args)]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def shallow_uni():
+    """A model of UNI's width with two blocks that do something, and normalised pixels of a tile."""
+    torch.manual_seed(0)
+    model = timm.create_model(**extractor.UNI_ARCHITECTURE | {"depth": 2, "init_values": 1.0})
+    mean, std = torch.tensor(extractor.IMAGENET_MEAN_STD)
+    x = (torch.from_numpy(section(224, 224)) / 255 - mean) / std
+    x = x.permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        return model.eval(), x, extractor.tile_tokens(model, x)
+
+
+@pytest.mark.parametrize(
+    ("emulated", "bits", "roundings"),
+    [
+        (torch.autocast("cpu", torch.bfloat16), 7, 3),  # of both inputs of a product and the output
+        (Tf32Products(), 10, 2),
+    ],
+    ids=["bfloat16", "tf32"],
+)
+def test_fewer_bits_change_features_by_what_rounding_explains(
+    emulated, bits, roundings, shallow_uni
+):
+    """As independent errors add up: the products of two blocks and of the patch embedding.
+
+    A number rounded to so many bits is off by up to half of 2^-bits, evenly spread.
+    """
+    model, x, full = shallow_uni
+    with torch.inference_mode(), emulated:
+        fewer = extractor.tile_tokens(model, x)
+    products = 2 * 6 + 1
+    expected = 2.0 ** -(bits + 1) * (roundings * products / 3) ** 0.5
+    features, error = full.flatten(0, 2), (fewer - full).flatten(0, 2)
+    relative = float(error.square().mean().sqrt() / features.std(dim=0).square().mean().sqrt())
+    assert expected / 10 < relative < expected  # not less: it was rounded at all
+    cosine = nnf.cosine_similarity(features, features + error, dim=1)
+    assert float(cosine.min()) > 1 - expected**2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "found"),
+    [
+        ("auto", (9, 0), "bfloat16"), ("auto", (7, 5), "float32"), ("auto", None, "float32"),
+        ("tf32", (8, 6), "tf32"), ("float32", (9, 0), "float32"), ("bfloat16", None, "bfloat16"),
+    ],
+)  # fmt: skip
+def test_the_card_decides_the_precision(wanted, capability, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda:1" if capability else "cpu")
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        assert devices.set_precision(wanted, device) == found
+        if capability:
+            rounds = found != "float32"
+            assert torch.get_float32_matmul_precision() == ("high" if rounds else "highest")
+            assert torch.backends.cudnn.allow_tf32 == rounds
+        else:
+            assert torch.get_float32_matmul_precision() == matmul
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def test_another_precision_starts_over_and_is_recorded(tiny_uni, tmp_path, monkeypatch):
+    options = ["--weights", str(tiny_uni[1])]
+    directory = write_he(tmp_path / "s", section(448, 224))
+    folder = interrupted(monkeypatch, directory, *options)
+    for row in folder.iterdir():
+        np.save(row, np.ones_like(np.load(row)))  # would be seen if it were used
+    assert run(SCRIPT, directory, *options, "--precision", "bfloat16") == 0
+    half = outputs(directory)[0].astype(float)
+    assert record(directory)["precision"] == "bfloat16"
+    for row in folder.iterdir():
+        row.unlink()
+    assert run(SCRIPT, directory, *options) == 0
+    full = outputs(directory)[0].astype(float)
+    assert record(directory)["precision"] == "float32"
+    assert np.corrcoef(full.ravel(), half.ravel())[0, 1] > 0.999
+    assert not np.array_equal(full, half)
+
+
+def test_bfloat16_of_a_cnn(lite):
     image = section(224, 448)
-    full, half = (encoder(lite, image, amp=amp).row(image).astype(float) for amp in (False, True))
+    full, half = (
+        encoder(lite, image, precision=precision).row(image).astype(float)
+        for precision in ("float32", "bfloat16")
+    )
     assert not np.array_equal(full, half)
     for feature in range(0, 152, 10):
         assert np.corrcoef(full[..., feature].ravel(), half[..., feature].ravel())[0, 1] > 0.99
+
+
+# ----- a card that does not wait -----
+def test_items_are_made_while_the_one_before_is_used():
+    made, used = threading.Event(), []
+
+    def items():
+        yield 1
+        made.set()
+        yield 2
+
+    for item in tiling.ahead(items()):
+        assert made.wait(10)  # for ever, were the second made when it is asked for
+        used.append(item)
+    assert used == [1, 2]
+
+
+def test_an_error_in_what_is_made_ahead_reaches_the_user_of_the_items():
+    def items():
+        yield 1
+        raise ValueError("the second")
+
+    with pytest.raises(ValueError, match="the second"):
+        list(tiling.ahead(items()))
+
+
+def test_rows_of_a_card_are_computed_ahead_and_are_the_same(lite, tmp_path, monkeypatch):
+    image, computers = section(448, 224), []
+    cpu, card = (encoder(lite, image, tiling=Tiling(14, 2, False)) for _ in range(2))
+    card.device = torch.device("cuda:0")  # which rows_of_tiles alone gets to see
+
+    def row(band):
+        computers.append(threading.get_ident())
+        return cpu.row(band)
+
+    card.row = row
+    maps = []
+    for runner in (cpu, card):
+        path, folder = tmp_path / f"{runner.device.type}.npy", tmp_path / f"{id(runner)}.work"
+        numbers = range(len(runner.tiling.starts(28)))
+        extractor.write_map(path, extractor.rows_of_tiles(image, runner, folder, numbers), runner)
+        maps.append(path.read_bytes())
+        assert len(list(folder.iterdir())) == len(numbers)
+    assert maps[0] == maps[1]
+    assert len(computers) == 3
+    assert threading.get_ident() not in computers
 
 
 def test_other_systems_have_no_such_memory_to_keep(monkeypatch):
@@ -1087,17 +1230,32 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("options", [[], ["--amp"]], ids=["float32", "amp"])
-def test_cuda_agrees_with_the_cpu(options, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_cuda_agrees_with_the_cpu(precision, tmp_path):
     maps = []
     last = f"cuda:{torch.cuda.device_count() - 1}"
     for device in ("cpu", "cuda", last):
         directory = write_he(tmp_path / device.replace(":", ""), section(448, 448))
-        assert run(SCRIPT, directory, "--backbone", LITE, "--device", device, *options) == 0
+        options = ["--device", device]
+        options += ["--precision", precision if device != "cpu" else "float32"]
+        assert run(SCRIPT, directory, "--backbone", LITE, *options) == 0
         maps.append(outputs(directory)[0].astype(np.float32))
-    tolerance = {"rtol": 2e-2, "atol": 5e-2} if not options else {"rtol": 0.1, "atol": 0.5}
+    tolerance = {"rtol": 0.1, "atol": 0.5}
+    if precision == "float32":
+        tolerance = {"rtol": 2e-2, "atol": 5e-2}
     np.testing.assert_allclose(maps[1], maps[0], **tolerance)
     np.testing.assert_allclose(maps[2], maps[0], **tolerance)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_bfloat16_of_a_card_agrees_with_float32_of_the_cpu(shallow_uni):
+    model, x, full = shallow_uni
+    card = copy.deepcopy(model).cuda()
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        half = extractor.tile_tokens(card, x.cuda()).cpu()
+    features, error = full.flatten(0, 2), (half - full).flatten(0, 2)
+    assert error.square().mean().sqrt() < 0.02 * features.std(dim=0).square().mean().sqrt()
 
 
 @pytest.mark.gpu

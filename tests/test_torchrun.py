@@ -182,3 +182,30 @@ def test_every_item_belongs_to_one_process():
     shares = [devices.Ranks(rank, 3).share(range(7)) for rank in range(3)]
     assert [list(share) for share in shares] == [[0, 3, 6], [1, 4], [2, 5]]
     assert devices.Ranks(2, 3).share(["a"]) == []
+
+
+@pytest.mark.parametrize(("processes", "share"), [("1", 2), ("2", 2), ("3", 4), ("5", 6)])
+def test_processes_share_the_free_memory_of_their_card(processes, share, monkeypatch):
+    """Half of it; what torch has and does not use is free as well."""
+    card = torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert devices.spare_bytes(card) == 1200 // share
+    assert devices.spare_bytes(torch.device("cpu")) == devices.SPARE_BYTES
+
+
+def test_a_device_has_its_number():
+    """Each thread has a current card of its own, which is the first."""
+
+    class Probe:
+        device = torch.device("cuda:3")
+
+        def __matmul__(self, other):
+            return torch.full((2, 2), 2.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "ones", lambda *shape, device: Probe())
+        assert devices.resolve_device("cuda") == torch.device("cuda:3")
