@@ -224,7 +224,7 @@ def make_section(args: argparse.Namespace) -> tuple[Section, Split]:
     parents = np.concatenate([np.arange(len(spots))[:, None].repeat(2, axis=1), pairs])
     n_features = 64 if args.small else 1024
     tokens = rng.normal(size=(1, side, n_features)).astype(np.float16)
-    middles = np.stack(np.indices((side, side)), axis=-1) + 0.5 - side / 2
+    middles = np.moveaxis(np.indices((side, side)), 0, -1) + 0.5 - side / 2
     reach = np.linalg.norm(spots - side / 2, axis=1).max() + PITCH / 2
     preset = HISTEX.PRESETS["default"]
     section = Section(
