@@ -582,7 +582,7 @@ def check_space(
 
 
 def summarise(
-    spots: pd.Index, genes: list[str], held_out: np.ndarray, r: np.ndarray
+    spots: pd.Index, usable: int, genes: list[str], held_out: np.ndarray, r: np.ndarray
 ) -> dict[str, Any]:
     """Print the closing table; return what the record keeps of it."""
     facts: dict[str, Any] = {"spots": len(spots), "genes": len(genes), "held_out_r_median": None}
@@ -595,7 +595,8 @@ def summarise(
         score = (
             f"{len(held_out)} spots, median r {median:.3f} (10 to 90 %: {low:.3f} to {high:.3f})"
         )
-    print(f"  spots     {len(spots)}\n  genes     {len(genes)}\n  held out  {score}")
+    of_all = f"{usable} of {len(spots)} with tissue" if usable < len(spots) else len(spots)
+    print(f"  spots     {of_all}\n  genes     {len(genes)}\n  held out  {score}")
     print(f"  maps      {utils.MAPS.name}/, pictures in {utils.PLOTS.name}/")
     return facts | {"held_out_spots": [str(spots[i]) for i in held_out]}
 
@@ -672,7 +673,7 @@ def main(stage: utils.Stage) -> None:
             found = predict_and_write(stage, section, genes, trained, training, key, device)
     predicting = time.monotonic() - started - seconds["seconds_training"]
     seconds["seconds_prediction"] = round(predicting, 2)
-    facts = summarise(spots, genes, found["held_out"], found["r"])
+    facts = summarise(spots, int(section.usable.sum()), genes, found["held_out"], found["r"])
     if args.uncertainty:
         facts["coverage_of_90"] = uncertainty.report_coverage(stage, found["coverage"])
     facts["parts"] = states.files_of(args.n_states)

@@ -86,6 +86,13 @@ def build_parser() -> cli.Parser:
         help="Numbers that the network computes with. auto is bfloat16, where that is safe, on a "
         "CUDA card that has units for it, and float32 elsewhere; tf32 lies between them.",
     )
+    parser.add_argument(  # its name before
+        "--amp",
+        dest="precision",
+        action="store_const",
+        const="bfloat16",
+        help=argparse.SUPPRESS,
+    )
     return parser
 
 
@@ -102,9 +109,8 @@ def ask_the_hub(stage: utils.Stage) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(
-        build_parser(), utils.EXTRACTOR, ask_the_hub
-    )  # what needs none of the slow imports below
+    # What needs none of the slow imports below
+    cli.start(build_parser(), utils.EXTRACTOR, ask_the_hub)
 
 import cv2
 import numpy as np

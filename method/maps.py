@@ -169,11 +169,10 @@ def write_genes(
         if resume.take_finished(work, folders, finished):
             continue
         maps = source.maps(block)
-        spread = None if errors is None else errors.sd(maps, block)
         for row, i in enumerate(numbers):
             values = np.full(source.shown.shape, np.nan, np.float32)
-            if spread is not None:
-                values[source.shown] = spread[row]
+            if errors is not None:
+                values[source.shown] = errors.sd(maps[row : row + 1], slice(i, i + 1))[0]
                 write_map(folders[utils.SPREAD] / names[genes[i]], values, files.dtype)
             values[source.shown] = maps[row]
             write_map(folders[utils.MAPS] / names[genes[i]], values, files.dtype)

@@ -95,11 +95,18 @@ class Network(nn.Module):
         From tokens (B, rows, columns, F) with the halo, counts of HR points (B, K, G), and offsets
         (B, T, K, 2) from HR points to superpixels. Attention has those that are chosen only.
         """
+        views, to_middle, distance2 = self.prepared(tokens, offsets, chosen)
+        return self.see(views, expression, to_middle, distance2)
+
+    def prepared(
+        self, tokens: Tensor, offsets: Tensor, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``see`` takes beside the expression, from what ``forward`` does. Nothing learns."""
         views, to_middle = self.views(tokens).flatten(1, 2), offsets.mean(dim=1)
         if chosen is not None:
             patch = torch.arange(len(chosen), device=chosen.device)[:, None]
             views, offsets = views[patch, chosen], offsets[patch, chosen]
-        return self.see(views, expression, to_middle, offsets.square().sum(dim=-1))
+        return views, to_middle, offsets.square().sum(dim=-1)
 
     def see(
         self, views: Tensor, expression: Tensor, to_middle: Tensor, distance2: Tensor
@@ -168,12 +175,12 @@ class Spots:
         centres = np.floor(section.spots[batch]).astype(int)
         tokens, expression, offsets = section.inputs(centres, near, self.network.halo, self.device)
         chosen = to_device(section.chosen[batch], self.device)
-        patch = torch.arange(len(chosen), device=self.device)[:, None]
+        views, to_middle, distance2 = self.network.prepared(tokens, offsets, chosen)
         return Inputs(
-            views=self.network.views(tokens).flatten(1, 2)[patch, chosen],
+            views=views,
             expression=to_device(near, self.device) if by_index else expression,
-            to_middle=offsets.mean(dim=1),
-            distance2=offsets[patch, chosen].square().sum(dim=-1),
+            to_middle=to_middle,
+            distance2=distance2,
             areas=to_device(section.areas[batch], self.device).gather(1, chosen),
             counts=to_device(section.counts[batch], self.device),
         )

@@ -26,12 +26,13 @@ from method.anchoring import (
     nearest_points,
     weighted_sums,
 )
+from method.devices import to_device
 from method.network import Network
-from method.section import Section, nearest, on_map, to_device
+from method.section import Section, nearest, on_map
 from reading import arrays
 from writing.progress import Bar
 
-GENES_BYTES = 1_600_000_000  # memory for the maps of the genes that are decoded at a time
+GENES_BYTES = 800_000_000  # memory for the maps of the genes that are decoded at a time
 OVERLAP = 2  # superpixels that neighbouring patches share; more changes no score (ABLATIONS.md)
 PREDICT_BATCH = 64  # patches
 STRIP = 64  # columns embedded at a time; small enough for memory that is free already

@@ -25,9 +25,10 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 import utils
+from method.devices import to_device
 from method.layers import neighbourhoods
 from method.network import ALL
-from method.section import Section, Taught, to_device, token_statistics
+from method.section import Section, Taught, token_statistics
 from reading import arrays, plain
 
 FORMAT = "HISTEX reference 1"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import utils
 from method import grid
-from method.devices import to_device as to_device
+from method.devices import to_device
 from reading import arrays, images, plain, tables
 from reading.genes import read_gene_names
 

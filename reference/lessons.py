@@ -15,8 +15,9 @@ from torch import Tensor
 
 import utils
 from analysis import inputs, scores, spots
+from method.devices import to_device
 from method.reference import HALO, MOST_RATE, Encoder, check_genes, tissue_features
-from method.section import Section, read_section, to_device, token_statistics
+from method.section import Section, read_section, token_statistics
 from reading import arrays, images, tables
 
 BLOCK = 32  # superpixels, 256 um: what is left out is left out in blocks, for neighbours are alike

@@ -856,7 +856,7 @@ def test_a_slide_of_11_mm_is_decoded_in_a_few_blocks():
     decoder = prediction.Decoder.__new__(prediction.Decoder)
     decoder.places = np.empty((1_300_000, 0))
     decoder.section = types.SimpleNamespace(counts=np.empty((0, 1_000)))
-    assert len(decoder.blocks()) == 4
+    assert len(decoder.blocks()) == 7
 
 
 @pytest.mark.parametrize("n_states", [1, 2, 3, 4, 5, 8])

@@ -1138,6 +1138,12 @@ def test_the_card_decides_the_precision(wanted, capability, found, monkeypatch):
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
+def test_the_former_name_of_bfloat16_is_taken(tmp_path):
+    options = ["--directory", str(tmp_path)]
+    for more, precision in (([], "auto"), (["--amp"], "bfloat16")):
+        assert extractor.build_parser().parse_args([*options, *more]).precision == precision
+
+
 def test_another_precision_starts_over_and_is_recorded(tiny_uni, tmp_path, monkeypatch):
     options = ["--weights", str(tiny_uni[1])]
     directory = write_he(tmp_path / "s", section(448, 224))
