@@ -86,13 +86,7 @@ def build_parser() -> cli.Parser:
         help="Numbers that the network computes with. auto is bfloat16, where that is safe, on a "
         "CUDA card that has units for it, and float32 elsewhere; tf32 lies between them.",
     )
-    parser.add_argument(  # its name before
-        "--amp",
-        dest="precision",
-        action="store_const",
-        const="bfloat16",
-        help=argparse.SUPPRESS,
-    )
+    parser.alias("--amp", "--precision", "bfloat16")
     return parser
 
 

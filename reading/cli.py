@@ -57,9 +57,12 @@ class Parser(argparse.ArgumentParser):
         told = f"HISTEX {origin.VERSION}"
         self.add_argument("--version", action="version", version=told, help="Print the version.")
 
-    def alias(self, old: str, new: str) -> None:
-        """Let an earlier spelling of an option go on; --help does not show it."""
-        self._option_string_actions[old] = self._option_string_actions[new]
+    def alias(self, old: str, new: str, value: str | None = None) -> None:
+        """Let an earlier spelling of an option, or of a ``value`` of it, go on; not in --help."""
+        action = self._option_string_actions[new]
+        if value is not None:
+            action = argparse._StoreConstAction([old], action.dest, const=value)
+        self._option_string_actions[old] = action
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As argparse does, but a misspelt option is named before anything that is missing."""

@@ -36,7 +36,7 @@ import Histology_Extractor as extractor
 import utils
 from Histology_Extractor import LITE, Tiling
 from method import devices, tiling
-from reading import hub, images
+from reading import cli, hub, images
 from writing import disk
 
 SCRIPT = utils.EXTRACTOR
@@ -1140,8 +1140,9 @@ def test_the_card_decides_the_precision(wanted, capability, found, monkeypatch):
 
 def test_the_former_name_of_bfloat16_is_taken(tmp_path):
     options = ["--directory", str(tmp_path)]
-    for more, precision in (([], "auto"), (["--amp"], "bfloat16")):
-        assert extractor.build_parser().parse_args([*options, *more]).precision == precision
+    parser = extractor.build_parser()
+    for more, told in (([], []), (["--amp"], ["--precision", "bfloat16"])):
+        assert cli.given_options(parser, parser.parse_args([*options, *more])) == told
 
 
 def test_another_precision_starts_over_and_is_recorded(tiny_uni, tmp_path, monkeypatch):
