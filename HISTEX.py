@@ -60,7 +60,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -396,7 +395,7 @@ def train_epoch(progress: Progress, batches: Iterable[Inputs], device: torch.dev
     network, total, n_spots = progress.network, torch.zeros((), device=device), 0
     network.train()
     for inputs in batches:
-        loss = network.loss(network.see(*inputs[:4]), inputs.areas, inputs.counts).mean()
+        loss = progress.loss(inputs)
         progress.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         progress.optimizer.step()
@@ -511,17 +510,14 @@ def train_states(
     n_states: int,
     ranks: devices.Ranks,
     device: torch.device,
-) -> list[states.State] | None:
-    """All states. Of several processes, each trains its share; then the first gets those of the
-    others from the disk, and the others get None."""
+) -> list[states.State]:
+    """All states. Of several processes, each trains its share; those of the others it reads."""
 
     def train(index: int) -> states.State:
         return train_state(section, folder / f"{index:02d}", training, key, index, device)
 
     trained = {index: train(index) for index in ranks.share(range(n_states))}
     ranks.barrier()
-    if ranks.rank > 0:
-        return None
     return [trained[index] if index in trained else train(index) for index in range(n_states)]
 
 
@@ -608,9 +604,14 @@ def predict_and_write(
     trained: list[states.State],
     training: Training,
     key: states.Key,
+    ranks: devices.Ranks,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that is as large as the map, and how well held-out spots are predicted."""
+    """Everything that is as large as the map, and how well held-out spots are predicted.
+
+    Of several processes, each goes over the section with its share of the states, and decodes its
+    share of the genes.
+    """
     args, errors = stage.args, None
     files = maps.MapFiles(args.map_format, args.dtype, args.n_plots, args.uncertainty)
     held_out, predicted = states.held_out(trained)
@@ -623,18 +624,22 @@ def predict_and_write(
         factors, facts["coverage"] = uncertainty.calibrate(measured, predicted, variance, disc)
         spots, places = section.spots[section.usable], np.argwhere(shown) + 0.5
         errors = Errors(factors, growth(places, spots, section.radius))
-    networks = [state.network for state in trained]
+    shares = [ranks.share(trained, rank) for rank in range(ranks.world)]
+    networks = [[state.network for state in share] for share in shares]
+    every = [network for share in networks for network in share]
     decisive = [key.hash, utils.code_hash(SCRIPT), asdict(files)]
     decisive += [args.n_states, args.keep_background]
     work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
     folders = maps.new_folders(stage, files)
-    with tempfile.TemporaryFile(dir=stage.directory) as file:  # it has no name, and ends with us
-        embedding = prediction.embed_section(
-            networks, section, shown, training.preset.overlap, file, device
-        )
-        prior = training.preset.anchor_prior
-        decoder = prediction.Decoder(networks, section, shown, prior, file, device)
-        maps.write_genes(folders, work, genes, decoder, facts["r"], files, errors)
+    overlap, prior = training.preset.overlap, training.preset.anchor_prior
+    with prediction.latent_files(stage.directory, work, ranks) as latent:
+        mine, there = networks[ranks.rank], latent[ranks.rank]
+        embedding = prediction.embed_section(mine, section, shown, overlap, there, device)
+        ranks.barrier()
+        decoder = prediction.Decoder(every, section, shown, prior, latent, device)
+        maps.write_genes(folders, work, genes, decoder, facts["r"], files, errors, ranks)
+    if ranks.rank > 0:
+        return facts
     stage.retire(utils.EXPECTED)  # of maps by reference/predict.py
     if not args.uncertainty:
         stage.retire(utils.SPREAD)
@@ -667,10 +672,10 @@ def main(stage: utils.Stage) -> None:
             key = states.key_of(training, STATE_CODE, stage.inputs, device)
             folder = stage.directory / utils.STATES.name
             trained = train_states(section, folder, training, key, args.n_states, ranks, device)
-            if trained is None:
-                return
             seconds = {"seconds_training": round(time.monotonic() - started, 2)}
-            found = predict_and_write(stage, section, genes, trained, training, key, device)
+            found = predict_and_write(stage, section, genes, trained, training, key, ranks, device)
+        if ranks.rank > 0:
+            return
     predicting = time.monotonic() - started - seconds["seconds_training"]
     seconds["seconds_prediction"] = round(predicting, 2)
     facts = summarise(spots, int(section.usable.sum()), genes, found["held_out"], found["r"])

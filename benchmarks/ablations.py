@@ -198,7 +198,9 @@ def run_variant(
     maps = np.full((len(genes), *section.tissue.shape), np.nan, np.float32)
     with tempfile.TemporaryFile() as file:
         prediction.embed_section(networks, section, section.tissue, row.overlap, file, CPU)
-        decoder = prediction.Decoder(networks, section, section.tissue, row.anchor_prior, file, CPU)
+        decoder = prediction.Decoder(
+            networks, section, section.tissue, row.anchor_prior, [file], CPU
+        )
         for chosen in decoder.blocks():
             maps[chosen, section.tissue] = decoder.maps(chosen)
     held_out, predicted = states.held_out(trained)

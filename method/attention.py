@@ -14,6 +14,12 @@ WIDTH = Network.embedding_size  # D, 128 as published
 HEADS = 8  # as published
 
 
+def one_product(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
+    """second(first(x)); the matrices are multiplied before, for x has many more rows than they."""
+    bias = nnf.linear(first.bias, second.weight, second.bias)
+    return nnf.linear(x, second.weight @ first.weight, bias)
+
+
 class CrossAttention(nn.Module):
     """Queries (B, Q, .) attend to keys (B, M, .) in several heads and come back as (B, Q, D)."""
 
@@ -26,12 +32,17 @@ class CrossAttention(nn.Module):
         self.scale = scale
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return self.out(self.mixed(self.query(queries), keys))
+
+    def mixed(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """What the heads find, (B, Q, D), for queries as these see them."""
+
         def heads(x: Tensor) -> Tensor:  # (B, M, D) -> (B, heads, M, D / heads)
             return x.unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(1, 2)
 
-        q, k, v = heads(self.query(queries)), heads(self.key(keys)), heads(self.value(keys))
+        q, k, v = heads(queries), heads(self.key(keys)), heads(self.value(keys))
         mixed = nnf.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
 
 class BidirectionalAttention(nn.Module):
@@ -44,6 +55,8 @@ class BidirectionalAttention(nn.Module):
         self.fuse = CrossAttention(WIDTH, WIDTH, scale)
 
     def forward(self, tokens: Tensor, expression: Tensor) -> Tensor:
-        informed_tokens = self.token_to_expression(tokens, expression)  # (B, T, D)
+        first, last = self.token_to_expression, self.fuse
+        informed_tokens = first.mixed(first.query(tokens), expression)  # (B, T, D)
         informed_expression = self.expression_to_token(expression, tokens)  # (B, K, D)
-        return self.fuse(informed_tokens, informed_expression)
+        queries = one_product(first.out, last.query, informed_tokens)
+        return last.out(last.mixed(queries, informed_expression))

@@ -102,9 +102,9 @@ class Ranks:
     rank: int
     world: int
 
-    def share(self, items: Sequence) -> Sequence:
-        """Every world-th of the items: each belongs to exactly one process."""
-        return items[self.rank :: self.world]
+    def share(self, items: Sequence, rank: int | None = None) -> Sequence:
+        """Every world-th of the items, of this process or of another: each belongs to one."""
+        return items[self.rank if rank is None else rank :: self.world]
 
     def barrier(self) -> None:
         """Wait until all processes have come here."""
@@ -119,6 +119,9 @@ class Ranks:
             ) from error
 
 
+ALONE = Ranks(0, 1)
+
+
 @contextlib.contextmanager
 def ranks() -> Iterator[Ranks]:
     """Join the processes of torchrun; without it, this one is alone.
@@ -130,7 +133,7 @@ def ranks() -> Iterator[Ranks]:
     """
     rank, world, local = (int(os.environ.get(name, "0")) for name in TORCHRUN)
     if world <= 1:
-        yield Ranks(0, 1)
+        yield ALONE
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())

@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 import utils
-from method import resume
+from method import devices, resume
 from method.errors import Errors
 from writing.progress import Bar
 
@@ -149,25 +149,28 @@ def write_genes(
     r: np.ndarray,
     files: MapFiles,
     errors: Errors | None = None,
+    ranks: devices.Ranks = devices.ALONE,
 ) -> None:
     """Write the maps, their standard deviations and pictures, some genes at a time.
 
     By ``r`` (G,), the held-out correlation or another score, genes are chosen for pictures. Without
     ``errors`` there are no standard deviations. What is finished also gets a name in the folder
-    ``work``, from which a run that was cut off goes on.
+    ``work``, from which a run that was cut off goes on, and by which the first of several processes
+    gets what the others have written.
     """
     names = file_names(genes, f".{files.format}")
     best = np.argsort(-np.nan_to_num(r, nan=-2), kind="stable")[: files.n_plots].tolist()
     pictures = file_names([genes[i] for i in best], ".png")
     for folder in folders.values():
         folder.mkdir()
-    for block in Bar(source.blocks(), "blocks of genes"):
+
+    def write(block: slice) -> None:
         numbers = range(len(genes))[block]
         finished = [(utils.PLOTS, pictures[genes[i]]) for i in numbers if i in best]
         for artifact in folders.keys() - {utils.PLOTS}:
             finished += [(artifact, names[genes[i]]) for i in numbers]
         if resume.take_finished(work, folders, finished):
-            continue
+            return
         maps = source.maps(block)
         for row, i in enumerate(numbers):
             values = np.full(source.shown.shape, np.nan, np.float32)
@@ -181,6 +184,15 @@ def write_genes(
                 picture = Image.fromarray(draw_map(values, title))
                 picture.save(folders[utils.PLOTS] / pictures[genes[i]])
         resume.keep_finished(work, folders, finished)
+
+    blocks = source.blocks()
+    for block in Bar(ranks.share(blocks), "blocks of genes"):
+        write(block)
+    ranks.barrier()
+    if ranks.rank > 0:
+        return
+    for block in blocks if ranks.world > 1 else []:
+        write(block)
     for artifact in folders.keys() - {utils.PLOTS}:
         write_index(folders[artifact], names)
         n_bytes = 4 * source.shown.size  # of a map in float32, without its header

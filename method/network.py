@@ -39,6 +39,7 @@ class Network(nn.Module):
     latent_size: ClassVar[int]  # L, of a superpixel
     quick: ClassVar[tuple[str, ...]] = ()  # parameters that learn faster, and do not decay
     interpolates: ClassVar[bool] = False  # whether ``decode`` takes interpolated expression
+    repeats: ClassVar[bool] = True  # the same operators in each step of training, whatever it holds
 
     def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__()

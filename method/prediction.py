@@ -6,11 +6,15 @@ values, M superpixels that are shown, P HR points, S states.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BufferedRandom
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -33,7 +37,7 @@ from reading import arrays
 from writing.progress import Bar
 
 GENES_BYTES = 800_000_000  # memory for the maps of the genes that are decoded at a time
-OVERLAP = 2  # superpixels that neighbouring patches share; more changes no score (ABLATIONS.md)
+OVERLAP = 1  # superpixels that neighbouring patches share; more changes no score (ABLATIONS.md)
 PREDICT_BATCH = 64  # patches
 STRIP = 64  # columns embedded at a time; small enough for memory that is free already
 POINTS_BYTES = 16_384_000  # of HR points embedded at a time: 4096 of 1,000 genes
@@ -242,6 +246,26 @@ def latent_rows(
             yield done, means
 
 
+@contextlib.contextmanager
+def latent_files(
+    directory: Path, work: Path, ranks: devices.Ranks
+) -> Iterator[list[BufferedRandom]]:
+    """A file for the latent values of every process, each of which may read all of them.
+
+    That of a process which is alone has no name and ends with it. Those of several lie in the
+    folder ``work``, and go with it. Runs beside each other write the same bytes into them.
+    """
+    with contextlib.ExitStack() as files:
+        if ranks.world == 1:
+            yield [files.enter_context(tempfile.TemporaryFile(dir=directory))]
+            return
+        work.mkdir(exist_ok=True)
+        paths = [work / f"latent-{rank}" for rank in range(ranks.world)]
+        for path in paths:
+            path.touch()
+        yield [files.enter_context(path.open("r+b")) for path in paths]
+
+
 def embed_section(
     networks: list[Network],
     section: Section,
@@ -252,9 +276,13 @@ def embed_section(
 ) -> np.ndarray:
     """Write the latent values of the M superpixels that are shown, float32 (M, S, L), to a file.
 
+    Nothing is written without networks.
+
     ``shown`` is (h, w) bool. Returns the embedding (D, h, w) of the first network, NaN
     where nothing is shown.
     """
+    if not networks:
+        return np.empty((0, *shown.shape), np.float32)
     size = networks[0].embedding_size
     embedding = np.full((size, *shown.shape), np.nan, np.float32)
     for network in networks:
@@ -264,11 +292,14 @@ def embed_section(
             values = latent.cpu()[:, torch.from_numpy(shown[rows])]
             embedding[:, rows][:, shown[rows]] = values[0, :, :size].T
             file.write(values.transpose(0, 1).contiguous().numpy().data)
+    file.flush()
     return embedding
 
 
 class Decoder:
-    """Maps of genes from the latent values in a file, some genes at a time.
+    """Maps of genes from the latent values in files, some genes at a time.
+
+    Each of the files holds those of some networks, which follow each other in ``networks``.
 
     So neither grows the memory with the number of genes, nor does a run that was cut off lose more
     than the genes it was at. ``anchor_prior`` None leaves the maps as the networks give them.
@@ -280,10 +311,10 @@ class Decoder:
         section: Section,
         shown: np.ndarray,
         anchor_prior: float | None,
-        file: BufferedRandom,
+        files: Sequence[BufferedRandom],
         device: torch.device,
     ) -> None:
-        self.networks, self.section, self.file, self.device = networks, section, file, device
+        self.networks, self.section, self.files, self.device = networks, section, files, device
         self.shown, self.places = shown, np.argwhere(shown)
         self.size = networks[0].latent_size
         if networks[0].interpolates:
@@ -318,13 +349,20 @@ class Decoder:
             anchor_to_spots(maps, measured, self.anchors, self.prior)
         return maps
 
+    def latent(self, part: slice) -> np.ndarray:
+        """Latent values (M', S, L) of some superpixels."""
+        parts = []
+        for file in self.files:
+            bytes_each = file.seek(0, io.SEEK_END) // len(self.places)
+            values = np.empty((part.stop - part.start, bytes_each // 4), np.float32)
+            file.seek(part.start * bytes_each)
+            file.readinto(values.data)
+            parts.append(values)
+        return np.concatenate(parts, axis=1).reshape(len(parts[0]), -1, self.size)
+
     def decode(self, part: slice, genes: slice, expression: Tensor) -> Tensor:
         """Median (M', G') of some superpixels and genes."""
-        shape = (part.stop - part.start, len(self.networks), self.size)
-        values = np.empty(shape, np.float32)
-        self.file.seek(part.start * values[:1].nbytes)
-        self.file.readinto(values.data)
-        latent, maps = to_device(values, self.device), []
+        latent, maps = to_device(self.latent(part), self.device), []
         for number, network in enumerate(self.networks):
             interpolated = NOTHING
             if network.interpolates:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from method.network import Network
+from method.network import Inputs, Network
 
 
 class Selection:
@@ -67,6 +67,28 @@ class Average(AveragedModel):
         self.n_averaged += 1
 
 
+class MeanLoss(nn.Module):
+    """The mean loss of a batch of spots, from the parts of ``Inputs``."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        inputs = Inputs(*parts)
+        output = self.network.see(*inputs[:4])
+        return self.network.loss(output, inputs.areas, inputs.counts).mean()
+
+
+def recorded(loss: nn.Module, inputs: Inputs) -> nn.Module:
+    """The loss and its gradients as a card replays them, for inputs of these shapes."""
+    device = inputs.counts.device
+    with torch.random.fork_rng([device], device_type=device.type):  # trials draw random numbers
+        parts = tuple(part.clone() for part in inputs)
+        graphed = torch.cuda.make_graphed_callables(loss, parts, allow_unused_input=True)
+        return cast(nn.Module, graphed)
+
+
 class Progress:
     """What a training has come to; a checkpoint holds all of it."""
 
@@ -88,6 +110,20 @@ class Progress:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, size)
         self.selection = Selection()
         self.history: list[dict[str, float]] = []
+        self.losses: dict[int, nn.Module] = {}  # by the number of spots
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        """Mean loss of a batch of spots.
+
+        A card is done with the many small operators of a step long before Python has asked for
+        them. So it records them once, for every size of a batch, and replays them.
+        """
+        size = len(inputs.counts)
+        if size not in self.losses:
+            loss: nn.Module = MeanLoss(self.network)
+            on_card = inputs.counts.device.type == "cuda"
+            self.losses[size] = recorded(loss, inputs) if on_card and self.network.repeats else loss
+        return cast(Tensor, self.losses[size](*inputs))
 
     @property
     def kept(self) -> Network:

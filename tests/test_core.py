@@ -398,12 +398,14 @@ def test_the_step_size_falls_as_a_cosine(n_steps, wanted):
 
 
 # ----- prediction ---------------------------------------------------------------------------------
-def test_patches_share_two_superpixels_and_fade_there():
-    stride, fade = prediction.blending(9, True)
-    line = [1, 2, 3, 3, 3, 3, 3, 2, 1]
-    assert stride == 7
-    assert fade.reshape(9, 9).tolist() == np.outer(line, line).tolist()
-    assert line[7] + line[0] == line[8] + line[1] == 3  # of two neighbours, wherever both are
+def test_patches_share_superpixels_and_fade_there(monkeypatch):
+    for shared, line in ((1, [1, 2, 2, 2, 2, 2, 2, 2, 1]), (2, [1, 2, 3, 3, 3, 3, 3, 2, 1])):
+        monkeypatch.setattr(prediction, "OVERLAP", shared)
+        stride, fade = prediction.blending(9, True)
+        assert stride == 9 - shared
+        assert fade.reshape(9, 9).tolist() == np.outer(line, line).tolist()
+        for i in range(shared):  # two neighbours are one, wherever both are
+            assert line[stride + i] + line[i] == shared + 1
     assert prediction.blending(3, True)[0] == 2
     stride, fade = prediction.blending(3, False)
     assert (stride, fade.tolist()) == (3, [1] * 9)
