@@ -361,6 +361,7 @@ CHECKPOINT_SECONDS = 30.0
 FEWEST_STEPS = 200  # over which the step size falls, also where an epoch has a few steps only
 QUICK = 10.0  # step size of a network's quick parameters, in those of the others
 SCORED_AT_ONCE = 16  # held-out spots
+MOST_THREADS = 8  # of a CPU: training takes longer with more (docs/hardware.md)
 
 
 @dataclass(frozen=True)
@@ -379,7 +380,12 @@ class Training:
         quick: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr": QUICK * rate}
         for name, parameter in network.named_parameters():
             (quick if name in network.quick else slow)["params"].append(parameter)
-        optimizer = preset.optimizer([slow, quick] if quick["params"] else [slow], fused=True)
+        groups, options = [slow, quick] if quick["params"] else [slow], {"fused": True}
+        if slow["params"][0].is_cuda and network.repeats:
+            options["capturable"] = True
+            for group in groups:  # a recording would keep a number as it is
+                group["lr"] = torch.tensor(group["lr"], device=slow["params"][0].device)
+        optimizer = preset.optimizer(groups, **options)
         return Progress(network, optimizer, preset.averaging, n_steps if preset.annealing else None)
 
     def length(self, n_spots: int) -> tuple[int, int]:
@@ -392,18 +398,12 @@ class Training:
 
 def train_epoch(progress: Progress, batches: Iterable[Inputs], device: torch.device) -> float:
     """One pass over batches of training spots; returns the mean loss."""
-    network, total, n_spots = progress.network, torch.zeros((), device=device), 0
-    network.train()
+    total, n_spots = torch.zeros((), device=device), 0
+    progress.network.train()
     for inputs in batches:
-        loss = progress.loss(inputs)
-        progress.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        progress.optimizer.step()
-        progress.schedule.step()
-        if progress.average is not None:
-            progress.average.update_parameters(network)
+        loss = progress.learn(inputs)
         n_spots += len(inputs.counts)
-        total += loss.detach() * len(inputs.counts)  # read once an epoch: a card need not wait
+        total += loss * len(inputs.counts)  # read once an epoch: a card need not wait
     return float(total) / n_spots
 
 
@@ -425,7 +425,7 @@ def one_epoch(progress: Progress, spots: Spots, training: Training, index: int) 
     # Seeded by the epoch, not by what came before: a resumed run draws the same numbers.
     seed_torch(training.seed + index, epoch)
     order = np.random.default_rng([training.seed + index, epoch]).permutation(spots.split.train)
-    rate = progress.optimizer.param_groups[0]["lr"]
+    rate = float(progress.optimizer.param_groups[0]["lr"])
     batches = spots.batches(order, training.length(len(order))[1])
     loss = train_epoch(progress, batches, spots.device)
     row = {"epoch": epoch, "train_loss": loss, "learning_rate": rate}
@@ -658,6 +658,7 @@ def main(stage: utils.Stage) -> None:
     training = Training(preset, args.epochs, args.seed, args.batch_size, args.learning_rate)
     with devices.ranks() as ranks:
         device = devices.resolve_device(args.device)
+        devices.limit_threads(device, MOST_THREADS)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # matrix products in TF32
         section, spots, genes = read_section(stage, preset.context, preset.by_area)

@@ -134,7 +134,8 @@ def wait(device: torch.device) -> None:
 def busy_share(step: Callable[[], object], device: torch.device) -> float:
     """Share of the time in which kernels run on the card or, on a CPU, operators."""
     on_card = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as found:
+    activity = ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as found:
         start = time.perf_counter()
         step()
         wait(device)

@@ -47,15 +47,23 @@ def resolve_device(name: str) -> torch.device:
     )
 
 
-def set_precision(wanted: str, device: torch.device) -> str:
+def limit_threads(device: torch.device, most: int) -> None:
+    """Have a CPU compute with at most so many threads, unless the user has said how many."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(most, torch.get_num_threads()))
+
+
+def set_precision(wanted: str, device: torch.device, best: str = "bfloat16") -> str:
     """Have torch compute with these numbers, and return which they are: auto is settled here.
+
+    It is ``best``, what suits the network, on a card that has units for it.
 
     TF32 is for the products and convolutions that stay in float32; torch uses it in convolutions
     unless told otherwise. Cards have units for it, as for bfloat16, from compute capability 8 on.
     """
     has_units = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     if wanted == "auto":
-        wanted = "bfloat16" if has_units else "float32"
+        wanted = best if has_units else "float32"
     if wanted == "tf32" and not has_units:
         raise StageError(
             f"--precision tf32 is not for {device}: it needs a CUDA card of compute capability 8 "

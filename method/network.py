@@ -39,7 +39,8 @@ class Network(nn.Module):
     latent_size: ClassVar[int]  # L, of a superpixel
     quick: ClassVar[tuple[str, ...]] = ()  # parameters that learn faster, and do not decay
     interpolates: ClassVar[bool] = False  # whether ``decode`` takes interpolated expression
-    repeats: ClassVar[bool] = True  # the same operators in each step of training, whatever it holds
+    repeats: ClassVar[bool] = True  # each step of training takes the same operators: a card may
+    # record them, if none of them asks for a value and the optimizer is capturable
 
     def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -58,35 +59,46 @@ class Average(AveragedModel):
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__(network)
         self.decay = decay
+        self.pairs = list(self.module.parameters()), list(network.parameters())
 
-    def update_parameters(self, model: nn.Module) -> None:
+    def update_parameters(self, _: nn.Module) -> None:
         n = int(self.n_averaged)
         share = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        averages, weights = list(self.module.parameters()), list(model.parameters())
-        get_ema_multi_avg_fn(share)(averages, weights, n)
+        get_ema_multi_avg_fn(share)(*self.pairs, n)
         self.n_averaged += 1
 
 
-class MeanLoss(nn.Module):
-    """The mean loss of a batch of spots, from the parts of ``Inputs``."""
+class Recording:
+    """A step of training that a card replays, for batches of one size.
 
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
+    A card is done with the many small operators of a step long before Python has asked for them, so
+    they are recorded and asked for at once. The first steps are taken without: they choose
+    algorithms and get memory, which a recording cannot.
+    """
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        inputs = Inputs(*parts)
-        output = self.network.see(*inputs[:4])
-        return self.network.loss(output, inputs.areas, inputs.counts).mean()
+    first = 3  # steps
 
+    def __init__(self, step: Callable[[Inputs], Tensor]) -> None:
+        self.step, self.n_done = step, 0
+        self.stream = torch.cuda.Stream()  # recordings need another one than the default
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-def recorded(loss: nn.Module, inputs: Inputs) -> nn.Module:
-    """The loss and its gradients as a card replays them, for inputs of these shapes."""
-    device = inputs.counts.device
-    with torch.random.fork_rng([device], device_type=device.type):  # trials draw random numbers
-        parts = tuple(part.clone() for part in inputs)
-        graphed = torch.cuda.make_graphed_callables(loss, parts, allow_unused_input=True)
-        return cast(nn.Module, graphed)
+    def __call__(self, inputs: Inputs) -> Tensor:
+        if self.n_done < self.first:
+            self.n_done += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self.step(inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.graph is None:
+            self.graph, self.inputs = torch.cuda.CUDAGraph(), Inputs(*map(torch.clone, inputs))
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.loss = self.step(self.inputs)
+        for place, part in zip(self.inputs, inputs, strict=True):
+            place.copy_(part)
+        self.graph.replay()
+        return self.loss
 
 
 class Progress:
@@ -110,20 +122,30 @@ class Progress:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, size)
         self.selection = Selection()
         self.history: list[dict[str, float]] = []
-        self.losses: dict[int, nn.Module] = {}  # by the number of spots
+        self.recordings: dict[int, Recording] = {}  # by the number of spots
 
-    def loss(self, inputs: Inputs) -> Tensor:
-        """Mean loss of a batch of spots.
-
-        A card is done with the many small operators of a step long before Python has asked for
-        them. So it records them once, for every size of a batch, and replays them.
-        """
+    def learn(self, inputs: Inputs) -> Tensor:
+        """Take a step with a batch of spots; returns its mean loss."""
         size = len(inputs.counts)
-        if size not in self.losses:
-            loss: nn.Module = MeanLoss(self.network)
-            on_card = inputs.counts.device.type == "cuda"
-            self.losses[size] = recorded(loss, inputs) if on_card and self.network.repeats else loss
-        return cast(Tensor, self.losses[size](*inputs))
+        if inputs.counts.is_cuda and self.network.repeats:
+            if size not in self.recordings:
+                self.recordings[size] = Recording(self.step)
+            loss = self.recordings[size](inputs)
+        else:
+            loss = self.step(inputs)
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return loss
+
+    def step(self, inputs: Inputs) -> Tensor:
+        """Change the weights; nothing here asks the device for values."""
+        output = self.network.see(*inputs[:4])
+        loss = self.network.loss(output, inputs.areas, inputs.counts).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
 
     @property
     def kept(self) -> Network:
@@ -145,5 +167,8 @@ class Progress:
     def restore(self, content: dict[str, Any]) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].to(next(self.network.parameters()).device)
         vars(self.selection).update(content["selection"])
         self.history = content["history"]
