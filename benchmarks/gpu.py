@@ -52,7 +52,7 @@ def build_parser() -> cli.Parser:
     option("--spots", type=cli.positive, default=4000, help="Spots, at most.")
     option("--genes", type=cli.positive, default=1000, help="Genes.")
     option("--states", type=cli.positive, default=5, help="Networks.")
-    option("--batch-size", type=cli.positive, default=32, help="Tiles at once.")
+    option("--batch-size", type=cli.positive, help="Tiles at once (default: the extractor's).")
     option("--seconds", type=cli.above_0, default=15.0, help="For which each stage is timed.")
     option("--small", action="store_true",
            help="Two narrow blocks in place of UNI's network, to try the script.")  # fmt: skip
@@ -177,13 +177,13 @@ def extraction(args: argparse.Namespace, device: torch.device) -> Iterator[tuple
         architecture |= {"embed_dim": 64, "depth": 2, "num_heads": 2}
     model = timm.create_model(**architecture).eval()
     statistics = extractor.IMAGENET_MEAN_STD
-    backbone = extractor.Backbone(model, statistics, "", extractor.VIT_TILING, args.batch_size)
+    backbone = extractor.Backbone(model, statistics, "", extractor.VIT_TILING, 32)
     side = math.ceil(args.mm * 1000 / UM * TOKEN_PX / TILE_PX) * TILE_PX  # px
     pixels = np.random.default_rng(0).integers(0, 200, (TILE_PX, side, 3), np.uint8)
     for precision in ("float32", "tf32", "bfloat16"):
         if precision == "tf32" and device.type != "cuda":
             continue
-        options = argparse.Namespace(precision=precision, overlap=None, batch_size=None)
+        options = argparse.Namespace(precision=precision, overlap=None, batch_size=args.batch_size)
         n = side // TOKEN_PX
         encoder = extractor.Encoder(backbone, device, options, n, n)
         found = timed(functools.partial(encoder.row, pixels), args.seconds, device)

@@ -1251,7 +1251,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
 def test_cuda_agrees_with_the_cpu(precision, tmp_path):
     maps = []
     last = f"cuda:{torch.cuda.device_count() - 1}"
@@ -1261,7 +1261,7 @@ def test_cuda_agrees_with_the_cpu(precision, tmp_path):
         options += ["--precision", precision if device != "cpu" else "float32"]
         assert run(SCRIPT, directory, "--backbone", LITE, *options) == 0
         maps.append(outputs(directory)[0].astype(np.float32))
-    share = {"float32": 0.01, "tf32": 0.02, "bfloat16": 0.1}[precision]  # of a feature's sd
+    share = {"float32": 0.01, "tf32": 0.02}[precision]  # of a feature's sd
     features = maps[0].reshape(-1, maps[0].shape[-1])
     allowed = share * features.std(axis=0) + 1e-3
     for of_card in maps[1:]:
