@@ -18,20 +18,23 @@ Gradients = list[tuple[np.ndarray, np.ndarray]]
 # side is as short as the number of tiles allows.
 TILINGS = {"ViT tiles of 14": (14, 1, False), "CNN tiles": (128, 10, True)}
 TILE_PERIOD = 14  # tokens of 224 px
-CONTROL_PERIODS = (8, 16)  # of which nothing is known that could leave a seam
-PATCHES_SHARE = 2  # superpixels, of the default preset (method/prediction.py)
+CONTROL_PERIODS = (9, 15)  # of which nothing is known that could leave a seam
+PATCHES_SHARE = 1  # superpixels, of the default preset (method/prediction.py)
 MOST_OFFSETS = 32  # beyond that far from a line, the tissue is another
 
 
 def known_periods(radius: float) -> dict[int, str]:
     """Grids of whole superpixels from the map's corner, whose lines are looked at."""
     half = math.ceil(radius)
-    periods = dict.fromkeys(CONTROL_PERIODS, "control") | {TILE_PERIOD: "tiles of 224 px"}
-    periods[2 * half + 1 - min(PATCHES_SHARE, half)] = default = "patches of the default preset"
-    blocks = 2 * math.floor(radius) + 1
-    also = f"{default}, " if periods.get(blocks) == default else ""
-    periods[blocks] = f"{also}published blocks"
-    return dict(sorted(periods.items()))
+    grids = [
+        (2 * half + 1 - min(PATCHES_SHARE, half), "patches of the default preset"),
+        (2 * math.floor(radius) + 1, "published blocks"),
+        (TILE_PERIOD, "tiles of 224 px"),
+    ]
+    periods: dict[int, str] = {}
+    for period, name in grids:
+        periods[period] = f"{periods[period]}, {name}" if period in periods else name
+    return dict(sorted((dict.fromkeys(CONTROL_PERIODS, "control") | periods).items()))
 
 
 def line_gradients(maps: np.ndarray) -> Gradients:

@@ -437,7 +437,7 @@ def test_totals_of_a_map_with_a_hole():
 
 
 # ----- seams -----
-SEVEN = "every 7, patches of the default preset, published blocks"
+SEVEN = "every 7, published blocks"
 
 
 def seams_of(maps):
@@ -445,13 +445,14 @@ def seams_of(maps):
 
 
 @pytest.mark.parametrize(
-    ("radius_um", "patches", "blocks"), [(27.5, 7, 7), (50.0, 13, 13), (16.0, 3, 5), (6.0, 2, 1)]
+    ("radius_um", "patches", "blocks"), [(27.5, 8, 7), (50.0, 14, 13), (16.0, 4, 5), (6.0, 2, 1)]
 )
 def test_grids_are_those_of_the_prediction(radius_um, patches, blocks):
     radius = radius_um / 8
     periods = seams.known_periods(radius)
     assert periods[patches].startswith("patches of the default preset")
-    assert periods[blocks].endswith("published blocks")
+    assert periods[blocks] == "published blocks"
+    assert periods[14].endswith("tiles of 224 px")
     assert seams.PATCHES_SHARE == prediction.OVERLAP
     for preset, half, period in (
         ("default", int(np.ceil(radius)), patches),
@@ -470,7 +471,7 @@ def test_line_gradients_by_hand():
     np.testing.assert_array_equal(n_across, [2, 1])
 
 
-@pytest.mark.parametrize("period", [7, 8, 14, 16])
+@pytest.mark.parametrize("period", [7, 8, 14, 15])
 def test_a_planted_seam_is_found_at_its_own_grid(period):
     rng = np.random.default_rng(0)
     maps = rng.normal(10, 1, (140, 168, 4))
