@@ -27,6 +27,14 @@ from benchmarks import measure
 from reading import cli
 
 SCRIPT = "benchmarks/references.py"
+ROWS = {  # --rows -> as the table calls it
+    "none": "HISTEX without a reference",
+    "with": "with the reference",
+    "shuffled": "with one of shuffled truth",
+    "restained": "in another stain, without",
+    "restained-with": "in another stain, with the reference",
+    "alone": "from the H&E alone",
+}
 
 
 def build_parser() -> cli.Parser:
@@ -51,6 +59,8 @@ def build_parser() -> cli.Parser:
         metavar=("HAEMATOXYLIN", "EOSIN"),
         help="Strength of the two stains in the section of another stain, as shares of the real.",
     )
+    option("--rows", nargs="+", choices=ROWS, default=list(ROWS),
+           help="Maps to make and score, beside linear interpolation (default: all).")  # fmt: skip
     measure.add_keep(parser)
     return parser
 
@@ -158,7 +168,7 @@ def rows_of(
     work.mkdir(parents=True, exist_ok=True)
     sample, _ = accuracy.prepare_section(code, source, work)
     truth, shape = inputs.read_truth(source), inputs.read_truth(source).tissue.shape
-    known = set(known_genes(files["with the reference"]))
+    known = set(known_genes(files["with"]))
     parts = {
         "genes of the reference": [gene for gene in truth.genes if gene in known],
         "other genes": [gene for gene in truth.genes if gene not in known],
@@ -167,32 +177,34 @@ def rows_of(
     places, counts = inputs.read_spots(sample, truth.genes)
     linear = spots.interpolate_spots(places, counts, shape)[1]
     rows = {"linear interpolation of its spots": score(truth, linear, parts)}
-    stained = other_stain(source, work, tuple(args.stain))
-    (work / "restained").mkdir(exist_ok=True)
-    restained, _ = accuracy.prepare_section(code, stained, work / "restained")
-    known_by = files["with the reference"]
-    runs_of_rows: dict[str, tuple[Path, Path | None]] = {
-        "HISTEX without a reference": (sample, None),
-        **{row: (sample, file) for row, file in files.items()},
-        "in another stain, without": (restained, None),
-        "in another stain, with the reference": (restained, known_by),
+    known_by = files["with"]
+    references: dict[str, Path | None] = {
+        "none": None,
+        "restained": None,
+        "restained-with": known_by,
+        **files,
     }
-    for row, (start, file) in runs_of_rows.items():
+    for name in [name for name in args.rows if name != "alone"]:
+        file, start = references[name], sample
+        if restained := name.startswith("restained"):
+            stained = other_stain(source, work, tuple(args.stain))
+            (work / "restained").mkdir(exist_ok=True)
+            start, _ = accuracy.prepare_section(code, stained, work / "restained")
         runs = []
         for seed in range(args.n_seeds):
             options = ["--n-states", str(args.n_states), "--seed", str(seed * args.n_states)]
             options += [] if file is None else ["--reference", str(file)]
-            name = f"{'none' if file is None else file.stem}-{seed}"
-            name += "-restained" if start == restained else ""
-            maps = maps_of(start, work, name, utils.HISTEX, options, truth.genes, shape)
+            made = f"{'none' if file is None else file.stem}-{seed}"
+            made += "-restained" if restained else ""
+            maps = maps_of(start, work, made, utils.HISTEX, options, truth.genes, shape)
             runs.append(score(truth, maps, parts))
-        rows[row] = {part: np.mean([run[part] for run in runs], axis=0) for part in runs[0]}
+        rows[ROWS[name]] = {part: np.mean([run[part] for run in runs], axis=0) for part in runs[0]}
     alone = parts["genes of the reference"]
-    if alone:
+    if alone and "alone" in args.rows:
         options = ["--reference", str(known_by), "--force"]
         maps = maps_of(sample, work, "alone", utils.PREDICTION, options, alone, shape)
         told = inputs.select_genes(truth, alone)
-        rows["from the H&E alone"] = score(told, maps, {"genes of the reference": alone})
+        rows[ROWS["alone"]] = score(told, maps, {"genes of the reference": alone})
     return rows
 
 
@@ -216,10 +228,9 @@ def main(args: argparse.Namespace) -> None:
     check_apart(args.teachers, args.directory)
     args.keep.mkdir(parents=True, exist_ok=True)
     code = accuracy.copy_code(args.keep)
-    files = {
-        "with the reference": learned(code, args, args.keep, False),
-        "with one of shuffled truth": learned(code, args, args.keep, True),
-    }
+    files = {"with": learned(code, args, args.keep, False)}  # tells which genes are known
+    if "shuffled" in args.rows:
+        files["shuffled"] = learned(code, args, args.keep, True)
     for source in args.directory:
         name = source.resolve().name
         rows = rows_of(code, source, args, files, args.keep / f"scored-{name}")
