@@ -804,10 +804,11 @@ def test_minutes_are_counted_and_nothing_is_said_behind_the_end(capsys, monkeypa
     monkeypatch.setattr(progress, "SPEAK_SECONDS", 0.02)
     with progress.spoken("a.py"):
         time.sleep(0.1)
-    said = capsys.readouterr().out
-    assert said.startswith("a.py: at work (1.5 min so far)\n")
+    said = capsys.readouterr()
+    assert said.err.startswith("a.py: at work (1.5 min so far)\n")
+    assert said.out == ""  # where a benchmark's table goes
     time.sleep(0.06)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("terminal", "rank"), [(True, "0"), (False, "1")])
@@ -817,7 +818,7 @@ def test_a_terminal_and_the_other_processes_hear_nothing(capsys, monkeypatch, te
     monkeypatch.setenv("RANK", rank)
     with progress.spoken("a.py"):
         time.sleep(0.05)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 # ----- text ---------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_only_the_first_of_several_processes_speaks(capsys, monkeypatch, rank, s
         bar = progress.Bar(range(2), "epochs", quiet=not speaks)
         time.sleep(0.1)
         bar.close()
-    assert ("HISTEX.py: epochs, 0 of 2" in capsys.readouterr().out) == speaks
+    assert ("HISTEX.py: epochs, 0 of 2" in capsys.readouterr().err) == speaks
 
 
 # ----- long work speaks ---------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_long_work_says_what_it_does_where_nobody_sees_bars(capsys, monkeypatch)
         for number in progress.Bar(range(3), "rows of tiles"):
             if number == 2:
                 time.sleep(0.1)
-    said = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().err.splitlines()
     assert said[0].endswith("(0.0 min so far)")
     assert any("rows of tiles, 2 of 3 (0.0 min so far)" in line for line in said)
 

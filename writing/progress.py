@@ -69,7 +69,8 @@ def spoken(script: str) -> Iterator[None]:
         while not over.wait(SPEAK_SECONDS):
             doing = "; ".join(bar.words() for bar in list(_bars)) or "at work"
             minutes = (time.monotonic() - started) / 60
-            print(f"{script}: {doing} ({minutes:.1f} min so far)", flush=True)
+            line = f"{script}: {doing} ({minutes:.1f} min so far)"
+            print(line, file=sys.stderr, flush=True)  # as bars: tables go to stdout
 
     speaker = threading.Thread(target=speak, daemon=True)
     speaker.start()
