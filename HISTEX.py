@@ -634,12 +634,14 @@ def predict_and_write(
     overlap, prior = training.preset.overlap, training.preset.anchor_prior
     with prediction.latent_files(stage.directory, work, ranks) as latent:
         mine, there = networks[ranks.rank], latent[ranks.rank]
-        embedding = prediction.embed_section(mine, section, shown, overlap, there, device)
+        prediction.embed_section(mine, section, shown, overlap, there, device)
         ranks.barrier()
         decoder = prediction.Decoder(every, section, shown, prior, latent, device)
         maps.write_genes(folders, work, genes, decoder, facts["r"], files, errors, ranks)
-    if ranks.rank > 0:
-        return facts
+        if ranks.rank > 0:
+            return facts
+        del decoder  # its memory, of which the embedding needs as much
+        embedding = prediction.read_embedding(there, mine, shown)
     stage.retire(utils.EXPECTED)  # of maps by reference/predict.py
     if not args.uncertainty:
         stage.retire(utils.SPREAD)

@@ -273,26 +273,39 @@ def embed_section(
     overlap: bool,
     file: BufferedRandom,
     device: torch.device,
-) -> np.ndarray:
+) -> None:
     """Write the latent values of the M superpixels that are shown, float32 (M, S, L), to a file.
 
-    Nothing is written without networks.
-
-    ``shown`` is (h, w) bool. Returns the embedding (D, h, w) of the first network, NaN
-    where nothing is shown.
+    Nothing is written without networks. ``shown`` is (h, w) bool.
     """
     if not networks:
-        return np.empty((0, *shown.shape), np.float32)
-    size = networks[0].embedding_size
-    embedding = np.full((size, *shown.shape), np.nan, np.float32)
+        return
     for network in networks:
         network.eval()
     with torch.inference_mode():
         for rows, latent in latent_rows(networks, section, shown, overlap, device):
             values = latent.cpu()[:, torch.from_numpy(shown[rows])]
-            embedding[:, rows][:, shown[rows]] = values[0, :, :size].T
             file.write(values.transpose(0, 1).contiguous().numpy().data)
     file.flush()
+
+
+def read_latent(file: BufferedRandom, n: int, width: int) -> np.ndarray:
+    """The next ``n`` superpixels of a file, float32 (n, width)."""
+    values = np.empty((n, width), np.float32)
+    file.readinto(values.data)
+    return values
+
+
+def read_embedding(file: BufferedRandom, networks: list[Network], shown: np.ndarray) -> np.ndarray:
+    """The embedding (D, h, w) of the first network of a file; NaN where nothing is shown (h, w).
+
+    It is part of the latent values. At 11 mm it has 1 GB, which need not be there before.
+    """
+    size, width = networks[0].embedding_size, len(networks) * networks[0].latent_size
+    embedding = np.full((size, *shown.shape), np.nan, np.float32)
+    file.seek(0)
+    for row, there in enumerate(shown):
+        embedding[:, row, there] = read_latent(file, int(there.sum()), width)[:, :size].T
     return embedding
 
 
@@ -354,10 +367,8 @@ class Decoder:
         parts = []
         for file in self.files:
             bytes_each = file.seek(0, io.SEEK_END) // len(self.places)
-            values = np.empty((part.stop - part.start, bytes_each // 4), np.float32)
             file.seek(part.start * bytes_each)
-            file.readinto(values.data)
-            parts.append(values)
+            parts.append(read_latent(file, part.stop - part.start, bytes_each // 4))
         return np.concatenate(parts, axis=1).reshape(len(parts[0]), -1, self.size)
 
     def decode(self, part: slice, genes: slice, expression: Tensor) -> Tensor:

@@ -82,11 +82,12 @@ def predict(networks, section, device=CPU, preset="default", background=False):
     row = HISTEX.PRESETS[preset]
     shown = np.ones_like(section.tissue) if background else section.tissue
     with tempfile.TemporaryFile() as file:
-        embedding = prediction.embed_section(networks, section, shown, row.overlap, file, device)
+        prediction.embed_section(networks, section, shown, row.overlap, file, device)
         decoder = prediction.Decoder(networks, section, shown, row.anchor_prior, [file], device)
         maps = np.full((G, *section.tissue.shape), np.nan, np.float32)
         for genes in decoder.blocks():
             maps[genes, shown] = decoder.maps(genes)
+        embedding = prediction.read_embedding(file, networks, shown)
     return maps, embedding
 
 
