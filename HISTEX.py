@@ -640,7 +640,7 @@ def predict_and_write(
         maps.write_genes(folders, work, genes, decoder, facts["r"], files, errors, ranks)
         if ranks.rank > 0:
             return facts
-        del decoder  # its memory, of which the embedding needs as much
+        del decoder  # and its memory, for the embedding takes as much
         embedding = prediction.read_embedding(there, mine, shown)
     stage.retire(utils.EXPECTED)  # of maps by reference/predict.py
     if not args.uncertainty:

@@ -247,7 +247,7 @@ def count_products(folder: Path, log: Path, one: list[str], several: list[str]) 
         watched(one, FlopCounterMode(display=False)).get_total_flops() for _ in range(2)
     )
     if not 0 < prediction < whole:
-        raise RuntimeError(f"{prediction} of {whole} operations in prediction: a run did no work")
+        raise RuntimeError(f"a run was idle: {whole:,} operations, {prediction:,} without training")
     run_measured(several, log)  # trains the others; these seconds are without the profiler
     record = (folder / utils.record_name(utils.HISTEX)).read_text(encoding="utf-8")
     microseconds = 1e6 * json.loads(record)["seconds_prediction"]

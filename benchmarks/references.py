@@ -178,14 +178,9 @@ def rows_of(
     linear = spots.interpolate_spots(places, counts, shape)[1]
     rows = {"linear interpolation of its spots": score(truth, linear, parts)}
     known_by = files["with"]
-    references: dict[str, Path | None] = {
-        "none": None,
-        "restained": None,
-        "restained-with": known_by,
-        **files,
-    }
+    references = {**files, "restained-with": known_by}  # the other rows have none
     for name in [name for name in args.rows if name != "alone"]:
-        file, start = references[name], sample
+        file, start = references.get(name), sample
         if restained := name.startswith("restained"):
             stained = other_stain(source, work, tuple(args.stain))
             (work / "restained").mkdir(exist_ok=True)

@@ -98,10 +98,10 @@ from benchmarks.measure import Facts, exponent, middle, read_record, run_measure
 # Larger modules are imported in processes of their own (``in_child``): the peak memory of a process
 # starts from that of the process that started it, so this one must stay small.
 
-VERSION = 3  # raise it when inputs or measurements change: earlier results then do not count
+VERSION = 4  # raise it when inputs or measurements change: earlier results then do not count
 NOISE = 0.03  # by which a stage may be faster than its limit: they are measured one after the other
 MEMORY_SHARE = 0.6  # of the machine's; a plain way that needs more is not run
-MEASURED_AGAIN = ("--n-plots", "0", "--force")  # also where nothing has changed; states are kept
+COUNTED = ("--n-plots", "0", "--force")  # a second run predicts again; states are kept
 PRODUCTS_SIDE = 266  # superpixels: a map on which the matrix products of HISTEX.py are counted
 SEVERAL_STATES = 5  # as many as HISTEX.py has by default
 COLOURS = {"stage": "#b5306b", "plain": "#4c78a8", "limit": "#777777"}
@@ -272,7 +272,7 @@ def count_products(keep: Path, options: Facts) -> Facts:
         folder = Path(name)
         in_child("synthetic", "make_map", folder, PRODUCTS_SIDE)
         one, several = (
-            [*histex_command(folder, {**options, "epochs": 1, "states": n}), *MEASURED_AGAIN]
+            [*histex_command(folder, {**options, "epochs": 1, "states": n}), *COUNTED]
             for n in (1, SEVERAL_STATES)
         )
         counted: Facts = in_child("limits", "count_products", folder, keep / "p.log", one, several)

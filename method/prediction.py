@@ -299,7 +299,7 @@ def read_latent(file: BufferedRandom, n: int, width: int) -> np.ndarray:
 def read_embedding(file: BufferedRandom, networks: list[Network], shown: np.ndarray) -> np.ndarray:
     """The embedding (D, h, w) of the first network of a file; NaN where nothing is shown (h, w).
 
-    It is part of the latent values. At 11 mm it has 1 GB, which need not be there before.
+    It is a part of the latent values. At 11 mm it takes 1 GB: read it when the decoder is gone.
     """
     size, width = networks[0].embedding_size, len(networks) * networks[0].latent_size
     embedding = np.full((size, *shown.shape), np.nan, np.float32)
