@@ -193,9 +193,9 @@ def test_a_step_is_due_by_what_its_record_read_and_by_an_edited_mask(folder):
 
 
 MEASURED = {  # stage of benchmarks/SCALING.md -> step, and what its sizes are
-    "image_calibration": ("calibrate", "px"),
+    "image_calibration": ("calibrate", "pixels"),
     "get_HR": ("densify", "spots"),
-    "Histology_Extractor": ("extract", "px"),
+    "Histology_Extractor": ("extract", "pixels"),
     "masking_non_tissue": ("mask", "superpixels"),
     "HISTEX-train, 1 state": ("maps", "spots"),
     "HISTEX-predict, 1 state": ("maps", "superpixels"),
@@ -207,18 +207,20 @@ def test_the_memory_of_a_step_covers_what_was_measured(folder):
     lite = {utils.EXTRACTOR: ["--backbone", steps.EMBEDDED]}
     by_name = {step.name: step for step in steps.STEPS}
     text = (ROOT / "benchmarks" / "SCALING.md").read_text()
-    rows = re.findall(r"^\| ([\w, -]+) \| ([\d,]+) (px|spots|superpixels)[ \w]* \| .*", text, re.M)
+    rows = re.findall(
+        r"^\| ([\w, -]+) \| ([\d,]+) (pixels|spots|superpixels)[ \w]* \| .*", text, re.M
+    )
     peaks = [
         line.split("|")[5]
         for line in text.splitlines()
-        if re.match(r"\| [\w, -]+ \| [\d,]+ (px|spots|super)", line)
+        if re.match(r"\| [\w, -]+ \| [\d,]+ (pixels|spots|superpixels)", line)
     ]
     seen = set()
     for (stage, size, unit), peak in itertools.islice(zip(rows, peaks, strict=True), 24):
         number = int(size.replace(",", ""))
         name, wanted = MEASURED[stage]
         assert unit == wanted
-        side = {"px": number, "spots": 200, "superpixels": 16 * number}[unit]
+        side = {"pixels": number, "spots": 200, "superpixels": 16 * number}[unit]
         spots = number if unit == "spots" else 10
         record = {"size": [side, side], "spots": spots}
         (folder / "a" / "image_calibration.json").write_text(json.dumps(record))
