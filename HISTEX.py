@@ -91,7 +91,7 @@ class DefaultNetwork(Network):
     scales: tuple[int, ...] = (3, 9)  # superpixels: neighbourhoods of 24 and 72 um
     halo = 4  # superpixels, half of the largest scale
     latent_size = 2 * WIDTH
-    interpolates = True
+    interpolates = counts_alike = True
     dropout = 0.5  # of token features, and of the features that the last layer reads
     context_dropout = 0.3  # of the genes of an HR point
     quick: ClassVar[tuple[str, ...]] = ("trust",)
@@ -181,20 +181,23 @@ class DefaultNetwork(Network):
         return logits.softmax(dim=-1) / self.disc_area
 
     def decode(self, latent: Tensor, interpolated: Tensor, genes: slice = ALL) -> Tensor:
-        """Counts per superpixel (..., G): a factor on the base.
+        """Logarithm of the counts per superpixel (..., G): that of a factor on the base.
 
         The base is mean^(1 - a) interpolated^a, with an a between 0 and 1 that each gene learns.
         """
         factor = nnf.linear(latent, self.log_factor.weight[genes], self.log_factor.bias[genes])
-        factor = factor.clamp(-self.max_log_factor, self.max_log_factor)
+        factor.clamp_(-self.max_log_factor, self.max_log_factor)
         mean, trust = self.mean[genes], self.trust[genes].sigmoid()
         log_mean = (mean * (1 + self.floor)).log()  # of what is at the mean, floor and all
-        log_base = (interpolated + self.floor * mean).log()
-        return torch.addcmul(factor + (mean.log() - trust * log_mean), trust, log_base).exp()
+        log_base = (interpolated + self.floor * mean).log_()
+        return factor.add_(mean.log() - trust * log_mean).addcmul_(trust, log_base)
+
+    def to_counts(self, output: Tensor, genes: slice = ALL) -> Tensor:
+        return output.exp()
 
     def loss(self, output: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
         """Squared error of the square roots of the disc's sum and the counts, (B, G)."""
-        total = disc_sums(output, areas)
+        total = disc_sums(self.to_counts(output), areas)
         return ((total + self.anscombe).sqrt() - (counts + self.anscombe).sqrt()).square()
 
 
@@ -232,7 +235,7 @@ class TaughtNetwork(DefaultNetwork):
         own, features = latent.split([DefaultNetwork.latent_size, reference.FEATURES], dim=-1)
         told = nnf.linear(features, self.taught_weight[genes], self.taught_bias[genes])
         told = told.clamp(-reference.MOST_LOG, reference.MOST_LOG)
-        return super().decode(own, interpolated, genes) * (self.belief[genes] * told).exp()
+        return super().decode(own, interpolated, genes).addcmul_(self.belief[genes], told)
 
 
 class PublishedAffine(nn.Module):

@@ -135,7 +135,7 @@ class PlainLoss(HISTEX.DefaultNetwork):
     """Squared error of the counts, each gene scaled by its mean."""
 
     def loss(self, output: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
-        total = disc_sums(output, areas)
+        total = disc_sums(self.to_counts(output), areas)
         return ((total - counts) * self.root_scale**2).square()
 
 
@@ -143,7 +143,7 @@ class PoissonLoss(HISTEX.DefaultNetwork):
     """Negative log likelihood of the counts, each gene scaled by the root of its mean."""
 
     def loss(self, output: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
-        total = disc_sums(output, areas) + 1e-3
+        total = disc_sums(self.to_counts(output), areas) + 1e-3
         return (total - counts * total.log()) * self.root_scale
 
 

@@ -39,6 +39,8 @@ class Network(nn.Module):
     latent_size: ClassVar[int]  # L, of a superpixel
     quick: ClassVar[tuple[str, ...]] = ()  # parameters that learn faster, and do not decay
     interpolates: ClassVar[bool] = False  # whether ``decode`` takes interpolated expression
+    counts_alike: ClassVar[bool] = False  # whether ``to_counts`` grows with the output and is the
+    # same in all states: then the median of the outputs is that of the counts
     repeats: ClassVar[bool] = True  # each step of training takes the same operators: a card may
     # record them, if none of them asks for a value and the optimizer is capturable
 
@@ -82,7 +84,10 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def loss(self, output: Tensor, areas: Tensor, counts: Tensor) -> Tensor:
-        """Loss (B, G) of outputs (B, T, G), for areas (B, T) of the discs and counts (B, G)."""
+        """Loss (B, G) of outputs (B, T, G), for areas (B, T) of the discs and counts (B, G).
+
+        A loss of counts takes ``to_counts`` of the output.
+        """
         raise NotImplementedError
 
     def to_counts(self, output: Tensor, genes: slice = ALL) -> Tensor:

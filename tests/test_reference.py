@@ -459,8 +459,8 @@ def test_the_network_follows_the_reference_as_far_as_each_gene_believes(finished
     near = section.context_of_spots(train[:0], leave_out=False)[:2]
     tokens, expression, offsets = section.inputs(centre, near, network.halo, CPU)
     with torch.inference_mode():
-        found = network(tokens, expression, offsets)
-        plain = default(tokens[..., :-FEATURES], expression, offsets)
+        found = network.to_counts(network(tokens, expression, offsets))
+        plain = default.to_counts(default(tokens[..., :-FEATURES], expression, offsets))
     row, col = section.patches(centre)
     h, w = section.tissue.shape
     features = section.tokens[row.clip(0, h - 1), col.clip(0, w - 1), -FEATURES:].astype(np.float32)
