@@ -863,7 +863,22 @@ def test_a_slide_of_11_mm_is_decoded_in_a_few_blocks():
     decoder = prediction.Decoder.__new__(prediction.Decoder)
     decoder.places = np.empty((1_300_000, 0))
     decoder.section = types.SimpleNamespace(counts=np.empty((0, 1_000)))
+    assert [(x.start, x.stop) for x in decoder.blocks()][:2] == [(0, 144), (144, 288)]
     assert len(decoder.blocks()) == 7
+
+
+@pytest.mark.parametrize("room", [1, 2, 15, 16, 17, 31, 33, 100])
+@pytest.mark.parametrize("n_genes", [1, 15, 16, 40, 229, 1_000])
+def test_blocks_of_genes_fit_the_memory_and_follow_each_other(n_genes, room, monkeypatch):
+    monkeypatch.setattr(prediction, "GENES_BYTES", room * 4 * 500)
+    decoder = prediction.Decoder.__new__(prediction.Decoder)
+    decoder.places = np.empty((500, 0))
+    decoder.section = types.SimpleNamespace(counts=np.empty((0, n_genes)))
+    blocks = decoder.blocks()
+    assert [gene for block in blocks for gene in range(n_genes)[block]] == [*range(n_genes)]
+    assert all(block.stop - block.start <= room for block in blocks)
+    if room >= 16:
+        assert all(block.start % 16 == 0 for block in blocks)
 
 
 @pytest.mark.parametrize("n_states", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -1400,7 +1415,7 @@ def test_processes_share_states_and_genes(n_processes, finished_sample, tmp_path
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("wrote cnts-super:") == 1
     decoded = [line for line in together.stderr.splitlines() if "decoded" in line]
-    assert sorted(line.partition("decoded")[2] for line in decoded) == [" 0 2", " 2 5", " 5 8"]
+    assert sorted(line.partition("decoded")[2] for line in decoded) == [" 0 3", " 3 6", " 6 8"]
     names = ["held-out-r.csv", *(f"states/{i:02d}/model.safetensors" for i in range(3))]
     names += [f"cnts-super/{path.name}" for path in (one / "cnts-super").iterdir()]
     for name in [*names, "embeddings-gene.pickle"]:
