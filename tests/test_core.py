@@ -446,7 +446,7 @@ def test_blocks_of_genes_fit_the_memory_and_are_about_equal(monkeypatch):
     section = make_section()
     decoder = prediction.Decoder.__new__(prediction.Decoder)
     decoder.section, decoder.places = section, np.zeros((10, 2))
-    for room, wanted in ((5, [5]), (3, [2, 3]), (2, [1, 2, 2]), (1, [1] * 5), (0.5, [1] * 5)):
+    for room, wanted in ((5, [5]), (3, [3, 2]), (2, [2, 2, 1]), (1, [1] * 5), (0.5, [1] * 5)):
         monkeypatch.setattr(prediction, "GENES_BYTES", int(room * 4 * 10))
         blocks = decoder.blocks()
         assert [part.stop - part.start for part in blocks] == wanted
