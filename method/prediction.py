@@ -36,8 +36,8 @@ from reading import arrays
 from writing.progress import Bar
 
 GENES_BYTES = 800_000_000  # memory for the maps of the genes that are decoded at a time
-OVERLAP = 1  # superpixels that neighbouring patches share; more changes no score (ABLATIONS.md)
 GENES_ALIGNED = 16  # products of 144 genes take half the time of products of 143
+OVERLAP = 1  # superpixels that neighbouring patches share; more changes no score (ABLATIONS.md)
 PREDICT_BATCH = 64  # patches
 STRIP = 64  # columns embedded at a time; small enough for memory that is free already
 POINTS_BYTES = 16_384_000  # of HR points embedded at a time: 4096 of 1,000 genes
@@ -403,9 +403,9 @@ def mean_of(maps: Sequence[Tensor]) -> Tensor:
 def middle_of(maps: Sequence[Tensor]) -> list[Tensor]:
     """The tensor in the middle, everywhere by itself; two if their number is even.
 
-    Of more than half of the values, the smallest and the largest are none of the middle: another
-    takes their place, until all were there. With few states that is ten times as fast as np.median,
-    and torch.median takes the lower of the two.
+    Take more than half of the values: neither the smallest nor the largest is in the middle. Leave
+    these two out, take one more value, and go on until all have been taken. With few states that is
+    ten times as fast as np.median, and torch.median takes the lower of the two.
     """
     first = len(maps) // 2 + 2
     kept, rest = list(maps[:first]), list(maps[first:])
