@@ -1,8 +1,9 @@
 """Marker genes of common tissues, for analysis/annotate.py: the table markers.csv.
 
-A row is a gene, the label that it marks in a tissue, and where that is published. The genes are
-human; those of other species are found by their letters, whatever the capitals. They mark kinds of
-cells that single-cell studies tell apart; at 8 um a superpixel holds parts of several.
+A row is a gene, the label that it marks in a tissue, and where that is published; of ScType's table
+the entry is named. The genes are human; those of other species are found by their letters, whatever
+the capitals. They mark kinds of cells that single-cell studies tell apart; at 8 um a superpixel
+holds parts of several.
 """
 
 from __future__ import annotations
