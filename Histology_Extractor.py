@@ -292,9 +292,22 @@ def tile_tokens(model: Any, x: torch.Tensor) -> torch.Tensor:
             intermediates_only=True,
             stop_early=True,
         )
-    # means where a map is finer than the tokens; a no-op for a ViT with patches of 16 px
-    pooled = [torch.nn.functional.adaptive_avg_pool2d(m.float(), grid) for m in maps]
-    return torch.cat(pooled, 1).permute(0, 2, 3, 1)
+    return torch.cat([mean_by_area(m.float(), grid) for m in maps], 1).permute(0, 2, 3, 1)
+
+
+def mean_by_area(m: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, F, h, w) -> (B, F, *grid): each cell is the mean of those it covers, by covered area."""
+    if all(n % cells == 0 for n, cells in zip(m.shape[-2:], grid, strict=True)):
+        return torch.nn.functional.adaptive_avg_pool2d(m, grid)  # whole cells, of equal areas
+    rows, columns = (shares(*pair).to(m) for pair in zip(m.shape[-2:], grid, strict=True))
+    return rows @ m @ columns.T
+
+
+def shares(n: int, cells: int) -> torch.Tensor:
+    """(cells, n): what part of each of ``cells`` equal intervals lies in each of ``n``."""
+    old, new = torch.arange(n + 1) * cells, torch.arange(cells + 1)[:, None] * n  # in units of both
+    covered = torch.minimum(old[1:], new[1:]) - torch.maximum(old[:-1], new[:-1])
+    return covered.clamp(min=0) / n
 
 
 # ------------------------------------------------------------------------------------------------

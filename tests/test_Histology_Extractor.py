@@ -214,19 +214,25 @@ def test_patches_of_another_size_are_brought_to_the_token_grid():
 
 
 def test_patches_of_14_px_with_registers_are_brought_to_the_token_grid():
-    """The class token and the registers are left out; a superpixel is the mean of 2 x 2 tokens."""
+    """The class token and the registers are left out; every pixel of a superpixel counts once."""
     torch.manual_seed(0)
     options = {"patch_size": 14, "reg_tokens": 4, "dynamic_img_size": True, "depth": 1}
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
-    x = torch.rand(1, 3, 224, 224)
+    x = torch.rand(2, 3, 224, 224)
     with torch.inference_mode():
         got = extractor.tile_tokens(model, x)
-        fine = model.forward_features(x)[:, 5:].reshape(1, 16, 16, 192)
-    assert got.shape == (1, 14, 14, 192)
-    for row, col in ((0, 0), (7, 3), (13, 13)):
-        top, left = row * 16 // 14, col * 16 // 14
-        expected = fine[0, top : top + 2, left : left + 2].mean((0, 1))
-        torch.testing.assert_close(got[0, row, col], expected, rtol=1e-5, atol=1e-5)
+        fine = model.forward_features(x)[:, 5:].reshape(2, 16, 16, 192)
+    pixels = fine.repeat_interleave(14, 1).repeat_interleave(14, 2)  # (2, 224, 224, 192)
+    expected = pixels.reshape(2, 14, 16, 14, 16, 192).mean((2, 4))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 16), st.integers(1, 16))
+def test_a_mean_by_area_is_that_of_pixels(h, w, rows, columns):
+    fine = torch.rand(1, 2, h, w)
+    pixels = fine.repeat_interleave(rows, 2).repeat_interleave(columns, 3)
+    expected = pixels.reshape(1, 2, rows, h, columns, w).mean((3, 5))
+    torch.testing.assert_close(extractor.mean_by_area(fine, (rows, columns)), expected)
 
 
 def test_cnn_of_timm_from_a_file(tmp_path):
