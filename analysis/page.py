@@ -121,14 +121,16 @@ def shown_value(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def render(template: Path, stage: utils.Stage, content: PageContent, **more: Any) -> Iterator[str]:
+def render(
+    template: Path, stage: utils.Stage, content: PageContent, with_folder: bool, **more: Any
+) -> Iterator[str]:
     """The page in pieces; ``more`` is what the template asks for beside the parts made here."""
     page = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     ).from_string(template.read_text(encoding="utf-8"))
     style, code = read_parts(STYLE), read_parts(*CODE)
     return page.generate(
-        policy=policy(style, code, bool(content.others)),
+        policy=policy(style, code, with_folder),
         style=style,
         code=code,
         here=len(content.genes),

@@ -17,8 +17,10 @@ report-genes/, from which the page loads them when they are chosen: keep the two
 --one-file there is no such folder.
 
 A map is stored in 255 even steps from its lowest to its highest value, and 0 where it has none:
-what the page shows in numbers is the map to half a step, 1/508 of its range. Maps in report.html
-that would take more than 155 kB so are stored in 127 or 63 steps; those in the folder never are.
+what the page shows in numbers is the map to half a step, 1/508 of its range. On large sections,
+report.html itself holds maps in fewer steps, 155 kB a gene, without spots and uncertainty. The page
+then takes its own genes, too, from the folder, where they are whole. With --one-file, maps and
+uncertainty in fewer steps are all there is.
 Colours go from 0 to the 99.5th percentile of the map at first. All are counts per superpixel of
 8 um. Spots are coloured by their counts divided by the superpixels that their disc covers.
 
@@ -94,7 +96,6 @@ if __name__ == "__main__":
     cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import base64
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -273,18 +274,23 @@ def describe_page(
     return facts
 
 
-def each_gene(content: PageContent) -> Iterator[str]:
-    """A data block for each gene; only one map is in memory at a time."""
+def genes_in_page(content: PageContent, beside: bool) -> list[dict[str, Any]]:
+    """What stands in the page of each gene; what is too large may lie ``beside`` it, too."""
+    found = []
     for gene in Bar(content.genes, "maps"):
-        yield page.script_json(report_maps.describe_gene(content, gene, in_page=True))
+        facts = report_maps.describe_gene(content, gene)
+        found.append(report_maps.fit_into_page(content, facts, beside))
+    return found
 
 
-def write_others(folder: Path, content: PageContent) -> None:
-    """A script for each of the other genes, which hands its map to the page that loads it."""
+def write_beside(folder: Path, content: PageContent, numbers: list[int]) -> None:
+    """A script for each of these genes, which hands its map to the page that loads it."""
     folder.mkdir()
-    for i, gene in enumerate(Bar(content.others, "maps beside the page"), len(content.genes)):
-        facts = page.script_json(report_maps.describe_gene(content, gene, in_page=False))
-        (folder / f"{i}.js").write_text(f"takeGene({i}, {facts});\n", "utf-8", newline="\n")
+    genes = [*content.genes, *content.others]
+    for i in Bar(numbers, "maps beside the page"):
+        facts = report_maps.describe_gene(content, genes[i], report_maps.FAST)
+        text = f"takeGene({i}, {page.script_json(facts)});\n"
+        (folder / f"{i}.js").write_text(text, "utf-8", newline="\n")
 
 
 def main(stage: utils.Stage) -> None:
@@ -297,7 +303,10 @@ def main(stage: utils.Stage) -> None:
     content = read_content(stage, args)
     held_out, markers = page.describe_held_out(content)
     image, tissue_colour = report_maps.shrink(stage, args.image_px)
-    facts = describe_page(stage, content, beside, markers)
+    facts, genes = describe_page(stage, content, beside, markers), len(content.genes)
+    maps = genes_in_page(content, beside=not args.one_file)
+    finer = [i for i, known in enumerate(maps) if known.get("beside")]
+    numbers = [*finer, *range(genes, genes + len(content.others))]
     pieces = page.render(
         TEMPLATE,
         stage,
@@ -308,22 +317,24 @@ def main(stage: utils.Stage) -> None:
         palettes=facts["palettes"],
         frame=content.frame[0],
         folder=beside,
+        with_folder=bool(numbers),
+        finer=len(finer),
         alone=report_layers.alone_text(content, facts["alone"]),
         data=page.script_json(facts | {"tissue": tissue_colour}),
         image=base64.b64encode(image).decode(),
-        maps=each_gene(content),
+        maps=map(page.script_json, maps),
     )
     with (
         stage.writing(artifact) as partial,
         partial.open("w", encoding="utf-8", newline="\n") as file,
     ):
         file.writelines(pieces)
-    if content.others:
+    if numbers:
         with stage.writing(folder) as partial:
-            write_others(partial, content)
+            write_beside(partial, content, numbers)
     else:
         stage.retire(folder)
-    stage.finish(genes=len(content.genes), genes_beside=len(content.others))
+    stage.finish(genes=genes, genes_beside=len(content.others), finer_beside=len(finer))
 
 
 def run(argv: list[str] | None = None) -> int:

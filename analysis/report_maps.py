@@ -8,6 +8,7 @@ neighbour, which deflate packs better, and stand in the page as base64.
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from typing import Any
 
@@ -22,9 +23,8 @@ from analysis.scores import rounded
 from analysis.spots import on_tissue, score_totals, sum_discs
 
 LEVELS = 255  # values that a byte holds beside 0, which is no tissue
-FEWER_LEVELS = (127, 63)  # in the page, of maps that are large and noisy
-MAP_BYTES = 155_000  # of a map in the page: 50 of them and the image are 12 MB at most
-SPREAD_BYTES = 60_000
+FEWER_LEVELS = (127, 63, 31, 15, 7)  # in the page, of maps that are large and noisy
+GENE_BYTES = 155_000  # of a gene in the page: 50 of them and the image are 12 MB at most
 FAST, SMALL = 1, 6  # zlib's levels: of the many files beside the page, and of the page
 SATURATED = 99.5  # percentile at which the colours end, as in cnts-super-plots/
 JPEG_QUALITIES = (80, 70, 60)  # the first at which the image is small enough
@@ -64,12 +64,12 @@ def encode(values: np.ndarray, effort: int = SMALL) -> str:
     return base64.b64encode(zlib.compress(values.tobytes(), effort)).decode()
 
 
-def pack(image: np.ndarray, most_bytes: int | None) -> dict[str, Any]:
+def pack(image: np.ndarray, effort: int = SMALL, most_bytes: float = math.inf) -> dict[str, Any]:
     """A map as the page's script unpacks it; in fewer steps if else it has more than most_bytes."""
     for levels in (LEVELS, *FEWER_LEVELS):
         codes, low, high = quantise(image, levels)
-        text = encode(differences(codes), SMALL if most_bytes else FAST)
-        if most_bytes is None or len(text) <= most_bytes:
+        text = encode(differences(codes), effort)
+        if len(text) <= most_bytes:
             break
     shown = image[np.isfinite(image)]
     top = float(np.percentile(shown, SATURATED)) if len(shown) else 0.0
@@ -77,16 +77,31 @@ def pack(image: np.ndarray, most_bytes: int | None) -> dict[str, Any]:
     return {"codes": text, "levels": levels, **ends}
 
 
-def describe_gene(content: PageContent, gene: str, in_page: bool) -> dict[str, Any]:
-    """What the page needs to show a gene."""
+def describe_gene(content: PageContent, gene: str, effort: int = SMALL) -> dict[str, Any]:
+    """What the page needs to show a gene, in all steps that a byte holds."""
     image = read_map(content, content.files, gene)
-    facts = {"name": gene} | pack(image, MAP_BYTES if in_page else None)
+    facts = {"name": gene} | pack(image, effort)
     if gene in content.spreads:
-        spread = read_map(content, content.spreads, gene)
-        facts["sd"] = pack(spread, SPREAD_BYTES if in_page else None)
+        facts["sd"] = pack(read_map(content, content.spreads, gene), effort)
     if content.spots is not None and gene in content.spots.column:
         facts["spots"] = compare_spots(content.spots, gene, image)
     return facts
+
+
+def fit_into_page(content: PageContent, facts: dict[str, Any], beside: bool) -> dict[str, Any]:
+    """A gene's facts as they stand in the page: what is too large, in fewer steps.
+
+    If the gene lies ``beside`` the page as well, its map alone, without spots and sd.
+    """
+    gene, fields = facts["name"], [facts, *([facts["sd"]] if "sd" in facts else [])]
+    if sum(len(field["codes"]) for field in fields) <= GENE_BYTES:
+        return facts
+    small = pack(read_map(content, content.files, gene), SMALL, GENE_BYTES)
+    if beside:
+        return {"name": gene, "beside": True} | small
+    if "sd" in facts:
+        small["sd"] = pack(read_map(content, content.spreads, gene), SMALL, GENE_BYTES)
+    return facts | small
 
 
 def read_map(content: PageContent, files: dict[str, Any], gene: str) -> np.ndarray:

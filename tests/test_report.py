@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -211,11 +212,12 @@ def test_a_map_that_is_too_large_is_stored_in_fewer_steps():
     noise = np.random.default_rng(0).random((60, 60), np.float32)
     sizes = [
         len(report_maps.encode(report_maps.differences(report_maps.quantise(noise, levels)[0])))
-        for levels in (255, 127, 63)
+        for levels in (255, 127, 63, 31, 15, 7)
     ]
     assert sizes == sorted(sizes, reverse=True)
-    budgets = {None: 255, sizes[0]: 255, sizes[1]: 127, sizes[1] - 1: 63, 10: 63}
-    assert {n: report_maps.pack(noise, n)["levels"] for n in budgets} == budgets
+    budgets = {math.inf: 255, sizes[0]: 255, sizes[1]: 127, sizes[1] - 1: 63, sizes[5]: 7, 10: 7}
+    found = {n: report_maps.pack(noise, most_bytes=n)["levels"] for n in budgets}
+    assert found == budgets
 
 
 def test_palettes_are_even_in_lightness_and_the_printed_one_begins_white():
@@ -331,6 +333,38 @@ def test_genes_that_are_not_in_the_page_lie_beside_it(section):
     assert set(record["outputs"]) == {"report.html", "report-genes"}
     assert facts_of(write_page(section, "--n-genes", "2", "--one-file"))["genes"] == GENES[:2]
     assert not (section / "report-genes").exists()  # it belonged to the page before
+
+
+def test_a_large_section_has_maps_in_few_steps_in_the_page_and_whole_ones_beside_it(
+    section, monkeypatch
+):
+    write_layers(section)
+    monkeypatch.setattr(report_maps, "GENE_BYTES", 800)
+    text = write_page(section)
+    assert facts_of(text)["genes"] == GENES
+    small = [facts_of(text, f"gene-{i}") for i in range(len(GENES))]
+    finer = [i for i, gene in enumerate(small) if "beside" in gene]
+    assert finer == [0, 1, 2]  # FLAT packs well
+    assert {len(small[i]["codes"]) <= 800 for i in finer} == {True}
+    for i in finer:
+        assert set(small[i]) == {"name", "beside", "codes", "levels", "low", "high", "top"}
+        script = (section / "report-genes" / f"{i}.js").read_text(encoding="utf-8")
+        gene = json.loads(re.fullmatch(rf"takeGene\({i}, (.*)\);\n", script)[1])
+        image = make_maps()[..., i]
+        step = np.nanmax(image) - np.nanmin(image)
+        np.testing.assert_allclose(map_in(gene), image, atol=step / 508 * 1.001)
+        coarse = step / (small[i]["levels"] - 1) / 2
+        np.testing.assert_allclose(map_in(small[i]), image, atol=coarse * 1.001)
+        np.testing.assert_allclose(map_in(gene["sd"]), image / 4, atol=step / 4 / 508 * 1.5)
+        assert "spots" in gene
+    assert len(list((section / "report-genes").iterdir())) == len(finer)
+    assert "this file holds its maps in few steps" in text
+    alone = write_page(section, "--one-file")
+    assert not (section / "report-genes").exists()
+    gene = facts_of(alone, "gene-0")
+    assert "spots" in gene
+    assert max(gene["levels"], gene["sd"]["levels"]) < 255
+    assert max(len(gene["codes"]), len(gene["sd"]["codes"])) <= 800
 
 
 def test_a_folder_of_yours_is_not_replaced(section, capsys):

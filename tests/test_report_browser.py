@@ -668,6 +668,33 @@ def test_a_folder_that_is_missing_or_of_another_page_is_named(browser, small_pag
     assert browser.run("gene.name") == "FLAT"
 
 
+def test_a_large_section_is_read_from_the_folder_and_in_few_steps_without_it(
+    browser, section, tmp_path, monkeypatch
+):
+    write_layers(section)
+    monkeypatch.setattr(report.report_maps, "GENE_BYTES", 450)
+    path = tmp_path / "with" / "page.html"
+    assert report.run(["--directory", str(section), "--output", str(path)]) == 0
+    (tmp_path / "alone").mkdir()
+    alone = Path(shutil.copy(path, tmp_path / "alone"))
+    image = make_maps()[..., 0]
+    for page, levels in ((path, 255), (alone, 15)):
+        browser.open(page)
+        assert browser.run("gene.levels") == levels
+        step, view = float(np.nanmax(image) - np.nanmin(image)) / (levels - 1), View(browser)
+        for row, column in ((3, 50), (20, 27), (41, 55)):
+            browser.mouse("Moved", *view.at(row, column))
+            shown = readout(browser).partition("KRT8: ")[2].partition(" counts")[0]
+            assert float(shown) == pytest.approx(image[row, column], abs=step)
+        bar = browser.run("document.getElementById('bars').textContent")
+        assert ("Put the folder page-genes beside this page" in bar) == (page == alone)
+        gone = browser.run("document.querySelector('[name=layer][value=uncertainty]').disabled")
+        assert gone == (page == alone)
+    assert "folder page-genes" in browser.run("document.getElementById('scatter-text').textContent")
+    browser.run("chooseGene(3)")  # whole in the page
+    assert browser.run("gene.levels") == 255
+
+
 # ----- areas -----
 def drag(browser, points) -> None:
     (x, y), *rest = points

@@ -11,9 +11,9 @@ function drawScatter() {
   box.replaceChildren();
   byId("scatter-save").hidden = !gene.spots;
   if (!gene.spots) {
-    text.textContent = data.spots
-      ? `cnts.csv has no counts of ${gene.name}.`
+    const absent = data.spots ? `cnts.csv has no counts of ${gene.name}.`
       : "Without locs.csv, radius.txt and cnts.csv there is nothing to compare.";
+    text.textContent = gene.beside ? `The spots are in the folder ${data.folder}: put it beside this page.` : absent;
     return;
   }
   const { measured, summed, r, ratio } = gene.spots;

@@ -141,7 +141,8 @@ function rampOf(field, channel) { // two rows: the colours as they are, and as t
 function barText(field) {
   const [low, high] = field.range.map(show), curve = { linear: "", sqrt: ", square-root scale", log: ", logarithmic scale" };
   return `counts per superpixel of ${data.um} µm in steps of ${show(Number(stepOf(field).toPrecision(2)))}; ` +
-    `colours from ${low} to ${high} and more${curve[look.scale]}`;
+    `colours from ${low} to ${high} and more${curve[look.scale]}` +
+    (field.beside ? `. Put the folder ${data.folder} beside this page for more steps, spots and uncertainty` : "");
 }
 
 function drawBar({ field, channel }) { // a <figure> with the ramp, its ticks and its words

@@ -65,8 +65,17 @@ function readBeside(index) {
   });
 }
 
+async function readGene(index) {
+  const here = index < data.here ? JSON.parse(byId(`gene-${index}`).textContent) : null;
+  if (here && !here.beside) return here;
+  return readBeside(index).catch((error) => { // in few steps is better than not at all
+    if (!here) throw error;
+    return here;
+  });
+}
+
 async function makeGene(index) {
-  const facts = index < data.here ? JSON.parse(byId(`gene-${index}`).textContent) : await readBeside(index);
+  const facts = await readGene(index);
   const gene = await unpackField(facts.name, facts);
   if (facts.sd) gene.sd = await unpackField(`uncertainty of ${facts.name}`, facts.sd);
   return Object.assign(gene, { index });
