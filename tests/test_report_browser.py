@@ -914,10 +914,16 @@ def test_layers_are_drawn_and_read_out(browser, full_page):
         browser.click(f"[name=layer][value={name}]")
         off(browser)
         np.testing.assert_allclose(browser.picture()(*view.at(20, 27)), expected, atol=6)
-    bars = browser.run(
-        "[...document.querySelectorAll('.colour-bar strong')].map(e => e.textContent)"
-    )
-    assert bars == ["uncertainty of KRT8"]
+    bars = "[...document.querySelectorAll('.colour-bar strong')].map(e => e.textContent)"
+    assert browser.run(bars) == ["uncertainty of KRT8"]
+    for name, expected in (("none", []), ("annotation", []), ("map", ["KRT8"])):
+        browser.click(f"[name=layer][value={name}]")  # no bar of what is not in the picture
+        assert browser.run(bars) == expected
+    browser.click("[name=layer][value=annotation]")
+    browser.click("#spots")
+    assert browser.run(bars) == ["KRT8"]
+    browser.click("#spots")
+    browser.click("[name=layer][value=uncertainty]")
     browser.click("#cells")
     browser.mouse("Moved", *view.at(5, 40))
     assert "cell of class tumour" in readout(browser)

@@ -28,11 +28,11 @@ function shownNames() {
 }
 
 function legend() { // the fields whose colours are in the picture, and their channels
-  const single = kinds[0] === "overlay", bars = [];
-  const onlySd = single && layer === "uncertainty" && !byId("spots").checked;
-  if (!onlySd && look.mixed) trio.forEach((field, channel) => field && bars.push({ field, channel }));
-  else if (!onlySd || !gene.sd) bars.push({ field: gene, channel: null });
-  if (gene.sd && (kinds.includes("uncertainty") || (single && layer === "uncertainty"))) bars.push({ field: gene.sd, channel: null });
+  const single = kinds[0] === "overlay", bars = [], shows = (kind) => (single ? layer === kind : kinds.includes(kind));
+  const spots = spotFields().length > 0 && (single ? byId("spots").checked : kinds.includes("spots"));
+  if ((shows("map") || spots) && look.mixed) trio.forEach((field, channel) => field && bars.push({ field, channel }));
+  else if (shows("map") || spots) bars.push({ field: gene, channel: null });
+  if (gene.sd && shows("uncertainty")) bars.push({ field: gene.sd, channel: null });
   return bars;
 }
 

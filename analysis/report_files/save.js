@@ -91,7 +91,7 @@ function pictureOf(sharp) { // the view with its scale bar, colour bars and name
   to.setTransform(sharp, 0, 0, sharp, 0, 0);
   to.fillStyle = "#1d1f21";
   to.font = "600 17px system-ui, sans-serif";
-  to.fillText(`${data.sample}: ${shownNames()}`, MARGIN, MARGIN + 18, width);
+  to.fillText(bars.length ? `${data.sample}: ${shownNames()}` : data.sample, MARGIN, MARGIN + 18, width);
   const { length, text } = scaleBar(), bottom = MARGIN + TITLE + height;
   to.fillStyle = "rgba(255, 255, 255, .88)";
   to.fillRect(MARGIN + 8, bottom - 42, length + 20, 34);
