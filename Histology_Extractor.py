@@ -52,7 +52,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--backbone",
         default=UNI,
-        help=f"Network that makes the tokens: {UNI}, {LITE} (embedded, needs no network), "
+        help=f"Network that makes the tokens: {UNI}, {LITE} (comes with HISTEX, no internet), "
         "hf-hub:organisation/name, or a ViT or CNN of timm by its name.",
     )
     parser.add_argument(
@@ -628,7 +628,7 @@ def extract(
         colours = write_map(partial, rows_of_tiles(image, encoder, folder, numbers), encoder)
     seconds = time.time() - started
     print(
-        f"{encoder.tiles} tiles in {seconds:.1f} s ({encoder.tiles / seconds:.2f} tiles/s); "
+        f"tiles: {encoder.tiles} in {seconds:.1f} s ({encoder.tiles / seconds:.2f} tiles/s); "
         f"{encoder.blank_tiles} blank tiles were not run through the network"
         + (f" (this process, one of {ranks.world})" if ranks.world > 1 else "")
     )

@@ -368,7 +368,7 @@ def write_hr_counts(counts: np.ndarray, parents: np.ndarray, path: Path) -> None
 def describe(lattice: Lattice | None, xy: np.ndarray) -> dict[str, object]:
     """Print what was found; return the numbers for the record."""
     if len(xy) < MIN_SPOTS:
-        print(f"note: only {len(xy)} spots; a network needs at least {MIN_SPOTS} to learn from")
+        print(f"note: only {len(xy)} spots; do not trust maps of fewer than {MIN_SPOTS}")
     if lattice is None:
         reason = "too few spots" if len(xy) < MIN_SPOTS else "the spots lie on none"
         print(f"lattice: none, {reason}; neighbours are Delaunay edges up to {MAX_EDGE} x median")

@@ -80,8 +80,9 @@ def build_parser() -> cli.Parser:
     )
     either.add_argument("--tissue", choices=builtin.tissues(), help=tissue_help)
     share_help = (
-        "Share of the tissue that random genes in place of markers may label. A smaller share "
-        "leaves more of the tissue unclassified; 1 leaves nothing unclassified."
+        "How much of the tissue random genes, in place of the markers, may label: like a rate of "
+        "false positives. A smaller share leaves more of the tissue unclassified; 1 leaves "
+        "nothing unclassified."
     )
     share = cli.number(float, lambda x: 0 < x <= 1, "a number above 0, and 1 at most")
     option("--chance-share", type=share, default=CHANCE_SHARE, help=share_help)

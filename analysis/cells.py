@@ -85,8 +85,9 @@ def build_parser() -> cli.Parser:
         "--share",
         choices=["area", "cells"],
         default="area",
-        help="How to share out the counts of a superpixel. area: each cell gets the share that is "
-        "its share of the area. cells: the cells in the superpixel get all of them.",
+        help="How to share out the counts of a superpixel. area: a cell that covers 30 %% of the "
+        "superpixel gets 30 %% of its counts. cells: the cells in it get all of its counts, in "
+        "proportion to their areas.",
     )
     option(
         "--geojson-genes",

@@ -50,9 +50,9 @@ Reads   cnts-super/, locs.csv, radius.txt, cnts.csv, and the truth: truth.npz (c
         columns, genes), tissue; genes, or else gene-names.txt), or genes_3D.pkl (the pickled array
         alone; genes of gene-names.txt, tissue of mask.png). With --holdout, in place of maps and
         truth: he.jpg, gene-names.txt, Histology_feature_map.npy and mask.png.
-Writes  evaluation.csv (a row per gene; histex_4x is Pearson's r), evaluation.json (the tables) and
-        evaluation.png; with --holdout, evaluation-holdout.* of the left-out spots. The record of
-        both is evaluate.json.
+Writes  evaluation.csv (a row per gene; histex_1x, _2x and _4x are Pearson's r at 8, 16 and 32 um),
+        evaluation.json (the tables) and evaluation.png; with --holdout, evaluation-holdout.* of the
+        left-out spots. The record of both is evaluate.json.
 """
 
 from __future__ import annotations

@@ -5,7 +5,10 @@
 Reads   cnts-super/, held-out-r.csv, HISTEX.json, locs.csv, radius.txt, cnts.csv; mask.png if it is
         there; truth.npz with --truth.
 
-Writes  patterns.csv   a row per gene; the docstring of this script explains the columns
+Writes  patterns.csv   a row per gene. found_by_spots, found_by_maps: it has a pattern in the spots,
+                       in the maps; enhanced: the maps also predict left-out spots better than the
+                       spots around these do; held_out_q: p of the held-out correlation, corrected
+                       for all genes. The head of this script explains the other columns
         patterns.png   all genes, and maps of those that gain most
         patterns.json  the record, with numbers of genes and medians
 

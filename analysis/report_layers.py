@@ -143,9 +143,9 @@ def missing_layers(stage: utils.Stage, content: PageContent) -> dict[str, str]:
     if content.regions is None:
         found["regions"] = command(stage, "analysis/segment.py")
     if content.annotation is None:
-        found["annotation"] = command(stage, "analysis/annotate.py", "--markers", "markers.csv")
+        found["annotation"] = command(stage, "analysis/annotate.py", "--tissue", "TISSUE")
     if content.cells is None:
-        found["cells"] = command(stage, "analysis/cells.py", "--masks", "cells.geojson")
+        found["cells"] = command(stage, "analysis/cells.py")
     if content.spots is None:
         found["spots"] = "needs locs.csv, radius.txt and cnts.csv"
     return found

@@ -82,8 +82,8 @@ def build_parser() -> cli.Parser:
     option("--min-region-mm2", type=cli.from_0, default=MIN_REGION_MM2, help=mm2_help)
     option("--seed", type=cli.not_negative, default=0, help="Seed of the random numbers.")
     halves_help = (
-        "Number of random halves of the tissue used to measure stability; at least 2 (1 skips the "
-        "measurement)."
+        "Number of random halves of the tissue used to measure stability: 2 or more, or 1 to skip "
+        "the measurement."
     )
     option("--n-halves", type=cli.positive, default=N_HALVES, help=halves_help)
     parser.alias("--seeds", "--n-halves")

@@ -15,7 +15,7 @@ def parser(doc: str) -> cli.Parser:
         "--epochs",
         type=cli.positive,
         default=500,
-        help="Largest number of epochs per state.",
+        help="The most epochs (passes over the spots) per state; training mostly ends before.",
     )
     option(
         "--n-states",
@@ -33,8 +33,8 @@ def parser(doc: str) -> cli.Parser:
         "--reference",
         type=Path,
         metavar="FILE",
-        help="What sections of known truth taught: a file of reference/learn.py. The network sees "
-        "its features beside the tokens.",
+        help="A reference, made by reference/learn.py from sections whose truth is known. The "
+        "network sees its features beside the tokens.",
     )
     option(
         "--seed",

@@ -7,7 +7,8 @@ Reads   counts   spots x genes; the id of a spot is its place on the array, "10x
         spots    x, y (place on the array), new_x, new_y (the same, adjusted), pixel_x, pixel_y
                  (px of the image) and, if it is there, selected (1 in tissue)
         labels   a pathologist's: x, y (which are new_x, new_y), label
-Writes  the files of a sample, see sample.py; labels.csv (spot id, label) if labels were given.
+Writes  he-raw.*, pixel-size-raw.txt, locs-raw.csv, cnts.csv.gz, radius-raw.txt; check.png;
+        labels.csv (spot id, label) if labels were given.
         Look at check.png before you go on.
 
 The array is square: spots of 100 um, 200 um apart. Spots were placed by hand or by detection and

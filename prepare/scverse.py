@@ -11,7 +11,8 @@ Reads   .h5ad   counts; obsm["spatial"] = x, y in px of the full-resolution imag
         tables  cnts.csv or .tsv, locs-raw.csv or .tsv, he-raw.*, pixel-size-raw.txt, and
                 radius-raw.txt if it is there, in a folder or after a prefix (data/P1- reads
                 data/P1-cnts.tsv), as the tools of this family have them
-Writes  the files of a sample, see sample.py; look at check.png before you go on.
+Writes  he-raw.*, pixel-size-raw.txt, locs-raw.csv, cnts.csv.gz, radius-raw.txt; and
+        check.png: look at it before you go on.
 
 Raw counts are taken from X, else from a layer, else from raw: from the first that holds nothing but
 whole numbers. Normalised or log-transformed values are refused: counts cannot be got back.

@@ -6,7 +6,8 @@ Reads   OUTS/filtered_feature_bc_matrix.h5, or the folder of that name (matrix.m
         OUTS/spatial/tissue_positions*.csv or .parquet, of Space Ranger 1 to 4
         OUTS/spatial/scalefactors_json.json, tissue_hires_image.png   to recognise the image
         FULLRES   the microscope image that Space Ranger was given: all coordinates refer to it
-Writes  the files of a sample, see sample.py; look at check.png before you go on.
+Writes  he-raw.*, pixel-size-raw.txt, locs-raw.csv, cnts.csv.gz, radius-raw.txt; and
+        check.png: look at it before you go on.
 
 The pixel size is fitted to the array: neighbours are 100 um apart, rows 86.6 um. Space Ranger's
 spot_diameter_fullres is not used: it stands for 65 um, while the printed spots measure 55 um.

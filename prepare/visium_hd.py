@@ -6,7 +6,8 @@ the bins themselves as truth.
 Reads   OUTS/binned_outputs/square_002um/ (or 008um, 016um: the finest there, or --bin)
             filtered_feature_bc_matrix.h5, spatial/tissue_positions.parquet
         FULLRES   the microscope image that Space Ranger was given
-Writes  the files of a sample, see sample.py, with truth.npz for analysis/evaluate.py.
+Writes  he-raw.*, pixel-size-raw.txt, locs-raw.csv, cnts.csv.gz, radius-raw.txt; check.png;
+        truth.npz for analysis/evaluate.py.
 
 Pseudo-spots. Visium's lattice, 100 um apart in rows of 86.6 um, lies along the axes of the bins as
 a slide's does, however the section is turned or mirrored in the image. A spot is the sum of the

@@ -12,7 +12,8 @@ Reads   OUTS, a folder or the .zip or .tar.gz of it:
         HE.ome.tif      H&E of the same section, or any slide that slides.py reads
         CSV             3 x 3 matrix from pixels of the H&E to pixels of the run (Xenium Explorer);
                         --aligned instead of it: the image lies in the frame of the run already
-Writes  the files of a sample, see sample.py, and truth.npz; look at check.png before you go on.
+Writes  he-raw.*, pixel-size-raw.txt, locs-raw.csv, cnts.csv.gz, radius-raw.txt, truth.npz; and
+        check.png: look at it before you go on.
 
 The image is warped into the frame of the run, tile by tile, at 0.5 um per pixel, so that all
 molecules keep their places. Pseudo-Visium spots, discs of 55 um on the hexagonal lattice of 100 um,

@@ -358,7 +358,7 @@ def test_a_large_section_has_maps_in_few_steps_in_the_page_and_whole_ones_beside
         np.testing.assert_allclose(map_in(gene["sd"]), image / 4, atol=step / 4 / 508 * 1.5)
         assert "spots" in gene
     assert len(list((section / "report-genes").iterdir())) == len(finer)
-    assert "this file holds a copy in few steps" in text
+    assert "this file holds a coarse copy" in text
     alone = write_page(section, "--one-file")
     assert not (section / "report-genes").exists()
     gene = facts_of(alone, "gene-0")

@@ -91,7 +91,8 @@ def rows_of(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     if not path.is_file():
         raise utils.StageError(
             f"{path} is missing: the table of samples, with the columns {', '.join(COLUMNS)}.",
-            "Write it (workflow/README.md shows one), or name another: --config samples=FILE",
+            "Write it (workflow/README.md shows one), or name another: --config samples=FILE for "
+            "snakemake, --samples FILE for cohort.py.",
         )
     try:
         text = plain.read_text(path)
