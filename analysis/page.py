@@ -147,7 +147,10 @@ def render(
 
 
 def facts_of(content: PageContent) -> list[tuple[str, str]]:
-    image = read_map(content.files[content.genes[0]])
+    images = (read_map(content.files[gene]) for gene in content.genes)
+    image = next((image for image in images if np.isfinite(image).any()), None)
+    if image is None:
+        image = np.full(content.shape, np.nan)
     tissue = int(np.isfinite(image).sum())
     rows, columns = content.shape
     facts = [("genes", f"{len(content.files):,}")]

@@ -96,6 +96,7 @@ if __name__ == "__main__":
     cli.start(build_parser(), SCRIPT)  # what needs none of the slow imports below
 
 import base64
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -283,13 +284,19 @@ def genes_in_page(content: PageContent, beside: bool) -> list[dict[str, Any]]:
     return found
 
 
-def write_beside(folder: Path, content: PageContent, numbers: list[int]) -> None:
+def stamp_of(stage: utils.Stage, facts: dict[str, Any]) -> str:
+    """What tells a page's own folder from that of another page or run."""
+    known = {name: seen.get("sha256") for name, seen in stage.inputs.items()}
+    return hashlib.sha256(page.script_json([facts, known]).encode()).hexdigest()[:16]
+
+
+def write_beside(folder: Path, content: PageContent, numbers: list[int], stamp: str) -> None:
     """A script for each of these genes, which hands its map to the page that loads it."""
     folder.mkdir()
     genes = [*content.genes, *content.others]
     for i in Bar(numbers, "maps beside the page"):
         facts = report_maps.describe_gene(content, genes[i], report_maps.FAST)
-        text = f"takeGene({i}, {page.script_json(facts)});\n"
+        text = f'takeGene({i}, {page.script_json(facts)}, "{stamp}");\n'
         (folder / f"{i}.js").write_text(text, "utf-8", newline="\n")
 
 
@@ -304,6 +311,7 @@ def main(stage: utils.Stage) -> None:
     held_out, markers = page.describe_held_out(content)
     image, tissue_colour = report_maps.shrink(stage, args.image_px)
     facts, genes = describe_page(stage, content, beside, markers), len(content.genes)
+    facts["stamp"] = stamp_of(stage, facts)
     maps = genes_in_page(content, beside=not args.one_file)
     finer = [i for i, known in enumerate(maps) if known.get("beside")]
     numbers = [*finer, *range(genes, genes + len(content.others))]
@@ -318,8 +326,12 @@ def main(stage: utils.Stage) -> None:
         frame=content.frame[0],
         folder=beside,
         with_folder=bool(numbers),
-        finer=len(finer),
-        alone=report_layers.alone_text(content, facts["alone"]),
+        others=len(content.others),
+        coarse=sum("finer steps" in maps[i]["beside"] for i in finer),
+        less=bool(finer),
+        alone=report_layers.alone_text(
+            content, report_layers.by_reference(content, list(content.files))
+        ),
         data=page.script_json(facts | {"tissue": tissue_colour}),
         image=base64.b64encode(image).decode(),
         maps=map(page.script_json, maps),
@@ -331,7 +343,7 @@ def main(stage: utils.Stage) -> None:
         file.writelines(pieces)
     if numbers:
         with stage.writing(folder) as partial:
-            write_beside(partial, content, numbers)
+            write_beside(partial, content, numbers, facts["stamp"])
     else:
         stage.retire(folder)
     stage.finish(genes=genes, genes_beside=len(content.others), finer_beside=len(finer))

@@ -1,8 +1,9 @@
 """How the maps, the image and the colours are stored in the page of analysis/report.py.
 
 A map is one byte a superpixel: 0 where it has no value, else a step between its lowest and its
-highest value. The bytes are replaced by their difference to the mean of their left and their upper
-neighbour, which deflate packs better, and stand in the page as base64.
+highest value; sums take the mean of the map in each step. The bytes are replaced by their
+difference to the mean of their left and their upper neighbour, which deflate packs better, and
+stand in the page as base64.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pyvips
 
 import utils
 from analysis import inputs
-from analysis.page import PageContent, SpotCounts
+from analysis.page import PageContent, SpotCounts, script_json
 from analysis.scores import rounded
 from analysis.spots import on_tissue, score_totals, sum_discs
 
@@ -71,10 +72,13 @@ def pack(image: np.ndarray, effort: int = SMALL, most_bytes: float = math.inf) -
         text = encode(differences(codes), effort)
         if len(text) <= most_bytes:
             break
-    shown = image[np.isfinite(image)]
+    shown, steps = image[np.isfinite(image)], codes[codes > 0]
     top = float(np.percentile(shown, SATURATED)) if len(shown) else 0.0
     ends = {"low": low, "high": high, "top": top if top > 0 else 1.0}
-    return {"codes": text, "levels": levels, **ends}
+    n = np.bincount(steps, minlength=levels + 1)[1:]
+    means = np.bincount(steps, shown, levels + 1)[1:] / np.maximum(n, 1)
+    exact = [float(f"{mean:.6g}") for mean in means]
+    return {"codes": text, "levels": levels, "means": exact, **ends}
 
 
 def describe_gene(content: PageContent, gene: str, effort: int = SMALL) -> dict[str, Any]:
@@ -91,14 +95,16 @@ def describe_gene(content: PageContent, gene: str, effort: int = SMALL) -> dict[
 def fit_into_page(content: PageContent, facts: dict[str, Any], beside: bool) -> dict[str, Any]:
     """A gene's facts as they stand in the page: what is too large, in fewer steps.
 
-    If the gene lies ``beside`` the page as well, its map alone, without spots and sd.
+    If the gene lies ``beside`` the page as well, its map alone, and what is only there.
     """
-    gene, fields = facts["name"], [facts, *([facts["sd"]] if "sd" in facts else [])]
-    if sum(len(field["codes"]) for field in fields) <= GENE_BYTES:
+    if len(script_json(facts)) <= GENE_BYTES:
         return facts
+    gene = facts["name"]
     small = pack(read_map(content, content.files, gene), SMALL, GENE_BYTES)
     if beside:
-        return {"name": gene, "beside": True} | small
+        lost = {"finer steps": small["levels"] < LEVELS, "spots": "spots" in facts}
+        lost["uncertainty"] = "sd" in facts
+        return {"name": gene, "beside": [name for name, is_lost in lost.items() if is_lost]} | small
     if "sd" in facts:
         small["sd"] = pack(read_map(content, content.spreads, gene), SMALL, GENE_BYTES)
     return facts | small

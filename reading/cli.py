@@ -270,7 +270,7 @@ def run_stage(
         finally:
             stage.discard()
 
-    return exit_code(work, args.directory, "files already finished are kept")
+    return exit_code(work, output_folder(args) or args.directory, "files already finished are kept")
 
 
 def exit_code(work: Callable[[], None], directory: Path, when_interrupted: str) -> int:

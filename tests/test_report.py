@@ -220,6 +220,21 @@ def test_a_map_that_is_too_large_is_stored_in_fewer_steps():
     assert found == budgets
 
 
+@given(
+    arrays(np.float32, (9, 11), elements=st.floats(0, 1e5, width=32) | st.just(np.nan)),
+    st.sampled_from([math.inf, 1]),
+)
+def test_sums_of_a_map_in_few_steps_are_those_of_the_map(image, most_bytes):
+    packed = report_maps.pack(image, most_bytes=most_bytes)
+    codes = report_maps.quantise(image, packed["levels"])[0]
+    means = np.array([0, *packed["means"]])
+    np.testing.assert_allclose(means[codes].sum(), np.nansum(image, dtype=float), rtol=1e-5)
+    there = codes > 0
+    step = (packed["high"] - packed["low"]) / (packed["levels"] - 1)
+    apart = np.abs(means[codes] - image)[there].max(initial=0)
+    assert apart <= step * 1.001 + 1e-5 * packed["high"]
+
+
 def test_palettes_are_even_in_lightness_and_the_printed_one_begins_white():
     for name, text in report_maps.palettes().items():
         rgb = np.frombuffer(bytes.fromhex(text), np.uint8).reshape(1, 256, 3)
@@ -321,7 +336,8 @@ def test_genes_that_are_not_in_the_page_lie_beside_it(section):
     assert facts["ranks"] == [1, 2, 3, None]
     assert sorted(f.name for f in (section / "report-genes").iterdir()) == ["2.js", "3.js"]
     script = (section / "report-genes" / "2.js").read_text(encoding="utf-8")
-    gene = json.loads(re.fullmatch(r"takeGene\(2, (.*)\);\n", script)[1])
+    gene, stamp = json.loads(f"[{re.fullmatch(r'takeGene.2, (.*).;[^;]', script)[1]}]")
+    assert stamp == facts["stamp"]
     image = make_maps()[..., 2]
     assert gene["name"] == HOSTILE
     assert "<" not in script
@@ -344,12 +360,13 @@ def test_a_large_section_has_maps_in_few_steps_in_the_page_and_whole_ones_beside
     assert facts_of(text)["genes"] == GENES
     small = [facts_of(text, f"gene-{i}") for i in range(len(GENES))]
     finer = [i for i, gene in enumerate(small) if "beside" in gene]
-    assert finer == [0, 1, 2]  # FLAT packs well
+    assert finer == [0, 1, 2, 3]
     assert {len(small[i]["codes"]) <= 800 for i in finer} == {True}
     for i in finer:
-        assert set(small[i]) == {"name", "beside", "codes", "levels", "low", "high", "top"}
+        assert small[i]["beside"][-2:] == ["spots", "uncertainty"]
+        assert not {"spots", "sd"} & set(small[i])
         script = (section / "report-genes" / f"{i}.js").read_text(encoding="utf-8")
-        gene = json.loads(re.fullmatch(rf"takeGene\({i}, (.*)\);\n", script)[1])
+        gene, _ = json.loads(f"[{re.fullmatch(rf'takeGene.{i}, (.*).;[^;]', script)[1]}]")
         image = make_maps()[..., i]
         step = np.nanmax(image) - np.nanmin(image)
         np.testing.assert_allclose(map_in(gene), image, atol=step / 508 * 1.001)
@@ -358,7 +375,7 @@ def test_a_large_section_has_maps_in_few_steps_in_the_page_and_whole_ones_beside
         np.testing.assert_allclose(map_in(gene["sd"]), image / 4, atol=step / 4 / 508 * 1.5)
         assert "spots" in gene
     assert len(list((section / "report-genes").iterdir())) == len(finer)
-    assert "this file holds a coarse copy" in text
+    assert "it holds a smaller copy" in text
     alone = write_page(section, "--one-file")
     assert not (section / "report-genes").exists()
     gene = facts_of(alone, "gene-0")

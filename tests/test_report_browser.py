@@ -627,7 +627,7 @@ def found(browser) -> str:
 
 def test_genes_beside_the_page_are_found_and_loaded(browser, small_page):
     browser.open(small_page)
-    assert found(browser).startswith("The best 1 of 4 genes")
+    assert found(browser).startswith("1 of 4 genes")
     type_in(browser, "fla")
     assert found(browser) == "FLAT: no held-out r is known"
     type_in(browser, "na")
@@ -687,12 +687,91 @@ def test_a_large_section_is_read_from_the_folder_and_in_few_steps_without_it(
             shown = readout(browser).partition("KRT8: ")[2].partition(" counts")[0]
             assert float(shown) == pytest.approx(image[row, column], abs=step)
         bar = browser.run("document.getElementById('bars').textContent")
-        assert ("Put the folder page-genes beside this page" in bar) == (page == alone)
+        assert ("is in the folder page-genes, which is not beside" in bar) == (page == alone)
         gone = browser.run("document.querySelector('[name=layer][value=uncertainty]').disabled")
         assert gone == (page == alone)
     assert "folder page-genes" in browser.run("document.getElementById('scatter-text').textContent")
     browser.run("chooseGene(3)")  # whole in the page
     assert browser.run("gene.levels") == 255
+
+
+@pytest.fixture(scope="module")
+def coarse_page(_section, tmp_path_factory):
+    """A page whose genes are coarse, with the full ones beside it; the last gene is only there."""
+    directory = shutil.copytree(_section, tmp_path_factory.mktemp("coarse") / "coarse")
+    write_layers(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.report_maps, "GENE_BYTES", 450)
+        assert report.run(["--directory", str(directory), "--n-genes", "3"]) == 0
+    return directory / "report.html"
+
+
+def copy_page(page, tmp_path) -> Path:
+    shutil.copytree(page.with_name("report-genes"), tmp_path / "report-genes")
+    return Path(shutil.copy(page, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (r'"codes":"....', '"codes":"', "is damaged"),
+        (r'"codes":"[^"]*"', '"codes":"eJzLSM3JyQcABiwCFQ=="', "is of another section"),
+        (r', "[0-9a-f]{16}"', ', "0123456789abcdef"', "of another page or run"),
+        (r"takeGene.*", "takeGene(", "of another page or run"),
+    ],
+)
+def test_a_damaged_gene_beside_the_page_costs_no_more_than_that(
+    browser, coarse_page, tmp_path, old, new, why
+):
+    page = copy_page(coarse_page, tmp_path)
+    script = tmp_path / "report-genes" / "0.js"
+    script.write_text(re.sub(old, new, script.read_text("utf-8"), count=1), "utf-8")
+    browser.open(page)
+    assert browser.run("[gene.name, gene.levels, Boolean(gene.sd)]") == ["KRT8", 15, False]
+    assert why in browser.run("document.getElementById('bars').textContent")
+    browser.run("chooseGene(1)")
+    assert browser.run("[gene.name, gene.levels, Boolean(gene.sd)]") == ["NA", 255, True]
+
+
+def test_without_the_folder_links_to_its_genes_open_the_page_and_say_so(
+    browser, coarse_page, tmp_path
+):
+    page = Path(shutil.copy(coarse_page, tmp_path))
+    browser.open(page)
+    browser.run("location.hash = '#gene=FLAT'")
+    browser.wait("document.getElementById('readout').textContent.includes('FLAT')")
+    assert "The map of FLAT is in the folder report-genes" in readout(browser)
+    assert browser.run("gene.name") == "KRT8"
+    browser.run("location.hash = '#rgb=KRT8&rgb=FLAT&rgb=NA&layer=uncertainty&range=0+0.5'")
+    browser.wait("look.mixed && trio[2]")
+    assert browser.run("trio.map(one => one && one.name)") == ["KRT8", None, "NA"]
+    assert browser.run("gene.range[1] === gene.top")  # the range was that of another layer
+    browser.run("chooseGene(3).catch(fail)")  # FLAT cannot be read: green stays free
+    browser.run("chooseGene(2)")
+    assert browser.run("trio.map(one => one && one.name)") == ["KRT8", HOSTILE, "NA"]
+
+
+def test_sums_of_coarse_maps_are_those_of_the_maps(browser, coarse_page, tmp_path):
+    page = copy_page(coarse_page, tmp_path)
+    script = tmp_path / "report-genes" / "3.js"
+    for name in ("0.js", "1.js", "2.js"):
+        script.with_name(name).unlink()
+    browser.open(page)
+    browser.run("chooseGene(3)")
+    script.unlink()
+    browser.click("[data-for=rectangle]")
+    view = View(browser)
+    drag(browser, [view.at(0, 0), view.at(SHAPE[0] - 1, SHAPE[1] - 1)])
+    rows = area(browser, 1)["rows"]
+    maps = make_maps()
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+    for row in rows:
+        expected = np.nansum(maps[1:-1, 1:-1, row["index"]])  # its border counts by shares
+        whole = np.nansum(maps[..., row["index"]])
+        assert expected * 0.99 <= row["counts"] <= whole * 1.01
+    browser.run("loaded.delete(3)")
+    browser.run("chooseArea(chosenArea)")
+    assert [row["index"] for row in area(browser, 1)["rows"]] == [0, 1, 2]
 
 
 # ----- areas -----

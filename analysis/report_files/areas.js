@@ -212,13 +212,13 @@ function sumOf(field, { indices, weights }) {
 
 async function sumArea(area) { // of all genes that are loaded: those of the page and of the folder
   const part = superpixelsOf(area), numbers = new Set([...Array(data.here).keys(), ...loaded.keys()]);
-  const rows = [];
+  const rows = [], unread = [];
   for (const index of [...numbers].sort((a, b) => a - b)) {
-    const field = await loadGene(index).catch(() => null);
+    const field = await loadGene(index).catch(() => unread.push(data.genes[index]) && null);
     if (field) rows.push({ index, gene: field.name, ...sumOf(field, part), sd: sdOfSum(field.sd, part) });
   }
   const all = part.weights.reduce((sum, weight) => sum + weight, 0);
-  return Object.assign(area, { rows, all, tissue: rows.length ? rows[0].superpixels : 0 });
+  return Object.assign(area, { rows, all, unread, tissue: Math.max(0, ...rows.map((row) => row.superpixels)) });
 }
 
 async function chooseArea(area) {
@@ -253,7 +253,8 @@ function showArea(area) {
   const texts = area.layer ? data[area.layer].texts : [], about = texts[area.number - 1];
   const marker = area.layer === "regions" && about ? ` Marker genes: ${about}.` : "";
   byId("area-text").textContent = `${area.name}: ${mm2(area.all)} mm², ${show(area.all)} superpixels, ` +
-    `${show(area.tissue)} of them on the tissue.${marker}`;
+    `${show(area.tissue)} of them on the tissue.${marker}` +
+    (area.unread.length ? ` Without ${area.unread.join(", ")}, whose maps cannot be read.` : "");
   const rows = [...area.rows].sort((a, b) => b.counts - a.counts);
   byId("area-rows").replaceChildren(...rows.map(({ gene: name, counts, sd, superpixels }) => {
     const row = document.createElement("tr"), first = document.createElement("th");

@@ -13,7 +13,7 @@ function drawScatter() {
   if (!gene.spots) {
     const absent = data.spots ? `cnts.csv has no counts of ${gene.name}.`
       : "Without locs.csv, radius.txt and cnts.csv there is nothing to compare.";
-    text.textContent = gene.beside ? `The spots are in the folder ${data.folder}: put it beside this page.` : absent;
+    text.textContent = gene.why && gene.beside.includes("spots") ? `Without spots: ${gene.why}` : absent;
     return;
   }
   const { measured, summed, r, ratio } = gene.spots;

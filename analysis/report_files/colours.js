@@ -83,10 +83,9 @@ function paintMix(layer, fields) { // of three, some of which may be null
   const none = { codes: new Uint8Array(ROWS * COLUMNS), words: new Uint32Array(256) };
   const [red, green, blue] = fields.map((field) =>
     field ? { codes: field.codes, words: wordsOf(field, (level) => level) } : none);
-  const there = (fields.find((field) => field) || none).codes;
   const image = new ImageData(COLUMNS, ROWS), pixels = new Uint32Array(image.data.buffer);
   for (let i = 0; i < pixels.length; i++) {
-    if (there[i]) pixels[i] = mixedWord(red.words[red.codes[i]], green.words[green.codes[i]], blue.words[blue.codes[i]]);
+    if (red.codes[i] | green.codes[i] | blue.codes[i]) pixels[i] = mixedWord(red.words[red.codes[i]], green.words[green.codes[i]], blue.words[blue.codes[i]]);
   }
   layer.getContext("2d").putImageData(image, 0, 0);
 }
@@ -141,8 +140,7 @@ function rampOf(field, channel) { // two rows: the colours as they are, and as t
 function barText(field) {
   const [low, high] = field.range.map(show), curve = { linear: "", sqrt: ", square-root scale", log: ", logarithmic scale" };
   return `counts per superpixel of ${data.um} µm in steps of ${show(Number(stepOf(field).toPrecision(2)))}; ` +
-    `colours from ${low} to ${high} and more${curve[look.scale]}` +
-    (field.beside ? `. Put the folder ${data.folder} beside this page for more steps, spots and uncertainty` : "");
+    `colours from ${low} to ${high} and more${curve[look.scale]}`;
 }
 
 function drawBar({ field, channel }) { // a <figure> with the ramp, its ticks and its words
@@ -159,7 +157,7 @@ function drawBar({ field, channel }) { // a <figure> with the ramp, its ticks an
   const colour = channel === null ? "" : ` in ${MIX[channel]}`, rank = field.index === undefined ? "" : rankOf(field.index);
   bar.querySelector("strong").textContent = field.name + colour;
   bar.querySelector(".rank").textContent = [rank, aloneText(field)].filter(Boolean).join("; ");
-  bar.querySelector(".bar-text").textContent = barText(field);
+  bar.querySelector(".bar-text").textContent = barText(field) + (field.why ? `. Without ${field.beside.join(", ")}: ${field.why}` : "");
   return bar;
 }
 

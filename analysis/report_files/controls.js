@@ -14,7 +14,7 @@ function setLayers() { // what can be chosen, now and with this gene
   const there = { uncertainty: Boolean(gene && gene.sd), regions: Boolean(labels.regions), annotation: Boolean(labels.annotation) };
   for (const [name, is] of Object.entries(there)) document.querySelector(`[name="layer"][value="${name}"]`).disabled = !is;
   document.querySelector('[name="kind"][value="uncertainty"]').disabled = !there.uncertainty;
-  document.querySelector('[name="kind"][value="spots"]').disabled = !data.spots;
+  document.querySelector('[name="kind"][value="spots"]').disabled = !data.spots || !spotFields().length;
   byId("cells").disabled = !cells;
   if (document.querySelector('[name="layer"]:checked').disabled) choose("layer", "map");
   layer = chosen("layer");
@@ -125,9 +125,13 @@ function noteAddress() {
   }, 250);
 }
 
+let following = 0; // of several addresses the last one counts
+
 async function followAddress() { // the genes first, since the layers depend on them
-  const words = new URLSearchParams(location.hash.slice(1)), names = words.getAll("rgb").slice(0, 3);
-  await takeGenes(words, names);
+  const words = new URLSearchParams(location.hash.slice(1)), mine = ++following;
+  const found = await findNamed(words);
+  if (mine !== following) return;
+  takeGenes(found, Number(words.get("slot")));
   choose("mode", look.mixed ? "three" : "one");
   choose("palette", words.get("palette") || Object.keys(data.palettes)[0]);
   choose("scale", words.get("scale") || "linear");
@@ -143,23 +147,30 @@ async function followAddress() { // the genes first, since the layers depend on 
   choose("layer", words.get("layer") || "map");
   setLayers();
   const [range, at] = ["range", "at"].map((name) => (words.get(name) || "").split(" ").map(Number));
-  if (range.length === 2 && range.every(Number.isFinite) && range[0] < range[1]) rangeField().range = range;
+  const meant = layer === (words.get("layer") || "map"); // that layer may not be there
+  if (meant && range.length === 2 && range.every(Number.isFinite) && range[0] < range[1]) rangeField().range = range;
   showGene();
   wholeSection();
   if (at.length === 3 && at.every(Number.isFinite)) lookAt(...at);
+  if (found.error) fail(found.error);
 }
 
-async function takeGenes(words, names) {
-  const indexOf = (name) => data.genes.indexOf(name), known = names.filter((name) => indexOf(name) >= 0);
-  if (!known.length) {
-    look.mixed = false;
-    gene = await loadGene(Math.max(0, indexOf(words.get("gene"))));
+async function findNamed(words) { // the gene of the address, or up to three; those that cannot be read are left out
+  const found = { trio: [], gene: null, error: null }, indexOf = (name) => data.genes.indexOf(name);
+  const load = (name) => (indexOf(name) < 0 ? null : loadGene(indexOf(name)).catch((error) => { found.error = error; return null; }));
+  found.trio = await Promise.all(words.getAll("rgb").slice(0, 3).map(load));
+  if (!found.trio.some(Boolean)) found.gene = (await load(words.get("gene"))) || (await loadGene(0));
+  return found;
+}
+
+function takeGenes(found, wanted) {
+  look.mixed = !found.gene;
+  if (found.gene) {
+    gene = found.gene;
     return;
   }
-  const found = await Promise.all(names.map((name) => (indexOf(name) < 0 ? null : loadGene(indexOf(name)))));
-  MIX.forEach((_, i) => { trio[i] = found[i] || null; });
-  look.mixed = true;
-  gene = trio[clamp(Number(words.get("slot")) || 0, 0, 2)] || trio.find(Boolean);
+  MIX.forEach((_, i) => { trio[i] = found.trio[i] || null; });
+  gene = trio[clamp(wanted || 0, 0, 2)] || trio.find(Boolean);
   slot = trio.indexOf(gene);
 }
 

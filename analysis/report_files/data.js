@@ -31,25 +31,25 @@ function undoDifferences(codes) { // to the mean of the left and the upper neigh
 }
 
 async function unpackField(name, packed) {
-  const codes = undoDifferences(await unpack(packed.codes));
-  if (codes.length !== ROWS * COLUMNS) throw new Error(`the map of ${name} is of another section`);
+  const codes = undoDifferences(await unpack(packed.codes).catch(() => { throw new Error(`The map of ${name} is damaged`); }));
+  if (codes.length !== ROWS * COLUMNS) throw new Error(`The map of ${name} is of another section`);
   return { ...packed, name, codes, range: [Math.min(0, packed.low), packed.top] };
 }
 
 const stepOf = (field) => (field.high - field.low) / (field.levels - 1);
 const valueOf = (field, code) => field.low + (code - 1) * stepOf(field);
-const valuesOf = (field) => Float64Array.from({ length: 256 }, (_, code) => (code ? valueOf(field, code) : 0));
+const valuesOf = (field) => Float64Array.from({ length: 256 }, (_, code) => field.means[code - 1] || 0); // for sums
 
 // ----- genes -----
-function takeGene(index, facts) { // called by the scripts in the folder beside the page
+function takeGene(index, facts, stamp) { // called by the scripts in the folder beside the page
   const receive = awaited.get(index);
-  if (receive) receive(facts);
+  if (receive && stamp === data.stamp) receive(facts);
 }
 
 function readBeside(index) {
   const name = data.genes[index], script = document.createElement("script");
   const gone = `The map of ${name} is in the folder ${data.folder}, which is not beside this page ` +
-    "or is of another page. Put the page and its folder into one place, or make both anew.";
+    "or is of another page or run. Put the page and its folder into one place, or make both anew.";
   return new Promise((resolve, reject) => {
     awaited.set(index, resolve);
     script.onload = () => reject(new Error(gone)); // without effect if it has called takeGene
@@ -65,20 +65,19 @@ function readBeside(index) {
   });
 }
 
-async function readGene(index) {
-  const here = index < data.here ? JSON.parse(byId(`gene-${index}`).textContent) : null;
-  if (here && !here.beside) return here;
-  return readBeside(index).catch((error) => { // in few steps is better than not at all
-    if (!here) throw error;
-    return here;
-  });
-}
-
-async function makeGene(index) {
-  const facts = await readGene(index);
+async function unpackGene(index, facts) {
   const gene = await unpackField(facts.name, facts);
   if (facts.sd) gene.sd = await unpackField(`uncertainty of ${facts.name}`, facts.sd);
   return Object.assign(gene, { index });
+}
+
+async function makeGene(index) {
+  const here = index < data.here ? JSON.parse(byId(`gene-${index}`).textContent) : null;
+  if (here && !here.beside) return unpackGene(index, here);
+  return readBeside(index).then((facts) => unpackGene(index, facts)).catch((error) => {
+    if (!here) throw error;
+    return unpackGene(index, { ...here, why: error.message }); // less than all is better than nothing
+  });
 }
 
 function loadGene(index) {

@@ -8,7 +8,11 @@ let replaces = false; // the next gene goes to the slot that was chosen, even if
 async function chooseGene(index) {
   const into = look.mixed ? nextSlot() : 0, mine = { index };
   asked[into] = mine;
-  const next = await loadGene(index);
+  const next = await loadGene(index).catch((error) => {
+    if (asked[into] === mine) asked[into] = null;
+    if (gene) tickGene(gene.index);
+    throw error;
+  });
   if (asked[into] !== mine) return; // another one was chosen meanwhile
   asked[into] = null;
   if (look.mixed) trio[into] = next;
@@ -30,7 +34,8 @@ function shownNames() {
 function legend() { // the fields whose colours are in the picture, and their channels
   const single = kinds[0] === "overlay", bars = [], shows = (kind) => (single ? layer === kind : kinds.includes(kind));
   const spots = spotFields().length > 0 && (single ? byId("spots").checked : kinds.includes("spots"));
-  if ((shows("map") || spots) && look.mixed) trio.forEach((field, channel) => field && bars.push({ field, channel }));
+  const has = (field) => field && (shows("map") || (spots && field.spots));
+  if (look.mixed) trio.forEach((field, channel) => has(field) && bars.push({ field, channel }));
   else if (shows("map") || spots) bars.push({ field: gene, channel: null });
   if (gene.sd && shows("uncertainty")) bars.push({ field: gene.sd, channel: null });
   return bars;
@@ -125,7 +130,7 @@ function findGenes() {
 
 function foundText(text, all) {
   const n = data.genes.length.toLocaleString("en"), beside = data.genes.length - data.here;
-  if (!text) return beside ? `The best ${data.here} of ${n} genes; type a name to find any of the others.` : "";
+  if (!text) return beside ? `${data.here} of ${n} genes; type a name to find any of the others.` : "";
   const exact = all.filter((index) => data.genes[index].toLowerCase() === text);
   if (all.length === 1 || exact.length === 1) {
     const index = exact[0] ?? all[0], rest = all.length > 1 ? `; ${all.length} genes have it in their name` : "";
@@ -137,7 +142,7 @@ function foundText(text, all) {
 
 function enterSearch(event) { // the first that is found, or the one of just that name
   if (event.key !== "Enter") return;
-  const all = findGenes(), text = byId("search").value.trim().toLowerCase();
-  const index = all.find((one) => data.genes[one].toLowerCase() === text) ?? all[0];
+  const all = findGenes(), text = byId("search").value.trim(), same = (one) => data.genes[one].toLowerCase() === text.toLowerCase();
+  const index = all.find((one) => data.genes[one] === text) ?? all.find(same) ?? all[0];
   if (index !== undefined) chooseGene(index).catch(fail);
 }

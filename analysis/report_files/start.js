@@ -14,7 +14,7 @@ onClick("in", () => zoom(1.5));
 onClick("out", () => zoom(1 / 1.5));
 onClick("whole", wholeSection);
 onClick("save-picture", savePicture);
-onClick("save-counts", saveCounts);
+onClick("save-counts", () => saveCounts().catch(fail));
 onClick("save-outlines", saveOutlines);
 onClick("range-reset", resetRange);
 onClick("help-open", () => byId("help").showModal());
@@ -53,9 +53,9 @@ async function start() {
   if (data.cells) cells = await unpackCells(data.cells);
   setTool("move");
   findGenes();
+  byId("readout").textContent = "Point at the tissue, or move the mark with the arrow keys, to read the map.";
   await Promise.all([byId("image").decode(), followAddress()]);
   new ResizeObserver(() => (view.whole ? wholeSection() : limit())).observe(canvas);
-  byId("readout").textContent = "Point at the tissue, or move the mark with the arrow keys, to read the map.";
   draw();
   isStarted = true;
   document.documentElement.dataset.ready = Math.round(performance.now()); // ms after the page was asked for
