@@ -48,9 +48,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def limit_threads(device: torch.device, most: int) -> None:
-    """Have a CPU compute with at most so many threads, unless the user has said how many."""
+    """Have a CPU compute with at most so many threads, and leave one core to other programs.
+
+    Unless the user has said how many. Threads wait for each other after every small operator: if
+    one shares its core with another program, all are as slow as that one.
+    """
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(most, torch.get_num_threads()))
+        torch.set_num_threads(max(1, min(most, torch.get_num_threads() - 1)))
 
 
 def set_precision(wanted: str, device: torch.device, best: str = "bfloat16") -> str:

@@ -92,7 +92,7 @@ def add_shared(parser: Parser) -> None:
         type=positive,
         metavar="N",
         help="How many threads to compute with. Say 1 if several samples run side by side "
-        "(default: as many as there are cores).",
+        "(default: as many as there are cores; HISTEX.py leaves one of them free).",
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import HISTEX
 import utils
-from method import anchoring, grid, network, prediction, progress, states, tiling
+from method import anchoring, devices, grid, network, prediction, progress, states, tiling
 from method import section as sections
 from writing import disk
 
@@ -614,3 +614,16 @@ def test_what_a_key_says_of_functions_and_where_they_are(tmp_path):
     again = states.key_of(training, [tmp_path / "a.json"], inputs, CPU)
     assert key.hash == again.hash
     assert len(key.hash) == 64
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 3), (9, 8), (64, 8)])
+def test_a_core_is_left_to_other_programs_unless_told_otherwise(cores, threads, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    devices.limit_threads(torch.device("cpu"), 8)
+    devices.limit_threads(torch.device("cuda"), 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    devices.limit_threads(torch.device("cpu"), 8)
+    assert taken == [threads]
