@@ -545,7 +545,7 @@ class Stage:
 
         ``guard`` the artifact before, so that nothing of the user is lost.
         """
-        if (path := self.find(artifact, self.folder)) is not None and path in dict(self._known()):
+        if (path := self.find(artifact, self.folder)) is not None:
             self.outdated.append(path)
 
     def retire_rest(self) -> None:

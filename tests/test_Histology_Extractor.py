@@ -524,7 +524,7 @@ def test_blank_tiles_are_not_run(tiny_uni, tmp_path, capsys):
     image[300, 500] = 251  # noise of a JPEG
     directory = write_he(tmp_path / "s", image)
     assert run(SCRIPT, directory, "--weights", str(weights), "--overlap", "0", *CPU) == 0
-    assert "1 tiles in" in (shown := capsys.readouterr().out)
+    assert "tiles: 1 in" in (shown := capsys.readouterr().out)
     assert "5 blank tiles" in shown
     tokens, _ = outputs(directory)
     white = torch.from_numpy((np.ones(3) - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])

@@ -1345,7 +1345,7 @@ def test_what_is_said_of_a_lattice(capsys):
         assert capsys.readouterr().out.count("note: this pitch is neither") == notes
     assert get_HR.describe(None, xy[:15]) == {"lattice": "none", "spots": 15}
     said = capsys.readouterr().out
-    assert "note: only 15 spots; a network needs at least 16" in said
+    assert "note: only 15 spots; do not trust maps of fewer than 16" in said
     assert "lattice: none, too few spots; neighbours are Delaunay edges up to 1.4 x median" in said
     get_HR.describe(None, xy[:16])
     said = capsys.readouterr().out
