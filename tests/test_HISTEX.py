@@ -7,8 +7,8 @@ import io
 import itertools
 import json
 import os
-import re
 import pickle
+import re
 import shutil
 import subprocess
 import sys
