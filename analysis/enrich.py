@@ -37,7 +37,7 @@ q and rank_q are corrected for all sets tested on the same list (Benjamini and H
 about genes, not about tissue: they do not say that the genes of a set also vary together in another
 section.
 
-The tests are a few lines of scipy. gseapy 1.3.1 and decoupler 2.2.0 also work without a network,
+The tests are a few lines of scipy. gseapy 1.3.1 and decoupler 2.2.0 also work without the internet,
 but pandas 3.1 warns of what they call; they install 4 and 18 more packages, and decoupler compiles
 for a minute or two at the first use. The p of gseapy is the same. Its q is lower, sometimes by
 half, because it does not count sets that have no gene in the list.

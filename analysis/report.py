@@ -1,4 +1,4 @@
-"""Write report.html: one page to look at a sample, for any browser, without a network.
+"""Write report.html: one page to look at a sample, for any browser, without the internet.
 
     python analysis/report.py --directory data/section
     python analysis/report.py --directory data/section --genes KRT8,CD3E --output figures/krt8.html

@@ -1,6 +1,6 @@
 """Weights from the Hugging Face hub: whether it gives them, and why it gives nothing.
 
-Without a network, the hub's own library tries again for half a minute. So a script asks once, and
+Offline, the hub's own library tries again for half a minute. So a script asks once, and
 before its slow imports.
 """
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from utils import StageError
 
 UNI_HUB, UNI_FILE = "MahmoodLab/UNI", "pytorch_model.bin"
-LITE = "efficientnet_lite0"  # the embedded network, which needs no hub
+LITE = "efficientnet_lite0"  # the embedded backbone, which needs no hub
 PATIENCE = 3.0  # seconds for the hub to answer
 BUSY = 429  # of HTTP; this status and those above may be others at the next try
 NO_NETWORK = (
-    "is not in the hub's local cache, and the hub cannot be reached: no network",
-    "Connect this machine to the network",
+    "is not in the hub's local cache, and the hub cannot be reached: no internet",
+    "Connect this machine to the internet",
 )
 unreachable = False  # what check_others found
 
@@ -140,5 +140,5 @@ def failure(repository: str, why: str, remedy: str) -> StageError:
     return StageError(
         f"{repository} {why}.",
         f"{remedy}, then run the same command. Or give a copy of the weights: --weights FILE. "
-        f"Or take the embedded network, whose features are others: --backbone {LITE}",
+        f"Or take the embedded backbone, whose features are others: --backbone {LITE}",
     )

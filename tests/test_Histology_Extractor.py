@@ -899,7 +899,7 @@ def test_without_a_network_one_message_comes_soon(silent, closed_hub, monkeypatc
     if silent:  # it takes the connection and never answers
         closed_hub.listen()
     started = time.monotonic()
-    with pytest.raises(utils.StageError, match="the hub cannot be reached: no network"):
+    with pytest.raises(utils.StageError, match="the hub cannot be reached: no internet"):
         hub.check_uni(None)
     assert time.monotonic() - started < 2  # the hub's own retries take 23 s
     hub.check_others()

@@ -4,7 +4,7 @@
 
 The figures are those of the records. A sample that failed is shown with the message of the script
 that failed, and one that is not finished with the step at which it stands. The page links the
-reports, and needs no network. Snakemake writes it at the end of every run.
+reports, and needs no internet. Snakemake writes it at the end of every run.
 
 Reads   --samples; of every sample, the records of the scripts; below --output, .markers/ and logs/
 Writes  cohort.html in --output, and cohort.json, the record
