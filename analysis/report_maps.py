@@ -102,9 +102,9 @@ def fit_into_page(content: PageContent, facts: dict[str, Any], beside: bool) -> 
     gene = facts["name"]
     small = pack(read_map(content, content.files, gene), SMALL, GENE_BYTES)
     if beside:
-        lost = {"finer steps": small["levels"] < LEVELS, "spots": "spots" in facts}
-        lost["uncertainty"] = "sd" in facts
-        return {"name": gene, "beside": [name for name, is_lost in lost.items() if is_lost]} | small
+        coarse = ["finer steps"] if small["levels"] < LEVELS else []
+        rest = [word for key, word in (("spots", "spots"), ("sd", "uncertainty")) if key in facts]
+        return {"name": gene, "beside": coarse + rest} | small if coarse + rest else facts
     if "sd" in facts:
         small["sd"] = pack(read_map(content, content.spreads, gene), SMALL, GENE_BYTES)
     return facts | small

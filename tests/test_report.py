@@ -329,6 +329,14 @@ def facts_of(text: str, script: str = "data") -> dict:
     return json.loads(Page(text).scripts[script])
 
 
+def genes_of(text: str) -> list[dict]:
+    return [facts_of(text, f"gene-{i}") for i in range(len(GENES))]
+
+
+def maps_of(section) -> list[np.ndarray]:
+    return [np.load(section / "cnts-super" / f"{i}.npy") for i in range(len(GENES))]
+
+
 def test_genes_that_are_not_in_the_page_lie_beside_it(section):
     text = write_page(section, "--n-genes", "2")
     facts = facts_of(text)
@@ -358,7 +366,7 @@ def test_a_large_section_has_maps_in_few_steps_in_the_page_and_whole_ones_beside
     monkeypatch.setattr(report_maps, "GENE_BYTES", 800)
     text = write_page(section)
     assert facts_of(text)["genes"] == GENES
-    small = [facts_of(text, f"gene-{i}") for i in range(len(GENES))]
+    small = genes_of(text)
     finer = [i for i, gene in enumerate(small) if "beside" in gene]
     assert finer == [0, 1, 2, 3]
     assert {len(small[i]["codes"]) <= 800 for i in finer} == {True}
@@ -376,6 +384,16 @@ def test_a_large_section_has_maps_in_few_steps_in_the_page_and_whole_ones_beside
         assert "spots" in gene
     assert len(list((section / "report-genes").iterdir())) == len(finer)
     assert "it holds a smaller copy" in text
+    shutil.rmtree(section / "cnts-super-sd")
+    (section / "cnts.csv").unlink()
+    codes = max(len(gene["codes"]) for gene in (report_maps.pack(m) for m in maps_of(section)))
+    monkeypatch.setattr(report_maps, "GENE_BYTES", codes)  # nothing is left out but a few words
+    assert not [gene for gene in genes_of(write_page(section)) if "beside" in gene]
+
+
+def test_a_page_alone_has_all_in_fewer_steps(section, monkeypatch):
+    write_layers(section)
+    monkeypatch.setattr(report_maps, "GENE_BYTES", 800)
     alone = write_page(section, "--one-file")
     assert not (section / "report-genes").exists()
     gene = facts_of(alone, "gene-0")
