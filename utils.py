@@ -403,7 +403,7 @@ class Stage:
         path = self.find(artifact, self.folder)
         return path is not None and path in self._own()
 
-    def _known(self) -> list[tuple[Path, dict[str, Any]]]:
+    def made(self) -> list[tuple[Path, dict[str, Any]]]:
         """What this script wrote: outputs of its last run, or of runs that were cut off.
 
         A run that was cut off while it put its outputs in place left some old and some new ones.
@@ -414,7 +414,7 @@ class Stage:
 
     def _own(self) -> list[Path]:
         """The unedited outputs of the last run of this script."""
-        known = self._known()
+        known = self.made()
         return [path for path, file in known if path.exists() and not disk.changed_in(path, file)]
 
     def _is_of(self, script: str | None, path: Path) -> bool:
@@ -425,7 +425,7 @@ class Stage:
 
     def _edits(self, path: Path) -> list[Path]:
         """What the user edited or added: the output itself, or files in the folder that it is."""
-        found = [disk.changed_in(path, known) for place, known in self._known() if place == path]
+        found = [disk.changed_in(path, known) for place, known in self.made() if place == path]
         return min(found, key=len, default=[path])
 
     def _goes_on_with(self, artifact: Artifact) -> bool:
@@ -452,7 +452,7 @@ class Stage:
                 continue
             record = read_record(self, self.script)
             since = self._changed_since(record, path)
-            written = [known for place, known in self._known() if place == path]
+            written = [known for place, known in self.made() if place == path]
             lost = [e for e in edits if not all(disk.is_added(e, path, k) for k in written)]
             if self._goes_on_with(artifact) or (written and not (since and lost)):
                 cut_off = None if record is None or record["finished"] else CUT_OFF

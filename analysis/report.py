@@ -300,12 +300,6 @@ def write_beside(folder: Path, content: PageContent, numbers: list[int], stamp: 
         (folder / f"{i}.js").write_text(text, "utf-8", newline="\n")
 
 
-def wrote_before(stage: utils.Stage, name: str) -> bool:
-    """Whether an earlier run wrote it, be it one that was cut off."""
-    record = utils.read_record(stage, SCRIPT) or {}
-    return any(name in files for files in (record.get("outputs", {}), *record.get("written", [])))
-
-
 def main(stage: utils.Stage) -> None:
     args, stage.keeps_others = stage.args, True  # the other pages of this folder
     name = args.output.name if args.output else files.REPORT.name
@@ -350,7 +344,7 @@ def main(stage: utils.Stage) -> None:
     if numbers:
         with stage.writing(folder) as partial:
             write_beside(partial, content, numbers, facts["stamp"])
-    elif wrote_before(stage, beside):
+    elif any(path.name == beside for path, _ in stage.made()):
         stage.retire(folder)
     stage.finish(genes=genes, genes_beside=len(content.others), finer_beside=len(finer))
 

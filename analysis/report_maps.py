@@ -95,7 +95,7 @@ def describe_gene(content: PageContent, gene: str, effort: int = SMALL) -> dict[
 def fit_into_page(content: PageContent, facts: dict[str, Any], beside: bool) -> dict[str, Any]:
     """A gene's facts as they stand in the page: what is too large, in fewer steps.
 
-    If the gene lies ``beside`` the page as well, its map alone, and what is only there.
+    If it may lie ``beside`` the page, too: a coarse map, and the names of what is only there.
     """
     if len(script_json(facts)) <= GENE_BYTES:
         return facts
