@@ -52,7 +52,7 @@ def build_parser() -> cli.Parser:
         help="Folders of the samples to learn from; at least one of them has a truth.npz.",
     )
     option("--output", type=Path, required=True, metavar=f"FILE{ENDING}", help="File to write.")
-    option("--epochs", type=cli.positive, default=15, help="Passes over all sections.")
+    option("--epochs", type=cli.positive, default=30, help="Passes over all sections.")
     option(
         "--seed",
         type=cli.not_negative,
