@@ -35,6 +35,7 @@ comparison; ``default`` departs from it:
   weights decay, and what is kept is the moving average of the weights over the last steps.
 * Discs are weighted by area and tissue, and training sees their superpixels only. The step size
   falls to zero within a few epochs; training stops before when held-out spots stop improving.
+* An image that clearly lies beside the spots, as these tell, is moved back before training.
 * Patches overlap and are blended in prediction, so that no seam shows. Afterwards the maps are
   anchored: scaled so that the discs of the spots sum to about what was measured.
 
@@ -72,7 +73,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from method import devices, maps, prediction, reference, resume, states, uncertainty
+from method import devices, maps, prediction, reference, registration, resume, states, uncertainty
 from method.attention import HEADS, WIDTH, BidirectionalAttention
 from method.errors import Errors, growth
 from method.layers import FeatureDropout, neighbourhoods
@@ -327,6 +328,7 @@ class Preset:
     holds_out: bool = True  # each state leaves out a tenth of the spots, and a spot's own context
     overlap: bool = True  # patches overlap in prediction and are blended; else side by side
     anchor_prior: float | None = 5.0  # counts; None: maps are not anchored to the spots
+    registers: bool = True  # an image that clearly lies beside the spots is moved back
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     weight_decay: float = 1.0
     learning_rate: float = 2e-3
@@ -346,6 +348,7 @@ PRESETS = {
         holds_out=False,
         overlap=False,
         anchor_prior=None,
+        registers=False,
         optimizer=torch.optim.Adam,
         weight_decay=0.0,
         learning_rate=1e-4,
@@ -536,23 +539,26 @@ OUTPUTS = (
 )  # fmt: skip
 TRAINS = (
     "HISTEX.py", "method/attention.py", "method/grid.py", "method/layers.py", "method/network.py",
-    "method/progress.py", "method/reference.py", "method/section.py",
+    "method/progress.py", "method/reference.py", "method/registration.py", "method/section.py",
 )  # fmt: skip
 STATE_CODE = [utils.ROOT / file for file in TRAINS]  # a change in these trains states anew
 
 
-def find_preset(name: str, with_uncertainty: bool, with_reference: bool) -> Preset:
+def find_preset(args: argparse.Namespace) -> Preset:
+    name = args.preset
     if name not in PRESETS:
         raise utils.StageError(
             f"--preset {name}: there is no such preset.", f"Choose one of {', '.join(PRESETS)}."
         )
-    if with_uncertainty and not PRESETS[name].holds_out:
+    if args.uncertainty and not PRESETS[name].holds_out:
         raise utils.StageError(
             f"--uncertainty is calibrated on held-out spots, and the {name} preset has none.",
             f"Leave out --uncertainty or --preset {name}.",
         )
     preset = PRESETS[name]
-    if not with_reference:
+    if args.no_registration:
+        preset = replace(preset, registers=False)
+    if args.reference is None:
         return preset
     if preset.with_reference is None:
         raise utils.StageError(
@@ -578,26 +584,6 @@ def check_space(
         f"{utils.size(latent)} more"
     )
     utils.check_disk(directory, written + embedding + latent + kept, "the maps and states")
-
-
-def summarise(
-    spots: pd.Index, usable: int, genes: list[str], held_out: np.ndarray, r: np.ndarray
-) -> dict[str, Any]:
-    """Print the closing table; return what the record keeps of it."""
-    facts: dict[str, Any] = {"spots": len(spots), "genes": len(genes), "held_out_r_median": None}
-    score = "none, the preset trains on all spots"
-    if len(held_out):
-        score = f"{len(held_out)} spots, too few or too constant for a correlation"
-    if not np.isnan(r).all():
-        low, median, high = (float(q) for q in np.nanpercentile(r, [10, 50, 90]))
-        facts["held_out_r_median"] = round(median, 4)
-        score = (
-            f"{len(held_out)} spots, median r {median:.3f} (10 to 90 %: {low:.3f} to {high:.3f})"
-        )
-    of_all = f"{usable} of {len(spots)} with tissue" if usable < len(spots) else len(spots)
-    print(f"  spots     {of_all}\n  genes     {len(genes)}\n  held out  {score}")
-    print(f"  maps      {utils.MAPS.name}/, pictures in {utils.PLOTS.name}/")
-    return facts | {"held_out_spots": [str(spots[i]) for i in held_out]}
 
 
 def predict_and_write(
@@ -659,7 +645,7 @@ def main(stage: utils.Stage) -> None:
     args = stage.args
     stage.require(*INPUTS)
     stage.guard(*OUTPUTS)
-    preset = find_preset(args.preset, args.uncertainty, args.reference is not None)
+    preset = find_preset(args)
     training = Training(preset, args.epochs, args.seed, args.batch_size, args.learning_rate)
     with devices.ranks() as ranks:
         device = devices.resolve_device(args.device)
@@ -667,6 +653,7 @@ def main(stage: utils.Stage) -> None:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # matrix products in TF32
         section, spots, genes = read_section(stage, preset.context, preset.by_area)
+        beside = registration.register(stage, section) if preset.registers else None
         about = args.reference and reference.join(stage, args.reference, section, genes, device)
         check_space(stage.directory, section, preset.network, args)
         print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
@@ -684,11 +671,12 @@ def main(stage: utils.Stage) -> None:
             return
     predicting = time.monotonic() - started - seconds["seconds_training"]
     seconds["seconds_prediction"] = round(predicting, 2)
-    facts = summarise(spots, int(section.usable.sum()), genes, found["held_out"], found["r"])
+    facts = states.summarise(spots, int(section.usable.sum()), genes, found["held_out"], found["r"])
     if args.uncertainty:
         facts["coverage_of_90"] = uncertainty.report_coverage(stage, found["coverage"])
     facts["parts"] = states.files_of(args.n_states)
-    stage.finish(seed=args.seed, device=str(device), reference=about, **facts, **seconds)
+    facts |= {"reference": about, "image_beside_spots": beside}
+    stage.finish(seed=args.seed, device=str(device), **facts, **seconds)
 
 
 def run(argv: list[str] | None = None) -> int:

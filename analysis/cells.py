@@ -35,6 +35,9 @@ counts. So look at groups of cells, such as a class or a neighbourhood, and not 
 * --share cells: all counts of a superpixel go to the cells in it, in proportion to their areas, so
   that no molecule is lost where there are cells; good for nuclei, which fill part of their cells.
 
+Maps lie where the spots do. If HISTEX.py found the image beside them, the cells, which are those of
+the image, are moved as far back before the counts are summed; x and y stay those of the image.
+
 A row of cells.csv.gz is a cell: cell (its label; of outlines, what the file calls it, by cell_id or
 the like, else by id, else by its number), x and y (centroid in pixels of he-raw), area_um2,
 share_on_tissue, class (of outlines, classification), then the counts of every gene, with four
@@ -122,6 +125,7 @@ from analysis.inputs import (
     read_first_map,
     read_held_out,
     read_map,
+    read_move,
     read_sizes,
 )
 from analysis.labels import BAND_ROWS, LARGEST_LABEL, open_labels, wrong  # noqa: F401
@@ -304,6 +308,24 @@ def cells_of_outlines(
         [outline.of_class for outline in outlines],
         [outline.rings for outline in outlines],
     )
+
+
+def moved_back(inside: csr_array, shape: tuple[int, int], place: np.ndarray) -> csr_array:
+    """The areas (cells, superpixels) at p - ``place`` (2,), which divides them among four."""
+    whole = np.floor(-place).astype(int)
+    part, old = -place - whole, inside.tocoo()
+    row, col = np.divmod(old.col, shape[1]) + whole[:, None]
+    parts = []
+    for down, right in np.ndindex(2, 2):
+        on = (row + down >= 0) & (row + down < shape[0])
+        on &= (col + right >= 0) & (col + right < shape[1])
+        share = abs(1 - down - part[0]) * abs(1 - right - part[1])
+        superpixel = (row[on] + down) * shape[1] + col[on] + right
+        parts.append((share * old.data[on], old.row[on], superpixel))
+    area, cell, superpixel = map(np.concatenate, zip(*parts, strict=True))
+    moved = csr_array((area, (cell, superpixel)), inside.shape)
+    moved.eliminate_zeros()
+    return moved
 
 
 # --------------------------------------------------------------------------------------------------
@@ -528,6 +550,14 @@ def main(stage: utils.Stage) -> None:
     else:
         stage.use(args.masks)
         cells, frame = read_cells(stage, shape)
+    if (place := read_move(stage)).any():
+        down, right = place * utils.SUPERPIXEL_UM
+        print(
+            f"HISTEX.py found the image {down:+.1f} um down and {right:+.1f} um right of the "
+            f"spots: the cells are moved back, to where the maps have them"
+        )
+        cells = cells._replace(inside=moved_back(cells.inside, shape, place))
+        facts["moved back by um"] = [rounded(down), rounded(right)]
     on_tissue = cells.inside[:, np.flatnonzero(tissue)]
     share = on_tissue.sum(axis=1) * utils.TOKEN_PX**2 / np.maximum(cells.area, TINY)
     share = share.clip(0, 1)  # but for rounding, it is no larger

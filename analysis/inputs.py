@@ -9,6 +9,7 @@ import argparse
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ MOST_COUNTS = 1e15  # of a superpixel: their squares fit into float32
 LONGEST_SIDE = 10**7  # of an image, px
 LARGEST = 1e15  # of a latent map, likewise
 LARGEST_R = 1 + 1e-9
+FARTHEST_UM = 1000.0  # that an image lies beside its spots
 NUMBER_COLUMNS = ("region", "label")  # of the tables beside labels
 
 
@@ -110,6 +112,26 @@ def read_sizes(stage: utils.Stage, *keys: str) -> list[tuple[int, int]]:
             new_record(stage, utils.CALIBRATION),
         )
     return [(size[0], size[1]) for size in sizes if size]
+
+
+def read_move(stage: utils.Stage) -> np.ndarray:
+    """By how many superpixels, down and right, HISTEX.py found the image beside the spots.
+
+    The maps lie where the spots do: what the image shows at p is in the maps at p less this. It is
+    0, 0 if nothing was undone.
+    """
+    found = stage.fact(utils.HISTEX, "image_beside_spots")
+    if found is None or (isinstance(found, dict) and found.get("undone") is False):
+        return np.zeros(2)
+    told = found if isinstance(found, dict) else {}
+    um: list[Any] = [told.get("down_um"), told.get("right_um")]
+    if not all(type(x) in (int, float) and abs(x) <= FARTHEST_UM for x in um):
+        raise stage.error(
+            stage.directory / utils.record_name(utils.HISTEX),
+            "does not tell how far the image was moved.",
+            new_record(stage, utils.HISTEX),
+        )
+    return np.array(um, float) / utils.SUPERPIXEL_UM
 
 
 # --------------------------------------------------------------------------------------------------

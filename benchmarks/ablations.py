@@ -55,7 +55,7 @@ from torch import Tensor, nn
 import HISTEX
 from analysis import inputs
 from benchmarks import accuracy
-from method import prediction, states
+from method import prediction, registration, states
 from method.network import disc_sums
 from method.section import Section, read_section
 
@@ -150,6 +150,7 @@ class PoissonLoss(HISTEX.DefaultNetwork):
 DEFAULT = HISTEX.PRESETS["default"]
 ROWS = {
     "default": DEFAULT,
+    "no registration": replace(DEFAULT, registers=False),
     "no anchoring": replace(DEFAULT, anchor_prior=None),
     "no averaging of weights": replace(DEFAULT, averaging=None),
     "dropout 0.1": replace(DEFAULT, network=Dropout01),
@@ -188,6 +189,8 @@ def run_variant(
     key = states.key_of(training, HISTEX.STATE_CODE, {}, CPU)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         section, _, genes = read_section(stage, row.context, row.by_area)
+        if row.registers:
+            registration.register(stage, section)
         start = time.perf_counter()
         trained = [
             HISTEX.train_state(section, Path(folder) / str(i), training, key, i, CPU)

@@ -37,6 +37,12 @@ def parser(doc: str) -> cli.Parser:
         "network sees its features beside the tokens.",
     )
     option(
+        "--no-registration",
+        action="store_true",
+        help="Leave the image where it lies, also where the spots show clearly that it lies "
+        "beside them.",
+    )
+    option(
         "--seed",
         type=cli.not_negative,
         default=0,

@@ -59,6 +59,26 @@ def correlations(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
         return (a * b).sum(axis=0) / np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
 
 
+def summarise(
+    spots: pd.Index, usable: int, genes: list[str], held_out: np.ndarray, r: np.ndarray
+) -> dict[str, Any]:
+    """Print the closing table; return what the record keeps of it."""
+    facts: dict[str, Any] = {"spots": len(spots), "genes": len(genes), "held_out_r_median": None}
+    score = "none, the preset trains on all spots"
+    if len(held_out):
+        score = f"{len(held_out)} spots, too few or too constant for a correlation"
+    if not np.isnan(r).all():
+        low, median, high = (float(q) for q in np.nanpercentile(r, [10, 50, 90]))
+        facts["held_out_r_median"] = round(median, 4)
+        score = (
+            f"{len(held_out)} spots, median r {median:.3f} (10 to 90 %: {low:.3f} to {high:.3f})"
+        )
+    of_all = f"{usable} of {len(spots)} with tissue" if usable < len(spots) else len(spots)
+    print(f"  spots     {of_all}\n  genes     {len(genes)}\n  held out  {score}")
+    print(f"  maps      {utils.MAPS.name}/, pictures in {utils.PLOTS.name}/")
+    return facts | {"held_out_spots": [str(spots[i]) for i in held_out]}
+
+
 # ------------------------------------------------------------------------------------------------
 # the key
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,262 @@
+"""Registration: how far the image lies beside the spots, as the spots tell, and its undoing.
+
+The place of a spot on the image comes from fiducials, or from matching two images (CytAssist), and
+is often some um off. Half a superpixel costs a map sharpness, a whole one its finest structures.
+The spots themselves tell: the better tokens lie on the spots, the better their sums over the discs
+predict the counts. So the discs are moved over the image by whole superpixels, every way up to
+REACH. At every move a ridge regression predicts the expression of each spot from all the others,
+and the likelihood of what was measured is highest where the image belongs; the top of a parabola
+around the best move tells that place to a part of a superpixel. How exactly, tell the blocks of the
+section, each left out in turn (jackknife).
+
+Only what is clear is undone. Then the tokens are moved, not the spots: maps lie where the molecules
+were counted, in the frame of locs.csv.
+
+Letters in shapes: A moves along an axis, N spots, C components of the tokens, E of the expression,
+J blocks, F token features.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+import utils
+from method import grid
+from method.section import Section, token_statistics
+from reading import arrays
+
+REACH = 6  # superpixels: 48 um, about half the pitch of Visium
+FEWEST_SPOTS, MOST_SPOTS = 100, 3000  # fewer tell too little; of more, some are drawn
+COMPONENTS, PROFILES = 64, 20  # principal components of tokens and of roots of counts, at most
+PENALTIES = 10.0 ** np.arange(-5, 1.1, 0.5)  # of the ridge, in the variance of all components
+SIDES = 4  # the section is cut into SIDES x SIDES blocks with as many spots each
+CHANCE = 0.001  # that an image in place seems to lie as far beside; what is rarer is undone
+LEAST_GAIN = 10.0  # of log likelihood; counts that the image does not explain gain up to 2
+MOST_SD = 0.5  # superpixels; a place that is less sure may be one of several
+SPOTS_AT_ONCE = 16
+STRIP_BYTES = 2**26  # of tokens, moved at a time
+GLASS = 1e-3  # weight of a superpixel beside the tissue, where one on the tissue has 1
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Where the image lies beside the spots: what belongs to place p is seen at p + ``place``."""
+
+    place: np.ndarray  # (2,) down and right, superpixels
+    sd: np.ndarray  # (2,) standard deviation of it
+    chance: float  # that it seems at least as far if it is in place
+    gain: float  # of log likelihood, by the best whole move
+
+    @property
+    def within_reach(self) -> bool:
+        return bool(np.abs(self.place).max() < REACH - 1)
+
+    @property
+    def clear(self) -> bool:
+        sure = bool((self.sd < MOST_SD).all())
+        return sure and self.chance < CHANCE and self.gain >= LEAST_GAIN
+
+
+# ------------------------------------------------------------------------------------------------
+# finding it
+# ------------------------------------------------------------------------------------------------
+def find_offset(section: Section) -> Offset | None:
+    """Where the image lies beside the spots; None if there are too few spots to tell."""
+    spots = np.flatnonzero(section.usable)
+    if len(spots) < FEWEST_SPOTS:
+        return None
+    if len(spots) > MOST_SPOTS:
+        spots = np.sort(np.random.default_rng(0).choice(spots, MOST_SPOTS, replace=False))
+    profiles = components(np.sqrt(section.counts[spots]), min(PROFILES, len(spots) // 10))[0]
+    statistics = token_statistics(section.tokens, section.tissue)
+    in_place = disc_means(section, spots, statistics, None, 0)[0, 0]
+    axes = components(in_place, min(COMPONENTS, len(spots) // 4))[1]
+    moved = disc_means(section, spots, statistics, axes, REACH)  # (A, A, N, C)
+    parts = np.linalg.svd(moved - moved.mean(axis=2, keepdims=True), full_matrices=False)
+    of_penalties = (left_over(*parts[:2], profiles, penalty) for penalty in PENALTIES)
+    left = min(of_penalties, key=lambda left: log_volume(product(left)).min())
+    block = blocks(section.spots[spots])
+    products = np.stack([product(left[:, :, block == j]) for j in range(SIDES**2)])
+    total = products.sum(axis=0)
+    volume = log_volume(total)
+    without = np.array([lowest(log_volume(total - some)) for some in products])
+    gain = len(spots) / 2 * float(volume[REACH, REACH] - volume.min())
+    return Offset(lowest(volume), *error_of(lowest(volume), without), gain)
+
+
+def components(x: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first principal components (N, n) of x (N, F), of variance 1, and their axes (F, n)."""
+    u, _, v = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    return u[:, :n] * math.sqrt(len(x)), v[:n].T
+
+
+def disc_means(
+    section: Section,
+    spots: np.ndarray,
+    statistics: tuple[np.ndarray, np.ndarray],
+    axes: np.ndarray | None,
+    reach: int,
+) -> np.ndarray:
+    """Means of standardised tokens over the discs of spots (N,), float32 (A, A, N, F or C).
+
+    The discs are moved by -reach..reach superpixels down and right. Beside the tissue, a token
+    counts as the mean of all; with ``axes`` (F, C), tokens are projected on these.
+    """
+    mean, std = statistics
+    h, w = section.tissue.shape
+    centres = np.floor(section.spots[spots]).astype(int)
+    areas = grid.disc_areas(section.spots[spots], *section.patches(centres), section.radius)
+    side = math.isqrt(areas.shape[1])
+    areas = (areas / areas.sum(axis=1, keepdims=True)).reshape(-1, side, side)
+    row, col = section.patches(centres, reach)
+    on_tissue = section.on_tissue(row, col)[..., None]
+    means = []
+    for start in range(0, len(spots), SPOTS_AT_ONCE):
+        part = slice(start, start + SPOTS_AT_ONCE)
+        tokens = section.tokens[row[part].clip(0, h - 1), col[part].clip(0, w - 1)]
+        x = (tokens - mean) / std * on_tissue[part]
+        if axes is not None:
+            x = x @ axes
+        x = x.reshape(len(x), side + 2 * reach, side + 2 * reach, -1)
+        discs = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(1, 2))
+        means.append(np.einsum("badfij,bij->adbf", discs, areas[part], optimize=True))
+    return np.concatenate(means, axis=2)
+
+
+def left_over(u: np.ndarray, size: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
+    """What ridge regressions leave of y (N, E), each row predicted by the others: (..., N, E).
+
+    ``u`` (..., N, C) and ``size`` (..., C) are of the singular value decompositions of what they
+    regress on, its columns less their means. No row has to be left out: its residual is divided by
+    one less its leverage.
+    """
+    kept = size**2 / (size**2 + penalty * (size**2).sum(axis=-1, keepdims=True))
+    kept_u = u * kept[..., None, :]
+    leverage = (kept_u * u).sum(axis=-1, keepdims=True) + 1 / len(y)
+    return (y - y.mean(axis=0) - kept_u @ (np.swapaxes(u, -1, -2) @ y)) / (1 - leverage)
+
+
+def product(left: np.ndarray) -> np.ndarray:
+    """Sums of squares and products (..., E, E) of what is left over (..., N, E)."""
+    return np.swapaxes(left, -1, -2) @ left
+
+
+def log_volume(products: np.ndarray) -> np.ndarray:
+    """Logarithm of the determinant: but for constants, minus a normal log likelihood."""
+    return np.linalg.slogdet(products)[1]
+
+
+def lowest(values: np.ndarray) -> np.ndarray:
+    """Place (2,) of the lowest value on a grid (A, A), from its middle, between its points.
+
+    It is that of the parabola through the 3 x 3 values around the lowest one.
+    """
+    inner = np.array(np.unravel_index(values.argmin(), values.shape)).clip(1, len(values) - 2)
+    y, x = (steps.ravel() for steps in np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"))
+    terms = np.column_stack([np.ones(9), y, x, y * y / 2, x * x / 2, x * y])
+    near = values[inner[0] - 1 : inner[0] + 2, inner[1] - 1 : inner[1] + 2].ravel()
+    _, down, right, bend_down, bend_right, mixed = np.linalg.lstsq(terms, near, rcond=None)[0]
+    bend = np.array([[bend_down, mixed], [mixed, bend_right]])
+    step = np.array([y, x])[:, near.argmin()]
+    if np.linalg.eigvalsh(bend)[0] > 0:  # a pit, not a saddle or a slope
+        step = np.linalg.solve(bend, [-down, -right]).clip(-1, 1)
+    return inner + step - len(values) // 2
+
+
+def blocks(places: np.ndarray) -> np.ndarray:
+    """Number (N,) of the block of every place: SIDES strips of rows, each cut into SIDES."""
+    strip = rank(places[:, 0])
+    block = np.empty(len(places), int)
+    for i in range(SIDES):
+        block[strip == i] = SIDES * i + rank(places[strip == i, 1])
+    return block
+
+
+def rank(values: np.ndarray) -> np.ndarray:
+    """0..SIDES - 1, as many of each: in which part of the sorted values one lies."""
+    return np.argsort(np.argsort(values, kind="stable"), kind="stable") * SIDES // len(values)
+
+
+def error_of(place: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, float]:
+    """Standard deviation (2,) of a place, and the chance that it is so far from 0, 0.
+
+    Both are from the places (J, 2) that are found without a block each.
+    """
+    n = len(without)
+    away = without - without.mean(axis=0)
+    covariance = (n - 1) / n * away.T @ away + 1e-6 * np.eye(2)
+    far = place @ np.linalg.solve(covariance, place)  # Hotelling's T squared
+    chance = stats.f.sf(far * (n - 2) / (2 * (n - 1)), 2, n - 2)
+    return np.sqrt(np.diag(covariance)), float(chance)
+
+
+# ------------------------------------------------------------------------------------------------
+# undoing it
+# ------------------------------------------------------------------------------------------------
+def move(
+    tokens: np.ndarray, tissue: np.ndarray, place: np.ndarray, moved: np.ndarray
+) -> np.ndarray:
+    """Fill ``moved`` (h, w, F) with the tokens at p + ``place``, between superpixels in proportion.
+
+    Glass beside the tissue is not mixed in, and beyond the border tokens are those of the border.
+    """
+    h, w = tissue.shape
+    whole = np.floor(place).astype(int)
+    part = place - whole
+    step = max(1, STRIP_BYTES // (4 * tokens[0].size))
+    for top in range(0, h, step):
+        rows = np.arange(top, min(top + step, h)) + whole[0]
+        first = int(rows[0].clip(0, h - 1))
+        strip = arrays.some_rows(tokens, first, int((rows[-1] + 1).clip(0, h - 1)) + 1)
+        total, weight = np.float32(0), np.float32(0)
+        for down, right in np.ndindex(2, 2):
+            row = (rows + down).clip(0, h - 1)
+            col = (np.arange(w) + whole[1] + right).clip(0, w - 1)
+            share = abs(1 - down - part[0]) * abs(1 - right - part[1])
+            there = np.where(tissue[np.ix_(row, col)], share, GLASS * share)[..., None]
+            there = there.astype(np.float32)
+            total, weight = total + there * strip[np.ix_(row - first, col)], weight + there
+        moved[top : top + len(rows)] = total / weight
+    return moved
+
+
+def register(stage: utils.Stage, section: Section) -> dict[str, Any] | None:
+    """Undo what is clear of the image's offset. Returns what the record tells of it.
+
+    The moved tokens are in a file without a name, which is gone when the process ends.
+    """
+    offset = find_offset(section)
+    if offset is None:
+        print(f"image and spots: fewer than {FEWEST_SPOTS} spots cannot tell whether they fit")
+        return None
+    undone = offset.clear and offset.within_reach
+    place = np.round(offset.place * utils.TOKEN_PX) / utils.TOKEN_PX  # whole pixels of he.jpg
+    down, right = place * utils.SUPERPIXEL_UM
+    sd_down, sd_right = offset.sd * utils.SUPERPIXEL_UM
+    where = (
+        f"the image lies {abs(down):.1f} um {'below' if down > 0 else 'above'} and "
+        f"{abs(right):.1f} um {'right' if right > 0 else 'left'} of the spots "
+        f"(sd {sd_down:.1f} and {sd_right:.1f} um)"
+    )
+    if undone:
+        print(f"{where}: its tokens are moved back")
+        tokens = section.tokens
+        utils.check_disk(stage.directory, tokens.nbytes, "the moved tokens")
+        with tempfile.TemporaryFile(dir=stage.directory) as file:
+            moved = np.memmap(file, np.float16, "w+", shape=tokens.shape)
+        section.tokens = move(tokens, section.tissue, place, moved)
+    elif offset.clear:
+        print(f"warning: {where}, or farther: too far to be moved back. See {utils.LOCS_RAW.name}")
+    else:
+        print(f"image and spots fit, as far as can be told (sd {max(sd_down, sd_right):.1f} um)")
+    return {
+        "down_um": round(float(down), 2), "right_um": round(float(right), 2),
+        "sd_down_um": round(float(sd_down), 2), "sd_right_um": round(float(sd_right), 2),
+        "chance": offset.chance, "gain": round(offset.gain, 1), "undone": undone,
+    }  # fmt: skip

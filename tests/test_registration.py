@@ -1,0 +1,244 @@
+"""method/registration.py: images moved on purpose are found and moved back; parts by loops."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import make_stage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage, stats
+from test_HISTEX import make_section
+
+import HISTEX
+from method import registration
+from method.registration import Offset
+
+SIDE, GENES, FEATURES = 88, 12, 6
+
+
+def smooth_noise(rng, shape, sigma):
+    noise = ndimage.gaussian_filter(rng.standard_normal(shape), (sigma, sigma, 0))
+    return noise / noise.std(axis=(0, 1))
+
+
+def moved_section(place, n=121, seed=0, tied=1.0):
+    """A section whose image lies at ``place`` beside the spots; ``tied`` is how far counts heed it.
+
+    What the tokens show at p is expressed at p - place.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = smooth_noise(rng, (SIDE, SIDE, FEATURES), 1.5)
+    weights = rng.standard_normal((FEATURES, GENES)) / math.sqrt(FEATURES)
+    shown = ndimage.shift(tokens, (-place[0], -place[1], 0), order=3, mode="nearest")
+    rates = 2 * np.exp(0.8 * tied * shown @ weights)
+    steps = np.linspace(8, SIDE - 8, math.isqrt(n))
+    spots = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+    section = make_section()
+    section = type(section)(
+        tokens=tokens.astype(np.float16),
+        tissue=np.ones((SIDE, SIDE), bool),
+        spots=spots,
+        counts=np.zeros((len(spots), GENES), np.float32),
+        points=spots,
+        expression=np.zeros((len(spots), GENES), np.float32),
+        parents=np.stack([np.arange(len(spots))] * 2, axis=1),
+        radius=3.4,
+        context=4,
+        by_area=True,
+    )
+    row, col = section.patches(np.floor(spots).astype(int))
+    expected = np.einsum("nt,ntg->ng", section.areas, rates[row, col])
+    section.counts = rng.poisson(expected).astype(np.float32)
+    return section
+
+
+# ----- finding it ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("place", [(2, -1), (-3.4, 0.6), (0.5, 0.7), (-4.5, 4.5)])
+def test_an_image_moved_on_purpose_is_found(place):
+    found = registration.find_offset(moved_section(place))
+    assert found.clear
+    assert found.within_reach
+    assert np.abs(found.place - place).max() < 0.25
+    assert (found.sd < 0.3).all()
+    assert (np.abs(found.place - place) < 4 * found.sd).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_image_in_place_stays(seed):
+    found = registration.find_offset(moved_section((0, 0), seed=seed))
+    assert not found.clear
+    assert np.abs(found.place).max() < 0.25
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_counts_that_the_image_does_not_explain_tell_nothing(seed):
+    assert not registration.find_offset(moved_section((3, 3), seed=seed, tied=0)).clear
+
+
+def test_an_image_too_far_away_is_beyond_reach():
+    found = registration.find_offset(moved_section((0, 5.6)))
+    assert found.clear
+    assert not found.within_reach
+
+
+def test_what_is_found_depends_on_the_section_only():
+    one, other = (registration.find_offset(moved_section((2, 1))) for _ in range(2))
+    assert np.array_equal(one.place, other.place)
+    assert one.chance == other.chance
+
+
+def test_of_many_spots_some_are_drawn(monkeypatch):
+    monkeypatch.setattr(registration, "MOST_SPOTS", 110)
+    found = registration.find_offset(moved_section((2, -1)))
+    assert np.abs(found.place - (2, -1)).max() < 0.35
+
+
+def test_disc_means_by_loop():
+    section = moved_section((0, 0))
+    section.tissue[:30, 40:] = False
+    section = replace(section, tissue=section.tissue)
+    mean, std = np.full(FEATURES, 0.1, np.float32), np.full(FEATURES, 2, np.float32)
+    spots = np.array([0, 5, 17, 60])
+    found = registration.disc_means(section, spots, (mean, std), None, 2)
+    assert found.shape == (5, 5, 4, FEATURES)
+    x = (section.tokens.astype(np.float64) - mean) / std * section.tissue[..., None]
+    x = np.pad(x, ((20, 20), (20, 20), (0, 0)), mode="edge")
+    row, col = section.patches(np.floor(section.spots[spots]).astype(int))
+    areas = registration.grid.disc_areas(section.spots[spots], row, col, section.radius)
+    for down in range(-2, 3):
+        for right in range(-2, 3):
+            there = x[row + 20 + down, col + 20 + right]
+            wanted = (areas[..., None] * there).sum(axis=1) / areas.sum(axis=1)[:, None]
+            np.testing.assert_allclose(found[down + 2, right + 2], wanted, atol=1e-4)
+    axes = np.random.default_rng(0).standard_normal((FEATURES, 3)).astype(np.float32)
+    projected = registration.disc_means(section, spots, (mean, std), axes, 2)
+    np.testing.assert_allclose(projected, found @ axes, atol=1e-4)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1e-3, 0.1, 3.0]))
+@settings(max_examples=20)
+def test_what_is_left_over_is_that_of_regressions_without_each_spot(seed, penalty):
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((15, 4)), rng.standard_normal((15, 3))
+    centred = x - x.mean(axis=0)
+    parts = np.linalg.svd(np.stack([centred, 2 * centred]), full_matrices=False)
+    found, scaled = registration.left_over(*parts[:2], y, penalty)
+    np.testing.assert_allclose(found, scaled, atol=1e-9)
+    ridge = penalty * (centred**2).sum() * np.diag([0, 1, 1, 1, 1])  # not of the constant
+    for i in range(len(x)):
+        others = np.arange(len(x)) != i
+        a = np.column_stack([np.ones(14), x[others]])
+        weights = np.linalg.solve(a.T @ a + ridge, a.T @ y[others])
+        np.testing.assert_allclose(found[i], y[i] - np.append(1, x[i]) @ weights, atol=1e-8)
+
+
+@given(st.floats(-3.4, 3.4), st.floats(-3.4, 3.4), st.floats(-0.9, 0.9))
+@settings(max_examples=50)
+def test_the_lowest_place_of_a_parabola_is_exact(down, right, mixed):
+    y, x = np.meshgrid(np.arange(-4, 5) - down, np.arange(-4, 5) - right, indexing="ij")
+    values = y * y + x * x + mixed * x * y
+    lowest = np.array(np.unravel_index(values.argmin(), values.shape)) - 4
+    if np.abs(lowest - (down, right)).max() < 1:  # a long valley may be lowest far from its middle
+        np.testing.assert_allclose(registration.lowest(values), (down, right), atol=1e-6)
+
+
+def test_a_slope_and_a_saddle_are_lowest_at_a_point_of_the_grid():
+    y, x = np.meshgrid(np.arange(-2, 3), np.arange(-2, 3), indexing="ij")
+    assert registration.lowest(3.0 * y + x).tolist() == [-2, -2]
+    assert registration.lowest(y * y - 0.1 * x * x).tolist() == [0, -2]
+
+
+def test_blocks_have_as_many_spots_each():
+    places = np.random.default_rng(0).uniform(0, 100, (160, 2))
+    block = registration.blocks(places)
+    assert np.bincount(block).tolist() == [10] * 16
+    above = [places[block // 4 == i, 0] for i in range(4)]
+    assert all(one.max() < other.min() for one, other in pairwise(above))
+
+
+def test_the_error_is_that_of_the_jackknife():
+    """Of a mean, the jackknife gives the standard error, and the chance is Hotelling's."""
+    x = np.random.default_rng(1).normal((0.3, 0.1), 1, (16, 2))
+    without = (x.sum(axis=0) - x) / 15
+    sd, chance = registration.error_of(x.mean(axis=0), without)
+    np.testing.assert_allclose(sd, x.std(axis=0, ddof=1) / 4, rtol=1e-4)
+    squared = 16 * x.mean(axis=0) @ np.linalg.solve(np.cov(x.T), x.mean(axis=0))
+    assert chance == pytest.approx(stats.f.sf(squared * 14 / (2 * 15), 2, 14), rel=1e-3)
+
+
+# ----- undoing it ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("place", [(0, 0), (2, -3), (0.25, 0.5), (-1.75, 4.0625)])
+def test_tokens_are_moved_as_scipy_moves_images(place, monkeypatch):
+    monkeypatch.setattr(registration, "STRIP_BYTES", 2000)  # some rows at a time
+    tokens = np.random.default_rng(0).standard_normal((23, 17, 4)).astype(np.float32)
+    moved = np.empty_like(tokens)
+    registration.move(tokens, np.ones((23, 17), bool), np.array(place), moved)
+    wanted = ndimage.shift(tokens, (-place[0], -place[1], 0), order=1, mode="nearest")
+    np.testing.assert_allclose(moved, wanted, atol=1e-5)
+
+
+def test_glass_is_not_mixed_into_tissue():
+    tokens = np.zeros((6, 6, 1), np.float32)
+    tissue = np.zeros((6, 6), bool)
+    tissue[:, :3] = True
+    tokens[tissue] = 8
+    moved = registration.move(tokens, tissue, np.array([0, 0.5]), np.empty_like(tokens))
+    np.testing.assert_allclose(moved[:, :3], 8, rtol=0.002)
+    assert (moved[:, 3:] == 0).all()
+
+
+def test_moved_back_the_image_lies_in_place(tmp_path, capsys):
+    section, there = moved_section((2, -1)), make_stage(tmp_path)
+    told = registration.register(there, section)
+    assert told["undone"]
+    assert (told["down_um"], told["right_um"]) == pytest.approx((16, -8), abs=2)
+    said = capsys.readouterr().out
+    assert "um below and" in said
+    assert "um left of the spots" in said
+    assert "moved back" in said
+    assert section.tokens.dtype == np.float16
+    assert [*tmp_path.iterdir()] == []  # what was written is gone with the process
+    again = registration.register(there, section)
+    assert not again["undone"]
+    assert abs(again["down_um"]) + abs(again["right_um"]) < 3
+    assert "fit, as far as can be told" in capsys.readouterr().out
+
+
+def test_what_is_in_place_or_too_far_is_left_where_it_is(tmp_path, capsys):
+    for place, words in (((0, 0), "fit"), ((0, 5.6), "too far to be moved back")):
+        section = moved_section(place)
+        before = section.tokens
+        assert not registration.register(make_stage(tmp_path), section)["undone"]
+        assert section.tokens is before
+        assert words in capsys.readouterr().out
+
+
+def test_few_spots_are_not_asked(tmp_path, capsys):
+    assert registration.register(make_stage(tmp_path), moved_section((2, -1), n=81)) is None
+    assert "fewer than 100 spots" in capsys.readouterr().out
+
+
+def test_only_what_is_rare_sure_and_likely_is_clear():
+    sd = np.array([0.1, 0.1])
+    assert Offset(np.array([0.6, 0.4]), sd, 1e-4, 11).clear
+    assert not Offset(np.array([0.6, 0.4]), sd, 1e-4, 9).clear
+    assert not Offset(np.array([2.0, 0.0]), sd, 0.01, 11).clear
+    assert not Offset(np.array([2.0, 0.0]), np.array([0.1, 0.6]), 1e-4, 11).clear
+    assert not Offset(np.array([0.0, -5.0]), sd, 1e-4, 11).within_reach
+
+
+def test_presets_and_the_option():
+    parse = HISTEX.options.parser("").parse_args
+    given = ["--directory", "x"]
+    assert HISTEX.find_preset(parse(given)).registers
+    assert not HISTEX.find_preset(parse([*given, "--no-registration"])).registers
+    assert not HISTEX.find_preset(parse([*given, "--preset", "published"])).registers
+
+
+def test_the_record_tells_that_too_few_spots_were_not_asked(finished):
+    record = json.loads((finished / "HISTEX.json").read_text())
+    assert record["image_beside_spots"] is None
