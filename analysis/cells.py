@@ -35,8 +35,9 @@ counts. So look at groups of cells, such as a class or a neighbourhood, and not 
 * --share cells: all counts of a superpixel go to the cells in it, in proportion to their areas, so
   that no molecule is lost where there are cells; good for nuclei, which fill part of their cells.
 
-Maps lie where the spots do. If HISTEX.py found the image beside them, the cells, which are those of
-the image, are moved as far back before the counts are summed; x and y stay those of the image.
+Maps lie where the spots do. If HISTEX.py found the image beside them, cells that were seen in the
+image are moved as far back before the counts are summed; x and y stay those of the image. Cells of
+a Xenium run lie where its molecules do, and stay; so do all with --by-molecules.
 
 A row of cells.csv.gz is a cell: cell (its label; of outlines, what the file calls it, by cell_id or
 the like, else by id, else by its number), x and y (centroid in pixels of he-raw), area_um2,
@@ -84,6 +85,12 @@ def build_parser() -> cli.Parser:
     )
     nuclei_help = "Sum over the nucleus of each cell, not the whole cell, where GeoJSON has both."
     option("--nuclei", action="store_true", help=nuclei_help)
+    option(
+        "--by-molecules",
+        action="store_true",
+        help="The cells come from the molecules (Baysor), not from the image: they are not moved "
+        "with it, should HISTEX.py have found it beside the spots.",
+    )
     option(
         "--share",
         choices=["area", "cells"],
@@ -550,7 +557,7 @@ def main(stage: utils.Stage) -> None:
     else:
         stage.use(args.masks)
         cells, frame = read_cells(stage, shape)
-    if (place := read_move(stage)).any():
+    if not lie_as_molecules(args) and (place := read_move(stage)).any():
         down, right = place * utils.SUPERPIXEL_UM
         print(
             f"HISTEX.py found the image {down:+.1f} um down and {right:+.1f} um right of the "
@@ -597,6 +604,12 @@ def main(stage: utils.Stage) -> None:
     else:
         stage.retire(files.CELLS_SD)
     stage.finish(**facts)
+
+
+def lie_as_molecules(args: argparse.Namespace) -> bool:
+    """Whether the cells do, and not as the image; boundaries of Xenium are tables."""
+    of_xenium = args.masks and outline_files.ending(args.masks) in outline_files.TABLES
+    return args.by_molecules or bool(of_xenium)
 
 
 def centres_of(stage: utils.Stage, cells: CellAreas) -> np.ndarray:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from scipy.sparse import csr_array
 from test_evaluate import write_maps
 from test_regions import snapshot
 
@@ -255,6 +256,65 @@ def test_a_label_image_of_he_has_its_own_frame(section, tmp_path, capsys):
     np.testing.assert_allclose(values(table)[0], read_maps(section)[2, 10], rtol=1e-3)
     assert run_cells(section, tmp_path / "cells.npy", "--frame", "he-raw")[0] == 2
     assert "expected 300 x 150 px (he-raw)" in capsys.readouterr().err
+
+
+# ----- an image beside the spots -----
+def test_moved_cells_by_hand():
+    """One superpixel at (2, 3), moved by (0.25, -0.5): to rows 1 and 2, columns 3 and 4."""
+    inside = csr_array(([0.8], ([0], [2 * 6 + 3])), (2, 30))
+    moved = cells.moved_back(inside, (5, 6), np.array([0.25, -0.5])).toarray().reshape(2, 5, 6)
+    assert moved[1].sum() == 0
+    wanted = {(1, 3): 0.1, (1, 4): 0.1, (2, 3): 0.3, (2, 4): 0.3}
+    assert {tuple(map(int, at)): moved[0][*at] for at in np.argwhere(moved[0])} == {
+        at: pytest.approx(value) for at, value in wanted.items()
+    }
+    up = cells.moved_back(inside, (5, 6), np.array([2.0, 0.0]))
+    assert up.nonzero()[1].tolist() == [3]
+    assert cells.moved_back(inside, (5, 6), np.array([3.0, 0.0])).nnz == 0  # off the map
+
+
+def tell_move(section, told):
+    path = section / "HISTEX.json"
+    record = json.loads(path.read_text()) | {"image_beside_spots": told}
+    path.write_text(json.dumps(record))
+
+
+def test_cells_follow_an_image_that_lies_beside_the_spots(section, tmp_path, capsys):
+    labels = np.zeros(SIZE, np.int32)
+    labels[32:48, 160:176] = 9
+    np.save(tmp_path / "cells.npy", labels)
+    told = {"down_um": 8.0, "right_um": -16.0, "undone": True}
+    tell_move(section, told)
+    code, table = run_cells(section, tmp_path / "cells.npy")
+    assert code == 0
+    assert "+8.0 um down and -16.0 um right of the spots" in capsys.readouterr().out
+    np.testing.assert_allclose(values(table)[0], read_maps(section)[1, 12], rtol=1e-3)
+    assert float(table.loc[9, "x"]) == pytest.approx(168 / SCALE[1], abs=0.01)
+    assert json.loads((section / "cells.json").read_text())["moved back by um"] == [8, -16]
+    for still, options in ((told, ["--by-molecules"]), (told | {"undone": False}, []), (None, [])):
+        tell_move(section, still)
+        _, table = run_cells(section, tmp_path / "cells.npy", *options)
+        np.testing.assert_allclose(values(table)[0], read_maps(section)[2, 10], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "told", [3, [], {}, {"undone": True}, {"undone": True, "down_um": "a", "right_um": 0.0},
+             {"undone": True, "down_um": float("nan"), "right_um": 0.0},
+             {"undone": True, "down_um": 1e9, "right_um": 0.0}],
+)  # fmt: skip
+def test_a_move_that_cannot_be_is_named(section, tmp_path, told, capsys):
+    np.save(tmp_path / "cells.npy", np.ones(SIZE, np.int32))
+    tell_move(section, told)
+    assert run_cells(section, tmp_path / "cells.npy")[0] == 2
+    assert "does not tell how far the image was moved" in capsys.readouterr().err
+
+
+def test_boundaries_of_xenium_lie_as_its_molecules(tmp_path):
+    parse = cells.build_parser().parse_args
+    for name, stay in (("b.parquet", True), ("b.csv.gz", True), ("b.geojson", False)):
+        assert cells.lie_as_molecules(parse(["--directory", "x", "--masks", name])) is stay
+    assert not cells.lie_as_molecules(parse(["--directory", "x"]))
+    assert cells.lie_as_molecules(parse(["--directory", "x", "--by-molecules"]))
 
 
 # ----- sums -----
