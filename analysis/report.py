@@ -329,6 +329,7 @@ def main(stage: utils.Stage) -> None:
         others=len(content.others),
         coarse=sum("finer steps" in maps[i]["beside"] for i in finer),
         less=bool(finer),
+        beside=report_layers.beside_text(content),
         alone=report_layers.alone_text(
             content, report_layers.by_reference(content, list(content.files))
         ),

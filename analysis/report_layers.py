@@ -15,6 +15,7 @@ import utils
 from analysis import files, inputs
 from analysis.page import Cells, Labels, PageContent, region_colours
 from analysis.report_maps import LEVELS, encode
+from analysis.scores import number_text
 from reading import plain
 
 MOST_CELLS = 200_000  # in the page; of more, every second or third and so on
@@ -159,6 +160,18 @@ def by_reference(content: PageContent, genes: list[str]) -> list[int]:
     if content.spots is None or not record.get("reference"):
         return []
     return [i for i, gene in enumerate(genes) if gene not in content.spots.column]
+
+
+def beside_text(content: PageContent) -> str:
+    """What stands at the head of a page if HISTEX.py found the image beside the spots."""
+    told = content.records.get(utils.HISTEX, {}).get("image_beside_spots")
+    if not isinstance(told, dict) or told.get("undone") is not True:
+        return ""
+    down, right = (number_text(told.get(key), "+.1f") for key in ("down_um", "right_um"))
+    return (
+        f"HISTEX.py found the image beside the spots, by {down} um down and {right} um right. The "
+        f"maps lie where the spots do, so over the H&E they are off by as much."
+    )
 
 
 def alone_text(content: PageContent, numbers: list[int]) -> str:

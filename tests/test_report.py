@@ -460,6 +460,18 @@ def test_maps_by_a_reference_are_marked(section):
     assert "1 of the 4 maps are of genes without measured counts" in text
 
 
+def test_a_page_tells_of_an_image_beside_the_spots(section):
+    def told(beside):
+        write_record(section, utils.HISTEX, [], ["cnts-super"], image_beside_spots=beside)
+        return write_page(section)
+
+    undone = {"down_um": 5.5, "right_um": -7.0, "undone": True}
+    assert "by +5.5 um down and -7.0 um right" in told(undone)
+    assert "by unknown um down" in told(undone | {"down_um": "far"})
+    for still in (undone | {"undone": False}, None, 3, {}):
+        assert "beside the spots" not in told(still)
+
+
 def test_spots_are_compared_with_the_sums_of_the_map(section):
     gene = json.loads(Page(write_page(section)).scripts["gene-0"])["spots"]
     locs = pd.read_csv(section / "locs.csv", index_col=0)
