@@ -653,8 +653,8 @@ def main(stage: utils.Stage) -> None:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # matrix products in TF32
         section, spots, genes = read_section(stage, preset.context, preset.by_area)
-        beside = registration.register(stage, section) if preset.registers else None
         about = args.reference and reference.join(stage, args.reference, section, genes, device)
+        beside = registration.register(stage, section) if preset.registers else None
         check_space(stage.directory, section, preset.network, args)
         print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
         size = " x ".join(map(str, section.tissue.shape))
