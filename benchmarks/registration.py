@@ -99,8 +99,11 @@ def shuffled(section: Section, n: int) -> str:
         section.counts = counts[rng.permutation(len(counts))]
         found.append(registration.find_offset(section))
     clear = sum(offset is not None and offset.clear for offset in found)
-    most = max(offset.gain for offset in found if offset is not None)
-    return f"{clear} of {n} shuffles are clear; the highest gain is {most:.1f}"
+    gain, told = (max(getattr(x, of) for x in found if x) for of in ("gain", "told"))
+    return (
+        f"{clear} of {n} shuffles are clear; of log likelihood, the best move gains {gain:.1f} at "
+        f"most over the place, the image {told:.1f} over none"
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -37,7 +37,8 @@ COMPONENTS, PROFILES = 64, 20  # principal components of tokens and of roots of 
 PENALTIES = 10.0 ** np.arange(-5, 1.1, 0.5)  # of the ridge, in the variance of all components
 SIDES = 4  # the section is cut into SIDES x SIDES blocks with as many spots each
 CHANCE = 0.001  # that an image in place seems to lie as far beside; what is rarer is undone
-LEAST_GAIN = 10.0  # of log likelihood; counts that the image does not explain gain up to 2
+LEAST_GAIN = 10.0  # of log likelihood, over the image in place
+LEAST_TOLD = 50.0  # of log likelihood, over no image; shuffled counts gain up to 5
 MOST_SD = 0.5  # superpixels; a place that is less sure may be one of several
 SPOTS_AT_ONCE = 16
 STRIP_BYTES = 2**26  # of tokens, moved at a time
@@ -51,7 +52,8 @@ class Offset:
     place: np.ndarray  # (2,) down and right, superpixels
     sd: np.ndarray  # (2,) standard deviation of it
     chance: float  # that it seems at least as far if it is in place
-    gain: float  # of log likelihood, by the best whole move
+    gain: float  # of log likelihood, by the best whole move over the place where it is
+    told: float  # of log likelihood, by the image there over none
 
     @property
     def within_reach(self) -> bool:
@@ -60,7 +62,8 @@ class Offset:
     @property
     def clear(self) -> bool:
         sure = bool((self.sd < MOST_SD).all())
-        return sure and self.chance < CHANCE and self.gain >= LEAST_GAIN
+        likely = self.gain >= LEAST_GAIN and self.told >= LEAST_TOLD
+        return sure and likely and self.chance < CHANCE
 
 
 # ------------------------------------------------------------------------------------------------
@@ -86,8 +89,9 @@ def find_offset(section: Section) -> Offset | None:
     total = products.sum(axis=0)
     volume = log_volume(total)
     without = np.array([lowest(log_volume(total - some)) for some in products])
-    gain = len(spots) / 2 * float(volume[REACH, REACH] - volume.min())
-    return Offset(lowest(volume), *error_of(lowest(volume), without), gain)
+    alone = log_volume(product((profiles - profiles.mean(axis=0)) / (1 - 1 / len(profiles))))
+    gain, told = (len(spots) / 2 * float(x - volume.min()) for x in (volume[REACH, REACH], alone))
+    return Offset(lowest(volume), *error_of(lowest(volume), without), gain, told)
 
 
 def components(x: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
