@@ -32,7 +32,7 @@ from method.section import Section, token_statistics
 from reading import arrays
 
 REACH = 6  # superpixels: 48 um, about half the pitch of Visium
-FEWEST_SPOTS, MOST_SPOTS = 100, 3000  # fewer tell too little; of more, some are drawn
+FEWEST_SPOTS, MOST_SPOTS = 100, 2000  # fewer tell too little; of more, some are drawn
 COMPONENTS, PROFILES = 64, 20  # principal components of tokens and of roots of counts, at most
 PENALTIES = 10.0 ** np.arange(-5, 1.1, 0.5)  # of the ridge, in the variance of all components
 SIDES = 4  # the section is cut into SIDES x SIDES blocks with as many spots each
