@@ -227,7 +227,7 @@ def test_only_what_is_rare_sure_and_likely_is_clear():
     assert Offset(np.array([0.6, 0.4]), sd, 1e-4, 11, 51).clear
     assert not Offset(np.array([0.6, 0.4]), sd, 1e-4, 9, 51).clear
     assert not Offset(np.array([0.6, 0.4]), sd, 1e-4, 11, 49).clear
-    assert not Offset(np.array([2.0, 0.0]), sd, 0.01, 11, 51).clear
+    assert not Offset(np.array([2.0, 0.0]), sd, 0.02, 11, 51).clear
     assert not Offset(np.array([2.0, 0.0]), np.array([0.1, 0.6]), 1e-4, 11, 51).clear
     assert not Offset(np.array([0.0, -5.0]), sd, 1e-4, 11, 51).within_reach
 
