@@ -557,14 +557,7 @@ def main(stage: utils.Stage) -> None:
     else:
         stage.use(args.masks)
         cells, frame = read_cells(stage, shape)
-    if not lie_as_molecules(args) and (place := read_move(stage)).any():
-        down, right = place * utils.SUPERPIXEL_UM
-        print(
-            f"HISTEX.py found the image {down:+.1f} um down and {right:+.1f} um right of the "
-            f"spots: the cells are moved back, to where the maps have them"
-        )
-        cells = cells._replace(inside=moved_back(cells.inside, shape, place))
-        facts["moved back by um"] = [rounded(down), rounded(right)]
+    cells = follow_image(stage, cells, shape, facts)
     on_tissue = cells.inside[:, np.flatnonzero(tissue)]
     share = on_tissue.sum(axis=1) * utils.TOKEN_PX**2 / np.maximum(cells.area, TINY)
     share = share.clip(0, 1)  # but for rounding, it is no larger
@@ -604,6 +597,21 @@ def main(stage: utils.Stage) -> None:
     else:
         stage.retire(files.CELLS_SD)
     stage.finish(**facts)
+
+
+def follow_image(
+    stage: utils.Stage, cells: CellAreas, shape: tuple[int, int], facts: dict[str, Any]
+) -> CellAreas:
+    """The cells where the maps have them, should HISTEX.py have moved the image."""
+    if lie_as_molecules(stage.args) or not (place := read_move(stage)).any():
+        return cells
+    down, right = place * utils.SUPERPIXEL_UM
+    print(
+        f"HISTEX.py found the image {down:+.1f} um down and {right:+.1f} um right of the spots: "
+        f"the cells are moved back, to where the maps have them"
+    )
+    facts["moved back by um"] = [rounded(down), rounded(right)]
+    return cells._replace(inside=moved_back(cells.inside, shape, place))
 
 
 def lie_as_molecules(args: argparse.Namespace) -> bool:
