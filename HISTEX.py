@@ -654,7 +654,7 @@ def main(stage: utils.Stage) -> None:
             torch.set_float32_matmul_precision("high")  # matrix products in TF32
         section, spots, genes = read_section(stage, preset.context, preset.by_area)
         about = args.reference and reference.join(stage, args.reference, section, genes, device)
-        beside = registration.register(stage, section) if preset.registers else None
+        beside = registration.register(section, stage.directory) if preset.registers else None
         check_space(stage.directory, section, preset.network, args)
         print(f"{len(spots)} spots, {len(section.points)} HR points, {len(genes)} genes")
         size = " x ".join(map(str, section.tissue.shape))

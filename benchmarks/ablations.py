@@ -190,7 +190,7 @@ def run_variant(
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         section, _, genes = read_section(stage, row.context, row.by_area)
         if row.registers:
-            registration.register(stage, section)
+            registration.register(section, sample)
         start = time.perf_counter()
         trained = [
             HISTEX.train_state(section, Path(folder) / str(i), training, key, i, CPU)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -230,35 +231,39 @@ def move(
     return moved
 
 
-def register(stage: utils.Stage, section: Section) -> dict[str, Any] | None:
+def register(
+    section: Section, scratch: Path, what: str = "the spots", name: str = ""
+) -> dict[str, Any] | None:
     """Undo what is clear of the image's offset. Returns what the record tells of it.
 
-    The moved tokens are in a file without a name, which is gone when the process ends.
+    The moved tokens are in a file of the folder ``scratch``; it has no name and is gone when the
+    process ends. ``what`` has the counts, and ``name`` begins the line that is printed.
     """
-    offset = find_offset(section)
+    offset, begin = find_offset(section), name and f"{name}: "
     if offset is None:
-        print(f"image and spots: fewer than {FEWEST_SPOTS} spots cannot tell whether they fit")
+        print(f"{begin}image and spots: fewer than {FEWEST_SPOTS} cannot tell whether they fit")
         return None
     undone = offset.clear and offset.within_reach
     place = np.round(offset.place * utils.TOKEN_PX) / utils.TOKEN_PX  # whole pixels of he.jpg
     down, right = place * utils.SUPERPIXEL_UM
     sd_down, sd_right = offset.sd * utils.SUPERPIXEL_UM
     where = (
-        f"the image lies {abs(down):.1f} um {'below' if down > 0 else 'above'} and "
-        f"{abs(right):.1f} um {'right' if right > 0 else 'left'} of the spots "
+        f"{begin}the image lies {abs(down):.1f} um {'below' if down > 0 else 'above'} and "
+        f"{abs(right):.1f} um {'right' if right > 0 else 'left'} of {what} "
         f"(sd {sd_down:.1f} and {sd_right:.1f} um)"
     )
     if undone:
         print(f"{where}: its tokens are moved back")
         tokens = section.tokens
-        utils.check_disk(stage.directory, tokens.nbytes, "the moved tokens")
-        with tempfile.TemporaryFile(dir=stage.directory) as file:
+        utils.check_disk(scratch, tokens.nbytes, "the moved tokens")
+        with tempfile.TemporaryFile(dir=scratch) as file:
             moved = np.memmap(file, np.float16, "w+", shape=tokens.shape)
         section.tokens = move(tokens, section.tissue, place, moved)
     elif offset.clear:
-        print(f"warning: {where}, or farther: too far to be moved back. See {utils.LOCS_RAW.name}")
+        print(f"warning: {where}, or farther: too far to be moved back")
     else:
-        print(f"image and spots fit, as far as can be told (sd {max(sd_down, sd_right):.1f} um)")
+        sd = max(sd_down, sd_right)
+        print(f"{begin}the image fits {what}, as far as can be told (sd {sd:.1f} um)")
     return {
         "down_um": round(float(down), 2), "right_um": round(float(right), 2),
         "sd_down_um": round(float(sd_down), 2), "sd_right_um": round(float(sd_right), 2),

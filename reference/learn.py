@@ -260,7 +260,7 @@ def read_lessons(args: argparse.Namespace) -> list[Lesson]:
             )
         own = argparse.Namespace(**{**vars(args), "directory": folder})
         stage = utils.Stage(SCRIPT, own, reads_only=True)
-        sections.append(lessons.read_lesson(stage, args.seed))
+        sections.append(lessons.read_lesson(stage, args.seed, args.output.absolute().parent))
     return sections
 
 
@@ -324,6 +324,7 @@ def rates_of(sections: list[Lesson], genes: list[str]) -> np.ndarray:
 def described(lesson: Lesson) -> dict[str, Any]:
     """What the reference tells of a section it was learned from."""
     facts: dict[str, Any] = {"name": lesson.directory.name, "genes": len(lesson.genes)}
+    facts["image_beside"] = lesson.beside
     read = lesson.stage.inputs
     facts["tokens_sha256"] = read[utils.FEATURES.name]["sha256"]
     facts["image_sha256"] = read[lesson.stage.path(utils.HE).name]["sha256"]

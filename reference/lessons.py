@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import utils
 from analysis import inputs, scores, spots
+from method import registration
 from method.devices import to_device
 from method.reference import HALO, MOST_RATE, Encoder, check_genes, tissue_features
 from method.section import Section, read_section, token_statistics
@@ -23,6 +25,7 @@ from reading import arrays, images, tables
 BLOCK = 32  # superpixels, 256 um: what is left out is left out in blocks, for neighbours are alike
 LEFT_OUT = 6  # one block in so many
 SIDE = 8  # superpixels of a patch with truth
+DISC_RADIUS, DISC_PITCH = 2.0, 5  # superpixels, of the discs that tell where the image lies
 PATCHES, SPOTS = 4, 16  # of a training step
 SCORED_BYTES = 200_000_000  # of the maps that are scored at a time
 SIZES = {"8 um": 1, "32 um": 4}  # name -> superpixels per side, at which a map is scored
@@ -40,6 +43,7 @@ class Lesson:
     mean: np.ndarray  # (G,) counts per superpixel, on the scale of what spots catch
     truth: inputs.Truth | None
     spots: Section | None  # of a section without truth
+    beside: dict[str, Any] | None  # where the image lay (method/registration.py)
 
     def __post_init__(self) -> None:
         self.directory = self.stage.directory
@@ -57,15 +61,16 @@ class Lesson:
 # ------------------------------------------------------------------------------------------------
 # reading
 # ------------------------------------------------------------------------------------------------
-def read_lesson(stage: utils.Stage, seed: int) -> Lesson:
+def read_lesson(stage: utils.Stage, seed: int, scratch: Path) -> Lesson:
     """The section in a sample directory, after the first four scripts, checked as HISTEX.py does.
 
-    With a truth, from truth.npz, it is learned from superpixels; else from the sums of spots.
+    With a truth, from truth.npz, it is learned from superpixels; else from the sums of spots. An
+    image that clearly lies beside them is moved back; moved tokens lie in the folder ``scratch``.
     """
     path = stage.directory / inputs.TRUTH
     stage.use(path)  # also that there is none
     if not path.is_file():
-        return of_spots(stage)
+        return of_spots(stage, scratch)
     stage.require(utils.HE, utils.FEATURES, utils.MASK)
     shape = images.grid_shape(stage)
     tokens = arrays.read_array(stage, utils.FEATURES, np.float16, (*shape, None))
@@ -112,10 +117,38 @@ def read_lesson(stage: utils.Stage, seed: int) -> Lesson:
             "Make the file anew, or leave this section out of --sections.",
         )
     mean = mean.astype(np.float32)
-    return Lesson(stage, tokens, tissue, left_out, truth.genes, mean, truth, None)
+    tokens, beside = put_in_place(stage, tokens, tissue, truth, scratch)
+    return Lesson(stage, tokens, tissue, left_out, truth.genes, mean, truth, None, beside)
 
 
-def of_spots(stage: utils.Stage) -> Lesson:
+def put_in_place(
+    stage: utils.Stage, tokens: np.ndarray, tissue: np.ndarray, truth: inputs.Truth, scratch: Path
+) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """The tokens, moved back if the truth clearly shows the image beside it, and what it shows.
+
+    What HISTEX.py asks the spots is asked of discs of the truth, small ones, to tell it exactly.
+    """
+    (h, w), name = truth.tissue.shape, stage.directory.name
+    axes = np.meshgrid(np.arange(0, h, DISC_PITCH), np.arange(0, w, DISC_PITCH), indexing="ij")
+    centres = np.stack(axes, axis=-1).reshape(-1, 2)
+    centres = np.random.default_rng(0).permutation(centres[tissue[tuple(centres.T)]])
+    centres = centres[: registration.MOST_SPOTS]
+    if len(centres) < registration.FEWEST_SPOTS:
+        print(f"{name}: too small to tell whether the image fits its {inputs.TRUTH}")
+        return tokens, None
+    numbers, nothing = np.arange(len(centres)), np.zeros((len(centres), 1), np.float32)
+    places, parents = centres + 0.5, np.stack([numbers, numbers], axis=1)
+    section = Section(
+        tokens, tissue, places, nothing, places, nothing, parents, DISC_RADIUS, 1, by_area=True
+    )
+    row, col = section.patches(centres)
+    there = zip(section.areas, row.clip(0, h - 1), col.clip(0, w - 1), strict=True)
+    section.counts = np.stack([areas @ truth.counts[r, c] for areas, r, c in there])
+    beside = registration.register(section, scratch, f"its {inputs.TRUTH}", name)
+    return section.tokens, beside
+
+
+def of_spots(stage: utils.Stage, scratch: Path) -> Lesson:
     """A section without a truth."""
     needed = (
         utils.HE, utils.LOCS, utils.RADIUS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS,
@@ -126,7 +159,9 @@ def of_spots(stage: utils.Stage) -> Lesson:
     measured = section.counts[section.usable].sum(axis=0, dtype=np.float64)
     mean = measured / section.areas[section.usable].sum()
     nothing, mean = np.zeros_like(section.tissue), mean.astype(np.float32)
-    return Lesson(stage, section.tokens, section.tissue, nothing, genes, mean, None, section)
+    beside = registration.register(section, scratch, name=stage.directory.name)
+    told = (section.tokens, section.tissue, nothing, genes, mean)
+    return Lesson(stage, *told, truth=None, spots=section, beside=beside)
 
 
 def some_blocks(tissue: np.ndarray, seed: int) -> np.ndarray:

@@ -14,8 +14,10 @@ from scipy import ndimage, stats
 from test_HISTEX import make_section
 
 import HISTEX
+from analysis import inputs
 from method import registration
 from method.registration import Offset
+from reference import lessons
 
 SIDE, GENES, FEATURES = 88, 12, 6
 
@@ -25,21 +27,23 @@ def smooth_noise(rng, shape, sigma):
     return noise / noise.std(axis=(0, 1))
 
 
-def moved_section(place, n=121, seed=0, tied=1.0):
-    """A section whose image lies at ``place`` beside the spots; ``tied`` is how far counts heed it.
-
-    What the tokens show at p is expressed at p - place.
-    """
+def moved_image(place, seed=0, tied=1.0):
+    """Tokens (h, w, F), and rates (h, w, G) of what they show: at p - place what they show at p."""
     rng = np.random.default_rng(seed)
     tokens = smooth_noise(rng, (SIDE, SIDE, FEATURES), 1.5)
     weights = rng.standard_normal((FEATURES, GENES)) / math.sqrt(FEATURES)
     shown = ndimage.shift(tokens, (-place[0], -place[1], 0), order=3, mode="nearest")
-    rates = 2 * np.exp(0.8 * tied * shown @ weights)
+    return tokens.astype(np.float16), 2 * np.exp(0.8 * tied * shown @ weights)
+
+
+def moved_section(place, n=121, seed=0, tied=1.0):
+    """A section whose image lies at ``place`` beside the spots; ``tied``: how far counts heed it."""
+    (tokens, rates), rng = moved_image(place, seed, tied), np.random.default_rng(seed + 1)
     steps = np.linspace(8, SIDE - 8, math.isqrt(n))
     spots = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
     section = make_section()
     section = type(section)(
-        tokens=tokens.astype(np.float16),
+        tokens=tokens,
         tissue=np.ones((SIDE, SIDE), bool),
         spots=spots,
         counts=np.zeros((len(spots), GENES), np.float32),
@@ -192,8 +196,8 @@ def test_glass_is_not_mixed_into_tissue():
 
 
 def test_moved_back_the_image_lies_in_place(tmp_path, capsys):
-    section, there = moved_section((2, -1)), make_stage(tmp_path)
-    told = registration.register(there, section)
+    section = moved_section((2, -1))
+    told = registration.register(section, tmp_path)
     assert told["undone"]
     assert (told["down_um"], told["right_um"]) == pytest.approx((16, -8), abs=2)
     said = capsys.readouterr().out
@@ -202,24 +206,24 @@ def test_moved_back_the_image_lies_in_place(tmp_path, capsys):
     assert "moved back" in said
     assert section.tokens.dtype == np.float16
     assert [*tmp_path.iterdir()] == []  # what was written is gone with the process
-    again = registration.register(there, section)
+    again = registration.register(section, tmp_path)
     assert not again["undone"]
     assert abs(again["down_um"]) + abs(again["right_um"]) < 3
-    assert "fit, as far as can be told" in capsys.readouterr().out
+    assert "the image fits the spots, as far as" in capsys.readouterr().out
 
 
 def test_what_is_in_place_or_too_far_is_left_where_it_is(tmp_path, capsys):
-    for place, words in (((0, 0), "fit"), ((0, 5.6), "too far to be moved back")):
+    for place, words in (((0, 0), "fits"), ((0, 5.6), "too far to be moved back")):
         section = moved_section(place)
         before = section.tokens
-        assert not registration.register(make_stage(tmp_path), section)["undone"]
+        assert not registration.register(section, tmp_path)["undone"]
         assert section.tokens is before
         assert words in capsys.readouterr().out
 
 
 def test_few_spots_are_not_asked(tmp_path, capsys):
-    assert registration.register(make_stage(tmp_path), moved_section((2, -1), n=81)) is None
-    assert "fewer than 100 spots" in capsys.readouterr().out
+    assert registration.register(moved_section((2, -1), n=81), tmp_path) is None
+    assert "fewer than 100 cannot tell" in capsys.readouterr().out
 
 
 def test_only_what_is_rare_sure_and_likely_is_clear():
@@ -230,6 +234,29 @@ def test_only_what_is_rare_sure_and_likely_is_clear():
     assert not Offset(np.array([2.0, 0.0]), sd, 0.02, 11, 51).clear
     assert not Offset(np.array([2.0, 0.0]), np.array([0.1, 0.6]), 1e-4, 11, 51).clear
     assert not Offset(np.array([0.0, -5.0]), sd, 1e-4, 11, 51).within_reach
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32])
+def test_a_truth_tells_where_its_image_lies(tmp_path, capsys, kind):
+    (tmp_path / "kidney").mkdir()
+    (tokens, rates), stage = moved_image((1, -2)), make_stage(tmp_path / "kidney")
+    counts = np.random.default_rng(0).poisson(rates)[:80].astype(kind)  # of fewer rows than tokens
+    tissue = np.zeros((SIDE, SIDE), bool)
+    tissue[2:80, 3:] = True
+    truth = inputs.Truth(counts, tissue[:80], [f"g{i}" for i in range(GENES)])
+    moved, told = lessons.put_in_place(stage, tokens, tissue, truth, tmp_path)
+    assert told["undone"]
+    assert (told["down_um"], told["right_um"]) == pytest.approx((8, -16), abs=1)
+    assert "kidney: the image lies" in (said := capsys.readouterr().out)
+    assert "of its truth.npz" in said
+    inner = np.s_[4:76, 5:-5]
+    assert np.abs(moved[inner] - np.roll(tokens, (-1, 2), axis=(0, 1))[inner]).mean() < 0.1
+    tissue[:, 30:] = False
+    tissue[40:] = False
+    same, told = lessons.put_in_place(stage, tokens, tissue, truth, tmp_path)
+    assert same is tokens
+    assert told is None
+    assert "too small to tell" in capsys.readouterr().out
 
 
 def test_presets_and_the_option():
