@@ -37,7 +37,7 @@ def moved_image(place, seed=0, tied=1.0):
 
 
 def moved_section(place, n=121, seed=0, tied=1.0):
-    """A section whose image lies at ``place`` beside the spots; ``tied``: how far counts heed it."""
+    """A section whose image lies at ``place``; ``tied`` is how far its counts heed the image."""
     (tokens, rates), rng = moved_image(place, seed, tied), np.random.default_rng(seed + 1)
     steps = np.linspace(8, SIDE - 8, math.isqrt(n))
     spots = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
