@@ -31,6 +31,7 @@ import utils
 from method import grid
 from method.section import Section, token_statistics
 from reading import arrays
+from writing.progress import Bar
 
 REACH = 6  # superpixels: 48 um, about half the pitch of Visium
 FEWEST_SPOTS, MOST_SPOTS = 100, 2000  # fewer tell too little; of more, some are drawn
@@ -43,6 +44,7 @@ LEAST_TOLD = 50.0  # of log likelihood, over no image; shuffled counts gain up t
 MOST_SD = 0.5  # superpixels; a place that is less sure may be one of several
 SPOTS_AT_ONCE = 16
 STRIP_BYTES = 2**26  # of tokens, moved at a time
+TINY = 1e-9  # tokens that are all the same have no component
 GLASS = 1e-3  # weight of a superpixel beside the tissue, where one on the tissue has 1
 
 
@@ -96,8 +98,12 @@ def find_offset(section: Section) -> Offset | None:
 
 
 def components(x: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first principal components (N, n) of x (N, F), of variance 1, and their axes (F, n)."""
-    u, _, v = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    """The first principal components (N, n) of x (N, F), of variance 1, and their axes (F, n).
+
+    Less than ``n`` if x has no more, but one at least.
+    """
+    u, size, v = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    n = max(1, min(n, int((size > size[0] * 1e-6).sum())))
     return u[:, :n] * math.sqrt(len(x)), v[:n].T
 
 
@@ -122,7 +128,7 @@ def disc_means(
     row, col = section.patches(centres, reach)
     on_tissue = section.on_tissue(row, col)[..., None]
     means = []
-    for start in range(0, len(spots), SPOTS_AT_ONCE):
+    for start in Bar(range(0, len(spots), SPOTS_AT_ONCE), "registration"):
         part = slice(start, start + SPOTS_AT_ONCE)
         tokens = section.tokens[row[part].clip(0, h - 1), col[part].clip(0, w - 1)]
         x = (tokens - mean) / std * on_tissue[part]
@@ -141,7 +147,8 @@ def left_over(u: np.ndarray, size: np.ndarray, y: np.ndarray, penalty: float) ->
     regress on, its columns less their means. No row has to be left out: its residual is divided by
     one less its leverage.
     """
-    kept = size**2 / (size**2 + penalty * (size**2).sum(axis=-1, keepdims=True))
+    all_sizes = (size**2).sum(axis=-1, keepdims=True)
+    kept = size**2 / np.maximum(size**2 + penalty * all_sizes, TINY)
     kept_u = u * kept[..., None, :]
     leverage = (kept_u * u).sum(axis=-1, keepdims=True) + 1 / len(y)
     return (y - y.mean(axis=0) - kept_u @ (np.swapaxes(u, -1, -2) @ y)) / (1 - leverage)

@@ -221,6 +221,25 @@ def test_what_is_in_place_or_too_far_is_left_where_it_is(tmp_path, capsys):
         assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("without", ["counts", "tokens", "tissue beyond the spots"])
+def test_a_section_that_tells_nothing_stays(tmp_path, without, capsys):
+    section = moved_section((2, -1))
+    if without == "counts":
+        section.counts[:] = 0
+    elif without == "tokens":
+        section.tokens[:] = 3
+    else:  # glass all around a narrow strip
+        section.tissue[:, 30:] = False
+        section.tissue[:, :10] = False
+        section.usable = section.spots[:, 1] < 30
+        section.spots = np.repeat(section.spots[section.usable], 4, axis=0)
+        section.counts = np.repeat(section.counts[section.usable], 4, axis=0)
+        section.usable = np.ones(len(section.spots), bool)
+    told = registration.register(section, tmp_path)
+    assert told is None or all(map(math.isfinite, (told["down_um"], told["gain"])))
+    assert without.startswith("tissue") or not told["undone"]
+
+
 def test_few_spots_are_not_asked(tmp_path, capsys):
     assert registration.register(moved_section((2, -1), n=81), tmp_path) is None
     assert "fewer than 100 cannot tell" in capsys.readouterr().out
