@@ -63,10 +63,12 @@ class Offset:
         return bool(np.abs(self.place).max() < REACH - 1)
 
     @property
+    def sure(self) -> bool:
+        return bool((self.sd < MOST_SD).all()) and self.told >= LEAST_TOLD
+
+    @property
     def clear(self) -> bool:
-        sure = bool((self.sd < MOST_SD).all())
-        likely = self.gain >= LEAST_GAIN and self.told >= LEAST_TOLD
-        return sure and likely and self.chance < CHANCE
+        return self.sure and self.gain >= LEAST_GAIN and self.chance < CHANCE
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,6 +270,8 @@ def register(
         section.tokens = move(tokens, section.tissue, place, moved)
     elif offset.clear:
         print(f"warning: {where}, or farther: too far to be moved back")
+    elif not offset.sure:
+        print(f"{begin}{what} cannot tell how well the image fits")
     else:
         sd = max(sd_down, sd_right)
         print(f"{begin}the image fits {what}, as far as can be told (sd {sd:.1f} um)")

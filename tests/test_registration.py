@@ -238,6 +238,8 @@ def test_a_section_that_tells_nothing_stays(tmp_path, without, capsys):
     told = registration.register(section, tmp_path)
     assert told is None or all(map(math.isfinite, (told["down_um"], told["gain"])))
     assert without.startswith("tissue") or not told["undone"]
+    if not without.startswith("tissue"):
+        assert "the spots cannot tell how well the image fits" in capsys.readouterr().out
 
 
 def test_few_spots_are_not_asked(tmp_path, capsys):
