@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import make_stage
+from conftest import make_stage, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
@@ -291,3 +291,25 @@ def test_presets_and_the_option():
 def test_the_record_tells_that_too_few_spots_were_not_asked(finished):
     record = json.loads((finished / "HISTEX.json").read_text())
     assert record["image_beside_spots"] is None
+
+
+def test_a_run_is_trained_on_moved_tokens_and_says_so(finished, capsys, monkeypatch):
+    found = Offset(np.array([1.0, -0.5]), np.array([0.1, 0.1]), 1e-5, 50.0, 100.0)
+    monkeypatch.setattr(registration, "find_offset", lambda section: found)
+    options = ("--epochs", "1", "--n-states", "1", "--n-plots", "0", "--device", "cpu", "--force")
+
+    def results(*more):
+        assert run("HISTEX.py", finished, *options, *more) == 0
+        record = json.loads((finished / "HISTEX.json").read_text())
+        files = sorted((finished / "cnts-super").glob("*.pickle"))
+        return record["image_beside_spots"], files[0].read_bytes(), capsys.readouterr().out
+
+    told, moved, said = results()
+    assert told["undone"]
+    assert (told["down_um"], told["right_um"]) == (8.0, -4.0)
+    assert "8.0 um below and 4.0 um left of the spots" in said
+    told, still, said = results("--no-registration")
+    assert told is None
+    assert "beside" not in said
+    assert "trained anew, since options or the preset have changed" in said
+    assert moved != still
