@@ -10,10 +10,14 @@ was learned from (reference/learn.py). Nothing is measured here, and genes diffe
 H&E tells them. How well each gene was told on sections that the reference did not know stands in
 expected-r.csv, the best gene first. Where there are spots, use HISTEX.py --reference.
 
+If the section has spots after all, --place-by-spots asks them where the image lies, as HISTEX.py
+does, and moves it back: both then have their maps at the same place.
+
 Counts are on the scale of the reference's sections, or of --depth. The picture does not tell
 whether a gene is rich or poor in the whole section: its mean is that of the reference.
 
-Reads   he.jpg, Histology_feature_map.npy, Histology_Extractor.json, mask.png; --reference
+Reads   he.jpg, Histology_feature_map.npy, Histology_Extractor.json, mask.png; --reference; with
+        --place-by-spots what HISTEX.py reads
 Writes  cnts-super/              a map a gene, as of HISTEX.py: float32 (rows, columns), counts per
                                  superpixel of 8 um, NaN outside the tissue; index.csv
         embeddings-gene.pickle   dict(cls=float32 (96, rows, columns)): the reference's features
@@ -52,6 +56,12 @@ def build_parser() -> cli.Parser:
         help="Total counts, over all genes of the reference, that a typical Visium spot would hold "
         "(default: as many as in the sections of the reference).",
     )
+    option(
+        "--place-by-spots",
+        action="store_true",
+        help="The section has spots: move the image back if they show clearly that it lies beside "
+        "them. Their counts are used for nothing else.",
+    )
     options.add_maps(parser)
     cli.add_device(parser)
     return parser
@@ -63,15 +73,17 @@ if __name__ == "__main__":
 import math
 import shlex
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from method import devices, maps, reference, resume
+from method import devices, maps, reference, registration, resume
 from method.anchoring import COUNTS_AT_ONCE
 from method.prediction import GENES_BYTES
 from method.reference import Reference
+from method.section import read_section
 from reading import arrays, images
 
 COARSE = reference.EXPECTED[1]  # the column by which genes are ordered
@@ -144,6 +156,14 @@ def write_maps(
     maps.write_embedding(stage, embedding)
 
 
+def place_by_spots(stage: utils.Stage) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """The tokens (h, w, F), moved back if the spots clearly show the image beside them."""
+    stage.require(utils.LOCS, utils.RADIUS, utils.GENE_NAMES, utils.HR_LOCS, utils.HR_CNTS)
+    section = read_section(stage, context=1, by_area=True)[0]
+    beside = registration.register(section, stage.directory)
+    return section.tokens, beside
+
+
 def main(stage: utils.Stage) -> None:
     args = stage.args
     stage.require(utils.HE, utils.FEATURES, utils.MASK)
@@ -154,6 +174,9 @@ def main(stage: utils.Stage) -> None:
     tissue = images.read_mask(stage, images.grid_shape(stage))
     tokens = arrays.read_array(stage, utils.FEATURES, np.float16, (*tissue.shape, None))
     found = reference.read_reference(args.reference, reference.backbone_of(stage, tokens))
+    beside = None
+    if args.place_by_spots:
+        tokens, beside = place_by_spots(stage)
     table = pd.DataFrame({"gene": found.genes, **found.expected_r})
     table = table.sort_values(COARSE, ascending=False, kind="stable")  # unknown ones last
     own_depth = float(found.rates.sum()) * SPOT_SUPERPIXELS
@@ -189,6 +212,7 @@ def main(stage: utils.Stage) -> None:
         genes=len(table),
         depth=round(depth, 2),
         spots=0,
+        image_beside_spots=beside,
     )
 
 

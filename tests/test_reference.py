@@ -18,7 +18,7 @@ from skimage.color import rgb2hed
 import HISTEX
 import utils
 from analysis import inputs
-from method import reference
+from method import reference, registration
 from method.reference import FEATURES, HALO, Encoder
 from reference import learn, lessons, predict
 
@@ -593,6 +593,35 @@ def test_a_map_from_the_picture_alone(slide, learned, capsys):
     capsys.readouterr()
     assert predict.run(["--directory", str(slide), "--reference", str(learned)]) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_spots_may_tell_where_the_image_lies(finished, learned, capsys, monkeypatch):
+    found = registration.Offset(np.array([1.0, 0.0]), np.array([0.1, 0.1]), 1e-5, 50.0, 100.0)
+    monkeypatch.setattr(registration, "find_offset", lambda section: found)
+    options = ["--directory", str(finished), "--reference", str(learned), "--force"]
+
+    def predicted(*more):
+        assert predict.run([*options, *more]) == 0
+        record = json.loads((finished / "HISTEX.json").read_text())
+        return record, inputs.read_map(inputs.map_files(finished)["GENE0"])
+
+    record, still = predicted()
+    assert record["image_beside_spots"] is None
+    assert "beside" not in capsys.readouterr().out
+    record, moved = predicted("--place-by-spots")
+    assert record["image_beside_spots"]["undone"]
+    assert record["predicted_from"] == "histology alone"
+    assert "8.0 um below" in capsys.readouterr().out
+    one, other = moved[6:-7], still[7:-6]  # the token of the next row
+    known = np.isfinite(one) & np.isfinite(other)
+    assert np.corrcoef(one[known], other[known])[0, 1] > 0.95
+    assert np.corrcoef(one[known], still[6:-7][known])[0, 1] < 0.9
+
+
+def test_spots_are_needed_to_tell_where_the_image_lies(slide, learned, capsys):
+    options = ["--directory", str(slide), "--reference", str(learned), "--place-by-spots"]
+    assert predict.run(options) == 2
+    assert "locs.csv" in capsys.readouterr().err
 
 
 def test_the_depth_is_that_of_a_spot(slide, learned):
