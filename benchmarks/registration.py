@@ -67,6 +67,13 @@ def read(sample: Path) -> Section:
         return read_section(stage, DEFAULT.context, DEFAULT.by_area)[0]
 
 
+def find(sample: Path) -> Offset:
+    found = registration.find_offset(read(sample))
+    if found is None:
+        raise utils.StageError(f"{sample} has too few spots to tell.", "Leave it out.")
+    return found
+
+
 def moved_sample(sample: Path, um: tuple[float, float]) -> Path:
     """A copy of the sample whose tokens lie ``um`` down and right of where they are."""
     copy = sample.with_name(f"{sample.name}-{um[0]:g}-{um[1]:g}")
@@ -113,14 +120,10 @@ def main(args: argparse.Namespace) -> None:
     print("|---" * 6 + "|")
     for name, source in accuracy.sections_of(args, args.keep).items():
         sample, truth = ablations.prepared(code, source, args.keep / name)
-        itself = registration.find_offset(read(sample))
-        if itself is None:
-            print(f"| {name} | too few spots | | | | |")
-            continue
+        itself = find(sample)
         for um in args.moves:
             copy = moved_sample(sample, um)
-            found = registration.find_offset(read(copy))
-            assert found is not None
+            found = find(copy)
             start = itself.place if any(um) else np.zeros(2)
             cells = []
             for row in (ablations.ROWS["no registration"], DEFAULT):
