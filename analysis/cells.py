@@ -319,16 +319,12 @@ def cells_of_outlines(
 
 def moved_back(inside: csr_array, shape: tuple[int, int], place: np.ndarray) -> csr_array:
     """The areas (cells, superpixels) at p - ``place`` (2,), which divides them among four."""
-    whole = np.floor(-place).astype(int)
-    part, old = -place - whole, inside.tocoo()
-    row, col = np.divmod(old.col, shape[1]) + whole[:, None]
-    parts = []
-    for down, right in np.ndindex(2, 2):
-        on = (row + down >= 0) & (row + down < shape[0])
-        on &= (col + right >= 0) & (col + right < shape[1])
-        share = abs(1 - down - part[0]) * abs(1 - right - part[1])
-        superpixel = (row[on] + down) * shape[1] + col[on] + right
-        parts.append((share * old.data[on], old.row[on], superpixel))
+    old, parts = inside.tocoo(), []
+    places = np.stack(np.divmod(old.col, shape[1]), axis=1)
+    for step, share in grid.four_moves(-place):
+        there = places + step
+        on = ((there >= 0) & (there < shape)).all(axis=1)
+        parts.append((share * old.data[on], old.row[on], there[on] @ (shape[1], 1)))
     area, cell, superpixel = map(np.concatenate, zip(*parts, strict=True))
     moved = csr_array((area, (cell, superpixel)), inside.shape)
     moved.eliminate_zeros()

@@ -1,7 +1,7 @@
 """How exactly method/registration.py finds an image that was moved on purpose, and what it brings.
 
     python benchmarks/registration.py --directory data/section --moves 0,0 16,-8 --keep results
-    python benchmarks/registration.py --simulated 2 --moves 12,12 --states 0 --keep results
+    python benchmarks/registration.py --simulated 2 --moves 12,12 --n-states 0 --keep results
 
 Reads   samples with a truth.npz, as benchmarks/accuracy.py does, and simulated ones
 Writes  a table in Markdown to stdout, a row for each section and move; samples in --keep
@@ -9,8 +9,8 @@ Writes  a table in Markdown to stdout, a row for each section and move; samples 
 A move is um down and right. The tokens are moved over the spots by as much, which stands for an
 image that lies beside them; spots, counts and truth stay. The table has the place that is found,
 with its standard deviation, less that found without a move, as a section may be off by itself. Then
---states networks are trained twice, with and without registration, and the maps of both are scored:
-median over genes of r with the truth at 8 and 32 um. --shuffles times the spots' counts are
+--n-states networks are trained twice, with and without registration, and the maps of both are
+scored: median over genes of r with the truth at 8 and 32 um. --shuffles times the spots' counts are
 shuffled among them, so that the image tells nothing: how often is a place clear that cannot be?
 """
 
@@ -37,7 +37,8 @@ def build_parser() -> cli.Parser:
     option = parser.add_argument
     option("--moves", nargs="+", type=move, default=[(0.0, 0.0)], metavar="DOWN,RIGHT",
            help="Moves of the image, um; one upwards is given as --moves=-8,0.")  # fmt: skip
-    option("--states", type=cli.not_negative, default=1, help="Networks trained; 0: none.")
+    option("--n-states", type=cli.not_negative, default=1, help="Networks trained; 0: none.")
+    parser.alias("--states", "--n-states")
     option("--shuffles", type=cli.not_negative, default=0, help="Shuffles of the counts.")
     option("--keep", type=Path, required=True, help="Folder for samples.")
     return parser
@@ -94,7 +95,7 @@ def words(found: Offset, start: np.ndarray) -> str:
     """Place and standard deviation in um, and whether it is undone."""
     down, right = (found.place - start) * utils.SUPERPIXEL_UM
     sd_down, sd_right = found.sd * utils.SUPERPIXEL_UM
-    undone = "yes" if found.clear and found.within_reach else "no"
+    undone = "yes" if found.undone else "no"
     return f"{down:.1f} ± {sd_down:.1f}, {right:.1f} ± {sd_right:.1f} | {undone}"
 
 
@@ -127,8 +128,8 @@ def main(args: argparse.Namespace) -> None:
             start = itself.place if any(um) else np.zeros(2)
             cells = []
             for row in (ablations.ROWS["no registration"], DEFAULT):
-                if args.states:
-                    scores = ablations.run_variant(copy, truth, row, args.states, 0)
+                if args.n_states:
+                    scores = ablations.run_variant(copy, truth, row, args.n_states, 0)
                     cells.append(" / ".join(f"{scores[key]:.3f}" for key in ablations.BINS))
             line = f"| {name} | {um[0]:g}, {um[1]:g} | {words(found, start)} |"
             print(line, " | ".join(cells or ["", ""]), "|", flush=True)

@@ -42,6 +42,14 @@ def disc_areas(
     return areas
 
 
+def four_moves(place: np.ndarray) -> list[tuple[np.ndarray, float]]:
+    """The four whole moves (2,) around a move ``place`` (2,), each with its share of it."""
+    whole = np.floor(place).astype(int)
+    part = place - whole
+    steps = map(np.array, np.ndindex(2, 2))
+    return [(whole + step, float(np.abs(1 - step - part).prod())) for step in steps]
+
+
 # --------------------------------------------------------------------------------------------------
 # polygons
 # --------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from scipy import stats
 
 import utils
 from method import grid
-from method.section import Section, token_statistics
+from method.section import Section
 from reading import arrays
 from writing.progress import Bar
 
@@ -67,6 +67,10 @@ class Offset:
         return bool((self.sd < MOST_SD).all()) and self.told >= LEAST_TOLD
 
     @property
+    def undone(self) -> bool:
+        return self.clear and self.within_reach
+
+    @property
     def clear(self) -> bool:
         return self.sure and self.gain >= LEAST_GAIN and self.chance < CHANCE
 
@@ -82,10 +86,9 @@ def find_offset(section: Section) -> Offset | None:
     if len(spots) > MOST_SPOTS:
         spots = np.sort(np.random.default_rng(0).choice(spots, MOST_SPOTS, replace=False))
     profiles = components(np.sqrt(section.counts[spots]), min(PROFILES, len(spots) // 10))[0]
-    statistics = token_statistics(section.tokens, section.tissue)
-    in_place = disc_means(section, spots, statistics, None, 0)[0, 0]
+    in_place = disc_means(section, spots, None, 0)[0, 0]
     axes = components(in_place, min(COMPONENTS, len(spots) // 4))[1]
-    moved = disc_means(section, spots, statistics, axes, REACH)  # (A, A, N, C)
+    moved = disc_means(section, spots, axes, REACH)  # (A, A, N, C)
     parts = np.linalg.svd(moved - moved.mean(axis=2, keepdims=True), full_matrices=False)
     of_penalties = (left_over(*parts[:2], profiles, penalty) for penalty in PENALTIES)
     left = min(of_penalties, key=lambda left: log_volume(product(left)).min())
@@ -110,18 +113,14 @@ def components(x: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def disc_means(
-    section: Section,
-    spots: np.ndarray,
-    statistics: tuple[np.ndarray, np.ndarray],
-    axes: np.ndarray | None,
-    reach: int,
+    section: Section, spots: np.ndarray, axes: np.ndarray | None, reach: int
 ) -> np.ndarray:
     """Means of standardised tokens over the discs of spots (N,), float32 (A, A, N, F or C).
 
     The discs are moved by -reach..reach superpixels down and right. Beside the tissue, a token
     counts as the mean of all; with ``axes`` (F, C), tokens are projected on these.
     """
-    mean, std = statistics
+    mean, std = section.token_statistics
     h, w = section.tissue.shape
     centres = np.floor(section.spots[spots]).astype(int)
     areas = grid.disc_areas(section.spots[spots], *section.patches(centres), section.radius)
@@ -221,21 +220,21 @@ def move(
     Glass beside the tissue is not mixed in, and beyond the border tokens are those of the border.
     """
     h, w = tissue.shape
-    whole = np.floor(place).astype(int)
-    part = place - whole
+    moves = grid.four_moves(place)
     step = max(1, STRIP_BYTES // (4 * tokens[0].size))
     for top in range(0, h, step):
-        rows = np.arange(top, min(top + step, h)) + whole[0]
-        first = int(rows[0].clip(0, h - 1))
-        strip = arrays.some_rows(tokens, first, int((rows[-1] + 1).clip(0, h - 1)) + 1)
-        total, weight = np.float32(0), np.float32(0)
-        for down, right in np.ndindex(2, 2):
-            row = (rows + down).clip(0, h - 1)
-            col = (np.arange(w) + whole[1] + right).clip(0, w - 1)
-            share = abs(1 - down - part[0]) * abs(1 - right - part[1])
+        rows = np.arange(top, min(top + step, h))
+        needed = [(rows + down).clip(0, h - 1) for (down, _), _ in moves]
+        first = int(needed[0][0])
+        strip = arrays.some_rows(tokens, first, int(needed[-1][-1]) + 1)
+        total = np.zeros((len(rows), w, tokens.shape[-1]), np.float32)
+        weight = np.zeros((len(rows), w, 1), np.float32)
+        for row, ((_, right), share) in zip(needed, moves, strict=True):
+            col = (np.arange(w) + right).clip(0, w - 1)
             there = np.where(tissue[np.ix_(row, col)], share, GLASS * share)[..., None]
             there = there.astype(np.float32)
-            total, weight = total + there * strip[np.ix_(row - first, col)], weight + there
+            total += there * strip[np.ix_(row - first, col)]
+            weight += there
         moved[top : top + len(rows)] = total / weight
     return moved
 
@@ -252,7 +251,6 @@ def register(
     if offset is None:
         print(f"{begin}image and spots: fewer than {FEWEST_SPOTS} cannot tell whether they fit")
         return None
-    undone = offset.clear and offset.within_reach
     place = np.round(offset.place * utils.TOKEN_PX) / utils.TOKEN_PX  # whole pixels of he.jpg
     down, right = place * utils.SUPERPIXEL_UM
     sd_down, sd_right = offset.sd * utils.SUPERPIXEL_UM
@@ -261,13 +259,14 @@ def register(
         f"{abs(right):.1f} um {'right' if right > 0 else 'left'} of {what} "
         f"(sd {sd_down:.1f} and {sd_right:.1f} um)"
     )
-    if undone:
+    if offset.undone:
         print(f"{where}: its tokens are moved back")
         tokens = section.tokens
         utils.check_disk(scratch, tokens.nbytes, "the moved tokens")
         with tempfile.TemporaryFile(dir=scratch) as file:
             moved = np.memmap(file, np.float16, "w+", shape=tokens.shape)
         section.tokens = move(tokens, section.tissue, place, moved)
+        vars(section).pop("token_statistics", None)  # they were those of the tokens before
     elif offset.clear:
         print(f"warning: {where}, or farther: too far to be moved back")
     elif not offset.sure:
@@ -278,5 +277,5 @@ def register(
     return {
         "down_um": round(float(down), 2), "right_um": round(float(right), 2),
         "sd_down_um": round(float(sd_down), 2), "sd_right_um": round(float(sd_right), 2),
-        "chance": offset.chance, "gain": round(offset.gain, 1), "undone": undone,
+        "chance": offset.chance, "gain": round(offset.gain, 1), "undone": offset.undone,
     }  # fmt: skip

@@ -105,9 +105,9 @@ def test_disc_means_by_loop():
     section = moved_section((0, 0))
     section.tissue[:30, 40:] = False
     section = replace(section, tissue=section.tissue)
-    mean, std = np.full(FEATURES, 0.1, np.float32), np.full(FEATURES, 2, np.float32)
+    mean, std = section.token_statistics
     spots = np.array([0, 5, 17, 60])
-    found = registration.disc_means(section, spots, (mean, std), None, 2)
+    found = registration.disc_means(section, spots, None, 2)
     assert found.shape == (5, 5, 4, FEATURES)
     x = (section.tokens.astype(np.float64) - mean) / std * section.tissue[..., None]
     x = np.pad(x, ((20, 20), (20, 20), (0, 0)), mode="edge")
@@ -119,7 +119,7 @@ def test_disc_means_by_loop():
             wanted = (areas[..., None] * there).sum(axis=1) / areas.sum(axis=1)[:, None]
             np.testing.assert_allclose(found[down + 2, right + 2], wanted, atol=1e-4)
     axes = np.random.default_rng(0).standard_normal((FEATURES, 3)).astype(np.float32)
-    projected = registration.disc_means(section, spots, (mean, std), axes, 2)
+    projected = registration.disc_means(section, spots, axes, 2)
     np.testing.assert_allclose(projected, found @ axes, atol=1e-4)
 
 
