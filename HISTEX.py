@@ -36,8 +36,11 @@ comparison; ``default`` departs from it:
 * Discs are weighted by area and tissue, and training sees their superpixels only. The step size
   falls to zero within a few epochs; training stops before when held-out spots stop improving.
 * An image that clearly lies beside the spots, as these tell, is moved back before training.
-* Patches overlap and are blended in prediction, so that no seam shows. Afterwards the maps are
-  anchored: scaled so that the discs of the spots sum to about what was measured.
+* Patches overlap and are blended in prediction, so that no seam shows.
+* A fifth of the map, in logarithms, is that of a linear model of the same spots and tokens, which
+  errs in other ways than the networks (method/linear.py).
+* At the end the maps are anchored: scaled so that the discs of the spots sum to about what was
+  measured.
 
 Both pair a spot with the HR points around its own place (the published code mixes up indices),
 shuffle the spots, and show the tissue only.
@@ -328,6 +331,7 @@ class Preset:
     holds_out: bool = True  # each state leaves out a tenth of the spots, and a spot's own context
     overlap: bool = True  # patches overlap in prediction and are blended; else side by side
     anchor_prior: float | None = 5.0  # counts; None: maps are not anchored to the spots
+    linear_share: float = 0.2  # of the linear model in the maps; 0: they are those of the networks
     registers: bool = True  # an image that clearly lies beside the spots is moved back
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     weight_decay: float = 1.0
@@ -348,6 +352,7 @@ PRESETS = {
         holds_out=False,
         overlap=False,
         anchor_prior=None,
+        linear_share=0.0,
         registers=False,
         optimizer=torch.optim.Adam,
         weight_decay=0.0,
@@ -621,11 +626,12 @@ def predict_and_write(
     work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
     folders = maps.new_folders(stage, files)
     overlap, prior = training.preset.overlap, training.preset.anchor_prior
+    share = training.preset.linear_share
     with prediction.latent_files(stage.directory, work, ranks) as latent:
         mine, there = networks[ranks.rank], latent[ranks.rank]
         prediction.embed_section(mine, section, shown, overlap, there, device)
         ranks.barrier()
-        decoder = prediction.Decoder(every, section, shown, prior, latent, device)
+        decoder = prediction.Decoder(every, section, shown, prior, latent, device, share)
         maps.write_genes(folders, work, genes, decoder, facts["r"], files, errors, ranks)
         if ranks.rank > 0:
             return facts

@@ -151,6 +151,7 @@ DEFAULT = HISTEX.PRESETS["default"]
 ROWS = {
     "default": DEFAULT,
     "no registration": replace(DEFAULT, registers=False),
+    "no linear model": replace(DEFAULT, linear_share=0.0),
     "no anchoring": replace(DEFAULT, anchor_prior=None),
     "no averaging of weights": replace(DEFAULT, averaging=None),
     "dropout 0.1": replace(DEFAULT, network=Dropout01),
@@ -202,7 +203,7 @@ def run_variant(
     with tempfile.TemporaryFile() as file:
         prediction.embed_section(networks, section, section.tissue, row.overlap, file, CPU)
         decoder = prediction.Decoder(
-            networks, section, section.tissue, row.anchor_prior, [file], CPU
+            networks, section, section.tissue, row.anchor_prior, [file], CPU, row.linear_share
         )
         for chosen in decoder.blocks():
             maps[chosen, section.tissue] = decoder.maps(chosen)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from method import devices
+from method import devices, linear
 from method.anchoring import (
     COUNTS_AT_ONCE,
     anchor_to_spots,
@@ -317,6 +317,7 @@ class Decoder:
 
     So neither grows the memory with the number of genes, nor does a run that was cut off lose more
     than the genes it was at. ``anchor_prior`` None leaves the maps as the networks give them.
+    ``linear_share`` is the share of the linear model in the logarithm of the counts.
     """
 
     def __init__(
@@ -327,6 +328,7 @@ class Decoder:
         anchor_prior: float | None,
         files: Sequence[BufferedRandom],
         device: torch.device,
+        linear_share: float = 0.0,
     ) -> None:
         self.networks, self.section, self.files, self.device = networks, section, files, device
         self.shown, self.places = shown, np.argwhere(shown)
@@ -335,6 +337,8 @@ class Decoder:
             self.near, self.distance2 = nearest_points(section.points, self.places, section.context)
         self.prior = anchor_prior
         self.anchors = None if anchor_prior is None else find_anchors(section, self.places)
+        self.linear_share = linear_share
+        self.linear = linear.of_section(section, shown, device) if linear_share > 0 else None
         n_genes = max(part.stop - part.start for part in self.blocks())
         self.memory = np.empty((n_genes, len(self.places)), np.float32)  # anew takes long
 
@@ -356,9 +360,11 @@ class Decoder:
         maps = self.memory[:n_genes]
         columns = np.ascontiguousarray(self.section.expression[:, genes])
         expression = to_device(columns, self.device)
+        told = None if self.linear is None else self.linear.of_genes(genes)
         batches = Batches(max(1, COUNTS_AT_ONCE // n_genes))
+        decode = partial(self.decode, genes=genes, expression=expression, told=told)
         with torch.inference_mode():
-            for part, medians in batches.over(n, lambda part: self.decode(part, genes, expression)):
+            for part, medians in batches.over(n, decode):
                 maps[:, part] = cv2.transpose(medians.cpu().numpy()).reshape(n_genes, -1)
         if self.anchors is not None and self.prior is not None:
             measured = self.section.counts[self.section.usable, genes]
@@ -375,8 +381,10 @@ class Decoder:
         values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         return values.reshape(len(values), -1, self.size)
 
-    def decode(self, part: slice, genes: slice, expression: Tensor) -> Tensor:
-        """Median (M', G') of some superpixels and genes."""
+    def decode(
+        self, part: slice, genes: slice, expression: Tensor, told: linear.OfGenes | None
+    ) -> Tensor:
+        """Median (M', G') of some superpixels and genes, with the linear model of these genes."""
         latent, outputs = to_device(self.latent(part), self.device), []
         for number, network in enumerate(self.networks):
             interpolated = NOTHING
@@ -386,9 +394,14 @@ class Decoder:
                 interpolated = weighted_sums(near, shares, expression)
             outputs.append(network.decode(latent[:, number], interpolated, genes))
         if self.networks[0].counts_alike:  # one or two conversions in place of one for each state
-            return mean_of([network.to_counts(x, genes) for x in middle_of(outputs)])
-        to_counts = [network.to_counts for network in self.networks]
-        return median_of([f(x, genes) for f, x in zip(to_counts, outputs, strict=True)])
+            maps = mean_of([network.to_counts(x, genes) for x in middle_of(outputs)])
+        else:
+            to_counts = [network.to_counts for network in self.networks]
+            maps = median_of([f(x, genes) for f, x in zip(to_counts, outputs, strict=True)])
+        if self.linear is None or told is None:
+            return maps
+        share, log_counts = self.linear_share, self.linear.log_counts(part, told)
+        return (maps.log() * (1 - share)).add_(log_counts, alpha=share).exp_()
 
 
 def median_of(maps: Sequence[Tensor]) -> Tensor:

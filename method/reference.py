@@ -25,10 +25,9 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 import utils
-from method.devices import to_device
 from method.layers import neighbourhoods
 from method.network import ALL
-from method.section import Section, Taught, token_statistics
+from method.section import Section, Taught, standardised_rows, token_statistics
 from reading import arrays, plain
 
 FORMAT = "HISTEX reference 1"
@@ -40,7 +39,6 @@ DROPOUT = 0.2
 MOST_WEIGHT = 1e3  # then features stay within float16
 MOST_RATE = 1e9  # counts per superpixel
 MOST_LOG = 6.0  # of the ratio of a superpixel to its section's mean, 400-fold
-STRIP_BYTES = 64_000_000  # of the views that are encoded at a time
 EXPECTED = ("expected_r_8um", "expected_r_32um")
 
 
@@ -226,20 +224,10 @@ def encoded_rows(
     encoder: Encoder, tokens: np.ndarray, tissue: np.ndarray, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """Go down the map and yield (rows, features (rows, w, R)) of tokens (h, w, F)."""
-    (h, w), mean_std = tissue.shape, token_statistics(tokens, tissue)
-    mean, std = (to_device(values, device) for values in mean_std)
-    columns = np.arange(-HALO, w + HALO).clip(0, w - 1)
-    bytes_a_row = 4 * len(columns) * tokens.shape[-1] * (2 + len(SCALES))
-    step = max(1, STRIP_BYTES // bytes_a_row)
-    encoder = encoder.to(device).eval()
+    statistics, encoder = token_statistics(tokens, tissue), encoder.to(device).eval()
     with torch.inference_mode():
-        for top in range(0, h, step):
-            bottom = min(top + step, h)
-            rows = np.arange(top - HALO, bottom + HALO).clip(0, h - 1)
-            block = arrays.some_rows(tokens, rows[0], rows[-1] + 1)
-            part = block[np.ix_(rows - rows[0], columns)]
-            x = to_device(part, device).float()[None]
-            yield slice(top, bottom), encoder.features((x - mean).div_(std))[0]
+        for rows, x in standardised_rows(tokens, statistics, HALO, len(SCALES), device):
+            yield rows, encoder.features(x)[0]
 
 
 def join(

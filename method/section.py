@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from reading.genes import read_gene_names
 MIN_TISSUE_SHARE = 0.25  # of a disc; from less tissue its counts tell too little, it is left out
 FOLDS = 10  # every state holds out another tenth of the spots
 MIN_SPOTS = 4
+STRIP_BYTES = 64_000_000  # of standardised tokens and their means, made at a time
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,29 @@ def token_statistics(tokens: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray
     mean = total / tissue.sum()
     std = np.sqrt(np.maximum(squares / tissue.sum() - mean**2, 0))
     return mean.astype(np.float32), np.where(std > 1e-6, std, 1).astype(np.float32)
+
+
+def standardised_rows(
+    tokens: np.ndarray,
+    statistics: tuple[np.ndarray, np.ndarray],
+    halo: int,
+    n_scales: int,
+    device: torch.device,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Go down the map and yield (rows, their tokens (1, rows + 2 halo, w + 2 halo, F)).
+
+    Tokens (h, w, F) are standardised by their mean and standard deviation (F,); beyond the border
+    are those of the border. It and its means at ``n_scales`` fit the memory.
+    """
+    (h, w), (mean, std) = tokens.shape[:2], (to_device(values, device) for values in statistics)
+    columns = np.arange(-halo, w + halo).clip(0, w - 1)
+    step = max(1, STRIP_BYTES // (4 * len(columns) * tokens.shape[-1] * (2 + n_scales)))
+    for top in range(0, h, step):
+        bottom = min(top + step, h)
+        rows = np.arange(top - halo, bottom + halo).clip(0, h - 1)
+        block = arrays.some_rows(tokens, rows[0], rows[-1] + 1)
+        x = to_device(block[np.ix_(rows - rows[0], columns)], device).float()[None]
+        yield slice(top, bottom), (x - mean).div_(std)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,235 @@
+"""The linear model: what the tokens and the place of a superpixel tell of its expression.
+
+It errs in other ways than the networks, so that a map gains by a share of it. The square root of
+a gene's counts at the spots is taken as the sum of a mean, a linear function of the tokens, a
+smooth function of the place, and noise. That is a Gaussian process (Rasmussen and Williams 2006,
+chapters 2 and 5): ridge regression and kriging at once. Two spots with the tokens t and t', d
+apart, have the covariance
+
+    1 + a t.t' + (1 - a) (1 + x) exp(-x),   x = sqrt(3) d / (LENGTH pitches).
+
+How far a gene follows the tokens (a), and how much of it is noise, its own counts tell: the model
+is fitted with each of SHARES and NOISES, and the mean of all fits is taken, each weighted by the
+likelihood of the counts (its evidence). It has a formula: nothing in it is left to chance.
+
+The map is the geometric mean of the networks and of this model, and is anchored to the spots then.
+
+Letters in shapes: N spots, M superpixels, F token features, C components of the tokens, G genes,
+Q nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+from torch import Tensor
+
+from method import grid
+from method.anchoring import weighted_sums
+from method.devices import to_device
+from method.layers import neighbourhoods
+from method.section import Section, standardised_rows
+
+SCALES, HALO = (3, 9), 4  # superpixels: a token, and the means of 24 and 72 um around it
+WEIGHTS = (1.0, 1.5, 2.0)  # of these; means vary less than tokens, by about half of what they gain
+COMPONENTS = 128  # principal components of the tokens of spots, at most
+FEWEST_SPOTS, MOST_SPOTS = 50, 3000  # fewer tell too little; of more, some are drawn
+LENGTH = 2.0  # pitches; that of the covariance over the place
+SHARES = (0.0, 0.2, 0.5, 0.8, 1.0)  # a: how far expression follows the tokens, not the place
+NOISES = 10.0 ** np.arange(-1, 2.6, 0.5)  # variance of the noise; that of what is told is 1
+NODE = 0.5  # pitches between the nodes, between which the smooth function is linear
+LOWEST = 0.15  # of a gene's mean root: roots of counts are not negative
+HIGHEST = 2.0  # of a gene's largest root at a spot, within whose disc a superpixel may stand out
+LARGEST = 6e4  # of a component: below the largest number of float16
+TINY = 1e-6
+SPOTS_AT_ONCE, NODES_AT_ONCE = 64, 4096
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the spots have taught: the root of a full disc's counts of a superpixel of the kind."""
+
+    middle: np.ndarray  # (3 F,) of the views of spots
+    axes: np.ndarray  # (3 F, C) float32; (view - middle) @ axes are its components
+    weights: np.ndarray  # (C, G) float32
+    spots: np.ndarray  # (N, 2) places of the spots it learned from
+    of_spots: np.ndarray  # (N, G) float32, of the covariance over the place
+    mean: np.ndarray  # (G,) float32, the root where tokens and place tell nothing
+    lowest: np.ndarray  # (G,) float32, of the roots, as is the next
+    highest: np.ndarray  # (G,) float32
+    level: np.ndarray  # (G,) float32, log of the mean of the counts over the square of ``mean``
+    pitch: float  # superpixels
+
+
+def covariance(places: np.ndarray, others: np.ndarray, pitch: float) -> np.ndarray:
+    """Covariance (M, N) over the place: Matern's of order 3/2."""
+    x = math.sqrt(3) / (LENGTH * pitch) * cdist(places, others)
+    return (1 + x) * np.exp(-x)
+
+
+def weighted_views(tokens: Tensor) -> Tensor:
+    """Standardised tokens and their means (B, rows, columns, 3 F), of tokens with the halo."""
+    views = neighbourhoods(tokens, SCALES, HALO)
+    for view, weight in zip(views.chunk(len(WEIGHTS), dim=-1), WEIGHTS, strict=True):
+        view *= weight
+    return views
+
+
+def disc_views(section: Section, spots: np.ndarray) -> np.ndarray:
+    """Means (N, 3 F) over the discs of spots (indices) of the standardised tokens at all scales."""
+    (h, w), out = section.tissue.shape, []
+    mean, std = section.token_statistics
+    for start in range(0, len(spots), SPOTS_AT_ONCE):
+        some = spots[start : start + SPOTS_AT_ONCE]
+        row, col = section.patches(np.floor(section.spots[some]).astype(int), HALO)
+        side = math.isqrt(row.shape[1])
+        tokens = (section.tokens[row.clip(0, h - 1), col.clip(0, w - 1)] - mean) / std
+        square = torch.from_numpy(tokens.astype(np.float32)).unflatten(1, (side, side))
+        views = weighted_views(square).flatten(1, 2)
+        areas = section.areas[some] / section.areas[some].sum(axis=1, keepdims=True)
+        out.append(np.einsum("nt,ntf->nf", areas, views.numpy()))
+    return np.concatenate(out)
+
+
+def fit(section: Section) -> Fitted | None:
+    """The model of the section's spots; None if there are too few."""
+    spots = np.flatnonzero(section.usable)
+    if len(spots) < FEWEST_SPOTS:
+        print(f"no linear model: it takes {FEWEST_SPOTS} spots, and {len(spots)} are on tissue")
+        return None
+    if len(spots) > MOST_SPOTS:
+        spots = np.sort(np.random.default_rng(0).choice(spots, MOST_SPOTS, replace=False))
+    views, places = disc_views(section, spots), section.spots[spots]
+    middle = views.mean(axis=0)
+    axes = np.linalg.svd(views - middle, full_matrices=False)[2][:COMPONENTS].T
+    tokens = (views - middle) @ axes
+    size = math.sqrt((tokens**2).sum() / len(tokens))
+    tokens, axes = (x / size if size > TINY else 0 * x for x in (tokens, axes))
+    share = section.areas[spots].sum(axis=1) / (math.pi * section.radius**2)
+    counts = (section.counts[spots] / share.clip(max=1)[:, None]).astype(np.float64)
+    roots = np.sqrt(counts)
+    mean, sd = roots.mean(axis=0), np.maximum(roots.std(axis=0), TINY)
+    pitch = max(grid.neighbour_distance(places), 1.0)
+    parts = tokens @ tokens.T, covariance(places, places, pitch)
+    by_tokens, by_place, constant = posterior(*parts, (roots - mean) / sd)
+    return Fitted(
+        middle=middle,
+        axes=axes.astype(np.float32),
+        weights=(tokens.T @ by_tokens * sd).astype(np.float32),
+        spots=places,
+        of_spots=(by_place * sd).astype(np.float32),
+        mean=(mean + constant * sd).astype(np.float32),
+        lowest=np.maximum(LOWEST * mean, TINY).astype(np.float32),
+        highest=np.maximum(HIGHEST * roots.max(axis=0), TINY).astype(np.float32),
+        level=np.log((counts.mean(axis=0) + TINY) / (mean**2 + TINY)).astype(np.float32),
+        pitch=pitch,
+    )
+
+
+def posterior(
+    of_tokens: np.ndarray, of_place: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (N, G) of the spots in what is told by tokens and by place, and a constant (G,).
+
+    Of values y (N, G) whose covariances (N, N) are those of tokens and of place; the mean over
+    SHARES and NOISES, by their evidence, where the scale of the whole is the likeliest.
+    """
+    n, fits, evidence = len(y), [], np.empty((len(SHARES), len(NOISES), y.shape[1]))
+    for i, share in enumerate(SHARES):
+        values, vectors = np.linalg.eigh(1 + share * of_tokens + (1 - share) * of_place)
+        values, along = values.clip(0)[:, None], vectors.T @ y
+        fits.append((share, values, vectors, along))
+        for j, noise in enumerate(NOISES):
+            scale = np.maximum((along**2 / (values + noise)).mean(axis=0), TINY)
+            evidence[i, j] = -(n * np.log(scale) + np.log(values + noise).sum()) / 2
+    chance = np.exp(evidence - evidence.max(axis=(0, 1)))
+    chance /= chance.sum(axis=(0, 1))
+    by_tokens, by_place, constant = np.zeros_like(y), np.zeros_like(y), np.zeros(y.shape[1])
+    for (share, values, vectors, along), weights in zip(fits, chance, strict=True):
+        shrunk = sum(w / (values + noise) for w, noise in zip(weights, NOISES, strict=True))
+        told = vectors @ (along * shrunk)
+        by_tokens += share * told
+        by_place += (1 - share) * told
+        constant += told.sum(axis=0)
+    return by_tokens, by_place, constant
+
+
+class OfGenes(NamedTuple):
+    """What a fitted model holds of some genes, on the device."""
+
+    weights: Tensor  # (C, G)
+    smooth: Tensor  # (Q, G)
+    mean: Tensor  # (G,), and so are the others
+    lowest: Tensor
+    highest: Tensor
+    level: Tensor
+
+
+class Linear:
+    """The model on the M superpixels that are shown (h, w)."""
+
+    def __init__(
+        self, fitted: Fitted, section: Section, shown: np.ndarray, device: torch.device
+    ) -> None:
+        self.fitted, self.device = fitted, device
+        self.log_area = math.log(math.pi * section.radius**2)
+        self.components = components(fitted, section, shown, device)
+        step = NODE * fitted.pitch
+        rows, columns = (math.ceil((side - 1) / step) + 2 for side in shown.shape)
+        self.smooth = smooth(fitted, step * np.argwhere(np.ones((rows, columns), bool)) + 0.5)
+        self.near, self.shares = between(np.argwhere(shown) / step, columns)
+
+    def of_genes(self, genes: slice) -> OfGenes:
+        fitted, tables = self.fitted, (self.fitted.weights, self.smooth)
+        values = (fitted.mean, fitted.lowest, fitted.highest, fitted.level)
+        parts = [np.ascontiguousarray(x[..., genes]) for x in (*tables, *values)]
+        return OfGenes(*(to_device(part, self.device) for part in parts))
+
+    def log_counts(self, part: slice, genes: OfGenes) -> Tensor:
+        """Logarithm of the counts per superpixel (M', G') of some superpixels and genes."""
+        arrays = (self.components[part], self.near[part], self.shares[part])
+        components, near, shares = (to_device(array, self.device) for array in arrays)
+        roots = weighted_sums(near, shares, genes.smooth).addmm_(components.float(), genes.weights)
+        roots = (roots + genes.mean).clamp(genes.lowest, genes.highest)
+        return 2 * roots.log() + (genes.level - self.log_area)
+
+
+def between(places: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """The four nodes around places (M, 2), in steps of the nodes: indices int32, shares (M, 4)."""
+    whole = np.floor(places).astype(np.int32)
+    (y, x), first = (places - whole).T, whole[:, 0] * columns + whole[:, 1]
+    near = first[:, None] + np.array([0, 1, columns, columns + 1], np.int32)
+    shares = np.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], axis=1)
+    return near, shares.astype(np.float32)
+
+
+def components(
+    fitted: Fitted, section: Section, shown: np.ndarray, device: torch.device
+) -> np.ndarray:
+    """Components (M, C) float16 of the tokens of the superpixels that are shown."""
+    middle = (fitted.middle @ fitted.axes).astype(np.float32)
+    axes, middle = (to_device(x, device) for x in (fitted.axes, middle))
+    out, done = np.empty((int(shown.sum()), fitted.axes.shape[1]), np.float16), 0
+    statistics = section.token_statistics
+    for rows, x in standardised_rows(section.tokens, statistics, HALO, len(SCALES), device):
+        there = (weighted_views(x)[0] @ axes - middle).cpu().numpy()[shown[rows]]
+        out[done : done + len(there)] = there.clip(-LARGEST, LARGEST)
+        done += len(there)
+    return out
+
+
+def smooth(fitted: Fitted, nodes: np.ndarray) -> np.ndarray:
+    """What the place alone tells (Q, G) float32 at the nodes (Q, 2)."""
+    parts = np.split(nodes, range(NODES_AT_ONCE, len(nodes), NODES_AT_ONCE))
+    of_place = (covariance(part, fitted.spots, fitted.pitch).astype(np.float32) for part in parts)
+    return np.concatenate([some @ fitted.of_spots for some in of_place])
+
+
+def of_section(section: Section, shown: np.ndarray, device: torch.device) -> Linear | None:
+    fitted = fit(section)
+    return None if fitted is None else Linear(fitted, section, shown, device)
