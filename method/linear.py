@@ -34,6 +34,7 @@ from method.anchoring import weighted_sums
 from method.devices import to_device
 from method.layers import neighbourhoods
 from method.section import Section, standardised_rows
+from writing.progress import Bar
 
 SCALES, HALO = (3, 9), 4  # superpixels: a token, and the means of 24 and 72 um around it
 WEIGHTS = (1.0, 1.5, 2.0)  # of these; means vary less than tokens, by about half of what they gain
@@ -140,7 +141,7 @@ def posterior(
     SHARES and NOISES, by their evidence, where the scale of the whole is the likeliest.
     """
     n, fits, evidence = len(y), [], np.empty((len(SHARES), len(NOISES), y.shape[1]))
-    for i, share in enumerate(SHARES):
+    for i, share in enumerate(Bar(SHARES, "linear model")):
         values, vectors = np.linalg.eigh(1 + share * of_tokens + (1 - share) * of_place)
         values, along = values.clip(0)[:, None], vectors.T @ y
         fits.append((share, values, vectors, along))
