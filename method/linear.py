@@ -2,17 +2,19 @@
 
 It errs in other ways than the networks, so that a map gains by a share of it. The square root of
 a gene's counts at the spots is taken as the sum of a mean, a linear function of the tokens, a
-smooth function of the place, and noise. That is a Gaussian process (Rasmussen and Williams 2006,
-chapters 2 and 5): ridge regression and kriging at once. Two spots with the tokens t and t', d
-apart, have the covariance
+smooth function of where the spot lies, and noise. That is a Gaussian process (Rasmussen and
+Williams 2006, chapters 2 and 5): ridge regression and kriging at once. Two spots with the tokens
+t and t', d apart, have the covariance
 
     1 + a t.t' + (1 - a) (1 + x) exp(-x),   x = sqrt(3) d / (LENGTH pitches).
 
-How far a gene follows the tokens (a), and how much of it is noise, its own counts tell: the model
-is fitted with each of SHARES and NOISES, and the mean of all fits is taken, each weighted by the
-likelihood of the counts (its evidence). It has a formula: nothing in it is left to chance.
+Here t holds the principal components of the tokens in the disc: their means, at three scales. How
+far a gene follows the tokens (a), and how much of it is noise, its own counts tell: the model is
+fitted with each of SHARES and NOISES, and the mean of all fits is taken, each weighted by the
+likelihood of the counts (its evidence).
 
-The map is the geometric mean of the networks and of this model, and is anchored to the spots then.
+The logarithms of the networks and of this model are averaged, each with its share; then the map is
+anchored to the spots.
 
 Letters in shapes: N spots, M superpixels, F token features, C components of the tokens, G genes,
 Q nodes.
@@ -33,7 +35,7 @@ from method import grid
 from method.anchoring import weighted_sums
 from method.devices import to_device
 from method.layers import neighbourhoods
-from method.section import Section, standardised_rows
+from method.section import STRIP_BYTES, Section, standardised_rows
 from writing.progress import Bar
 
 SCALES, HALO = (3, 9), 4  # superpixels: a token, and the means of 24 and 72 um around it
@@ -42,13 +44,14 @@ COMPONENTS = 128  # principal components of the tokens of spots, at most
 FEWEST_SPOTS, MOST_SPOTS = 50, 3000  # fewer tell too little; of more, some are drawn
 LENGTH = 2.0  # pitches; that of the covariance over the place
 SHARES = (0.0, 0.2, 0.5, 0.8, 1.0)  # a: how far expression follows the tokens, not the place
-NOISES = 10.0 ** np.arange(-1, 2.6, 0.5)  # variance of the noise; that of what is told is 1
+NOISES = 10.0 ** np.arange(-1, 2.6, 0.5)  # variance of the noise, where tokens and place have 1
 NODE = 0.5  # pitches between the nodes, between which the smooth function is linear
+MOST_NODES = 60_000  # of a map; where spots lie closer, the nodes lie farther apart
 LOWEST = 0.15  # of a gene's mean root: roots of counts are not negative
 HIGHEST = 2.0  # of a gene's largest root at a spot, within whose disc a superpixel may stand out
 LARGEST = 6e4  # of a component: below the largest number of float16
 TINY = 1e-6
-SPOTS_AT_ONCE, NODES_AT_ONCE = 64, 4096
+SPOTS_AT_ONCE, NODES_AT_ONCE, GENES_AT_ONCE = 64, 4096, 1000
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Fitted:
     mean: np.ndarray  # (G,) float32, the root where tokens and place tell nothing
     lowest: np.ndarray  # (G,) float32, of the roots, as is the next
     highest: np.ndarray  # (G,) float32
-    level: np.ndarray  # (G,) float32, log of the mean of the counts over the square of ``mean``
+    level: np.ndarray  # (G,) float32, log of the mean of counts over the square of the mean root:
+    # about what squares of roots lack; anchoring does the rest
     pitch: float  # superpixels
 
 
@@ -85,10 +89,12 @@ def disc_views(section: Section, spots: np.ndarray) -> np.ndarray:
     """Means (N, 3 F) over the discs of spots (indices) of the standardised tokens at all scales."""
     (h, w), out = section.tissue.shape, []
     mean, std = section.token_statistics
-    for start in range(0, len(spots), SPOTS_AT_ONCE):
-        some = spots[start : start + SPOTS_AT_ONCE]
+    side = 2 * (section.half + HALO) + 1
+    bytes_each = 4 * side**2 * len(mean) * (2 + len(SCALES))
+    step = min(max(1, STRIP_BYTES // bytes_each), SPOTS_AT_ONCE)
+    for start in range(0, len(spots), step):
+        some = spots[start : start + step]
         row, col = section.patches(np.floor(section.spots[some]).astype(int), HALO)
-        side = math.isqrt(row.shape[1])
         tokens = (section.tokens[row.clip(0, h - 1), col.clip(0, w - 1)] - mean) / std
         square = torch.from_numpy(tokens.astype(np.float32)).unflatten(1, (side, side))
         views = weighted_views(square).flatten(1, 2)
@@ -112,9 +118,10 @@ def fit(section: Section) -> Fitted | None:
     size = math.sqrt((tokens**2).sum() / len(tokens))
     tokens, axes = (x / size if size > TINY else 0 * x for x in (tokens, axes))
     share = section.areas[spots].sum(axis=1) / (math.pi * section.radius**2)
-    counts = (section.counts[spots] / share.clip(max=1)[:, None]).astype(np.float64)
-    roots = np.sqrt(counts)
-    mean, sd = roots.mean(axis=0), np.maximum(roots.std(axis=0), TINY)
+    counts = section.counts[spots] / share.clip(max=1)[:, None].astype(np.float32)
+    roots, mean_count = np.sqrt(counts), counts.mean(axis=0, dtype=np.float64)
+    mean = roots.mean(axis=0, dtype=np.float64)
+    sd = np.maximum(roots.std(axis=0, dtype=np.float64), TINY)
     pitch = max(grid.neighbour_distance(places), 1.0)
     parts = tokens @ tokens.T, covariance(places, places, pitch)
     by_tokens, by_place, constant = posterior(*parts, (roots - mean) / sd)
@@ -127,7 +134,7 @@ def fit(section: Section) -> Fitted | None:
         mean=(mean + constant * sd).astype(np.float32),
         lowest=np.maximum(LOWEST * mean, TINY).astype(np.float32),
         highest=np.maximum(HIGHEST * roots.max(axis=0), TINY).astype(np.float32),
-        level=np.log((counts.mean(axis=0) + TINY) / (mean**2 + TINY)).astype(np.float32),
+        level=np.log((mean_count + TINY**2) / (mean**2 + TINY**2)).astype(np.float32),
         pitch=pitch,
     )
 
@@ -140,20 +147,32 @@ def posterior(
     Of values y (N, G) whose covariances (N, N) are those of tokens and of place; the mean over
     SHARES and NOISES, by their evidence, where the scale of the whole is the likeliest.
     """
-    n, fits, evidence = len(y), [], np.empty((len(SHARES), len(NOISES), y.shape[1]))
-    for i, share in enumerate(Bar(SHARES, "linear model")):
+    parts = []
+    for share in Bar(SHARES, "linear model"):
         values, vectors = np.linalg.eigh(1 + share * of_tokens + (1 - share) * of_place)
-        values, along = values.clip(0)[:, None], vectors.T @ y
-        fits.append((share, values, vectors, along))
+        parts.append((share, values.clip(0)[:, None], vectors))
+    genes = range(0, y.shape[1], GENES_AT_ONCE)
+    blocks = [weights_of(parts, y[:, i : i + GENES_AT_ONCE].astype(np.float64)) for i in genes]
+    by_tokens, by_place, constant = zip(*blocks, strict=True)
+    return np.hstack(by_tokens), np.hstack(by_place), np.concatenate(constant)
+
+
+def weights_of(
+    parts: list[tuple[float, np.ndarray, np.ndarray]], y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The weights of ``posterior``, from a share and the eigenvalues and -vectors of each."""
+    along = [vectors.T @ y for _, _, vectors in parts]
+    evidence = np.empty((len(SHARES), len(NOISES), y.shape[1]))
+    for i, (_, values, _) in enumerate(parts):
         for j, noise in enumerate(NOISES):
-            scale = np.maximum((along**2 / (values + noise)).mean(axis=0), TINY)
-            evidence[i, j] = -(n * np.log(scale) + np.log(values + noise).sum()) / 2
+            scale = np.maximum((along[i] ** 2 / (values + noise)).mean(axis=0), TINY)
+            evidence[i, j] = -(len(y) * np.log(scale) + np.log(values + noise).sum()) / 2
     chance = np.exp(evidence - evidence.max(axis=(0, 1)))
     chance /= chance.sum(axis=(0, 1))
     by_tokens, by_place, constant = np.zeros_like(y), np.zeros_like(y), np.zeros(y.shape[1])
-    for (share, values, vectors, along), weights in zip(fits, chance, strict=True):
+    for (share, values, vectors), x, weights in zip(parts, along, chance, strict=True):
         shrunk = sum(w / (values + noise) for w, noise in zip(weights, NOISES, strict=True))
-        told = vectors @ (along * shrunk)
+        told = vectors @ (x * shrunk)
         by_tokens += share * told
         by_place += (1 - share) * told
         constant += told.sum(axis=0)
@@ -180,16 +199,19 @@ class Linear:
         self.fitted, self.device = fitted, device
         self.log_area = math.log(math.pi * section.radius**2)
         self.components = components(fitted, section, shown, device)
-        step = NODE * fitted.pitch
-        rows, columns = (math.ceil((side - 1) / step) + 2 for side in shown.shape)
-        self.smooth = smooth(fitted, step * np.argwhere(np.ones((rows, columns), bool)) + 0.5)
-        self.near, self.shares = between(np.argwhere(shown) / step, columns)
+        step = max(NODE * fitted.pitch, math.sqrt(shown.size / MOST_NODES))
+        columns = math.ceil((shown.shape[1] - 1) / step) + 2
+        near, self.shares = between(np.argwhere(shown) / step, columns)
+        used, near = np.unique(near, return_inverse=True)
+        self.near = near.reshape(-1, 4).astype(np.int32)
+        self.nodes = step * np.stack(np.divmod(used, columns), axis=1) + 0.5
 
     def of_genes(self, genes: slice) -> OfGenes:
-        fitted, tables = self.fitted, (self.fitted.weights, self.smooth)
+        fitted = self.fitted
         values = (fitted.mean, fitted.lowest, fitted.highest, fitted.level)
-        parts = [np.ascontiguousarray(x[..., genes]) for x in (*tables, *values)]
-        return OfGenes(*(to_device(part, self.device) for part in parts))
+        tables = (fitted.weights[:, genes], smooth(fitted, self.nodes, genes))
+        parts = (*tables, *(value[genes] for value in values))
+        return OfGenes(*(to_device(np.ascontiguousarray(x), self.device) for x in parts))
 
     def log_counts(self, part: slice, genes: OfGenes) -> Tensor:
         """Logarithm of the counts per superpixel (M', G') of some superpixels and genes."""
@@ -224,11 +246,12 @@ def components(
     return out
 
 
-def smooth(fitted: Fitted, nodes: np.ndarray) -> np.ndarray:
-    """What the place alone tells (Q, G) float32 at the nodes (Q, 2)."""
+def smooth(fitted: Fitted, nodes: np.ndarray, genes: slice) -> np.ndarray:
+    """What the place alone tells (Q, G') float32 at the nodes (Q, 2) of some genes."""
     parts = np.split(nodes, range(NODES_AT_ONCE, len(nodes), NODES_AT_ONCE))
+    of_spots = np.ascontiguousarray(fitted.of_spots[:, genes])
     of_place = (covariance(part, fitted.spots, fitted.pitch).astype(np.float32) for part in parts)
-    return np.concatenate([some @ fitted.of_spots for some in of_place])
+    return np.concatenate([some @ of_spots for some in of_place])
 
 
 def of_section(section: Section, shown: np.ndarray, device: torch.device) -> Linear | None:

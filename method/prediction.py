@@ -316,8 +316,8 @@ class Decoder:
     Each of the files holds those of some networks, which follow each other in ``networks``.
 
     So neither grows the memory with the number of genes, nor does a run that was cut off lose more
-    than the genes it was at. ``anchor_prior`` None leaves the maps as the networks give them.
-    ``linear_share`` is the share of the linear model in the logarithm of the counts.
+    than the genes it was at. ``anchor_prior`` None leaves the maps without
+    anchoring. ``linear_share`` is the share of the linear model in the logarithm of the counts.
     """
 
     def __init__(
@@ -352,7 +352,7 @@ class Decoder:
         return [slice(i, min(i + size, n_genes)) for i in range(0, n_genes, size)]
 
     def maps(self, genes: slice) -> np.ndarray:
-        """Median of the networks, anchored, (G', M).
+        """Median of the networks, with the linear model's share, anchored: (G', M).
 
         It is there until the next call, which uses its memory again.
         """
@@ -401,7 +401,7 @@ class Decoder:
         if self.linear is None or told is None:
             return maps
         share, log_counts = self.linear_share, self.linear.log_counts(part, told)
-        return (maps.log() * (1 - share)).add_(log_counts, alpha=share).exp_()
+        return maps.pow(1 - share).mul_(log_counts.mul_(share).exp_())
 
 
 def median_of(maps: Sequence[Tensor]) -> Tensor:

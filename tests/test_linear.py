@@ -224,6 +224,30 @@ def test_of_many_spots_some_are_drawn_and_always_the_same(monkeypatch):
     assert np.isfinite(log_maps(section)).all()
 
 
+def test_nodes_are_those_around_what_is_shown_and_not_too_many(monkeypatch):
+    section = moved_section((0.0, 0.0))
+    shown = np.zeros((SIDE, SIDE), bool)
+    shown[30:36, 50:60] = True
+    model = linear.of_section(section, shown, CPU)
+    step = linear.NODE * model.fitted.pitch
+    assert len(model.nodes) < (6 / step + 2) * (10 / step + 2)
+    assert (model.nodes >= [30.5 - step, 50.5 - step]).all()
+    assert (model.nodes <= [36.5 + step, 60.5 + step]).all()
+    np.testing.assert_allclose(
+        log_maps(section, shown), log_maps(section)[:, shown.ravel()], atol=1e-3
+    )
+    monkeypatch.setattr(linear, "MOST_NODES", 100)
+    assert len(linear.of_section(section, section.tissue, CPU).nodes) <= (math.sqrt(100) + 2) ** 2
+
+
+def test_genes_and_spots_in_parts_give_the_same_model(monkeypatch):
+    section = moved_section((0.0, 0.0))
+    whole = log_maps(section)
+    monkeypatch.setattr(linear, "GENES_AT_ONCE", 5)
+    monkeypatch.setattr(linear, "STRIP_BYTES", 1)  # a spot at a time
+    np.testing.assert_allclose(log_maps(section), whole, atol=1e-3)
+
+
 def test_too_few_spots_have_no_model(capsys):
     section = make_section()
     assert linear.of_section(section, section.tissue, CPU) is None
@@ -273,6 +297,7 @@ def test_networks_whose_output_is_no_logarithm_are_mixed_too_and_zeros_stay():
     torch.manual_seed(0)
     network = Counts(section, np.arange(len(section.spots))).eval()
     alone, model = decoded(section, 0.0, [network]), np.exp(log_maps(section))
+    assert np.isfinite(decoded(section, 1.0, [network])).all()
     got = decoded(section, 0.25, [network])
     np.testing.assert_allclose(got, alone**0.75 * model**0.25, rtol=1e-3, atol=1e-7)
     assert (got[alone == 0] == 0).all()
