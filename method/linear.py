@@ -39,7 +39,7 @@ from method.section import STRIP_BYTES, Section, standardised_rows
 from writing.progress import Bar
 
 SCALES, HALO = (3, 9), 4  # superpixels: a token, and the means of 24 and 72 um around it
-WEIGHTS = (1.0, 1.5, 2.0)  # of these; means vary less than tokens, by about half of what they gain
+WEIGHTS = (1.0, 1.5, 2.0)  # of these: means vary less than tokens, which is half made up for
 COMPONENTS = 128  # principal components of the tokens of spots, at most
 FEWEST_SPOTS, MOST_SPOTS = 50, 3000  # fewer tell too little; of more, some are drawn
 LENGTH = 2.0  # pitches; that of the covariance over the place
@@ -56,7 +56,7 @@ SPOTS_AT_ONCE, NODES_AT_ONCE, GENES_AT_ONCE = 64, 4096, 1000
 
 @dataclass(frozen=True)
 class Fitted:
-    """What the spots have taught: the root of a full disc's counts of a superpixel of the kind."""
+    """What the spots have taught: the root of the counts of a disc full of such superpixels."""
 
     middle: np.ndarray  # (3 F,) of the views of spots
     axes: np.ndarray  # (3 F, C) float32; (view - middle) @ axes are its components
