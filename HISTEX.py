@@ -18,7 +18,7 @@ The network gives each superpixel an expression from two sources: the histology 
 a foundation model) and the expression measured around it (HR points). The two inform each other by
 bidirectional cross-attention. Only sums are observed: the counts of a spot are the sum over the
 superpixels of its disc (multiple-instance learning). ``--n-states`` networks are trained, each from
-another start and without another tenth of the spots; the map is made of their median.
+another start and without another tenth of the spots; the map is made from their median.
 
 A preset is a row of PRESETS below: a network, what it sees, and how it is trained. To add one,
 write a subclass of method.network.Network and a row. ``published`` is the published method, for

@@ -87,17 +87,15 @@ def weighted_views(tokens: Tensor) -> Tensor:
 
 def disc_views(section: Section, spots: np.ndarray) -> np.ndarray:
     """Means (N, 3 F) over the discs of spots (indices) of the standardised tokens at all scales."""
-    (h, w), out = section.tissue.shape, []
-    mean, std = section.token_statistics
+    (mean, std), out = section.token_statistics, []
     side = 2 * (section.half + HALO) + 1
     bytes_each = 4 * side**2 * len(mean) * (2 + len(SCALES))
     step = min(max(1, STRIP_BYTES // bytes_each), SPOTS_AT_ONCE)
     for start in range(0, len(spots), step):
         some = spots[start : start + step]
-        row, col = section.patches(np.floor(section.spots[some]).astype(int), HALO)
-        tokens = (section.tokens[row.clip(0, h - 1), col.clip(0, w - 1)] - mean) / std
-        square = torch.from_numpy(tokens.astype(np.float32)).unflatten(1, (side, side))
-        views = weighted_views(square).flatten(1, 2)
+        squares = section.squares(np.floor(section.spots[some]).astype(int), HALO)
+        tokens = torch.from_numpy(((squares - mean) / std).astype(np.float32))
+        views = weighted_views(tokens).flatten(1, 2)
         areas = section.areas[some] / section.areas[some].sum(axis=1, keepdims=True)
         out.append(np.einsum("nt,ntf->nf", areas, views.numpy()))
     return np.concatenate(out)
@@ -105,20 +103,18 @@ def disc_views(section: Section, spots: np.ndarray) -> np.ndarray:
 
 def fit(section: Section) -> Fitted | None:
     """The model of the section's spots; None if there are too few."""
-    spots = np.flatnonzero(section.usable)
+    spots = section.drawn_spots(MOST_SPOTS)
     if len(spots) < FEWEST_SPOTS:
         print(f"no linear model: it takes {FEWEST_SPOTS} spots, and {len(spots)} are on tissue")
         return None
-    if len(spots) > MOST_SPOTS:
-        spots = np.sort(np.random.default_rng(0).choice(spots, MOST_SPOTS, replace=False))
     views, places = disc_views(section, spots), section.spots[spots]
     middle = views.mean(axis=0)
     axes = np.linalg.svd(views - middle, full_matrices=False)[2][:COMPONENTS].T
     tokens = (views - middle) @ axes
     size = math.sqrt((tokens**2).sum() / len(tokens))
     tokens, axes = (x / size if size > TINY else 0 * x for x in (tokens, axes))
-    share = section.areas[spots].sum(axis=1) / (math.pi * section.radius**2)
-    counts = section.counts[spots] / share.clip(max=1)[:, None].astype(np.float32)
+    share = section.share[spots, None].clip(max=1).astype(np.float32)
+    counts = section.counts[spots] / share
     roots, mean_count = np.sqrt(counts), counts.mean(axis=0, dtype=np.float64)
     mean = roots.mean(axis=0, dtype=np.float64)
     sd = np.maximum(roots.std(axis=0, dtype=np.float64), TINY)

@@ -21,7 +21,7 @@ def parser(doc: str) -> cli.Parser:
         "--n-states",
         type=cli.positive,
         default=5,
-        help="Number of networks that are trained; a map is made of their median.",
+        help="Number of networks that are trained; a map is made from their median.",
     )
     option(
         "--preset",

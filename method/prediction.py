@@ -360,7 +360,9 @@ class Decoder:
         maps = self.memory[:n_genes]
         columns = np.ascontiguousarray(self.section.expression[:, genes])
         expression = to_device(columns, self.device)
-        told = None if self.linear is None else self.linear.of_genes(genes)
+        told = None
+        if self.linear is not None:
+            told = partial(self.linear.log_counts, genes=self.linear.of_genes(genes))
         batches = Batches(max(1, COUNTS_AT_ONCE // n_genes))
         decode = partial(self.decode, genes=genes, expression=expression, told=told)
         with torch.inference_mode():
@@ -382,9 +384,13 @@ class Decoder:
         return values.reshape(len(values), -1, self.size)
 
     def decode(
-        self, part: slice, genes: slice, expression: Tensor, told: linear.OfGenes | None
+        self,
+        part: slice,
+        genes: slice,
+        expression: Tensor,
+        told: Callable[[slice], Tensor] | None,
     ) -> Tensor:
-        """Median (M', G') of some superpixels and genes, with the linear model of these genes."""
+        """Median (M', G') of some superpixels and genes, mixed with what the linear model told."""
         latent, outputs = to_device(self.latent(part), self.device), []
         for number, network in enumerate(self.networks):
             interpolated = NOTHING
@@ -398,10 +404,9 @@ class Decoder:
         else:
             to_counts = [network.to_counts for network in self.networks]
             maps = median_of([f(x, genes) for f, x in zip(to_counts, outputs, strict=True)])
-        if self.linear is None or told is None:
+        if told is None:
             return maps
-        share, log_counts = self.linear_share, self.linear.log_counts(part, told)
-        return maps.pow(1 - share).mul_(log_counts.mul_(share).exp_())
+        return maps.pow(1 - self.linear_share).mul_(told(part).mul_(self.linear_share).exp_())
 
 
 def median_of(maps: Sequence[Tensor]) -> Tensor:

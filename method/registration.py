@@ -80,11 +80,9 @@ class Offset:
 # ------------------------------------------------------------------------------------------------
 def find_offset(section: Section) -> Offset | None:
     """Where the image lies beside the spots; None if there are too few spots to tell."""
-    spots = np.flatnonzero(section.usable)
+    spots = section.drawn_spots(MOST_SPOTS)
     if len(spots) < FEWEST_SPOTS:
         return None
-    if len(spots) > MOST_SPOTS:
-        spots = np.sort(np.random.default_rng(0).choice(spots, MOST_SPOTS, replace=False))
     profiles = components(np.sqrt(section.counts[spots]), min(PROFILES, len(spots) // 10))[0]
     in_place = disc_means(section, spots, None, 0)[0, 0]
     axes = components(in_place, min(COMPONENTS, len(spots) // 4))[1]
@@ -121,21 +119,18 @@ def disc_means(
     counts as the mean of all; with ``axes`` (F, C), tokens are projected on these.
     """
     mean, std = section.token_statistics
-    h, w = section.tissue.shape
     centres = np.floor(section.spots[spots]).astype(int)
     areas = grid.disc_areas(section.spots[spots], *section.patches(centres), section.radius)
     side = math.isqrt(areas.shape[1])
     areas = (areas / areas.sum(axis=1, keepdims=True)).reshape(-1, side, side)
-    row, col = section.patches(centres, reach)
-    on_tissue = section.on_tissue(row, col)[..., None]
     means = []
     for start in Bar(range(0, len(spots), SPOTS_AT_ONCE), "registration"):
         part = slice(start, start + SPOTS_AT_ONCE)
-        tokens = section.tokens[row[part].clip(0, h - 1), col[part].clip(0, w - 1)]
-        x = (tokens - mean) / std * on_tissue[part]
+        squares = section.squares(centres[part], reach)
+        on_tissue = section.on_tissue(*section.patches(centres[part], reach))
+        x = (squares - mean) / std * on_tissue.reshape(*squares.shape[:3], 1)
         if axes is not None:
             x = x @ axes
-        x = x.reshape(len(x), side + 2 * reach, side + 2 * reach, -1)
         discs = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(1, 2))
         means.append(np.einsum("badfij,bij->adbf", discs, areas[part], optimize=True))
     return np.concatenate(means, axis=2)

@@ -63,12 +63,12 @@ class Section:
             self.areas = grid.disc_areas(self.spots, row, col, self.radius) * self.on_tissue(
                 row, col
             )
-            share = self.areas.sum(axis=1) / (math.pi * self.radius**2)
-            self.usable = share >= MIN_TISSUE_SHARE
+            self.share = self.areas.sum(axis=1) / (math.pi * self.radius**2)  # of a disc, on tissue
+            self.usable = self.share >= MIN_TISSUE_SHARE
             self.chosen = largest(self.areas)
             keep = self.usable[self.parents].all(axis=1)
             self.points, self.parents = self.points[keep], self.parents[keep]
-            share = share.clip(max=1)[self.parents].mean(axis=1, keepdims=True)
+            share = self.share.clip(max=1)[self.parents].mean(axis=1, keepdims=True)
             self.expression = self.expression[keep]  # a copy, also of a memory map
             self.expression /= share.astype(np.float32)
         else:
@@ -76,7 +76,7 @@ class Section:
             disc = steps[:, None] ** 2 + steps**2 <= self.radius**2  # 37 superpixels on Visium
             self.areas = np.tile(disc.ravel().astype(np.float32), (len(row), 1))
             self.chosen = np.tile(np.arange(self.areas.shape[1]), (len(row), 1))
-            self.usable = np.ones(len(row), bool)
+            self.share, self.usable = np.ones(len(row)), np.ones(len(row), bool)
             self.expression = np.array(self.expression)  # also of a memory map
 
     @functools.cached_property
@@ -102,6 +102,23 @@ class Section:
         h, w = self.tissue.shape
         return on_map(row, col, h, w) & self.tissue[row.clip(0, h - 1), col.clip(0, w - 1)]
 
+    def squares(self, centres: np.ndarray, halo: int) -> np.ndarray:
+        """Tokens (B, side, side, F) of the patches at ``centres`` (B, 2) int with their halo.
+
+        Beyond the border of the map they are those of the border.
+        """
+        (h, w), (row, col) = self.tissue.shape, self.patches(centres, halo)
+        tokens = self.tokens[row.clip(0, h - 1), col.clip(0, w - 1)]
+        side = math.isqrt(tokens.shape[1])
+        return tokens.reshape(len(tokens), side, side, -1)
+
+    def drawn_spots(self, most: int) -> np.ndarray:
+        """Indices of the usable spots; of more than ``most``, so many, always the same ones."""
+        spots = np.flatnonzero(self.usable)
+        if len(spots) > most:
+            spots = np.sort(np.random.default_rng(0).choice(spots, most, replace=False))
+        return spots
+
     def inputs(
         self, centres: np.ndarray, near: np.ndarray, halo: int, device: torch.device
     ) -> list[Tensor]:
@@ -110,14 +127,9 @@ class Section:
 
         For patches at ``centres`` (B, 2) int that see the HR points ``near`` (B, K).
         """
-        h, w = self.tissue.shape
-        row, col = self.patches(centres, halo)
-        tokens = self.tokens[row.clip(0, h - 1), col.clip(0, w - 1)]  # the border's, beyond it
-        side = math.isqrt(tokens.shape[1])
-        tokens = tokens.reshape(len(tokens), side, side, -1)
         middles = np.stack(self.patches(centres), axis=-1) + 0.5  # (B, T, 2)
         offsets = middles[:, :, None] - self.points[near][:, None]
-        taken = (tokens, self.expression[near], offsets.astype(np.float32))
+        taken = (self.squares(centres, halo), self.expression[near], offsets.astype(np.float32))
         return [to_device(array, device).float() for array in taken]
 
     def context_of_spots(self, held_out: np.ndarray, leave_out: bool) -> np.ndarray:
