@@ -76,7 +76,17 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from method import devices, maps, prediction, reference, registration, resume, states, uncertainty
+from method import (
+    devices,
+    linear,
+    maps,
+    prediction,
+    reference,
+    registration,
+    resume,
+    states,
+    uncertainty,
+)
 from method.attention import HEADS, WIDTH, BidirectionalAttention
 from method.errors import Errors, growth
 from method.layers import FeatureDropout, neighbourhoods
@@ -105,6 +115,7 @@ class DefaultNetwork(Network):
 
     token_mean: Tensor  # (F,)
     token_std: Tensor  # (F,)
+    view_weights: Tensor  # (3 F,)
     root_scale: Tensor  # (G,)
     mean: Tensor  # (G,) counts per superpixel
     disc_area: Tensor  # of a spot, in superpixels
@@ -137,6 +148,8 @@ class DefaultNetwork(Network):
         self.log_power = nn.Parameter(torch.tensor(math.log(1.5)))  # of the inverse distance
         for name, values in zip(("token_mean", "token_std"), section.token_statistics, strict=True):
             self.register_buffer(name, torch.from_numpy(values))
+        steps = torch.linspace(1, -1, 1 + len(self.scales)).repeat_interleave(n_features)
+        self.register_buffer("view_weights", torch.exp(section.fineness * steps))
         rate = section.counts[train].mean(axis=0)
         disc_area = math.pi * section.radius**2
         mean = rate.clip(min=0.5 / len(train)) / disc_area  # of a gene without a count: half a one
@@ -155,7 +168,7 @@ class DefaultNetwork(Network):
 
     def embed_histology(self, views: Tensor) -> Tensor:
         """(..., 3 F) -> (..., D)."""
-        return self.embed_tokens(views)
+        return self.embed_tokens(views * self.view_weights)
 
     def embed_expression(self, expression: Tensor) -> Tensor:
         """(..., G) -> (..., D)."""
@@ -333,6 +346,7 @@ class Preset:
     anchor_prior: float | None = 5.0  # counts; None: maps are not anchored to the spots
     linear_share: float = 0.2  # of the linear model in the maps; 0: they are those of the networks
     registers: bool = True  # an image that clearly lies beside the spots is moved back
+    weighs_scales: bool = True  # single tokens and their means, as the spots tell; else alike
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     weight_decay: float = 1.0
     learning_rate: float = 2e-3
@@ -354,6 +368,7 @@ PRESETS = {
         anchor_prior=None,
         linear_share=0.0,
         registers=False,
+        weighs_scales=False,
         optimizer=torch.optim.Adam,
         weight_decay=0.0,
         learning_rate=1e-4,
@@ -543,8 +558,9 @@ OUTPUTS = (
     utils.MAPS, utils.SPREAD, utils.EMBEDDINGS, utils.PLOTS, utils.HELD_OUT, utils.EXPECTED,
 )  # fmt: skip
 TRAINS = (
-    "HISTEX.py", "method/attention.py", "method/grid.py", "method/layers.py", "method/network.py",
-    "method/progress.py", "method/reference.py", "method/registration.py", "method/section.py",
+    "HISTEX.py", "method/attention.py", "method/grid.py", "method/layers.py", "method/linear.py",
+    "method/network.py", "method/progress.py", "method/reference.py", "method/registration.py",
+    "method/section.py",
 )  # fmt: skip
 STATE_CODE = [utils.ROOT / file for file in TRAINS]  # a change in these trains states anew
 
@@ -647,6 +663,19 @@ def predict_and_write(
     return facts
 
 
+def fit_linear_model(section: Section, preset: Preset) -> None:
+    """Fit it, and have it tell how much single tokens and their means weigh."""
+    section.linear, section.fineness = None, 0.0
+    if preset.linear_share > 0 or preset.weighs_scales:
+        section.linear = linear.fit(section)
+    if preset.weighs_scales and section.linear is not None:
+        section.fineness = section.linear.fineness
+        print(
+            f"by the spots, single tokens weigh {math.exp(section.fineness):.2f} times as much as "
+            f"they would, and their means of 72 um {math.exp(-section.fineness):.2f} times"
+        )
+
+
 def main(stage: utils.Stage) -> None:
     args = stage.args
     stage.require(*INPUTS)
@@ -667,6 +696,7 @@ def main(stage: utils.Stage) -> None:
         print(f"{size} superpixels, preset {args.preset}, states: {args.n_states}, on {device}")
 
         started = time.monotonic()
+        fit_linear_model(section, preset)
         with devices.memory_explained(device):
             key = states.key_of(training, STATE_CODE, stage.inputs, device)
             folder = stage.directory / utils.STATES.name
@@ -681,7 +711,7 @@ def main(stage: utils.Stage) -> None:
     if args.uncertainty:
         facts["coverage_of_90"] = uncertainty.report_coverage(stage, found["coverage"])
     facts["parts"] = states.files_of(args.n_states)
-    facts |= {"reference": about, "image_beside_spots": beside}
+    facts |= {"reference": about, "image_beside_spots": beside, "fineness": section.fineness}
     stage.finish(seed=args.seed, device=str(device), **facts, **seconds)
 
 

@@ -152,6 +152,7 @@ ROWS = {
     "default": DEFAULT,
     "no registration": replace(DEFAULT, registers=False),
     "no linear model": replace(DEFAULT, linear_share=0.0),
+    "scales weighed alike": replace(DEFAULT, weighs_scales=False),
     "no anchoring": replace(DEFAULT, anchor_prior=None),
     "no averaging of weights": replace(DEFAULT, averaging=None),
     "dropout 0.1": replace(DEFAULT, network=Dropout01),
@@ -192,6 +193,7 @@ def run_variant(
         section, _, genes = read_section(stage, row.context, row.by_area)
         if row.registers:
             registration.register(section, sample)
+        HISTEX.fit_linear_model(section, row)
         start = time.perf_counter()
         trained = [
             HISTEX.train_state(section, Path(folder) / str(i), training, key, i, CPU)

@@ -8,21 +8,27 @@ t and t', d apart, have the covariance
 
     1 + a t.t' + (1 - a) (1 + x) exp(-x),   x = sqrt(3) d / (LENGTH pitches).
 
-Here t holds the principal components of the tokens in the disc: their means, at three scales. How
-far a gene follows the tokens (a), and how much of it is noise, its own counts tell: the model is
-fitted with each of SHARES and NOISES, and the mean of all fits is taken, each weighted by the
-likelihood of the counts (its evidence).
+Here t holds principal components, either of the tokens of single superpixels or of their means over
+24 and 72 um, both averaged over the disc. How far a gene follows tokens (a) and which of the two,
+and how much of it is noise, its own counts tell: the model is fitted with each of SHARES and
+NOISES, and the mean of all fits is taken, each weighted by the likelihood of the counts (its
+evidence). Counts of discs can hardly tell what single superpixels add, so that single tokens have
+odds of SINGLE_ODDS before any count.
+
+The same evidence, over all genes, tells the networks how much single tokens and their means are
+to weigh (``fineness``).
 
 The logarithms of the networks and of this model are averaged, each with its share; then the map is
 anchored to the spots.
 
-Letters in shapes: N spots, M superpixels, F token features, C components of the tokens, G genes,
-Q nodes.
+Letters in shapes: N spots, M superpixels, F token features, C components of tokens and of their
+means together, G genes, Q nodes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,11 +45,11 @@ from method.section import STRIP_BYTES, Section, standardised_rows
 from writing.progress import Bar
 
 SCALES, HALO = (3, 9), 4  # superpixels: a token, and the means of 24 and 72 um around it
-WEIGHTS = (1.0, 1.5, 2.0)  # of these: means vary less than tokens, which is half made up for
-COMPONENTS = 128  # principal components of the tokens of spots, at most
-FEWEST_SPOTS, MOST_SPOTS = 50, 3000  # fewer tell too little; of more, some are drawn
+COMPONENTS = 128  # principal components of the tokens of spots, and as many of their means, at most
+FEWEST_SPOTS, MOST_SPOTS = 50, 2500  # fewer tell too little; of more, some are drawn
 LENGTH = 2.0  # pitches; that of the covariance over the place
-SHARES = (0.0, 0.2, 0.5, 0.8, 1.0)  # a: how far expression follows the tokens, not the place
+SHARES = (0.2, 0.5, 0.8, 1.0)  # a: how far expression follows the tokens, if it follows them
+SINGLE_ODDS = 20.0  # of single tokens against their means, before any count
 NOISES = 10.0 ** np.arange(-1, 2.6, 0.5)  # variance of the noise, where tokens and place have 1
 NODE = 0.5  # pitches between the nodes, between which the smooth function is linear
 MOST_NODES = 60_000  # of a map; where spots lie closer, the nodes lie farther apart
@@ -52,6 +58,24 @@ HIGHEST = 2.0  # of a gene's largest root at a spot, within whose disc a superpi
 LARGEST = 6e4  # of a component: below the largest number of float16
 TINY = 1e-6
 SPOTS_AT_ONCE, NODES_AT_ONCE, GENES_AT_ONCE = 64, 4096, 1000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A share (3,) of single tokens, of their means and of the place, and its covariance."""
+
+    shares: tuple[float, float, float]
+    odds: float  # before any count
+    values: np.ndarray  # (N, 1), eigenvalues of the covariance
+    vectors: np.ndarray  # (N, N), its eigenvectors
+
+
+class Posterior(NamedTuple):
+    """What the mean of all fits predicts from, and how likely genes follow which tokens."""
+
+    weights: np.ndarray  # (3, N, G) of the spots, in what single tokens, means, and the place tell
+    constant: np.ndarray  # (G,)
+    chances: np.ndarray  # (2, G), that a gene follows single tokens, and their means
 
 
 @dataclass(frozen=True)
@@ -69,20 +93,13 @@ class Fitted:
     level: np.ndarray  # (G,) float32, log of the mean of counts over the square of the mean root:
     # about what squares of roots lack; anchoring does the rest
     pitch: float  # superpixels
+    fineness: float  # half the logarithm of the odds of single tokens against their means
 
 
 def covariance(places: np.ndarray, others: np.ndarray, pitch: float) -> np.ndarray:
     """Covariance (M, N) over the place: Matern's of order 3/2."""
     x = math.sqrt(3) / (LENGTH * pitch) * cdist(places, others)
     return (1 + x) * np.exp(-x)
-
-
-def weighted_views(tokens: Tensor) -> Tensor:
-    """Standardised tokens and their means (B, rows, columns, 3 F), of tokens with the halo."""
-    views = neighbourhoods(tokens, SCALES, HALO)
-    for view, weight in zip(views.chunk(len(WEIGHTS), dim=-1), WEIGHTS, strict=True):
-        view *= weight
-    return views
 
 
 def disc_views(section: Section, spots: np.ndarray) -> np.ndarray:
@@ -95,10 +112,33 @@ def disc_views(section: Section, spots: np.ndarray) -> np.ndarray:
         some = spots[start : start + step]
         squares = section.squares(np.floor(section.spots[some]).astype(int), HALO)
         tokens = torch.from_numpy(((squares - mean) / std).astype(np.float32))
-        views = weighted_views(tokens).flatten(1, 2)
+        views = neighbourhoods(tokens, SCALES, HALO).flatten(1, 2)
         areas = section.areas[some] / section.areas[some].sum(axis=1, keepdims=True)
         out.append(np.einsum("nt,ntf->nf", areas, views.numpy()))
     return np.concatenate(out)
+
+
+def scaled(x: np.ndarray) -> np.ndarray:
+    """Factors (F,) float64 that make the mean of |x|^2 over the rows of x (N, F) one, or zero."""
+    size = math.sqrt((x**2).sum() / len(x))
+    return np.full(x.shape[1], 1 / size if size > TINY else 0.0)
+
+
+def component_axes(views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Axes (3 F, C1) of single tokens and (3 F, C2) of their means, from views (N, 3 F) about 0.
+
+    Components along either vary by one in sum; the means over both squares count alike.
+    """
+    scales = [scaled(part) for part in np.split(views, 1 + len(SCALES), axis=1)]
+    n_features, out = len(scales[0]), []
+    for columns in (slice(0, n_features), slice(n_features, None)):
+        factors = np.concatenate(scales)[columns]
+        part = views[:, columns] * factors
+        axes = np.linalg.svd(part, full_matrices=False)[2][:COMPONENTS].T
+        axes = axes * scaled(part @ axes)
+        out.append(np.zeros((views.shape[1], axes.shape[1])))
+        out[-1][columns] = factors[:, None] * axes
+    return out[0], out[1]
 
 
 def fit(section: Section) -> Fitted | None:
@@ -107,72 +147,87 @@ def fit(section: Section) -> Fitted | None:
     if len(spots) < FEWEST_SPOTS:
         print(f"no linear model: it takes {FEWEST_SPOTS} spots, and {len(spots)} are on tissue")
         return None
-    views, places = disc_views(section, spots), section.spots[spots]
+    views, places = disc_views(section, spots).astype(np.float64), section.spots[spots]
     middle = views.mean(axis=0)
-    axes = np.linalg.svd(views - middle, full_matrices=False)[2][:COMPONENTS].T
-    tokens = (views - middle) @ axes
-    size = math.sqrt((tokens**2).sum() / len(tokens))
-    tokens, axes = (x / size if size > TINY else 0 * x for x in (tokens, axes))
+    axes = component_axes(views - middle)
+    tokens = [(views - middle) @ x for x in axes]
     share = section.share[spots, None].clip(max=1).astype(np.float32)
     counts = section.counts[spots] / share
     roots, mean_count = np.sqrt(counts), counts.mean(axis=0, dtype=np.float64)
     mean = roots.mean(axis=0, dtype=np.float64)
     sd = np.maximum(roots.std(axis=0, dtype=np.float64), TINY)
     pitch = max(grid.neighbour_distance(places), 1.0)
-    parts = tokens @ tokens.T, covariance(places, places, pitch)
-    by_tokens, by_place, constant = posterior(*parts, (roots - mean) / sd)
+    kernels = [*(x @ x.T for x in tokens), covariance(places, places, pitch)]
+    found = posterior(kernels, (roots - mean) / sd)
+    *by_tokens, by_place = found.weights * sd
+    weights = [x.T @ by for x, by in zip(tokens, by_tokens, strict=True)]
     return Fitted(
         middle=middle,
-        axes=axes.astype(np.float32),
-        weights=(tokens.T @ by_tokens * sd).astype(np.float32),
+        axes=np.hstack(axes).astype(np.float32),
+        weights=np.concatenate(weights).astype(np.float32),
         spots=places,
-        of_spots=(by_place * sd).astype(np.float32),
-        mean=(mean + constant * sd).astype(np.float32),
+        of_spots=by_place.astype(np.float32),
+        mean=(mean + found.constant * sd).astype(np.float32),
         lowest=np.maximum(LOWEST * mean, TINY).astype(np.float32),
         highest=np.maximum(HIGHEST * roots.max(axis=0), TINY).astype(np.float32),
         level=np.log((mean_count + TINY**2) / (mean**2 + TINY**2)).astype(np.float32),
         pitch=pitch,
+        fineness=fineness(found.chances),
     )
 
 
-def posterior(
-    of_tokens: np.ndarray, of_place: np.ndarray, y: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (N, G) of the spots in what is told by tokens and by place, and a constant (G,).
+def fineness(chances: np.ndarray) -> float:
+    """Half the log odds of single tokens, from the chances (2, G) of all genes that follow tokens.
 
-    Of values y (N, G) whose covariances (N, N) are those of tokens and of place; the mean over
-    SHARES and NOISES, by their evidence, where the scale of the whole is the likeliest.
+    It is bounded by what it is before any count.
     """
-    parts = []
-    for share in Bar(SHARES, "linear model"):
-        values, vectors = np.linalg.eigh(1 + share * of_tokens + (1 - share) * of_place)
-        parts.append((share, values.clip(0)[:, None], vectors))
+    single, means = chances.sum(axis=1) + TINY * np.array([SINGLE_ODDS, 1])
+    most = math.log(SINGLE_ODDS) / 2
+    return float(np.clip(math.log(single / means) / 2, -most, most))
+
+
+def posterior(kernels: Sequence[np.ndarray], y: np.ndarray) -> Posterior:
+    """The mean over SHARES and NOISES of values y (N, G), by their evidence.
+
+    The kernels (N, N) are the covariances of single tokens, of their means and of the place; the
+    scale of their sum is the likeliest.
+    """
+    each = [((a, 0.0, 1 - a), SINGLE_ODDS) for a in SHARES]
+    each += [((0.0, a, 1 - a), 1.0) for a in SHARES]
+    each += [((0.0, 0.0, 1.0), SINGLE_ODDS + 1)]
+    fits = []
+    for shares, odds in Bar(each, "linear model"):
+        total = sum((s * x for s, x in zip(shares, kernels, strict=True) if s), np.ones(1))
+        values, vectors = np.linalg.eigh(total)
+        fits.append(Fit(shares, odds, values.clip(0)[:, None], vectors))
     genes = range(0, y.shape[1], GENES_AT_ONCE)
-    blocks = [weights_of(parts, y[:, i : i + GENES_AT_ONCE].astype(np.float64)) for i in genes]
-    by_tokens, by_place, constant = zip(*blocks, strict=True)
-    return np.hstack(by_tokens), np.hstack(by_place), np.concatenate(constant)
+    blocks = [mean_of_fits(fits, y[:, i : i + GENES_AT_ONCE].astype(np.float64)) for i in genes]
+    return Posterior(*(np.concatenate(parts, axis=-1) for parts in zip(*blocks, strict=True)))
 
 
-def weights_of(
-    parts: list[tuple[float, np.ndarray, np.ndarray]], y: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The weights of ``posterior``, from a share and the eigenvalues and -vectors of each."""
-    along = [vectors.T @ y for _, _, vectors in parts]
-    evidence = np.empty((len(SHARES), len(NOISES), y.shape[1]))
-    for i, (_, values, _) in enumerate(parts):
+def mean_of_fits(fits: Sequence[Fit], y: np.ndarray) -> Posterior:
+    """What ``posterior`` says of some genes."""
+    along = [fit.vectors.T @ y for fit in fits]
+    evidence = np.empty((len(fits), len(NOISES), y.shape[1]))
+    for i, fit in enumerate(fits):
         for j, noise in enumerate(NOISES):
-            scale = np.maximum((along[i] ** 2 / (values + noise)).mean(axis=0), TINY)
-            evidence[i, j] = -(len(y) * np.log(scale) + np.log(values + noise).sum()) / 2
+            scale = np.maximum((along[i] ** 2 / (fit.values + noise)).mean(axis=0), TINY)
+            determinant = np.log(fit.values + noise).sum()
+            evidence[i, j] = math.log(fit.odds) - (len(y) * np.log(scale) + determinant) / 2
     chance = np.exp(evidence - evidence.max(axis=(0, 1)))
     chance /= chance.sum(axis=(0, 1))
-    by_tokens, by_place, constant = np.zeros_like(y), np.zeros_like(y), np.zeros(y.shape[1])
-    for (share, values, vectors), x, weights in zip(parts, along, chance, strict=True):
-        shrunk = sum(w / (values + noise) for w, noise in zip(weights, NOISES, strict=True))
-        told = vectors @ (x * shrunk)
-        by_tokens += share * told
-        by_place += (1 - share) * told
+    weights, constant, chances = np.zeros((3, *y.shape)), np.zeros(y.shape[1]), [0.0, 0.0]
+    for fit, x, by_noise in zip(fits, along, chance, strict=True):
+        shrunk = sum(p / (fit.values + noise) for p, noise in zip(by_noise, NOISES, strict=True))
+        told = fit.vectors @ (x * shrunk)
+        for i, share in enumerate(fit.shares):
+            if share > 0:
+                weights[i] += share * told
         constant += told.sum(axis=0)
-    return by_tokens, by_place, constant
+        for i in range(2):
+            if fit.shares[i] > 0:
+                chances[i] = chances[i] + by_noise.sum(axis=0)
+    return Posterior(weights, constant, np.stack(chances))
 
 
 class OfGenes(NamedTuple):
@@ -236,7 +291,7 @@ def components(
     out, done = np.empty((int(shown.sum()), fitted.axes.shape[1]), np.float16), 0
     statistics = section.token_statistics
     for rows, x in standardised_rows(section.tokens, statistics, HALO, len(SCALES), device):
-        there = (weighted_views(x)[0] @ axes - middle).cpu().numpy()[shown[rows]]
+        there = (neighbourhoods(x, SCALES, HALO)[0] @ axes - middle).cpu().numpy()[shown[rows]]
         out[done : done + len(there)] = there.clip(-LARGEST, LARGEST)
         done += len(there)
     return out
@@ -248,8 +303,3 @@ def smooth(fitted: Fitted, nodes: np.ndarray, genes: slice) -> np.ndarray:
     of_spots = np.ascontiguousarray(fitted.of_spots[:, genes])
     of_place = (covariance(part, fitted.spots, fitted.pitch).astype(np.float32) for part in parts)
     return np.concatenate([some @ of_spots for some in of_place])
-
-
-def of_section(section: Section, shown: np.ndarray, device: torch.device) -> Linear | None:
-    fitted = fit(section)
-    return None if fitted is None else Linear(fitted, section, shown, device)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from method import devices, linear
+from method import devices
 from method.anchoring import (
     COUNTS_AT_ONCE,
     anchor_to_spots,
@@ -30,6 +30,7 @@ from method.anchoring import (
     weighted_sums,
 )
 from method.devices import to_device
+from method.linear import Linear
 from method.network import Network
 from method.section import Section, nearest, on_map
 from reading import arrays
@@ -338,7 +339,9 @@ class Decoder:
         self.prior = anchor_prior
         self.anchors = None if anchor_prior is None else find_anchors(section, self.places)
         self.linear_share = linear_share
-        self.linear = linear.of_section(section, shown, device) if linear_share > 0 else None
+        self.linear = None
+        if section.linear is not None and linear_share > 0:
+            self.linear = Linear(section.linear, section, shown, device)
         n_genes = max(part.stop - part.start for part in self.blocks())
         self.memory = np.empty((n_genes, len(self.places)), np.float32)  # anew takes long
 

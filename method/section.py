@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,9 @@ from method import grid
 from method.devices import to_device
 from reading import arrays, images, plain, tables
 from reading.genes import read_gene_names
+
+if TYPE_CHECKING:
+    from method.linear import Fitted
 
 MIN_TISSUE_SHARE = 0.25  # of a disc; from less tissue its counts tell too little, it is left out
 FOLDS = 10  # every state holds out another tenth of the spots
@@ -55,6 +59,8 @@ class Section:
     context: int  # K
     by_area: bool  # discs weighted by area and tissue (default), or counted in whole superpixels
     taught: Taught | None = None  # by a reference
+    linear: Fitted | None = None  # the linear model of its spots
+    fineness: float = 0.0  # of what is seen: log of how much more single tokens weigh than at 0
 
     def __post_init__(self) -> None:
         self.half = math.ceil(self.radius) if self.by_area else math.floor(self.radius)

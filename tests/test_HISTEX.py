@@ -618,7 +618,7 @@ def test_every_field_of_a_training_and_every_source_file_is_in_its_key():
         replace(default.preset, **change) for change in (
             {"network": HISTEX.PublishedNetwork}, {"with_reference": None}, {"context": 3},
             {"by_area": False}, {"holds_out": False}, {"overlap": False}, {"anchor_prior": None},
-            {"registers": False}, {"linear_share": 0.5},
+            {"registers": False}, {"linear_share": 0.5}, {"weighs_scales": False},
             {"optimizer": torch.optim.SGD}, {"weight_decay": 0.5}, {"learning_rate": 1.0},
             {"batch_size": 3}, {"min_steps": 9}, {"averaging": 0.5}, {"patience": 1},
             {"annealing": 5},

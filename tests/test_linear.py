@@ -11,21 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
+from scipy.ndimage import uniform_filter
 from test_HISTEX import default_network, make_section
 from test_registration import GENES, SIDE, moved_image, moved_section
 
 import HISTEX
 from method import linear, prediction
+from method.layers import neighbourhoods
 from method.section import standardised_rows, token_statistics
 
 CPU = torch.device("cpu")
 EVERY = slice(0, GENES)
 
 
+def model_of(section, shown):
+    return linear.Linear(linear.fit(section), section, shown, CPU)
+
+
 def log_maps(section, shown=None, at_once=1000):
     """The model's logarithms (G, M)."""
     shown = section.tissue if shown is None else shown
-    model = linear.of_section(section, shown, CPU)
+    model = model_of(section, shown)
     starts = range(0, int(shown.sum()), at_once)
     genes = model.of_genes(slice(0, section.counts.shape[1]))
     parts = [model.log_counts(slice(i, i + at_once), genes) for i in starts]
@@ -38,40 +44,78 @@ def test_shares_and_noises_are_weighted_by_the_likelihood_of_the_values():
     n, genes = 30, 4
     tokens = rng.normal(size=(n, 5)) / math.sqrt(5)
     places = rng.uniform(0, 20, (n, 2))
-    kernels = tokens @ tokens.T, linear.covariance(places, places, 4.0)
+    means = rng.normal(size=(n, 3)) / math.sqrt(3)
+    kernels = tokens @ tokens.T, means @ means.T, linear.covariance(places, places, 4.0)
     y = np.column_stack([
-        tokens[:, 0] * 2, np.sin(places[:, 0] / 5), rng.normal(size=n), tokens[:, 1] + 1
+        tokens[:, 0] * 2, np.sin(places[:, 0] / 5), rng.normal(size=n), means[:, 1] + 1
     ])  # fmt: skip
     y += rng.normal(size=y.shape) * 0.3
     y = (y - y.mean(axis=0)) / y.std(axis=0)
-    got = linear.posterior(*kernels, y)
+    got = linear.posterior(kernels, y)
+    shares = [(a, 0, 1 - a) for a in linear.SHARES] + [(0, a, 1 - a) for a in linear.SHARES]
+    odds = [20.0] * 4 + [1.0] * 4 + [21.0]
     for gene in range(genes):
-        wanted, likelihoods = [], []
-        for share in linear.SHARES:
+        solutions, likelihoods = [], []
+        for share, before in zip([*shares, (0, 0, 1)], odds, strict=True):
             for noise in linear.NOISES:
-                covariance = 1 + share * kernels[0] + (1 - share) * kernels[1]
+                covariance = 1 + sum(s * kernel for s, kernel in zip(share, kernels, strict=True))
                 covariance = covariance + noise * np.eye(n)
                 solved = np.linalg.solve(covariance, y[:, gene])
                 scale = y[:, gene] @ solved / n  # the likeliest
                 normal = stats.multivariate_normal(np.zeros(n), scale * covariance)
-                likelihoods.append(normal.logpdf(y[:, gene]))
-                wanted.append([share * solved, (1 - share) * solved, solved.sum()])
+                likelihoods.append(math.log(before) + normal.logpdf(y[:, gene]))
+                solutions.append((share, solved))
         chance = np.exp(np.array(likelihoods) - max(likelihoods))
         chance /= chance.sum()
-        for part, parts in zip(got, zip(*wanted, strict=True), strict=True):
-            mean = sum(p * x for p, x in zip(chance, parts, strict=True))
-            np.testing.assert_allclose(part[..., gene], mean, rtol=1e-4, atol=1e-8)
+        every = list(zip(chance, solutions, strict=True))
+        for i in range(3):
+            mean = sum(p * share[i] * solved for p, (share, solved) in every)
+            np.testing.assert_allclose(got.weights[i, :, gene], mean, rtol=1e-4, atol=1e-8)
+        constant = sum(p * solved.sum() for p, (_, solved) in every)
+        np.testing.assert_allclose(got.constant[gene], constant, rtol=1e-4, atol=1e-8)
+        for i in range(2):
+            follows = sum(p for p, (share, _) in every if share[i] > 0)
+            np.testing.assert_allclose(got.chances[i, gene], follows, rtol=1e-4, atol=1e-8)
 
 
-def test_genes_of_tokens_follow_tokens_and_genes_of_the_place_the_place():
+def test_genes_follow_what_their_counts_say_tokens_means_or_the_place():
     rng = np.random.default_rng(1)
-    tokens, places = rng.normal(size=(80, 2)), rng.uniform(0, 40, (80, 2))
-    y = np.column_stack([tokens[:, 0], np.sin(places[:, 0] / 9)])
-    kernels = tokens @ tokens.T / 2, linear.covariance(places, places, 4.0)
-    by_tokens, by_place, _ = linear.posterior(*kernels, y / y.std(axis=0))
-    sizes = np.stack([np.abs(by_tokens).sum(axis=0), np.abs(by_place).sum(axis=0)])
-    assert sizes[0, 0] > 2 * sizes[1, 0]
-    assert sizes[1, 1] > 2 * sizes[0, 1]
+    tokens, means, places = *rng.normal(size=(2, 80, 2)), rng.uniform(0, 40, (80, 2))
+    y = np.column_stack([tokens[:, 0], means[:, 0], np.sin(places[:, 0] / 9)])
+    kernels = tokens @ tokens.T / 2, means @ means.T / 2, linear.covariance(places, places, 4.0)
+    found = linear.posterior(kernels, y / y.std(axis=0))
+    sizes = np.abs(found.weights).sum(axis=1)  # (3, G)
+    for gene in range(3):
+        assert sizes[gene, gene] > 2 * np.delete(sizes[:, gene], gene).max()
+    assert found.chances[0, 0] > 0.9
+    assert found.chances[1, 1] > 0.9
+    assert found.chances[:, 2].sum() < 0.5
+
+
+def test_fineness_is_half_the_log_odds_within_those_before_any_count():
+    chances = np.array([[0.5, 0.3], [0.1, 0.1]])
+    assert linear.fineness(chances) == pytest.approx(math.log(4) / 2, abs=1e-4)
+    most = math.log(20) / 2
+    assert linear.fineness(np.zeros((2, 3))) == pytest.approx(most)  # no gene follows tokens
+    assert linear.fineness(np.array([[1.0], [0.0]])) == pytest.approx(most)
+    assert linear.fineness(np.array([[0.0], [1.0]])) == pytest.approx(-most)
+
+
+@pytest.mark.parametrize("most", [1000, 2])
+def test_components_span_the_tokens_and_their_means_apart(most, monkeypatch):
+    monkeypatch.setattr(linear, "COMPONENTS", most)
+    x = np.random.default_rng(0).normal(size=(40, 9)) * [1, 2, 3, 1, 1, 1, 0.1, 0.1, 0.1]
+    x -= x.mean(axis=0)
+    single, means = ((x @ axes) for axes in linear.component_axes(x))
+    for part in (single, means):
+        assert part.shape[1] <= most
+        assert (part**2).sum(axis=1).mean() == pytest.approx(1)
+    if most == 1000:
+        parts = np.split(x, 3, axis=1)
+        first, second, third = (part / math.sqrt((part**2).sum() / 40) for part in parts)
+        np.testing.assert_allclose(single @ single.T, first @ first.T, atol=1e-9)
+        alike = (second @ second.T + third @ third.T) / 2
+        np.testing.assert_allclose(means @ means.T, alike, atol=1e-9)
 
 
 def test_the_covariance_over_the_place_is_maternes_of_order_3_2():
@@ -93,11 +137,11 @@ def test_the_views_of_a_disc_are_means_by_area_of_tokens_and_of_their_squares():
         row_of, col_of = section.patches(np.floor(section.spots[[spot]]).astype(int))
         for r, c, area in zip(row_of[0], col_of[0], section.areas[spot], strict=True):
             views = []
-            for side, factor in zip((1, *linear.SCALES), linear.WEIGHTS, strict=True):
+            for side in (1, *linear.SCALES):
                 steps = np.arange(-(side // 2), side // 2 + 1)
                 rows, columns = ((x + steps).clip(0, SIDE - 1) for x in (r, c))
                 square = (section.tokens[np.ix_(rows, columns)] - mean) / std
-                views.append(factor * square.mean(axis=(0, 1)))
+                views.append(square.mean(axis=(0, 1)))
             total, weight = total + area * np.concatenate(views), weight + area
         np.testing.assert_allclose(row, total / weight, atol=1e-4)
 
@@ -138,28 +182,34 @@ def test_maps_are_what_the_spots_tell_each_superpixel(monkeypatch):
     spots = np.arange(len(section.spots))
     views = linear.disc_views(section, spots)
     middle = views.mean(axis=0)
-    size2 = ((views - middle) ** 2).sum(axis=1).mean()
+    parts = np.split(views - middle, 3, axis=1)
+    size_of = [math.sqrt((part**2).sum(axis=1).mean()) for part in parts]
+    parts = [part / size for part, size in zip(parts, size_of, strict=True)]
     pitch = np.median(np.sort(np.linalg.norm(
         section.spots[:, None] - section.spots, axis=2), axis=1)[:, 1])  # fmt: skip
     kernels = (
-        (views - middle) @ (views - middle).T / size2,
+        parts[0] @ parts[0].T,
+        (parts[1] @ parts[1].T + parts[2] @ parts[2].T) / 2,
         linear.covariance(section.spots, section.spots, pitch),
     )
     share = section.areas.sum(axis=1) / (math.pi * section.radius**2)
     counts = section.counts / share.clip(max=1)[:, None]
     roots = np.sqrt(counts)
     mean, sd = roots.mean(axis=0), roots.std(axis=0)
-    by_tokens, by_place, constant = linear.posterior(*kernels, (roots - mean) / sd)
+    found = linear.posterior(kernels, (roots - mean) / sd)
     x = (section.tokens.astype(np.float32) - section.token_statistics[0]) / (
         section.token_statistics[1]
     )
     padded = torch.from_numpy(np.pad(x, ((4, 4), (4, 4), (0, 0)), mode="edge"))[None]
-    seen = linear.weighted_views(padded)[0].numpy()
+    seen = neighbourhoods(padded, linear.SCALES, linear.HALO)[0].numpy()
     got = log_maps(section, at_once=777).reshape(GENES, SIDE, SIDE)
     for place in ((0, 0), (40, 41), (87, 3), (60, 87)):
-        of_tokens = (seen[place] - middle) @ (views - middle).T / size2
+        here = np.split(seen[place] - middle, 3)
+        one, two, three = (a @ b.T / size for a, b, size in zip(here, parts, size_of, strict=True))
         of_place = linear.covariance(np.array([place]) + 0.5, section.spots, pitch)[0]
-        root = mean + sd * (of_tokens @ by_tokens + of_place @ by_place + constant)
+        each = (one, (two + three) / 2, of_place)
+        told = sum(a @ b for a, b in zip(each, found.weights, strict=True))
+        root = mean + sd * (told + found.constant)
         root = root.clip(linear.LOWEST * mean, linear.HIGHEST * roots.max(axis=0))
         level = counts.mean(axis=0) / mean**2 / (math.pi * section.radius**2)
         np.testing.assert_allclose(got[:, *place], np.log(root**2 * level), atol=0.02)
@@ -228,7 +278,7 @@ def test_nodes_are_those_around_what_is_shown_and_not_too_many(monkeypatch):
     section = moved_section((0.0, 0.0))
     shown = np.zeros((SIDE, SIDE), bool)
     shown[30:36, 50:60] = True
-    model = linear.of_section(section, shown, CPU)
+    model = model_of(section, shown)
     step = linear.NODE * model.fitted.pitch
     assert len(model.nodes) < (6 / step + 2) * (10 / step + 2)
     assert (model.nodes >= [30.5 - step, 50.5 - step]).all()
@@ -237,7 +287,7 @@ def test_nodes_are_those_around_what_is_shown_and_not_too_many(monkeypatch):
         log_maps(section, shown), log_maps(section)[:, shown.ravel()], atol=1e-3
     )
     monkeypatch.setattr(linear, "MOST_NODES", 100)
-    assert len(linear.of_section(section, section.tissue, CPU).nodes) <= (math.sqrt(100) + 2) ** 2
+    assert len(model_of(section, section.tissue).nodes) <= (math.sqrt(100) + 2) ** 2
 
 
 def test_genes_and_spots_in_parts_give_the_same_model(monkeypatch):
@@ -250,13 +300,14 @@ def test_genes_and_spots_in_parts_give_the_same_model(monkeypatch):
 
 def test_too_few_spots_have_no_model(capsys):
     section = make_section()
-    assert linear.of_section(section, section.tissue, CPU) is None
+    assert linear.fit(section) is None
     assert "no linear model: it takes 50 spots, and 16 are on tissue" in capsys.readouterr().out
 
 
 # ----- in the maps -----
 def decoded(section, share, networks, shown=None, prior=None):
     shown = section.tissue if shown is None else shown
+    section = replace(section, linear=linear.fit(section))
     file = io.BytesIO()
     prediction.embed_section(networks, section, shown, True, file, CPU)
     decoder = prediction.Decoder(networks, section, shown, prior, [file], CPU, share)
@@ -311,4 +362,72 @@ def test_too_few_spots_leave_the_maps_to_the_networks():
 
 def test_the_default_preset_has_the_model_and_the_published_one_has_not():
     assert HISTEX.PRESETS["default"].linear_share == 0.2
+    assert HISTEX.PRESETS["default"].weighs_scales
     assert HISTEX.PRESETS["published"].linear_share == 0
+    assert not HISTEX.PRESETS["published"].weighs_scales
+
+
+# ----- what it tells the networks -----
+def blurred(section, side):
+    """The section with counts that follow the first token's mean over squares of this side."""
+    seen = section.tokens[..., 0].astype(float)
+    seen = (seen - seen.mean()) / seen.std()
+    seen = uniform_filter(seen, side, mode="nearest")
+    row, col = section.patches(np.floor(section.spots).astype(int))
+    mean = (section.areas * seen[row.clip(0, SIDE - 1), col.clip(0, SIDE - 1)]).sum(axis=1)
+    rate = 50 * np.exp((mean - mean.mean()) / mean.std() / 2)
+    counts = np.random.default_rng(0).poisson(rate[:, None] * np.ones(GENES))
+    return replace(section, counts=counts.astype(np.float32))
+
+
+def test_single_tokens_weigh_less_where_counts_follow_their_means(capsys):
+    section, preset = moved_section((0.0, 0.0)), HISTEX.PRESETS["default"]
+    found = []
+    for side in (1, 9):
+        some = blurred(section, side)
+        HISTEX.fit_linear_model(some, preset)
+        assert some.fineness == some.linear.fineness
+        assert f"weigh {math.exp(some.fineness):.2f} times" in capsys.readouterr().out
+        found.append(some.fineness)
+    assert found[0] > 1
+    assert found[1] < 0
+
+
+def test_views_are_weighed_from_single_tokens_to_the_widest_mean():
+    section = replace(moved_section((0.0, 0.0)), fineness=0.7)
+    network = default_network(section)
+    n_features = section.tokens.shape[2]
+    want = np.repeat(np.exp([0.7, 0, -0.7]), n_features)
+    np.testing.assert_allclose(network.view_weights, want, rtol=1e-6)
+    views = torch.randn(4, 3 * n_features)
+    with torch.inference_mode():
+        got, plain = network.embed_histology(views), default_network(replace(section, fineness=0.0))
+        weighed = plain.embed_histology(views * torch.from_numpy(want).float())
+    np.testing.assert_allclose(got, weighed, atol=1e-5)
+    again = default_network(section, seed=1)
+    again.load_state_dict(network.state_dict())  # the weights belong to the state
+    np.testing.assert_array_equal(again.view_weights, network.view_weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "fitted", "weighed"),
+    [
+        ({}, True, True),
+        ({"weighs_scales": False}, True, False),
+        ({"linear_share": 0.0}, True, True),
+        ({"linear_share": 0.0, "weighs_scales": False}, False, False),
+    ],
+)
+def test_a_preset_may_do_without(change, fitted, weighed):
+    section = replace(moved_section((0.0, 0.0)), fineness=9.0)
+    HISTEX.fit_linear_model(section, replace(HISTEX.PRESETS["default"], **change))
+    assert (section.linear is not None) == fitted
+    assert (section.fineness != 0) == weighed
+    assert section.fineness < 2
+
+
+def test_of_too_few_spots_all_scales_weigh_alike():
+    section = make_section()
+    HISTEX.fit_linear_model(section, HISTEX.PRESETS["default"])
+    assert section.linear is None
+    assert section.fineness == 0
