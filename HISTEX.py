@@ -38,7 +38,8 @@ comparison; ``default`` departs from it:
 * An image that clearly lies beside the spots, as these tell, is moved back before training.
 * Patches overlap and are blended in prediction, so that no seam shows.
 * A fifth of the map, in logarithms, is that of a linear model of the same spots and tokens, which
-  errs in other ways than the networks (method/linear.py).
+  errs in other ways than the networks (method/linear.py). It also finds out whether the counts
+  follow single tokens or rather their means, and the network weighs these so.
 * At the end the maps are anchored: scaled so that the discs of the spots sum to about what was
   measured.
 
@@ -664,16 +665,14 @@ def predict_and_write(
 
 
 def fit_linear_model(section: Section, preset: Preset) -> None:
-    """Fit it, and have it tell how much single tokens and their means weigh."""
+    """Fit it, if the preset has use for it, and have it weigh single tokens and their means."""
     section.linear, section.fineness = None, 0.0
     if preset.linear_share > 0 or preset.weighs_scales:
         section.linear = linear.fit(section)
     if preset.weighs_scales and section.linear is not None:
         section.fineness = section.linear.fineness
-        print(
-            f"by the spots, single tokens weigh {math.exp(section.fineness):.2f} times as much as "
-            f"they would, and their means of 72 um {math.exp(-section.fineness):.2f} times"
-        )
+        single, means = math.exp(section.fineness), math.exp(-section.fineness)
+        print(f"weights, by the spots: single tokens {single:.2f}, their means {means:.2f}")
 
 
 def main(stage: utils.Stage) -> None:

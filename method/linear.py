@@ -15,8 +15,8 @@ NOISES, and the mean of all fits is taken, each weighted by the likelihood of th
 evidence). Counts of discs can hardly tell what single superpixels add, so that single tokens have
 odds of SINGLE_ODDS before any count.
 
-The same evidence, over all genes, tells the networks how much single tokens and their means are
-to weigh (``fineness``).
+The networks weigh single tokens and their means by the variance that each of them explains, over
+all genes (``fineness``). A gene that is all noise has no say in it.
 
 The logarithms of the networks and of this model are averaged, each with its share; then the map is
 anchored to the spots.
@@ -49,7 +49,7 @@ COMPONENTS = 128  # principal components of the tokens of spots, and as many of 
 FEWEST_SPOTS, MOST_SPOTS = 50, 2500  # fewer tell too little; of more, some are drawn
 LENGTH = 2.0  # pitches; that of the covariance over the place
 SHARES = (0.2, 0.5, 0.8, 1.0)  # a: how far expression follows the tokens, if it follows them
-SINGLE_ODDS = 20.0  # of single tokens against their means, before any count
+SINGLE_ODDS = 50.0  # of single tokens against their means, before any count
 NOISES = 10.0 ** np.arange(-1, 2.6, 0.5)  # variance of the noise, where tokens and place have 1
 NODE = 0.5  # pitches between the nodes, between which the smooth function is linear
 MOST_NODES = 60_000  # of a map; where spots lie closer, the nodes lie farther apart
@@ -71,11 +71,11 @@ class Fit:
 
 
 class Posterior(NamedTuple):
-    """What the mean of all fits predicts from, and how likely genes follow which tokens."""
+    """What the mean of all fits predicts from, and what it says of the variance of values."""
 
     weights: np.ndarray  # (3, N, G) of the spots, in what single tokens, means, and the place tell
     constant: np.ndarray  # (G,)
-    chances: np.ndarray  # (2, G), that a gene follows single tokens, and their means
+    explained: np.ndarray  # (2, G), share of the variance: by single tokens, by their means
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Fitted:
     level: np.ndarray  # (G,) float32, log of the mean of counts over the square of the mean root:
     # about what squares of roots lack; anchoring does the rest
     pitch: float  # superpixels
-    fineness: float  # half the logarithm of the odds of single tokens against their means
+    fineness: float  # half the logarithm of what single tokens explain over what means explain
 
 
 def covariance(places: np.ndarray, others: np.ndarray, pitch: float) -> np.ndarray:
@@ -157,41 +157,44 @@ def fit(section: Section) -> Fitted | None:
     mean = roots.mean(axis=0, dtype=np.float64)
     sd = np.maximum(roots.std(axis=0, dtype=np.float64), TINY)
     pitch = max(grid.neighbour_distance(places), 1.0)
-    kernels = [*(x @ x.T for x in tokens), covariance(places, places, pitch)]
-    found = posterior(kernels, (roots - mean) / sd)
-    *by_tokens, by_place = found.weights * sd
-    weights = [x.T @ by for x, by in zip(tokens, by_tokens, strict=True)]
+    fits = fits_of([*(x @ x.T for x in tokens), covariance(places, places, pitch)])
+    weights, of_spots, constant, explained = [], [], [], np.zeros(2)
+    for start in range(0, len(sd), GENES_AT_ONCE):
+        genes = slice(start, start + GENES_AT_ONCE)
+        found = posterior(fits, (roots[:, genes] - mean[genes]) / sd[genes])
+        *by_tokens, by_place = (found.weights * sd[genes]).astype(np.float32)
+        parts = [x.T.astype(np.float32) @ by for x, by in zip(tokens, by_tokens, strict=True)]
+        weights.append(np.concatenate(parts))
+        of_spots.append(by_place)
+        constant.append(found.constant)
+        explained += found.explained[:, sd[genes] > TINY].sum(axis=1)
     return Fitted(
         middle=middle,
         axes=np.hstack(axes).astype(np.float32),
-        weights=np.concatenate(weights).astype(np.float32),
+        weights=np.hstack(weights),
         spots=places,
-        of_spots=by_place.astype(np.float32),
-        mean=(mean + found.constant * sd).astype(np.float32),
+        of_spots=np.hstack(of_spots),
+        mean=(mean + np.concatenate(constant) * sd).astype(np.float32),
         lowest=np.maximum(LOWEST * mean, TINY).astype(np.float32),
         highest=np.maximum(HIGHEST * roots.max(axis=0), TINY).astype(np.float32),
         level=np.log((mean_count + TINY**2) / (mean**2 + TINY**2)).astype(np.float32),
         pitch=pitch,
-        fineness=fineness(found.chances),
+        fineness=fineness(*explained),
     )
 
 
-def fineness(chances: np.ndarray) -> float:
-    """Half the log odds of single tokens, from the chances (2, G) of all genes that follow tokens.
+def fineness(by_single: float, by_means: float) -> float:
+    """Half the logarithm of what single tokens explain over what their means explain.
 
     It is bounded by what it is before any count.
     """
-    single, means = chances.sum(axis=1) + TINY * np.array([SINGLE_ODDS, 1])
     most = math.log(SINGLE_ODDS) / 2
-    return float(np.clip(math.log(single / means) / 2, -most, most))
+    found = math.log((by_single + TINY * SINGLE_ODDS) / (by_means + TINY)) / 2
+    return min(max(found, -most), most)
 
 
-def posterior(kernels: Sequence[np.ndarray], y: np.ndarray) -> Posterior:
-    """The mean over SHARES and NOISES of values y (N, G), by their evidence.
-
-    The kernels (N, N) are the covariances of single tokens, of their means and of the place; the
-    scale of their sum is the likeliest.
-    """
+def fits_of(kernels: Sequence[np.ndarray]) -> list[Fit]:
+    """With each share, of covariances (N, N) of single tokens, of their means and of the place."""
     each = [((a, 0.0, 1 - a), SINGLE_ODDS) for a in SHARES]
     each += [((0.0, a, 1 - a), 1.0) for a in SHARES]
     each += [((0.0, 0.0, 1.0), SINGLE_ODDS + 1)]
@@ -200,13 +203,14 @@ def posterior(kernels: Sequence[np.ndarray], y: np.ndarray) -> Posterior:
         total = sum((s * x for s, x in zip(shares, kernels, strict=True) if s), np.ones(1))
         values, vectors = np.linalg.eigh(total)
         fits.append(Fit(shares, odds, values.clip(0)[:, None], vectors))
-    genes = range(0, y.shape[1], GENES_AT_ONCE)
-    blocks = [mean_of_fits(fits, y[:, i : i + GENES_AT_ONCE].astype(np.float64)) for i in genes]
-    return Posterior(*(np.concatenate(parts, axis=-1) for parts in zip(*blocks, strict=True)))
+    return fits
 
 
-def mean_of_fits(fits: Sequence[Fit], y: np.ndarray) -> Posterior:
-    """What ``posterior`` says of some genes."""
+def posterior(fits: Sequence[Fit], y: np.ndarray) -> Posterior:
+    """The mean over the fits, each with NOISES, of values y (N, G), by their evidence.
+
+    The scale of each covariance is the likeliest.
+    """
     along = [fit.vectors.T @ y for fit in fits]
     evidence = np.empty((len(fits), len(NOISES), y.shape[1]))
     for i, fit in enumerate(fits):
@@ -216,7 +220,8 @@ def mean_of_fits(fits: Sequence[Fit], y: np.ndarray) -> Posterior:
             evidence[i, j] = math.log(fit.odds) - (len(y) * np.log(scale) + determinant) / 2
     chance = np.exp(evidence - evidence.max(axis=(0, 1)))
     chance /= chance.sum(axis=(0, 1))
-    weights, constant, chances = np.zeros((3, *y.shape)), np.zeros(y.shape[1]), [0.0, 0.0]
+    weights, constant = np.zeros((3, *y.shape)), np.zeros(y.shape[1])
+    explained = np.zeros((2, y.shape[1]))
     for fit, x, by_noise in zip(fits, along, chance, strict=True):
         shrunk = sum(p / (fit.values + noise) for p, noise in zip(by_noise, NOISES, strict=True))
         told = fit.vectors @ (x * shrunk)
@@ -224,10 +229,8 @@ def mean_of_fits(fits: Sequence[Fit], y: np.ndarray) -> Posterior:
             if share > 0:
                 weights[i] += share * told
         constant += told.sum(axis=0)
-        for i in range(2):
-            if fit.shares[i] > 0:
-                chances[i] = chances[i] + by_noise.sum(axis=0)
-    return Posterior(weights, constant, np.stack(chances))
+        explained += np.outer(fit.shares[:2], (by_noise / (1 + NOISES[:, None])).sum(axis=0))
+    return Posterior(weights, constant, explained)
 
 
 class OfGenes(NamedTuple):

@@ -51,9 +51,9 @@ def test_shares_and_noises_are_weighted_by_the_likelihood_of_the_values():
     ])  # fmt: skip
     y += rng.normal(size=y.shape) * 0.3
     y = (y - y.mean(axis=0)) / y.std(axis=0)
-    got = linear.posterior(kernels, y)
+    got = linear.posterior(linear.fits_of(kernels), y)
     shares = [(a, 0, 1 - a) for a in linear.SHARES] + [(0, a, 1 - a) for a in linear.SHARES]
-    odds = [20.0] * 4 + [1.0] * 4 + [21.0]
+    odds = [50.0] * 4 + [1.0] * 4 + [51.0]
     for gene in range(genes):
         solutions, likelihoods = [], []
         for share, before in zip([*shares, (0, 0, 1)], odds, strict=True):
@@ -64,18 +64,18 @@ def test_shares_and_noises_are_weighted_by_the_likelihood_of_the_values():
                 scale = y[:, gene] @ solved / n  # the likeliest
                 normal = stats.multivariate_normal(np.zeros(n), scale * covariance)
                 likelihoods.append(math.log(before) + normal.logpdf(y[:, gene]))
-                solutions.append((share, solved))
+                solutions.append((share, solved, 1 / (1 + noise)))
         chance = np.exp(np.array(likelihoods) - max(likelihoods))
         chance /= chance.sum()
         every = list(zip(chance, solutions, strict=True))
         for i in range(3):
-            mean = sum(p * share[i] * solved for p, (share, solved) in every)
+            mean = sum(p * share[i] * solved for p, (share, solved, _) in every)
             np.testing.assert_allclose(got.weights[i, :, gene], mean, rtol=1e-4, atol=1e-8)
-        constant = sum(p * solved.sum() for p, (_, solved) in every)
+        constant = sum(p * solved.sum() for p, (_, solved, _) in every)
         np.testing.assert_allclose(got.constant[gene], constant, rtol=1e-4, atol=1e-8)
         for i in range(2):
-            follows = sum(p for p, (share, _) in every if share[i] > 0)
-            np.testing.assert_allclose(got.chances[i, gene], follows, rtol=1e-4, atol=1e-8)
+            explained = sum(p * share[i] * signal for p, (share, _, signal) in every)
+            np.testing.assert_allclose(got.explained[i, gene], explained, rtol=1e-4, atol=1e-8)
 
 
 def test_genes_follow_what_their_counts_say_tokens_means_or_the_place():
@@ -83,22 +83,32 @@ def test_genes_follow_what_their_counts_say_tokens_means_or_the_place():
     tokens, means, places = *rng.normal(size=(2, 80, 2)), rng.uniform(0, 40, (80, 2))
     y = np.column_stack([tokens[:, 0], means[:, 0], np.sin(places[:, 0] / 9)])
     kernels = tokens @ tokens.T / 2, means @ means.T / 2, linear.covariance(places, places, 4.0)
-    found = linear.posterior(kernels, y / y.std(axis=0))
+    found = linear.posterior(linear.fits_of(kernels), y / y.std(axis=0))
     sizes = np.abs(found.weights).sum(axis=1)  # (3, G)
     for gene in range(3):
         assert sizes[gene, gene] > 2 * np.delete(sizes[:, gene], gene).max()
-    assert found.chances[0, 0] > 0.9
-    assert found.chances[1, 1] > 0.9
-    assert found.chances[:, 2].sum() < 0.5
+    assert found.explained[0, 0] > 0.5 > 10 * found.explained[1, 0]
+    assert found.explained[1, 1] > 0.5 > 10 * found.explained[0, 1]
+    assert found.explained[:, 2].sum() < 0.3
 
 
-def test_fineness_is_half_the_log_odds_within_those_before_any_count():
-    chances = np.array([[0.5, 0.3], [0.1, 0.1]])
-    assert linear.fineness(chances) == pytest.approx(math.log(4) / 2, abs=1e-4)
-    most = math.log(20) / 2
-    assert linear.fineness(np.zeros((2, 3))) == pytest.approx(most)  # no gene follows tokens
-    assert linear.fineness(np.array([[1.0], [0.0]])) == pytest.approx(most)
-    assert linear.fineness(np.array([[0.0], [1.0]])) == pytest.approx(-most)
+def test_fineness_is_half_the_log_of_what_both_explain_within_the_odds_before_any_count():
+    assert linear.fineness(4.0, 1.0) == pytest.approx(math.log(4) / 2, abs=1e-4)
+    most = math.log(50) / 2
+    assert linear.fineness(0.0, 0.0) == pytest.approx(most)  # no gene follows tokens
+    assert linear.fineness(1.0, 0.0) == pytest.approx(most)
+    assert linear.fineness(0.0, 1.0) == pytest.approx(-most)
+
+
+def test_genes_without_counts_or_of_noise_have_no_say_in_the_fineness():
+    section = blurred(moved_section((0.0, 0.0)), 9)
+    want = linear.fit(section).fineness
+    assert want < 0
+    rng = np.random.default_rng(0)
+    noise = rng.poisson(0.1, (len(section.spots), 20)).astype(np.float32)
+    for more in (np.zeros_like(noise), noise):
+        counts = np.hstack([section.counts, more])
+        assert linear.fit(replace(section, counts=counts)).fineness == pytest.approx(want, abs=0.4)
 
 
 @pytest.mark.parametrize("most", [1000, 2])
@@ -196,7 +206,7 @@ def test_maps_are_what_the_spots_tell_each_superpixel(monkeypatch):
     counts = section.counts / share.clip(max=1)[:, None]
     roots = np.sqrt(counts)
     mean, sd = roots.mean(axis=0), roots.std(axis=0)
-    found = linear.posterior(kernels, (roots - mean) / sd)
+    found = linear.posterior(linear.fits_of(kernels), (roots - mean) / sd)
     x = (section.tokens.astype(np.float32) - section.token_statistics[0]) / (
         section.token_statistics[1]
     )
@@ -387,7 +397,7 @@ def test_single_tokens_weigh_less_where_counts_follow_their_means(capsys):
         some = blurred(section, side)
         HISTEX.fit_linear_model(some, preset)
         assert some.fineness == some.linear.fineness
-        assert f"weigh {math.exp(some.fineness):.2f} times" in capsys.readouterr().out
+        assert f"single tokens {math.exp(some.fineness):.2f}, their" in capsys.readouterr().out
         found.append(some.fineness)
     assert found[0] > 1
     assert found[1] < 0
