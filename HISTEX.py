@@ -37,9 +37,8 @@ comparison; ``default`` departs from it:
   falls to zero within a few epochs; training stops before when held-out spots stop improving.
 * An image that clearly lies beside the spots, as these tell, is moved back before training.
 * Patches overlap and are blended in prediction, so that no seam shows.
-* A fifth of the map, in logarithms, is that of a linear model of the same spots and tokens, which
-  errs in other ways than the networks (method/linear.py). It also finds out whether the counts
-  follow single tokens or rather their means, and the network weighs these so.
+* A fifth of the map, in logarithms, is that of a linear model (method/linear.py). It errs in other
+  ways than the networks, and tells them how much single tokens and their means weigh.
 * At the end the maps are anchored: scaled so that the discs of the spots sum to about what was
   measured.
 
@@ -77,17 +76,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from method import (
-    devices,
-    linear,
-    maps,
-    prediction,
-    reference,
-    registration,
-    resume,
-    states,
-    uncertainty,
-)
+from method import (  # isort: skip
+    devices, linear, maps, prediction, reference, registration, resume, states, uncertainty,
+)  # fmt: skip
 from method.attention import HEADS, WIDTH, BidirectionalAttention
 from method.errors import Errors, growth
 from method.layers import FeatureDropout, neighbourhoods
@@ -558,11 +549,10 @@ INPUTS = (
 OUTPUTS = (
     utils.MAPS, utils.SPREAD, utils.EMBEDDINGS, utils.PLOTS, utils.HELD_OUT, utils.EXPECTED,
 )  # fmt: skip
-TRAINS = (
-    "HISTEX.py", "method/attention.py", "method/grid.py", "method/layers.py", "method/linear.py",
-    "method/network.py", "method/progress.py", "method/reference.py", "method/registration.py",
-    "method/section.py",
-)  # fmt: skip
+TRAINS = ("HISTEX.py", *(f"method/{name}.py" for name in (
+    "attention", "grid", "layers", "linear", "network", "progress", "reference", "registration",
+    "section",
+)))  # fmt: skip
 STATE_CODE = [utils.ROOT / file for file in TRAINS]  # a change in these trains states anew
 
 
@@ -642,11 +632,10 @@ def predict_and_write(
     decisive += [args.n_states, args.keep_background]
     work = resume.work_folder(stage.directory, utils.MAPS.name, decisive)
     folders = maps.new_folders(stage, files)
-    overlap, prior = training.preset.overlap, training.preset.anchor_prior
-    share = training.preset.linear_share
+    prior, share = training.preset.anchor_prior, training.preset.linear_share
     with prediction.latent_files(stage.directory, work, ranks) as latent:
         mine, there = networks[ranks.rank], latent[ranks.rank]
-        prediction.embed_section(mine, section, shown, overlap, there, device)
+        prediction.embed_section(mine, section, shown, training.preset.overlap, there, device)
         ranks.barrier()
         decoder = prediction.Decoder(every, section, shown, prior, latent, device, share)
         maps.write_genes(folders, work, genes, decoder, facts["r"], files, errors, ranks)
@@ -662,17 +651,6 @@ def predict_and_write(
         table = pd.DataFrame({"gene": genes, "held_out_r": facts["r"]})
         table.to_csv(partial, index=False, encoding="utf-8", lineterminator="\n")
     return facts
-
-
-def fit_linear_model(section: Section, preset: Preset) -> None:
-    """Fit it, if the preset has use for it, and have it weigh single tokens and their means."""
-    section.linear, section.fineness = None, 0.0
-    if preset.linear_share > 0 or preset.weighs_scales:
-        section.linear = linear.fit(section)
-    if preset.weighs_scales and section.linear is not None:
-        section.fineness = section.linear.fineness
-        single, means = math.exp(section.fineness), math.exp(-section.fineness)
-        print(f"weights, by the spots: single tokens {single:.2f}, their means {means:.2f}")
 
 
 def main(stage: utils.Stage) -> None:
@@ -695,7 +673,7 @@ def main(stage: utils.Stage) -> None:
         print(f"{size} superpixels, preset {args.preset}, states: {args.n_states}, on {device}")
 
         started = time.monotonic()
-        fit_linear_model(section, preset)
+        linear.join(section, preset.linear_share > 0, preset.weighs_scales)
         with devices.memory_explained(device):
             key = states.key_of(training, STATE_CODE, stage.inputs, device)
             folder = stage.directory / utils.STATES.name

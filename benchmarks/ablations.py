@@ -55,7 +55,7 @@ from torch import Tensor, nn
 import HISTEX
 from analysis import inputs
 from benchmarks import accuracy
-from method import prediction, registration, states
+from method import linear, prediction, registration, states
 from method.network import disc_sums
 from method.section import Section, read_section
 
@@ -193,7 +193,7 @@ def run_variant(
         section, _, genes = read_section(stage, row.context, row.by_area)
         if row.registers:
             registration.register(section, sample)
-        HISTEX.fit_linear_model(section, row)
+        linear.join(section, row.linear_share > 0, row.weighs_scales)
         start = time.perf_counter()
         trained = [
             HISTEX.train_state(section, Path(folder) / str(i), training, key, i, CPU)

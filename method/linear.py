@@ -41,7 +41,7 @@ from method import grid
 from method.anchoring import weighted_sums
 from method.devices import to_device
 from method.layers import neighbourhoods
-from method.section import STRIP_BYTES, Section, standardised_rows
+from method.section import STRIP_BYTES, Fitted, Section, standardised_rows
 from writing.progress import Bar
 
 SCALES, HALO = (3, 9), 4  # superpixels: a token, and the means of 24 and 72 um around it
@@ -76,24 +76,6 @@ class Posterior(NamedTuple):
     weights: np.ndarray  # (3, N, G) of the spots, in what single tokens, means, and the place tell
     constant: np.ndarray  # (G,)
     explained: np.ndarray  # (2, G), share of the variance: by single tokens, by their means
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What the spots have taught: the root of the counts of a disc full of such superpixels."""
-
-    middle: np.ndarray  # (3 F,) of the views of spots
-    axes: np.ndarray  # (3 F, C) float32; (view - middle) @ axes are its components
-    weights: np.ndarray  # (C, G) float32
-    spots: np.ndarray  # (N, 2) places of the spots it learned from
-    of_spots: np.ndarray  # (N, G) float32, of the covariance over the place
-    mean: np.ndarray  # (G,) float32, the root where tokens and place tell nothing
-    lowest: np.ndarray  # (G,) float32, of the roots, as is the next
-    highest: np.ndarray  # (G,) float32
-    level: np.ndarray  # (G,) float32, log of the mean of counts over the square of the mean root:
-    # about what squares of roots lack; anchoring does the rest
-    pitch: float  # superpixels
-    fineness: float  # half the logarithm of what single tokens explain over what means explain
 
 
 def covariance(places: np.ndarray, others: np.ndarray, pitch: float) -> np.ndarray:
@@ -181,6 +163,16 @@ def fit(section: Section) -> Fitted | None:
         pitch=pitch,
         fineness=fineness(*explained),
     )
+
+
+def join(section: Section, shares_in_maps: bool, weighs_scales: bool) -> None:
+    """Fit the section's model, if there is use for it, and have it weigh the scales of tokens."""
+    section.linear = fit(section) if shares_in_maps or weighs_scales else None
+    section.fineness = 0.0
+    if weighs_scales and section.linear is not None:
+        section.fineness = section.linear.fineness
+        single, means = math.exp(section.fineness), math.exp(-section.fineness)
+        print(f"weights, by the spots: single tokens {single:.2f}, their means {means:.2f}")
 
 
 def fineness(by_single: float, by_means: float) -> float:

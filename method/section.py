@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -23,9 +22,6 @@ from method import grid
 from method.devices import to_device
 from reading import arrays, images, plain, tables
 from reading.genes import read_gene_names
-
-if TYPE_CHECKING:
-    from method.linear import Fitted
 
 MIN_TISSUE_SHARE = 0.25  # of a disc; from less tissue its counts tell too little, it is left out
 FOLDS = 10  # every state holds out another tenth of the spots
@@ -42,6 +38,27 @@ class Taught:
 
     weight: np.ndarray  # (G, R) float32, 0 for a gene that the reference does not know
     bias: np.ndarray  # (G,) float32, likewise
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The linear model of the spots: roots of the counts of a disc full of like superpixels.
+
+    Q spots taught it; C components are those of tokens and of their means (method/linear.py).
+    """
+
+    middle: np.ndarray  # (3 F,) of the views of spots
+    axes: np.ndarray  # (3 F, C) float32; (view - middle) @ axes are its components
+    weights: np.ndarray  # (C, G) float32
+    spots: np.ndarray  # (Q, 2) places of the spots it learned from
+    of_spots: np.ndarray  # (Q, G) float32, of the covariance over the place
+    mean: np.ndarray  # (G,) float32, the root where tokens and place tell nothing
+    lowest: np.ndarray  # (G,) float32, of the roots, as is the next
+    highest: np.ndarray  # (G,) float32
+    level: np.ndarray  # (G,) float32, log of the mean of counts over the square of the mean root:
+    # about what squares of roots lack; anchoring does the rest
+    pitch: float  # superpixels
+    fineness: float  # half the logarithm of what single tokens explain over what means explain
 
 
 @dataclass

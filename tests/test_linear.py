@@ -378,6 +378,10 @@ def test_the_default_preset_has_the_model_and_the_published_one_has_not():
 
 
 # ----- what it tells the networks -----
+def join(section, preset):
+    linear.join(section, preset.linear_share > 0, preset.weighs_scales)
+
+
 def blurred(section, side):
     """The section with counts that follow the first token's mean over squares of this side."""
     seen = section.tokens[..., 0].astype(float)
@@ -395,7 +399,7 @@ def test_single_tokens_weigh_less_where_counts_follow_their_means(capsys):
     found = []
     for side in (1, 9):
         some = blurred(section, side)
-        HISTEX.fit_linear_model(some, preset)
+        join(some, preset)
         assert some.fineness == some.linear.fineness
         assert f"single tokens {math.exp(some.fineness):.2f}, their" in capsys.readouterr().out
         found.append(some.fineness)
@@ -430,7 +434,7 @@ def test_views_are_weighed_from_single_tokens_to_the_widest_mean():
 )
 def test_a_preset_may_do_without(change, fitted, weighed):
     section = replace(moved_section((0.0, 0.0)), fineness=9.0)
-    HISTEX.fit_linear_model(section, replace(HISTEX.PRESETS["default"], **change))
+    join(section, replace(HISTEX.PRESETS["default"], **change))
     assert (section.linear is not None) == fitted
     assert (section.fineness != 0) == weighed
     assert section.fineness < 2
@@ -438,6 +442,6 @@ def test_a_preset_may_do_without(change, fitted, weighed):
 
 def test_of_too_few_spots_all_scales_weigh_alike():
     section = make_section()
-    HISTEX.fit_linear_model(section, HISTEX.PRESETS["default"])
+    join(section, HISTEX.PRESETS["default"])
     assert section.linear is None
     assert section.fineness == 0
