@@ -100,10 +100,10 @@ def disc_views(section: Section, spots: np.ndarray) -> np.ndarray:
     return np.concatenate(out)
 
 
-def scaled(x: np.ndarray) -> np.ndarray:
-    """Factors (F,) float64 that make the mean of |x|^2 over the rows of x (N, F) one, or zero."""
+def unit(x: np.ndarray) -> float:
+    """What makes the mean of |x|^2 over the rows of x (N, F) one; 0 if none differs from 0."""
     size = math.sqrt((x**2).sum() / len(x))
-    return np.full(x.shape[1], 1 / size if size > TINY else 0.0)
+    return 1 / size if size > TINY else 0.0
 
 
 def component_axes(views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,15 +111,15 @@ def component_axes(views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Components along either vary by one in sum; the means over both squares count alike.
     """
-    scales = [scaled(part) for part in np.split(views, 1 + len(SCALES), axis=1)]
-    n_features, out = len(scales[0]), []
+    scales = np.split(views, 1 + len(SCALES), axis=1)
+    n_features = scales[0].shape[1]
+    factors = np.repeat([unit(part) for part in scales], n_features)
+    out = []
     for columns in (slice(0, n_features), slice(n_features, None)):
-        factors = np.concatenate(scales)[columns]
-        part = views[:, columns] * factors
+        part = views[:, columns] * factors[columns]
         axes = np.linalg.svd(part, full_matrices=False)[2][:COMPONENTS].T
-        axes = axes * scaled(part @ axes)
         out.append(np.zeros((views.shape[1], axes.shape[1])))
-        out[-1][columns] = factors[:, None] * axes
+        out[-1][columns] = unit(part @ axes) * factors[columns, None] * axes
     return out[0], out[1]
 
 
@@ -172,7 +172,7 @@ def join(section: Section, shares_in_maps: bool, weighs_scales: bool) -> None:
     if weighs_scales and section.linear is not None:
         section.fineness = section.linear.fineness
         single, means = math.exp(section.fineness), math.exp(-section.fineness)
-        print(f"weights, by the spots: single tokens {single:.2f}, their means {means:.2f}")
+        print(f"weights, as the spots tell: single tokens {single:.2f}, their means {means:.2f}")
 
 
 def fineness(by_single: float, by_means: float) -> float:

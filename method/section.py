@@ -77,7 +77,7 @@ class Section:
     by_area: bool  # discs weighted by area and tissue (default), or counted in whole superpixels
     taught: Taught | None = None  # by a reference
     linear: Fitted | None = None  # the linear model of its spots
-    fineness: float = 0.0  # of what is seen: log of how much more single tokens weigh than at 0
+    fineness: float = 0.0  # log of the weight of single tokens; widest means weigh its inverse
 
     def __post_init__(self) -> None:
         self.half = math.ceil(self.radius) if self.by_area else math.floor(self.radius)
