@@ -94,8 +94,8 @@ from writing.progress import Bar
 class DefaultNetwork(Network):
     """Counts per superpixel: the interpolated expression times a factor that the network learns."""
 
-    scales: tuple[int, ...] = (3, 9)  # superpixels: neighbourhoods of 24 and 72 um
-    halo = 4  # superpixels, half of the largest scale
+    scales: tuple[int, ...] = linear.SCALES  # superpixels, of the neighbourhoods that are seen
+    halo = linear.HALO  # superpixels, half of the largest scale
     latent_size = 2 * WIDTH
     interpolates = counts_alike = True
     dropout = 0.5  # of token features, and of the features that the last layer reads
