@@ -336,7 +336,7 @@ class Preset:
     holds_out: bool = True  # each state leaves out a tenth of the spots, and a spot's own context
     overlap: bool = True  # patches overlap in prediction and are blended; else side by side
     anchor_prior: float | None = 5.0  # counts; None: maps are not anchored to the spots
-    linear_share: float = 0.2  # of the linear model in the maps; 0: they are those of the networks
+    linear_share: float = 0.3  # of the linear model in the maps; 0: they are those of the networks
     registers: bool = True  # an image that clearly lies beside the spots is moved back
     weighs_scales: bool = True  # single tokens and their means, as the spots tell; else alike
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW

@@ -183,7 +183,9 @@ def extraction(args: argparse.Namespace, device: torch.device) -> Iterator[tuple
     for precision in ("float32", "tf32", "bfloat16"):
         if precision == "tf32" and device.type != "cuda":
             continue
-        options = argparse.Namespace(precision=precision, overlap=None, batch_size=args.batch_size)
+        options = argparse.Namespace(
+            precision=precision, overlap=None, batch_size=args.batch_size, turns=extractor.TURNS[-1]
+        )
         n = side // TOKEN_PX
         encoder = extractor.Encoder(backbone, device, options, n, n)
         found = timed(functools.partial(encoder.row, pixels), args.seconds, device)

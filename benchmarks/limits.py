@@ -90,17 +90,17 @@ def table_alone(folder: Path, spots: int, stage: Facts) -> None:
 
 def tile_by_tile(folder: Path, side: int, stage: Facts) -> Facts:
     tile = (utils.TOKENS_PER_TILE, utils.TOKENS_PER_TILE)
-    return network(tile, 1, math.ceil(side / utils.TILE_PX) ** 2)
+    return network(tile, 1, stage["turns"] * math.ceil(side / utils.TILE_PX) ** 2)
 
 
 def network_alone(folder: Path, side: int, stage: Facts) -> Facts:
-    """As many tiles as the stage ran, as large."""
+    """As many tiles as the stage ran, as large, in as many ways up."""
     import Histology_Extractor as extractor
 
     rows, columns = (extractor.CNN_TILING.side(extent) for extent in stage["grid"])
     computed = stage["tiles"] * rows * columns / math.prod(stage["grid"])
     facts = network((rows, columns), stage["batch"], stage["tiles"])
-    return {"seconds": facts["seconds"], "computed": computed}
+    return {"seconds": stage["turns"] * facts["seconds"], "computed": computed}
 
 
 def network(tile: tuple[int, int], batch: int, tiles: int) -> Facts:

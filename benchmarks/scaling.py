@@ -133,7 +133,8 @@ def run_extractor(case: Case, folder: Path, log: Path, options: Facts) -> Facts:
     facts = run_script(case, folder, log, options)
     said = re.findall(r"(\d+) tiles in ([\d.]+) s", log.read_text(encoding="utf-8"))
     record = read_record(folder, case.script)
-    more = {"batch": record["batch_size"], "grid": record["feature_shape"][:2]}
+    more = {"batch": record["batch_size"], "turns": record["turns"]}
+    more |= {"grid": record["feature_shape"][:2]}
     return {**facts, **more, "tiles": int(said[-1][0]), "loop": float(said[-1][1])}
 
 

@@ -9,26 +9,30 @@ t and t', d apart, have the covariance
     1 + a t.t' + (1 - a) (1 + x) exp(-x),   x = sqrt(3) d / (LENGTH pitches).
 
 Here t holds principal components, either of the tokens of single superpixels or of their means over
-24 and 72 um, both averaged over the disc. How far a gene follows tokens (a) and which of the two,
-and how much of it is noise, its own counts tell: the model is fitted with each of SHARES and
-NOISES, and the mean of all fits is taken, each weighted by the likelihood of the counts (its
-evidence). Counts of discs can hardly tell what single superpixels add, so that single tokens have
-odds of SINGLE_ODDS before any count.
+24 and 72 um, both averaged over the disc.
 
-The networks weigh single tokens and their means by the variance that each of them explains, over
-all genes (``fineness``). A gene that is all noise has no say in it.
+Genes learn from each other: it is not they that are fitted, but patterns, the principal components
+of the roots of all genes at the spots. What many genes share lies in the first ones, almost free
+of noise, and most of the others turn out to be noise. A gene is the sum of the patterns, each times
+its loading. How far a pattern follows tokens (a) and which of the two, and how much of it is noise,
+its values tell: the model is fitted with each of SHARES and NOISES, and the mean of all fits is
+taken, each weighted by the likelihood of the values (its evidence). Sums over discs can hardly tell
+what single superpixels add, so that single tokens have odds of SINGLE_ODDS before any count.
+
+The networks weigh single tokens and their means by the variance that each of them explains of the
+genes, one by one (``fineness``). A gene that is all noise has no say in it.
 
 The logarithms of the networks and of this model are averaged, each with its share; then the map is
 anchored to the spots.
 
 Letters in shapes: N spots, M superpixels, F token features, C components of tokens and of their
-means together, G genes, Q nodes.
+means together, G genes, K patterns, Q nodes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,6 +60,7 @@ MOST_NODES = 60_000  # of a map; where spots lie closer, the nodes lie farther a
 LOWEST = 0.15  # of a gene's mean root: roots of counts are not negative
 HIGHEST = 2.0  # of a gene's largest root at a spot, within whose disc a superpixel may stand out
 LARGEST = 6e4  # of a component: below the largest number of float16
+SMALLEST = 1e-9  # of the largest variance of a pattern: less is rounding
 TINY = 1e-6
 SPOTS_AT_ONCE, NODES_AT_ONCE, GENES_AT_ONCE = 64, 4096, 1000
 
@@ -71,11 +76,10 @@ class Fit:
 
 
 class Posterior(NamedTuple):
-    """What the mean of all fits predicts from, and what it says of the variance of values."""
+    """What the mean of all fits predicts values (N, K) from."""
 
-    weights: np.ndarray  # (3, N, G) of the spots, in what single tokens, means, and the place tell
-    constant: np.ndarray  # (G,)
-    explained: np.ndarray  # (2, G), share of the variance: by single tokens, by their means
+    weights: np.ndarray  # (3, N, K) of the spots, in what single tokens, means, and the place tell
+    constant: np.ndarray  # (K,)
 
 
 def covariance(places: np.ndarray, others: np.ndarray, pitch: float) -> np.ndarray:
@@ -140,29 +144,49 @@ def fit(section: Section) -> Fitted | None:
     sd = np.maximum(roots.std(axis=0, dtype=np.float64), TINY)
     pitch = max(grid.neighbour_distance(places), 1.0)
     fits = fits_of([*(x @ x.T for x in tokens), covariance(places, places, pitch)])
-    weights, of_spots, constant, explained = [], [], [], np.zeros(2)
-    for start in range(0, len(sd), GENES_AT_ONCE):
-        genes = slice(start, start + GENES_AT_ONCE)
-        found = posterior(fits, (roots[:, genes] - mean[genes]) / sd[genes])
-        *by_tokens, by_place = (found.weights * sd[genes]).astype(np.float32)
-        parts = [x.T.astype(np.float32) @ by for x, by in zip(tokens, by_tokens, strict=True)]
-        weights.append(np.concatenate(parts))
-        of_spots.append(by_place)
-        constant.append(found.constant)
-        explained += found.explained[:, sd[genes] > TINY].sum(axis=1)
+    varies, n_genes = sd > TINY, len(sd)
+    blocks = [slice(i, i + GENES_AT_ONCE) for i in range(0, n_genes, GENES_AT_ONCE)]
+
+    def standardised(genes: slice) -> np.ndarray:
+        return (roots[:, genes] - mean[genes]) / sd[genes]
+
+    shared = patterns(standardised(genes) for genes in blocks)
+    found = posterior(fits, shared)
+    *by_tokens, by_place = found.weights.astype(np.float32)
+    parts = [x.T.astype(np.float32) @ by for x, by in zip(tokens, by_tokens, strict=True)]
+    weights, of_spots, constant, by_views = [], [], [], np.zeros(2)
+    for genes in blocks:
+        values = standardised(genes)
+        loadings = shared.T @ values / len(values) * sd[genes]
+        constant.append(found.constant @ loadings)
+        loadings = loadings.astype(np.float32)
+        weights.append(np.concatenate(parts) @ loadings)
+        of_spots.append(by_place @ loadings)
+        by_views += explained(fits, values)[:, varies[genes]].sum(axis=1)
     return Fitted(
         middle=middle,
         axes=np.hstack(axes).astype(np.float32),
         weights=np.hstack(weights),
         spots=places,
         of_spots=np.hstack(of_spots),
-        mean=(mean + np.concatenate(constant) * sd).astype(np.float32),
+        mean=(mean + np.concatenate(constant)).astype(np.float32),
         lowest=np.maximum(LOWEST * mean, TINY).astype(np.float32),
         highest=np.maximum(HIGHEST * roots.max(axis=0), TINY).astype(np.float32),
         level=np.log((mean_count + TINY**2) / (mean**2 + TINY**2)).astype(np.float32),
         pitch=pitch,
-        fineness=fineness(*explained),
+        fineness=fineness(*by_views),
     )
+
+
+def patterns(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Principal components (N, K) of values (N, G), which come in blocks of genes.
+
+    Each is scaled to a mean square of 1, and those along which nothing varies are left out.
+    """
+    products = sum(values @ values.T for values in blocks)
+    variances, vectors = np.linalg.eigh(products)
+    varies = variances > max(SMALLEST * variances[-1], TINY)
+    return vectors[:, varies] * math.sqrt(len(vectors))
 
 
 def join(section: Section, shares_in_maps: bool, weighs_scales: bool) -> None:
@@ -198,31 +222,44 @@ def fits_of(kernels: Sequence[np.ndarray]) -> list[Fit]:
     return fits
 
 
-def posterior(fits: Sequence[Fit], y: np.ndarray) -> Posterior:
-    """The mean over the fits, each with NOISES, of values y (N, G), by their evidence.
+def along_axes(fits: Sequence[Fit], y: np.ndarray) -> list[np.ndarray]:
+    """Values y (N, K) along the eigenvectors of each fit."""
+    return [fit.vectors.T @ y for fit in fits]
+
+
+def chances(fits: Sequence[Fit], along: Sequence[np.ndarray]) -> np.ndarray:
+    """Chance (fits, NOISES, K) of each fit with each noise, by the evidence of values along axes.
 
     The scale of each covariance is the likeliest.
     """
-    along = [fit.vectors.T @ y for fit in fits]
-    evidence = np.empty((len(fits), len(NOISES), y.shape[1]))
-    for i, fit in enumerate(fits):
+    evidence = np.empty((len(fits), len(NOISES), along[0].shape[1]))
+    for i, (fit, x) in enumerate(zip(fits, along, strict=True)):
         for j, noise in enumerate(NOISES):
-            scale = np.maximum((along[i] ** 2 / (fit.values + noise)).mean(axis=0), TINY)
+            scale = np.maximum((x**2 / (fit.values + noise)).mean(axis=0), TINY)
             determinant = np.log(fit.values + noise).sum()
-            evidence[i, j] = math.log(fit.odds) - (len(y) * np.log(scale) + determinant) / 2
+            evidence[i, j] = math.log(fit.odds) - (len(x) * np.log(scale) + determinant) / 2
     chance = np.exp(evidence - evidence.max(axis=(0, 1)))
-    chance /= chance.sum(axis=(0, 1))
+    return chance / chance.sum(axis=(0, 1))
+
+
+def posterior(fits: Sequence[Fit], y: np.ndarray) -> Posterior:
+    """The mean over the fits, each with NOISES, of values y (N, K), by their evidence."""
+    along = along_axes(fits, y)
     weights, constant = np.zeros((3, *y.shape)), np.zeros(y.shape[1])
-    explained = np.zeros((2, y.shape[1]))
-    for fit, x, by_noise in zip(fits, along, chance, strict=True):
+    for fit, x, by_noise in zip(fits, along, chances(fits, along), strict=True):
         shrunk = sum(p / (fit.values + noise) for p, noise in zip(by_noise, NOISES, strict=True))
         told = fit.vectors @ (x * shrunk)
         for i, share in enumerate(fit.shares):
             if share > 0:
                 weights[i] += share * told
         constant += told.sum(axis=0)
-        explained += np.outer(fit.shares[:2], (by_noise / (1 + NOISES[:, None])).sum(axis=0))
-    return Posterior(weights, constant, explained)
+    return Posterior(weights, constant)
+
+
+def explained(fits: Sequence[Fit], y: np.ndarray) -> np.ndarray:
+    """Share (2, G) of the variance of values y (N, G) by single tokens and by their means."""
+    by_fit = chances(fits, along_axes(fits, y)).transpose(0, 2, 1) @ (1 / (1 + NOISES))
+    return np.array([fit.shares[:2] for fit in fits]).T @ by_fit
 
 
 class OfGenes(NamedTuple):

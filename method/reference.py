@@ -124,7 +124,7 @@ class Reference:
 # the file
 # ------------------------------------------------------------------------------------------------
 def backbone_of(stage: utils.Stage, tokens: np.ndarray) -> dict[str, str]:
-    """Which network made the tokens (h, w, F) of a sample, by the record, and F."""
+    """Which network made the tokens (h, w, F) of a sample, in how many ways up, and F."""
     known = {key: stage.fact(utils.EXTRACTOR, key) for key in ("backbone", "weights_sha256")}
     if not all(isinstance(value, str) for value in known.values()):
         raise stage.error(
@@ -132,7 +132,8 @@ def backbone_of(stage: utils.Stage, tokens: np.ndarray) -> dict[str, str]:
             "does not tell which network made the tokens.",
             f"Run: {stage.command(utils.EXTRACTOR)} --force",
         )
-    return {key: str(value) for key, value in known.items()} | {"features": str(tokens.shape[-1])}
+    known |= {"turns": stage.fact(utils.EXTRACTOR, "turns") or 1, "features": tokens.shape[-1]}
+    return {key: str(value) for key, value in known.items()}
 
 
 def write_reference(path: Path, reference: Reference) -> None:
@@ -182,13 +183,14 @@ def read_reference(path: Path, backbone: dict[str, str]) -> Reference:
         raise utils.StageError(
             f"--reference {path} is damaged or no reference ({error!r:.200}).", remedy
         ) from error
-    theirs = {key: str(facts.get(key)) for key in backbone}
+    theirs = {key: str(facts.get(key, 1)) for key in backbone}  # before there were turns: 1
     if theirs != backbone:
         raise utils.StageError(
             f"--reference {path} was learned from tokens of {described(theirs)}; the tokens here "
             f"are of {described(backbone)}.",
-            "Learn a reference from sections with the tokens of this network: python "
-            "reference/learn.py --sections DIR ... --output FILE",
+            f"Run {utils.EXTRACTOR} with its --backbone and --turns, or learn a reference from "
+            "sections with tokens like these: python reference/learn.py --sections DIR ... "
+            "--output FILE",
         )
     expected = {name: kept[name].numpy() for name in EXPECTED}
     return Reference(encoder.eval(), genes, rates.numpy(), expected, facts)
@@ -205,8 +207,8 @@ def check_genes(genes: Any) -> None:
 
 
 def described(backbone: dict[str, str]) -> str:
-    weights, n = backbone["weights_sha256"][:12], backbone["features"]
-    return f"{backbone['backbone']} ({n} features, weights {weights})"
+    weights, n, turns = (backbone[key] for key in ("weights_sha256", "features", "turns"))
+    return f"{backbone['backbone']} ({n} features, weights {weights[:12]}, --turns {turns})"
 
 
 # ------------------------------------------------------------------------------------------------

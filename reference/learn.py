@@ -281,7 +281,7 @@ def read_sections(args: argparse.Namespace) -> tuple[list[Lesson], dict[str, str
             raise utils.StageError(
                 f"The tokens of {lesson.directory} are made by {reference.described(backbone)}, "
                 f"those of {sections[0].directory} by {reference.described(backbones[0])}.",
-                f"Run {utils.EXTRACTOR} with one and the same --backbone on all sections.",
+                f"Run {utils.EXTRACTOR} with the same --backbone and --turns on all sections.",
             )
     return sections, backbones[0]
 

@@ -97,10 +97,14 @@ def tiny_uni(monkeypatch, tmp_path):
 CPU = ("--device", "cpu")  # where numbers are compared with those of a CPU
 
 
-def encoder(backbone, image, overlap=None, batch_size=None, tiling=None, precision="float32"):
+def encoder(
+    backbone, image, overlap=None, batch_size=None, tiling=None, precision="float32", turns=1
+):
     if tiling is not None:
         backbone = extractor.replace(backbone, tiling=tiling)
-    args = argparse.Namespace(batch_size=batch_size, overlap=overlap, precision=precision)
+    args = argparse.Namespace(
+        batch_size=batch_size, overlap=overlap, precision=precision, turns=turns
+    )
     h, w = (side // 16 for side in image.shape[:2])
     return extractor.Encoder(backbone, torch.device("cpu"), args, h, w)
 
@@ -142,7 +146,8 @@ def test_uni_tokens_are_those_of_a_direct_forward_of_every_tile(tiny_uni, tmp_pa
     model, weights = tiny_uni
     image = section(448, 672)
     directory = write_he(tmp_path / "s", image)
-    assert run(SCRIPT, directory, "--weights", str(weights), "--overlap", "0", *CPU) == 0
+    options = ["--weights", str(weights), "--overlap", "0", "--turns", "1", *CPU]
+    assert run(SCRIPT, directory, *options) == 0
     tokens, _ = outputs(directory)
     assert tokens.shape == (28, 42, 32)
     assert tokens.dtype == np.float16
@@ -167,6 +172,7 @@ def test_uni_tokens_are_those_of_a_direct_forward_of_every_tile(tiny_uni, tmp_pa
     assert facts["weights_sha256"] == disk.sha256(weights)
     assert facts["feature_shape"] == [28, 42, 32]
     assert facts["overlap_tokens"] == 0
+    assert facts["turns"] == 1
 
 
 def test_a_changed_superpixel_changes_its_own_token_most(tiny_uni):
@@ -244,6 +250,49 @@ def test_cnn_of_timm_from_a_file(tmp_path):
         tokens = extractor.tile_tokens(backbone.model, torch.rand(1, 3, 224, 448))
     assert tokens.shape == (1, 14, 28, 128 + 256)
     assert not backbone.stains
+
+
+# ----- ways up -----
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_a_token_is_the_mean_over_the_ways_up(turns, tiny_uni, tmp_path):
+    """Against whole sections that were turned as pictures, each extracted in one way up."""
+    image = section(224, 448)
+    for name, weights in ((LITE, None), ("uni", tiny_uni[1])):
+        backbone = extractor.load_backbone(name, weights, None)
+        alone = []
+        for quarters in range(0, 4, 4 // turns):
+            turned = np.ascontiguousarray(np.rot90(image, quarters))
+            alone.append(np.rot90(feature_map(tmp_path, backbone, turned, overlap=0), -quarters))
+        got = feature_map(tmp_path, backbone, image, overlap=0, turns=turns)
+        np.testing.assert_allclose(got, np.mean(alone, axis=0), rtol=2e-3, atol=5e-3)
+
+
+def test_a_turned_section_has_the_same_tokens_turned(lite, tmp_path):
+    image = section(224, 448)
+    upright = feature_map(tmp_path, lite, image, turns=4)
+    for quarters in (1, 2, 3):
+        turned = np.ascontiguousarray(np.rot90(image, quarters))
+        back = np.rot90(feature_map(tmp_path, lite, turned, turns=4), -quarters)
+        np.testing.assert_allclose(back, upright, rtol=2e-3, atol=5e-3)
+    once = feature_map(tmp_path, lite, image)
+    over = np.rot90(feature_map(tmp_path, lite, np.ascontiguousarray(image[::-1, ::-1])), 2)
+    assert np.abs(once - over)[..., :152].max() > 0.1  # without turns they differ
+
+
+def test_other_turns_start_over_and_are_recorded(tiny_uni, tmp_path, monkeypatch):
+    options = ["--weights", str(tiny_uni[1]), *CPU]
+    directory = write_he(tmp_path / "s", section(448, 224))
+    folder = interrupted(monkeypatch, directory, *options)
+    for row in folder.iterdir():
+        np.save(row, np.ones_like(np.load(row)))  # would be seen if it were used
+    assert run(SCRIPT, directory, *options, "--turns", "1") == 0
+    once = outputs(directory)[0]
+    assert record(directory)["turns"] == 1
+    for row in folder.iterdir():
+        row.unlink()
+    assert run(SCRIPT, directory, *options) == 0
+    assert record(directory)["turns"] == 4
+    assert not np.array_equal(once, outputs(directory)[0])
 
 
 # ----- the embedded network -----
@@ -1151,7 +1200,7 @@ def test_a_vit_takes_fewer_bits_and_more_tiles_at_once_on_a_card(lite, tiny_uni,
     asked = []
     monkeypatch.setattr(devices, "set_precision", lambda *asks: asked.append(asks) or "float32")
     uni = extractor.load_backbone("uni", tiny_uni[1], None)
-    args = argparse.Namespace(batch_size=None, overlap=None, precision="auto")
+    args = argparse.Namespace(batch_size=None, overlap=None, precision="auto", turns=1)
     for backbone, best in ((lite, "tf32"), (uni, "bfloat16")):
         cpu = extractor.Encoder(backbone, torch.device("cpu"), args, 14, 14)
         assert asked.pop() == ("auto", torch.device("cpu"), best)

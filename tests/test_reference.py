@@ -87,7 +87,7 @@ def test_a_reference_tells_of_a_section_that_it_does_not_know(learned):
 
 def backbone(learned: Path) -> dict[str, str]:
     facts = facts_of(learned)
-    return {key: facts[key] for key in ("backbone", "weights_sha256", "features")}
+    return {key: facts[key] for key in ("backbone", "weights_sha256", "turns", "features")}
 
 
 def test_left_out_blocks_train_nothing(sections, monkeypatch):
@@ -316,7 +316,7 @@ def test_sections_of_other_networks_are_refused(sections, tmp_path, capsys):
     assert learn.run([*options, "--output", str(tmp_path / "x.safetensors")]) == 2
     error = capsys.readouterr().err
     assert "ffffffffffff" in error
-    assert "one and the same --backbone" in error
+    assert "with the same --backbone and --turns on all sections" in error
 
 
 def test_the_second_time_there_is_nothing_to_do(learned, sections, capsys):
@@ -405,11 +405,37 @@ def test_numbers_of_other_formats_are_read(learned, tmp_path):
     np.testing.assert_allclose(rates, load_file(learned)["rates"], rtol=0.01)
 
 
-def test_a_reference_of_another_network_is_refused(finished, learned, capsys):
+@pytest.mark.parametrize(
+    ("fact", "told"),
+    [({"weights_sha256": "f" * 64}, "weights ffffffffffff"), ({"turns": 1}, "--turns 1)")],
+)
+def test_a_reference_of_other_tokens_is_refused(fact, told, finished, learned, capsys):
     path = finished / "Histology_Extractor.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_sha256": "f" * 64}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | fact))
     assert run("HISTEX.py", finished, "--reference", str(learned)) == 2
-    assert "was learned from tokens of" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "was learned from tokens of" in error
+    assert told in error
+    assert "--turns 4)" in error
+
+
+def test_tokens_from_before_there_were_turns_are_of_one(finished, learned, tmp_path):
+    """Those of a section, and of a reference."""
+    path = finished / "Histology_Extractor.json"
+    record = json.loads(path.read_text())
+    del record["turns"]
+    path.write_text(json.dumps(record))
+    stage, section, _ = section_of(finished)
+    found = reference.backbone_of(stage, section.tokens)
+    assert found["turns"] == "1"
+    old = tmp_path / "old.safetensors"
+    with reference.safetensors.safe_open(learned, "pt") as file:
+        about = json.loads(file.metadata()["histex"])
+    del about["turns"]
+    save_file(load_file(learned), old, {"histex": json.dumps(about)})
+    assert reference.read_reference(old, found).genes == [*GENES, NEW]
+    with pytest.raises(utils.StageError, match="--turns 1"):
+        reference.read_reference(old, backbone(learned))
 
 
 # ------------------------------------------------------------------------------------------------
