@@ -37,8 +37,8 @@ comparison; ``default`` departs from it:
   falls to zero within a few epochs; training stops before when held-out spots stop improving.
 * An image that clearly lies beside the spots, as these tell, is moved back before training.
 * Patches overlap and are blended in prediction, so that no seam shows.
-* A fifth of the map, in logarithms, is that of a linear model (method/linear.py). It errs in other
-  ways than the networks, and tells them how much single tokens and their means weigh.
+* Three tenths of the map, in logarithms, are those of a linear model (method/linear.py). It errs in
+  other ways than the networks, and tells them how much single tokens and their means weigh.
 * At the end the maps are anchored: scaled so that the discs of the spots sum to about what was
   measured.
 

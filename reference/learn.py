@@ -8,10 +8,11 @@ kind show. HISTEX.py --reference uses it beside the spots of another section; re
 makes maps without any spot, from the H&E alone. One section with a truth is enough; sections with
 spots only may stand beside it.
 
-All sections need tokens of the same network. They need not have the same genes: a gene is learned
-from the sections that have it. Tokens are standardised within each section, and expression is
-relative to the mean of the section, so that its stain and depth matter less. An image that clearly
-lies beside its truth, or beside its spots, is moved back first (method/registration.py).
+All sections need tokens of the same network, seen in as many ways up (--turns). They need not have
+the same genes: a gene is learned from the sections that have it. Tokens are standardised within
+each section, and expression is relative to the mean of the section, so that its stain and depth
+matter less. An image that clearly lies beside its truth, or beside its spots, is moved back first
+(method/registration.py).
 
 A small network is learned. It turns a token, with the means of its surroundings (24 and 72 um),
 into 96 features, and these into the logarithm of every gene's counts. The loss is Poisson's. Of
