@@ -62,7 +62,7 @@ HIGHEST = 2.0  # of a gene's largest root at a spot, within whose disc a superpi
 LARGEST = 6e4  # of a component: below the largest number of float16
 SMALLEST = 1e-9  # of the largest variance of a pattern: less is rounding
 TINY = 1e-6
-SPOTS_AT_ONCE, NODES_AT_ONCE, GENES_AT_ONCE = 64, 4096, 1000
+SPOTS_AT_ONCE, NODES_AT_ONCE, GENES_AT_ONCE = 64, 4096, 1000  # of patterns, too
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ def fit(section: Section) -> Fitted | None:
         return (roots[:, genes] - mean[genes]) / sd[genes]
 
     shared = patterns(standardised(genes) for genes in blocks)
-    found = posterior(fits, shared)
+    some = np.array_split(shared, 1 + shared.shape[1] // GENES_AT_ONCE, axis=1)
+    each = zip(*(posterior(fits, y) for y in some), strict=True)
+    found = Posterior(*(np.concatenate(parts, axis=-1) for parts in each))
     *by_tokens, by_place = found.weights.astype(np.float32)
     parts = [x.T.astype(np.float32) @ by for x, by in zip(tokens, by_tokens, strict=True)]
     weights, of_spots, constant, by_views = [], [], [], np.zeros(2)
