@@ -105,7 +105,7 @@ def calibration(root: Path, folder: Path) -> list[str]:
 def cells(command: list[str], log: Path) -> list[str]:
     """Wall seconds, CPU seconds and peak memory of a command."""
     facts = measure.run_measured(command, log)
-    return [f"{facts[name]:.{digits}f}" for name, digits in (("seconds", 1), ("cpu", 1), ("gb", 2))]
+    return [f"{facts[name]:.2f}" for name in ("seconds", "cpu", "gb")]
 
 
 def measure_image(side: int, kind: str, programs: dict[str, Path]) -> list[str]:

@@ -126,9 +126,9 @@ def test_the_bare_network_has_the_memory_settings_of_the_script(monkeypatch):
     kept = []
     monkeypatch.setattr(extractor, "keep_freed_memory", lambda: kept.append(len(kept)))
     monkeypatch.setattr(limits, "BARE_SECONDS", 1e-9)
-    stage = {"grid": (2, 2), "tiles": 1, "batch": 1}
+    stage = {"grid": (2, 2), "tiles": 1, "batch": 1, "turns": 1}
     assert limits.network_alone(Path(), 28, stage)["seconds"] > 0
-    limits.tile_by_tile(Path(), 28, {})
+    limits.tile_by_tile(Path(), 28, stage)
     assert kept == [0, 1]
 
 
