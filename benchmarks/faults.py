@@ -206,7 +206,7 @@ class Bench:
 
         options = (*self.script.options, *(["--force"] if force else []))
         script = self.script._replace(options=options)
-        log = self.work / f"run-{os.times().elapsed}.log"
+        log = self.work / f"run-{time.monotonic_ns()}.log"  # a run may go on within another
         return trials.forked(script, self.trial, log, SECONDS, before, meanwhile)
 
     def arm(self, fault: Fault) -> None:
