@@ -214,7 +214,7 @@ class TaughtNetwork(DefaultNetwork):
     """The default with a reference, whose features are the last of every token.
 
     The network takes them in like the others. Beyond that, the reference predicts the genes that it
-    knows, and each gene learns how far to follow it.
+    knows, and by these the others; each gene learns how far to follow it.
     """
 
     quick: ClassVar[tuple[str, ...]] = ("trust", "belief")
@@ -224,11 +224,10 @@ class TaughtNetwork(DefaultNetwork):
 
     def __init__(self, section: Section, train: np.ndarray) -> None:
         super().__init__(section, train)
-        if section.taught is None:
-            raise ValueError("a section without a reference")
+        taught = reference.passed_on(section, train)
         self.belief = nn.Parameter(torch.zeros(section.counts.shape[1]))
-        self.register_buffer("taught_weight", torch.from_numpy(section.taught.weight))
-        self.register_buffer("taught_bias", torch.from_numpy(section.taught.bias))
+        self.register_buffer("taught_weight", torch.from_numpy(taught.weight))
+        self.register_buffer("taught_bias", torch.from_numpy(taught.bias))
 
     def embed_histology(self, views: Tensor) -> Tensor:
         """(..., 3 (F + R)) -> (..., D + R): the reference's features as they are."""

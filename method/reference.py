@@ -4,7 +4,11 @@ It is a small network from tokens to the expression of superpixels, learned wher
 every superpixel is known (reference/learn.py). On another section it gives each superpixel
 FEATURES values that tell what such tissue expresses, and a prediction from histology alone.
 
-Letters in shapes: B patches, F token features, G genes, R features of the reference.
+Genes that it does not know get a prediction, too: the spots of the section tell which of the known
+genes they go with (``passed_on``).
+
+Letters in shapes: B patches, F token features, G genes, K genes that the reference knows, N spots,
+R features of the reference.
 """
 
 from __future__ import annotations
@@ -39,6 +43,8 @@ DROPOUT = 0.2
 MOST_WEIGHT = 1e3  # then features stay within float16
 MOST_RATE = 1e9  # counts per superpixel
 MOST_LOG = 6.0  # of the ratio of a superpixel to its section's mean, 400-fold
+MOST_SPOTS = 2500  # that tell which genes go together
+LEAST_ROOT = 0.2  # of a gene's mean root at the spots, by which its changes are divided
 EXPECTED = ("expected_r_8um", "expected_r_32um")
 
 
@@ -230,6 +236,33 @@ def encoded_rows(
     with torch.inference_mode():
         for rows, x in standardised_rows(tokens, statistics, HALO, len(SCALES), device):
             yield rows, encoder.features(x)[0]
+
+
+def passed_on(section: Section, train: np.ndarray) -> Taught:
+    """What the reference of a section teaches, passed on to the genes that it does not know.
+
+    Across the training spots (indices), the relative changes of such a gene are a linear function
+    of those of the known genes, by ridge regression: what is taught of these, with the same
+    coefficients, is taught of it. Changes A (N, K) are those of the roots of counts, twice, over
+    their mean. Counting noise gives them a variance of about 1 / mean^2 = D (K,), so that
+    coefficients are (A'A + N D)^-1 A' (changes of the gene). Solved as a matrix of spots.
+    """
+    if section.taught is None:
+        raise ValueError("a section without a reference")
+    table = np.column_stack([section.taught.weight, section.taught.bias])
+    known = table.any(axis=1)
+    spots = np.intersect1d(train, section.drawn_spots(MOST_SPOTS))
+    share = section.share[spots, None].clip(max=1)
+    roots = np.sqrt(section.counts[spots] / share)
+    mean = roots.mean(axis=0)
+    least = np.maximum(mean, LEAST_ROOT)
+    changes = 2 * (roots - mean) / least
+    ours, others = changes[:, known], changes[:, ~known]
+    scaled = ours * (least[known] ** 2 / len(spots))  # A D^-1 / N
+    table[~known] = others.T @ np.linalg.solve(
+        scaled @ ours.T + np.eye(len(spots)), scaled @ table[known]
+    )
+    return Taught(*(x.astype(np.float32) for x in (table[:, :-1], table[:, -1])))
 
 
 def join(

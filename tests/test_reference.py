@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -493,6 +494,71 @@ def test_the_network_follows_the_reference_as_far_as_each_gene_believes(finished
     told = features @ section.taught.weight.T + section.taught.bias
     wanted = plain.numpy() * np.exp(np.linspace(0, 1, len(genes)) * told)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3)
+
+
+def taught_section(finished, known):
+    """A section, with a reference that knows some genes."""
+    section = section_of(finished)[1]
+    rng, n = np.random.default_rng(0), section.counts.shape[1]
+    weight, bias = rng.normal(size=(n, FEATURES)), rng.normal(size=n)
+    weight[~known], bias[~known] = 0, 0
+    return replace(section, taught=reference.Taught(weight.astype("f4"), bias.astype("f4")))
+
+
+def test_what_known_genes_are_taught_is_passed_on_by_ridge_regression(finished):
+    known = np.arange(len(GENES)) % 3 > 0
+    section = taught_section(finished, known)
+    train = np.arange(0, len(section.counts), 2)
+    got = reference.passed_on(section, train)
+    np.testing.assert_array_equal(got.weight[known], section.taught.weight[known])
+    np.testing.assert_array_equal(got.bias[known], section.taught.bias[known])
+
+    spots = train[section.usable[train]]
+    roots = np.sqrt(section.counts[spots] / section.share[spots, None].clip(max=1))
+    mean = roots.mean(axis=0)
+    changes = 2 * (roots - mean) / np.maximum(mean, 0.2)
+    a, noise = changes[:, known], 1 / np.maximum(mean[known], 0.2) ** 2
+    for gene in np.flatnonzero(~known):  # gene by gene, from the normal equations
+        coefficients = np.linalg.solve(a.T @ a + len(a) * np.diag(noise), a.T @ changes[:, gene])
+        np.testing.assert_allclose(
+            got.weight[gene], coefficients @ section.taught.weight[known], rtol=1e-3, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            got.bias[gene], coefficients @ section.taught.bias[known], rtol=1e-3, atol=1e-5
+        )
+
+
+def test_a_gene_that_goes_with_a_known_one_is_taught_nearly_the_same(finished):
+    known = np.arange(len(GENES)) > 0
+    section = taught_section(finished, known)
+    rate = 400 * np.random.default_rng(0).gamma(3, size=len(section.counts))
+    counts = np.random.default_rng(1).poisson(np.ones(section.counts.shape) * 400)
+    counts[:, 0], counts[:, 5] = rate, np.random.default_rng(2).poisson(rate)
+    section = replace(section, counts=(counts * section.share[:, None].clip(max=1)).astype("f4"))
+    got = reference.passed_on(section, np.arange(len(counts)))
+    wanted = section.taught.weight[5]
+    assert np.corrcoef(got.weight[0], wanted)[0, 1] > 0.98
+    assert 0.9 < np.linalg.norm(got.weight[0]) / np.linalg.norm(wanted) < 1.1
+
+
+def test_held_out_spots_have_no_say_in_what_is_passed_on(finished):
+    section = taught_section(finished, np.arange(len(GENES)) > 0)
+    train = np.arange(0, len(section.counts), 2)
+    counts = section.counts.copy()
+    counts[1::2] = 7
+    got, other = (
+        reference.passed_on(some, train) for some in (section, replace(section, counts=counts))
+    )
+    np.testing.assert_array_equal(got.weight, other.weight)
+    np.testing.assert_array_equal(got.bias, other.bias)
+    assert got.weight[0].any()
+
+
+@pytest.mark.parametrize("all_known", [True, False])
+def test_with_all_genes_known_or_none_there_is_nothing_to_pass_on(all_known, finished):
+    section = taught_section(finished, np.full(len(GENES), all_known))
+    got = reference.passed_on(section, np.arange(len(section.counts)))
+    np.testing.assert_array_equal(got.weight, section.taught.weight)
 
 
 def test_genes_that_the_reference_does_not_know_have_maps_too(finished, sections, tmp_path):
