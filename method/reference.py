@@ -44,6 +44,7 @@ MOST_WEIGHT = 1e3  # then features stay within float16
 MOST_RATE = 1e9  # counts per superpixel
 MOST_LOG = 6.0  # of the ratio of a superpixel to its section's mean, 400-fold
 MOST_SPOTS = 2500  # that tell which genes go together
+LEAST_KNOWN = 0.5  # share of a section's genes; by fewer, a reference of another tissue did harm
 LEAST_ROOT = 0.2  # of a gene's mean root at the spots, by which its changes are divided
 EXPECTED = ("expected_r_8um", "expected_r_32um")
 
@@ -246,11 +247,15 @@ def passed_on(section: Section, train: np.ndarray) -> Taught:
     coefficients, is taught of it. Changes A (N, K) are those of the roots of counts, twice, over
     their mean. Counting noise gives them a variance of about 1 / mean^2 = D (K,), so that
     coefficients are (A'A + N D)^-1 A' (changes of the gene). Solved as a matrix of spots.
+
+    Nothing is passed on by a reference that knows less than LEAST_KNOWN of the genes.
     """
     if section.taught is None:
         raise ValueError("a section without a reference")
     table = np.column_stack([section.taught.weight, section.taught.bias])
     known = table.any(axis=1)
+    if known.mean() < LEAST_KNOWN:
+        return section.taught
     spots = np.intersect1d(train, section.drawn_spots(MOST_SPOTS))
     share = section.share[spots, None].clip(max=1)
     roots = np.sqrt(section.counts[spots] / share)

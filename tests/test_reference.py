@@ -561,6 +561,11 @@ def test_with_all_genes_known_or_none_there_is_nothing_to_pass_on(all_known, fin
     np.testing.assert_array_equal(got.weight, section.taught.weight)
 
 
+def test_a_reference_of_few_of_the_genes_passes_nothing_on(finished):
+    section = taught_section(finished, np.arange(len(GENES)) < len(GENES) // 2 - 1)
+    assert reference.passed_on(section, np.arange(len(section.counts))) is section.taught
+
+
 def test_genes_that_the_reference_does_not_know_have_maps_too(finished, sections, tmp_path):
     for name in sections:
         truth = np.load(name / "truth.npz")
