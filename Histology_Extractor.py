@@ -17,7 +17,7 @@ Departures from the published method:
 * Tiles overlap and are blended (--overlap). Side by side they leave a seam every 112 um, because a
   token at the edge of a tile sees only half of its surroundings.
 * A token is the mean of those of the tile and of the tile turned by one, two and three quarters
-  (--turns). What a network tells of tissue depends on which way up it lies, and tissue has none.
+  (--turns). What a network says of tissue depends on which way up it lies, but tissue has no top.
 * Weights also come from a file, the hub's cache or HF_TOKEN; a token is never stored. The published
   code logs in, which leaves the token on the disk.
 * --backbone takes other networks, one of them embedded, for machines without access to UNI.

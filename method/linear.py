@@ -144,8 +144,8 @@ def fit(section: Section) -> Fitted | None:
     sd = np.maximum(roots.std(axis=0, dtype=np.float64), TINY)
     pitch = max(grid.neighbour_distance(places), 1.0)
     fits = fits_of([*(x @ x.T for x in tokens), covariance(places, places, pitch)])
-    varies, n_genes = sd > TINY, len(sd)
-    blocks = [slice(i, i + GENES_AT_ONCE) for i in range(0, n_genes, GENES_AT_ONCE)]
+    varies = sd > TINY
+    blocks = [slice(i, i + GENES_AT_ONCE) for i in range(0, len(sd), GENES_AT_ONCE)]
 
     def standardised(genes: slice) -> np.ndarray:
         return (roots[:, genes] - mean[genes]) / sd[genes]
@@ -155,14 +155,16 @@ def fit(section: Section) -> Fitted | None:
     each = zip(*(posterior(fits, y) for y in some), strict=True)
     found = Posterior(*(np.concatenate(parts, axis=-1) for parts in each))
     *by_tokens, by_place = found.weights.astype(np.float32)
-    parts = [x.T.astype(np.float32) @ by for x, by in zip(tokens, by_tokens, strict=True)]
+    by_components = np.concatenate(
+        [x.T.astype(np.float32) @ by for x, by in zip(tokens, by_tokens, strict=True)]
+    )
     weights, of_spots, constant, by_views = [], [], [], np.zeros(2)
     for genes in blocks:
         values = standardised(genes)
         loadings = shared.T @ values / len(values) * sd[genes]
         constant.append(found.constant @ loadings)
         loadings = loadings.astype(np.float32)
-        weights.append(np.concatenate(parts) @ loadings)
+        weights.append(by_components @ loadings)
         of_spots.append(by_place @ loadings)
         by_views += explained(fits, values)[:, varies[genes]].sum(axis=1)
     return Fitted(
