@@ -137,8 +137,7 @@ def fit(section: Section) -> Fitted | None:
     middle = views.mean(axis=0)
     axes = component_axes(views - middle)
     tokens = [(views - middle) @ x for x in axes]
-    share = section.share[spots, None].clip(max=1).astype(np.float32)
-    counts = section.counts[spots] / share
+    counts = section.full_counts(spots)
     roots, mean_count = np.sqrt(counts), counts.mean(axis=0, dtype=np.float64)
     mean = roots.mean(axis=0, dtype=np.float64)
     sd = np.maximum(roots.std(axis=0, dtype=np.float64), TINY)

@@ -257,8 +257,7 @@ def passed_on(section: Section, train: np.ndarray) -> Taught:
     if known.mean() < LEAST_KNOWN:
         return section.taught
     spots = np.intersect1d(train, section.drawn_spots(MOST_SPOTS))
-    share = section.share[spots, None].clip(max=1)
-    roots = np.sqrt(section.counts[spots] / share)
+    roots = np.sqrt(section.full_counts(spots), dtype=np.float64)
     mean = roots.mean(axis=0)
     least = np.maximum(mean, LEAST_ROOT)
     changes = 2 * (roots - mean) / least

@@ -142,6 +142,10 @@ class Section:
             spots = np.sort(np.random.default_rng(0).choice(spots, most, replace=False))
         return spots
 
+    def full_counts(self, spots: np.ndarray) -> np.ndarray:
+        """Counts (M, G) float32 of spots (indices), as if their discs were full of tissue."""
+        return self.counts[spots] / self.share[spots, None].clip(max=1).astype(np.float32)
+
     def inputs(
         self, centres: np.ndarray, near: np.ndarray, halo: int, device: torch.device
     ) -> list[Tensor]:
